@@ -1,0 +1,1 @@
+"""Fused multi-level RoIAlign and Gaussian soft-weighted feature distillation."""
