@@ -1,0 +1,125 @@
+// The part that all CPU ops share: options, scales of boxes on levels, plans, channel blocks, zero fill.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "dispatch.h"
+#include "tensors.h"
+
+namespace rakd {
+
+using DoubleList = std::vector<double>;
+using IntList = std::vector<int64_t>;
+
+struct Options {
+  int64_t bins_y, bins_x, sampling_ratio;
+  LevelRule rule;
+
+  Options(const IntList& output_size, int64_t sampling_ratio, int64_t assignment, double sigma, double canonical_size,
+          double canonical_level)
+      : bins_y(0), bins_x(0), sampling_ratio(sampling_ratio),
+        rule{static_cast<Assignment>(assignment), sigma, canonical_size, canonical_level} {
+    STD_TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
+                    "output_size: expected two positive numbers");
+    STD_TORCH_CHECK(assignment >= 0 && assignment <= 2, "assignment: expected 0, 1 or 2");
+    bins_y = output_size[0];
+    bins_x = output_size[1];
+  }
+  int64_t bins() const { return bins_y * bins_x; }
+};
+
+// [K, L]: level weight times the box's coefficient (if any) times `factor`.
+inline DoubleList level_scales(const Boxes& boxes, const double* coefficients, const DoubleList& strides,
+                               const LevelRule& rule, double factor) {
+  const auto levels = static_cast<int64_t>(strides.size());
+  DoubleList level_of, scales(boxes.count * levels);
+  for (const double stride : strides) level_of.push_back(std::log2(stride));
+  for (int64_t k = 0; k < boxes.count; ++k) {
+    const double* box = boxes.data + 5 * k;
+    double* row = scales.data() + k * levels;
+    level_weights(box[3] - box[1], box[4] - box[2], level_of.data(), levels, rule, row);
+    for (int64_t l = 0; l < levels; ++l) row[l] *= factor * (coefficients ? coefficients[k] : 1.0);
+  }
+  return scales;
+}
+
+// Plans of all (level, image) pairs, level-major, built in parallel: they share nothing.
+template <class T>
+std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, const DoubleList& strides,
+                                 const std::vector<MapBatch>& maps, const Options& options, bool quadratic) {
+  const int64_t batch = maps[0].batch, levels = static_cast<int64_t>(maps.size());
+  std::vector<Plan<T>> plans(levels * batch);
+  torch::stable::parallel_for(0, levels * batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t l = i / batch;
+      PlanRequest request;
+      request.boxes = boxes.data;
+      request.selected = &boxes.of_image[i % batch];
+      request.scales = scales.data() + l;
+      request.scale_stride = levels;
+      request.stride = strides[l];
+      request.height = maps[l].height;
+      request.width = maps[l].width;
+      request.bins_y = options.bins_y;
+      request.bins_x = options.bins_x;
+      request.sampling_ratio = options.sampling_ratio;
+      request.quadratic = quadratic;
+      plans[i] = build_plan<T>(request);
+    }
+  });
+  return plans;
+}
+
+// Width of the vector blocks: as many channels as make whole cache lines of a channels-last pixel; for the
+// channels-first layout fewer, and fewer still where the touched cells of a block would outgrow the L2 cache.
+template <class T>
+int64_t block_width(const MapBatch& map, int64_t pixels) {
+  constexpr int64_t kCacheBytes = 640 << 10;
+  int64_t width = (map.stride[1] == 1 ? 128 : 64) / static_cast<int64_t>(sizeof(T));
+  if (map.stride[1] != 1 && 2 * pixels * width * static_cast<int64_t>(sizeof(T)) > kCacheBytes) width /= 2;
+  while (width > 8 && width / 2 >= map.channels) width /= 2;
+  return std::max<int64_t>(width, 8);
+}
+
+// One (level, image, channel block), or a run of rows of a channels-last gradient to be cleared.
+struct Item {
+  int64_t level, image;
+  ChannelBlock channels;
+  int64_t clear_side = -1;  // 0, 1: clear the untouched cells of rows [begin, end) of that side's gradient
+  int64_t begin = 0, end = 0;
+};
+
+inline void append_blocks(std::vector<Item>& items, int64_t level, int64_t image, int64_t channels, int64_t width) {
+  for (int64_t c = 0; c < channels; c += width) {
+    items.push_back(Item{level, image, ChannelBlock{c, std::min(width, channels - c), width}});
+  }
+}
+
+inline void append_clearing(std::vector<Item>& items, int64_t level, int64_t image, int64_t side, const MapBatch& map) {
+  constexpr int64_t kPiece = 1 << 20;
+  const int64_t row_bytes = map.width * map.channels * map.element_size;
+  const int64_t rows = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, row_bytes));
+  for (int64_t y = 0; y < map.height; y += rows) {
+    items.push_back(Item{level, image, {}, side, y, std::min(y + rows, map.height)});
+  }
+}
+
+// Zeros in the cells of a channels-last image's rows that no patch touches.
+template <class T>
+void clear_untouched(const Plan<T>& plan, const MapBatch& map, int64_t image, const Item& item) {
+  const int64_t cell = map.channels * map.element_size;
+  char* data = map.data + image * map.height * map.width * cell;
+  int64_t written = item.begin * map.width;
+  for (int64_t n = 0; n < plan.segment_count; ++n) {
+    const Segment& s = plan.segments[n];
+    if (s.row < item.begin) continue;
+    if (s.row >= item.end) break;
+    const int64_t begin = s.row * map.width + s.begin;
+    std::memset(data + written * cell, 0, (begin - written) * cell);
+    written = begin + s.end - s.begin;
+  }
+  std::memset(data + written * cell, 0, (item.end * map.width - written) * cell);
+}
+
+}  // namespace rakd

@@ -1,0 +1,79 @@
+// Chooses the kernels of the best instruction set of this processor, and runs tasks on all of torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace rakd {
+
+// The RAKD_CPU_ISA environment variable (baseline, avx2, avx512) lowers the choice, for tests and measurements.
+const Kernels& best_kernels();
+
+// Elements of the accumulation type that one worker's buffers need.
+struct ScratchSizes {
+  int64_t values[2] = {0, 0}, gradients[2] = {0, 0}, middle = 0, pooled = 0;
+
+  void include(const ScratchSizes& other) {
+    for (int side = 0; side < 2; ++side) {
+      values[side] = std::max(values[side], other.values[side]);
+      gradients[side] = std::max(gradients[side], other.gradients[side]);
+    }
+    middle = std::max(middle, other.middle);
+    pooled = std::max(pooled, other.pooled);
+  }
+};
+
+// One worker's buffers in one allocation, each on a cache line of its own.
+template <class T>
+class WorkerScratch {
+ public:
+  explicit WorkerScratch(const ScratchSizes& sizes) {
+    const int64_t counts[7] = {sizes.values[0], sizes.values[1], sizes.gradients[0], sizes.gradients[1],
+                               sizes.middle,    sizes.pooled,    sizes.pooled};
+    size_t bytes = kLine, offsets[7];
+    for (int i = 0; i < 7; ++i) {
+      offsets[i] = bytes;
+      bytes += (static_cast<size_t>(counts[i]) * sizeof(T) + kLine - 1) / kLine * kLine;
+    }
+    memory_.reset(static_cast<char*>(std::aligned_alloc(kLine, bytes)));
+    if (!memory_) throw std::bad_alloc();
+    char* base = memory_.get();
+    scratch = Scratch{{base + offsets[0], base + offsets[1]},
+                      {base + offsets[2], base + offsets[3]},
+                      base + offsets[4],
+                      {base + offsets[5], base + offsets[6]}};
+  }
+  Scratch scratch;
+
+ private:
+  static constexpr size_t kLine = 64;
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory_;
+};
+
+// Calls run(i, scratch) for i = 0 .. count - 1, each once. Which thread runs which task is left to chance, so that
+// nobody waits; a task therefore owns all that it writes and the result does not depend on the schedule.
+template <class T, class F>
+void run_tasks(int64_t count, const ScratchSizes& sizes, const F& run) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  std::vector<WorkerScratch<T>> workers;
+  workers.reserve(threads);
+  for (int64_t i = 0; i < threads; ++i) workers.emplace_back(sizes);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) run(i, workers[worker].scratch);
+    }
+  });
+}
+
+}  // namespace rakd

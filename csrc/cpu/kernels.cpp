@@ -1,0 +1,202 @@
+// The CPU kernels. Compiled once per instruction set, with RAKD_ISA naming its namespace and the compiler's flags
+// choosing the registers; dispatch.cpp picks one at run time. See kernels.h for what may be included here.
+#include "kernels.h"
+
+#if !defined(RAKD_ISA) || !defined(RAKD_VECTOR_BYTES)
+#error "setup.py defines RAKD_ISA and RAKD_VECTOR_BYTES for each instruction set"
+#endif
+
+namespace rakd {
+namespace RAKD_ISA {
+namespace {
+
+#include "simd.h"
+#include "moves.h"
+#include "passes.h"
+
+template <class T>
+T* buffer(void* p) {
+  return static_cast<T*>(p);
+}
+
+template <class T>
+void clear(T* p, int64_t count) {
+  __builtin_memset(p, 0, size_t(count) * sizeof(T));
+}
+
+// One side, gradients wanted: the loss is half the inner product of the difference with its gradient.
+template <class E, class T, int W>
+void distill_shared_gradient(DistillTask<T>& task, Scratch& scratch) {
+  const Plan<T>& plan = *task.plan[0];
+  T *values = buffer<T>(scratch.values[0]), *gradient = buffer<T>(scratch.gradients[0]);
+  T *middle = buffer<T>(scratch.middle), *pooled = buffer<T>(scratch.pooled[0]);
+  gather<E, T, W>(plan, task.map[0], task.map[1], task.channels, values);
+  clear(gradient, plan.pixels * W);
+  for (int64_t n = 0; n < plan.patch_count; ++n) {
+    const Patch<T>& patch = plan.patches[n];
+    if (patch.use_gram) {
+      apply_gram<T, W>(patch, values, middle, gradient);
+    } else {
+      pool<T, W>(patch, values, middle, pooled);
+      spread<T, W>(patch, T(2.0 * patch.scale), pooled, middle, gradient);
+    }
+  }
+  task.total = 0.5 * inner_product<T, W>(values, gradient, plan.pixels);
+  for (int side = 0; side < 2; ++side) {
+    if (task.gradient[side].data) {
+      scatter<E, T, W>(plan, gradient, side == 0 ? T(1) : T(-1), task.channels, task.gradient[side]);
+    }
+  }
+}
+
+// Pooled differences themselves: for losses per box, and for maps that differ in shape.
+template <class E, class T, int W>
+void distill_pooled(DistillTask<T>& task, Scratch& scratch) {
+  const int sides = task.plan[1] ? 2 : 1;
+  T *values[2], *gradients[2], *pooled[2], *middle = buffer<T>(scratch.middle);
+  for (int side = 0; side < 2; ++side) {
+    values[side] = buffer<T>(scratch.values[side]);
+    gradients[side] = buffer<T>(scratch.gradients[side]);
+    pooled[side] = buffer<T>(scratch.pooled[side]);
+  }
+  if (sides == 1) {
+    gather<E, T, W>(*task.plan[0], task.map[0], task.map[1], task.channels, values[0]);
+  } else {
+    for (int side = 0; side < 2; ++side) {
+      gather<E, T, W>(*task.plan[side], task.map[side], ImageView{}, task.channels, values[side]);
+      if (task.gradient[side].data) clear(gradients[side], task.plan[side]->pixels * W);
+    }
+  }
+  task.total = 0.0;
+  const int64_t bins = task.bins_y * task.bins_x;
+  for (int64_t n = 0; n < task.plan[0]->patch_count; ++n) {
+    const Patch<T>& patch = task.plan[0]->patches[n];
+    pool<T, W>(patch, values[0], middle, pooled[0]);
+    if (sides == 2) {
+      pool<T, W>(task.plan[1]->patches[n], values[1], middle, pooled[1]);
+      for (int64_t i = 0; i < bins * W; ++i) pooled[0][i] -= pooled[1][i];
+    }
+    const double loss = patch.scale * inner_product<T, W>(pooled[0], pooled[0], bins);
+    if (task.patch_losses) task.patch_losses[n] = loss;
+    task.total += loss;
+    for (int side = 0; side < sides; ++side) {
+      if (!task.gradient[side].data) continue;
+      const T factor = T((side == 0 ? 2.0 : -2.0) * patch.scale);
+      spread<T, W>(task.plan[side]->patches[n], factor, pooled[0], middle, gradients[side]);
+    }
+  }
+  for (int side = 0; side < sides; ++side) {
+    if (!task.gradient[side].data) continue;
+    scatter<E, T, W>(*task.plan[side], gradients[side], T(1), task.channels, task.gradient[side]);
+  }
+}
+
+template <class E, class T, int W>
+struct Distill {
+  static void run(DistillTask<T>& task, Scratch& scratch) {
+    const bool gradients = task.gradient[0].data || task.gradient[1].data;
+    if (gradients && !task.plan[1]) {
+      distill_shared_gradient<E, T, W>(task, scratch);
+    } else {
+      distill_pooled<E, T, W>(task, scratch);
+    }
+  }
+};
+
+template <class E, class T, int W>
+struct Align {
+  static void run(const AlignTask<T>& task, Scratch& scratch) {
+    T *middle = buffer<T>(scratch.middle), *pooled = buffer<T>(scratch.pooled[0]), *sum = buffer<T>(scratch.pooled[1]);
+    const int64_t bins = task.bins_y * task.bins_x;
+    T* values = buffer<T>(scratch.values[0]);
+    for (int64_t l = 0; l < task.levels; ++l) {
+      gather<E, T, W>(*task.plans[l], task.maps[l], ImageView{}, task.channels, values);
+      values += (task.plans[l]->pixels + kSlack) * W;
+    }
+    int64_t next[kMaxLevels] = {};  // first patch of each level that is not done; they come in the boxes' order
+    for (int64_t n = 0; n < task.box_count; ++n) {
+      const int64_t box = task.boxes[n];
+      clear(sum, bins * W);
+      values = buffer<T>(scratch.values[0]);
+      for (int64_t l = 0; l < task.levels; ++l) {
+        const Plan<T>& plan = *task.plans[l];
+        if (next[l] < plan.patch_count && plan.patches[next[l]].box == box) {
+          const Patch<T>& patch = plan.patches[next[l]++];
+          pool<T, W>(patch, values, middle, pooled);
+          const T scale = T(patch.scale);
+          for (int64_t i = 0; i < bins * W; ++i) sum[i] += scale * pooled[i];
+        }
+        values += (plan.pixels + kSlack) * W;
+      }
+      E* out = static_cast<E*>(task.output) + (box * task.total_channels + task.channels.begin) * bins;
+      scatter_run<E, T, W>(sum, T(1), bins, bins, task.channels.count, out, bins);
+    }
+  }
+};
+
+template <class E, class T, int W>
+struct AlignBackward {
+  static void run(const AlignBackwardTask<T>& task, Scratch& scratch) {
+    const Plan<T>& plan = *task.plan;
+    T *gradient = buffer<T>(scratch.gradients[0]), *middle = buffer<T>(scratch.middle);
+    T* pooled = buffer<T>(scratch.pooled[0]);
+    const int64_t bins = task.bins_y * task.bins_x;
+    ImageView view;
+    view.channel_stride = bins;
+    view.column_stride = 1;
+    clear(gradient, plan.pixels * W);
+    for (int64_t n = 0; n < plan.patch_count; ++n) {
+      const Patch<T>& patch = plan.patches[n];
+      const E* in = static_cast<const E*>(task.output_gradient) +
+                    (patch.box * task.total_channels + task.channels.begin) * bins;
+      gather_run<Gather::kCopy, E, T, W>(in, view, nullptr, view, bins, bins, task.channels.count, pooled);
+      spread<T, W>(patch, T(patch.scale), pooled, middle, gradient);
+    }
+    scatter<E, T, W>(plan, gradient, T(1), task.channels, task.gradient);
+  }
+};
+
+template <template <class, class, int> class Kernel, class E, class T, class Task>
+void run_width(Task& task, Scratch& scratch) {
+  switch (task.channels.width) {
+    case 8:
+      return Kernel<E, T, 8>::run(task, scratch);
+    case 16:
+      return Kernel<E, T, 16>::run(task, scratch);
+    default:
+      return Kernel<E, T, 32>::run(task, scratch);
+  }
+}
+
+template <template <class, class, int> class Kernel, class Task>
+void run_float(Task& task, Element element, Scratch& scratch) {
+  if (element == Element::kHalf) return run_width<Kernel, HalfBits, float>(task, scratch);
+  if (element == Element::kBFloat16) return run_width<Kernel, BFloat16Bits, float>(task, scratch);
+  return run_width<Kernel, float, float>(task, scratch);
+}
+
+template <template <class, class, int> class Kernel, class Task>
+void run_double(Task& task, Element, Scratch& scratch) {
+  run_width<Kernel, double, double>(task, scratch);
+}
+
+#define RAKD_STRINGIZE(x) #x
+#define RAKD_NAME(x) RAKD_STRINGIZE(x)
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table = {
+      RAKD_NAME(RAKD_ISA),
+      run_float<Distill, DistillTask<float>>,
+      run_double<Distill, DistillTask<double>>,
+      run_float<Align, const AlignTask<float>>,
+      run_double<Align, const AlignTask<double>>,
+      run_float<AlignBackward, const AlignBackwardTask<float>>,
+      run_double<AlignBackward, const AlignBackwardTask<double>>,
+  };
+  return table;
+}
+
+}  // namespace RAKD_ISA
+}  // namespace rakd

@@ -1,0 +1,159 @@
+// Moves between a map in the user's layout and dtype and the compact scratch [pixel][channel of the block] that
+// the passes work on. Included only by kernels.cpp, inside its instruction set's namespace.
+
+// Square tiles for the channels-first layout, where pixels of a channel are neighbours.
+template <class T>
+struct TileSize {
+  static constexpr int kBytes = RAKD_VECTOR_BYTES < 32 ? RAKD_VECTOR_BYTES : 32;
+  static constexpr int value = kBytes / int(sizeof(T));
+};
+
+template <class E, class T, int N>
+inline typename VectorOf<T, N>::type load_vector(const E* p) {
+  T lanes[N];
+  for (int i = 0; i < N; ++i) lanes[i] = widen<T>(p[i]);
+  return *reinterpret_cast<const typename VectorOf<T, N>::unaligned*>(lanes);
+}
+
+template <class E, class T, int N>
+inline void store_vector(typename VectorOf<T, N>::type v, E* p) {
+  T lanes[N];
+  *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(lanes) = v;
+  for (int i = 0; i < N; ++i) narrow(lanes[i], p + i);
+}
+
+// What gather() does with its source: out = a, out = a - b, or out -= a.
+enum class Gather { kCopy, kDifference, kSubtract };
+
+// `length` neighbouring pixels of one row into out[length][W]. Channels beyond `channels` become zero, so that
+// they count nothing in any sum. With unit column stride up to `room` pixels may be read, and up to a tile's
+// width may be written past `length`.
+template <Gather Mode, class E, class T, int W>
+inline void gather_run(const E* a, const ImageView& va, const E* b, const ImageView& vb, int64_t length, int64_t room,
+                       int64_t channels, T* out) {
+  constexpr int N = TileSize<T>::value;
+  const auto value = [&](int64_t c, int64_t x) {
+    const T first = widen<T>(a[c * va.channel_stride + x * va.column_stride]);
+    if (Mode == Gather::kDifference) return first - widen<T>(b[c * vb.channel_stride + x * vb.column_stride]);
+    return first;
+  };
+  const auto put = [](T* to, T v) { *to = Mode == Gather::kSubtract ? *to - v : v; };
+
+  const bool channels_inner = va.channel_stride == 1 && (Mode != Gather::kDifference || vb.channel_stride == 1);
+  if (channels_inner && channels == W) {
+    for (int64_t x = 0; x < length; ++x) {
+      const E* pa = a + x * va.column_stride;
+      const E* pb = Mode == Gather::kDifference ? b + x * vb.column_stride : nullptr;
+      T* to = out + x * W;
+      for (int c = 0; c < W; ++c) {
+        put(to + c, Mode == Gather::kDifference ? widen<T>(pa[c]) - widen<T>(pb[c]) : widen<T>(pa[c]));
+      }
+    }
+    return;
+  }
+  const bool pixels_inner = va.column_stride == 1 && (Mode != Gather::kDifference || vb.column_stride == 1);
+  for (int64_t c0 = 0; c0 < W; c0 += N) {
+    int64_t x = 0;
+    if (pixels_inner && c0 + N <= channels && Mode != Gather::kSubtract) {
+      for (; x < length && x + N <= room; x += N) {
+        Tile<T, N> tile;
+        for (int i = 0; i < N; ++i) {
+          tile.row[i] = load_vector<E, T, N>(a + (c0 + i) * va.channel_stride + x);
+          if (Mode == Gather::kDifference) {
+            tile.row[i] -= load_vector<E, T, N>(b + (c0 + i) * vb.channel_stride + x);
+          }
+        }
+        tile.transpose();
+        for (int j = 0; j < N; ++j) store_vector<T, T, N>(tile.row[j], out + (x + j) * W + c0);
+      }
+    }
+    for (; x < length; ++x) {
+      for (int64_t c = c0; c < c0 + N; ++c) put(out + x * W + c, c < channels ? value(c, x) : T(0));
+    }
+  }
+}
+
+template <Gather Mode, class E, class T, int W>
+void gather_segments(const Plan<T>& plan, const ImageView& va, const ImageView& vb, const ChannelBlock& block, T* out) {
+  for (int64_t n = 0; n < plan.segment_count; ++n) {
+    const Segment& s = plan.segments[n];
+    const E* a = static_cast<const E*>(va.data) + block.begin * va.channel_stride + s.row * va.row_stride +
+                 s.begin * va.column_stride;
+    const E* b = Mode == Gather::kDifference ? static_cast<const E*>(vb.data) + block.begin * vb.channel_stride +
+                                                   s.row * vb.row_stride + s.begin * vb.column_stride
+                                             : nullptr;
+    gather_run<Mode, E, T, W>(a, va, b, vb, s.end - s.begin, plan.width - s.begin, block.count, out + s.offset * W);
+  }
+}
+
+// The touched cells of a - b (b may have no data) into out[pixels][W].
+template <class E, class T, int W>
+void gather(const Plan<T>& plan, const ImageView& a, const ImageView& b, const ChannelBlock& block, T* out) {
+  if (!b.data) {
+    gather_segments<Gather::kCopy, E, T, W>(plan, a, b, block, out);
+  } else if ((a.column_stride == 1) == (b.column_stride == 1)) {
+    gather_segments<Gather::kDifference, E, T, W>(plan, a, b, block, out);
+  } else {  // one channels-first, one channels-last: each in its own best order
+    gather_segments<Gather::kCopy, E, T, W>(plan, a, b, block, out);
+    gather_segments<Gather::kSubtract, E, T, W>(plan, b, b, block, out);
+  }
+}
+
+// `length` pixels of in[length][W], times sign, to a channels-first destination whose pixels are neighbours. Up to
+// `room` pixels may be written: the caller overwrites what spills past `length` afterwards.
+template <class E, class T, int W>
+inline void scatter_run(const T* in, T sign, int64_t length, int64_t room, int64_t channels, E* out,
+                        int64_t channel_stride) {
+  constexpr int N = TileSize<T>::value;
+  for (int64_t c0 = 0; c0 < channels; c0 += N) {
+    int64_t x = 0;
+    if (c0 + N <= channels) {
+      for (; x < length && x + N <= room; x += N) {
+        Tile<T, N> tile;
+        for (int j = 0; j < N; ++j) tile.row[j] = sign * load_vector<T, T, N>(in + (x + j) * W + c0);
+        tile.transpose();
+        for (int i = 0; i < N; ++i) store_vector<E, T, N>(tile.row[i], out + (c0 + i) * channel_stride + x);
+      }
+    }
+    for (; x < length; ++x) {
+      for (int64_t c = c0; c < c0 + N && c < channels; ++c) {
+        narrow(T(sign * in[x * W + c]), out + c * channel_stride + x);
+      }
+    }
+  }
+}
+
+// The gradient of one channel block. Channels-first: whole planes, zeros included, each element once.
+// Channels-last: touched pixels only; the ops fill the others, whose channels are contiguous, in larger pieces.
+template <class E, class T, int W>
+void scatter(const Plan<T>& plan, const T* in, T sign, const ChannelBlock& block, const ImageView& view) {
+  E* out = static_cast<E*>(view.data) + block.begin * view.channel_stride;
+  if (view.column_stride != 1) {
+    for (int64_t n = 0; n < plan.segment_count; ++n) {
+    const Segment& s = plan.segments[n];
+      for (int64_t x = s.begin; x < s.end; ++x) {
+        const T* from = in + (s.offset + x - s.begin) * W;
+        E* to = out + s.row * view.row_stride + x * view.column_stride;
+        for (int64_t c = 0; c < block.count; ++c) narrow(T(sign * from[c]), to + c);
+      }
+    }
+    return;
+  }
+  const int64_t plane = plan.height * plan.width;
+  const auto clear = [&](int64_t from, int64_t to) {
+    if (from >= to) return;
+    for (int64_t c = 0; c < block.count; ++c) {
+      __builtin_memset(out + c * view.channel_stride + from, 0, size_t(to - from) * sizeof(E));
+    }
+  };
+  int64_t written = 0;
+  for (int64_t n = 0; n < plan.segment_count; ++n) {
+    const Segment& s = plan.segments[n];
+    const int64_t begin = s.row * plan.width + s.begin;
+    clear(written, begin);
+    scatter_run<E, T, W>(in + s.offset * W, sign, s.end - s.begin, plane - begin, block.count, out + begin,
+                         view.channel_stride);
+    written = begin + s.end - s.begin;
+  }
+  clear(written, plane);
+}

@@ -1,0 +1,100 @@
+// What the CPU kernels need to know about the boxes of one image on one map: which cells they touch and with
+// which weights. Made once per call, shared by all channels; nothing here depends on the maps' values.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../geometry.h"
+
+namespace rakd {
+
+// A matrix whose row r is non-zero in the columns begin[r] .. begin[r] + offset[r + 1] - offset[r] only.
+template <class T>
+struct Banded {
+  int32_t rows = 0;
+  const int32_t* begin = nullptr;
+  const int32_t* offset = nullptr;  // rows + 1 entries
+  const T* value = nullptr;
+};
+
+// RoIAlign along one axis is a matrix R (bins x cells). Columns count only the cells that some sample touches,
+// so a large box costs what its samples cost and not what it covers.
+template <class T>
+struct Axis {
+  int32_t count = 0;              // touched cells
+  const int32_t* cell = nullptr;  // their positions on the map, increasing
+  Banded<T> pool;                 // R: bins from cells
+  Banded<T> spread;               // R transposed: cells from bins
+  Banded<T> gram;                 // R transposed times R; empty unless the patch uses it
+};
+
+// One box on one map.
+template <class T>
+struct Patch {
+  int64_t box;   // row of the boxes tensor
+  double scale;  // coefficient of this patch in the result
+  // The quadratic form S -> 2 * scale * Gy S Gx instead of pooling and spreading: cheaper where the bins are
+  // about a cell wide or less. `y.gram` already holds the factor 2 * scale then.
+  bool use_gram;
+  Axis<T> y, x;
+  const int64_t* row_base;  // scratch pixel of (y.cell[i], x.cell[t]) = row_base[i] + x.cell[t]
+};
+
+// A run of touched cells of one map row; they lie at scratch pixels offset .. offset + end - begin.
+struct Segment {
+  int64_t row, begin, end, offset;
+};
+
+// Bump allocator: pointers stay valid while it lives, thousands of small tables cost a few allocations.
+class Arena {
+ public:
+  template <class U>
+  U* take(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(U) + 15) & ~size_t(15);
+    if (chunks_.empty() || used_ + bytes > size_) {
+      size_ = bytes > kChunk ? bytes : kChunk;
+      chunks_.emplace_back(new std::byte[size_]);
+      used_ = 0;
+    }
+    U* result = reinterpret_cast<U*>(chunks_.back().get() + used_);
+    used_ += bytes;
+    return result;
+  }
+
+ private:
+  static constexpr size_t kChunk = size_t(1) << 18;
+  std::vector<std::unique_ptr<std::byte[]>> chunks_;
+  size_t size_ = 0, used_ = 0;
+};
+
+template <class T>
+struct Plan {
+  const Patch<T>* patches = nullptr;  // in the order of the boxes
+  int64_t patch_count = 0;
+  const Segment* segments = nullptr;  // by row, then column; all cells that any patch touches
+  int64_t segment_count = 0;
+  int64_t pixels = 0;             // cells in all segments
+  int64_t height = 0, width = 0;  // of the map
+  int64_t intermediate = 0;       // scratch pixels the separable passes need between them
+  Arena arena;
+};
+
+struct PlanRequest {
+  const double* boxes = nullptr;         // [*, 5]: batch index, x1, y1, x2, y2
+  const std::vector<int64_t>* selected;  // rows of `boxes` that lie in this image
+  const double* scales = nullptr;        // per row of `boxes`; a zero drops the box
+  int64_t scale_stride = 1;
+  double stride = 1.0;  // pixels per cell
+  int64_t height = 0, width = 0;
+  int64_t bins_y = 0, bins_x = 0;
+  int64_t sampling_ratio = 0;
+  bool quadratic = false;  // patches may use the Gram form
+};
+
+template <class T>
+Plan<T> build_plan(const PlanRequest& request);
+
+}  // namespace rakd

@@ -1,0 +1,129 @@
+// What the CPU ops read off torch tensors, and how they allocate their results.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+
+namespace rakd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A batch of maps of one level: [B, C, H, W] with any strides.
+struct MapBatch {
+  char* data;
+  int64_t batch, channels, height, width;
+  int64_t stride[4];
+  int64_t element_size;
+  bool channels_last;
+
+  ImageView image(int64_t b) const {
+    return ImageView{data + b * stride[0] * element_size, stride[1], stride[2], stride[3]};
+  }
+};
+
+// The layout that gradients take after their map. `_library.py` states the same rule for fake tensors.
+inline bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.size(1) > 1 && !t.is_contiguous(); }
+
+inline MapBatch map_batch(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.is_cpu(), name, ": expected CPU maps [B, C, H, W]");
+  return MapBatch{static_cast<char*>(t.data_ptr()),
+                  t.size(0),
+                  t.size(1),
+                  t.size(2),
+                  t.size(3),
+                  {t.stride(0), t.stride(1), t.stride(2), t.stride(3)},
+                  static_cast<int64_t>(t.element_size()),
+                  is_channels_last(t)};
+}
+
+inline std::vector<MapBatch> map_batches(const std::vector<Tensor>& maps, const char* name) {
+  std::vector<MapBatch> result;
+  for (const Tensor& t : maps) {
+    STD_TORCH_CHECK(t.scalar_type() == maps[0].scalar_type(), name, ": expected maps of one dtype");
+    result.push_back(map_batch(t, name));
+    STD_TORCH_CHECK(result.back().batch == result[0].batch && result.back().channels == result[0].channels, name,
+                    ": expected maps of one batch size and channel count");
+  }
+  STD_TORCH_CHECK(!result.empty() && static_cast<int64_t>(result.size()) <= kMaxLevels, name, ": expected 1 to ",
+                  kMaxLevels, " maps");
+  return result;
+}
+
+inline Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Element::kFloat;
+    case ScalarType::Double:
+      return Element::kDouble;
+    case ScalarType::Half:
+      return Element::kHalf;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "maps: expected float32, float64, float16 or bfloat16");
+  }
+}
+
+// Fresh pages of a large gradient are most of its cost; huge ones are several times cheaper to get.
+inline void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+  const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1), last = end & ~(kHuge - 1);
+  // Advice only: where the kernel declines it the memory is as good as before.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
+
+inline Tensor empty_map(const int64_t (&shape)[4], ScalarType type, bool channels_last) {
+  const auto format =
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  Tensor t = torch::stable::empty({shape, 4}, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  std::nullopt, format);
+  advise_huge_pages(t);
+  return t;
+}
+
+// Boxes as the Python layer hands them over: float64 [K, 5], contiguous. The layer has validated them with better
+// messages where it could; under torch.compile it cannot look at values, so what memory safety needs is here.
+struct Boxes {
+  const double* data;
+  int64_t count;
+  std::vector<std::vector<int64_t>> of_image;  // rows by batch index, in order
+
+  Boxes(const Tensor& t, int64_t batch) : data(nullptr), count(0), of_image(batch) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == 5 && t.scalar_type() == ScalarType::Double && t.is_contiguous() &&
+                        t.is_cpu(),
+                    "boxes: expected contiguous float64 [K, 5] on the CPU");
+    data = static_cast<const double*>(t.data_ptr());
+    count = t.size(0);
+    for (int64_t k = 0; k < count; ++k) {
+      const double index = data[5 * k];
+      STD_TORCH_CHECK(index >= 0 && index < static_cast<double>(batch) && index == std::floor(index),
+                      "boxes: expected batch indices 0 to ", batch - 1, ", got ", index, " in row ", k);
+      for (int i = 1; i < 5; ++i) {
+        STD_TORCH_CHECK(std::isfinite(data[5 * k + i]), "boxes: expected finite coordinates, got ", data[5 * k + i],
+                        " in row ", k);
+      }
+      of_image[static_cast<size_t>(index)].push_back(k);
+    }
+  }
+};
+
+}  // namespace rakd

@@ -1,0 +1,26 @@
+"""``python -m rakd_ops``: versions, how the libraries were built, and which backends can run."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import rakd_ops
+from rakd_ops._backends import available_backends, build_info
+
+
+def main() -> None:
+    """Print the report."""
+    print(f"rakd_ops {rakd_ops.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
+    print("build:")
+    for key, value in (build_info() or {"compiled libraries": "none"}).items():
+        print(f"  {key.replace('_', ' ')}: {value}")
+    print("backends:")
+    for backend, state in available_backends().items():
+        print(f"  {backend:10s} {'available' if state is True else state}")
+
+
+if __name__ == "__main__":
+    main()

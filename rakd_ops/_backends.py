@@ -1,0 +1,109 @@
+"""Backends: which can run here and why the others cannot, and the choice among them."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+
+def build_info() -> dict[str, object]:
+    """Return how the compiled libraries were built; empty where nothing was built."""
+    try:
+        from rakd_ops import _build_info
+    except ImportError:
+        return {}
+    return {key: value for key, value in vars(_build_info).items() if not key.startswith("_")}
+
+
+@functools.cache
+def _load(name: str) -> str | None:
+    """Load a compiled library once; return why it is not there, or None."""
+    paths = sorted(Path(__file__).parent.glob(f"{name}.*so")) + sorted(Path(__file__).parent.glob(f"{name}.so"))
+    if not paths:
+        return f"the compiled library rakd_ops/{name} is not installed; install the package with `pip install .`"
+    try:
+        torch.ops.load_library(str(paths[0]))
+    except (OSError, RuntimeError) as error:
+        return f"{paths[0].name} does not load under torch {torch.__version__}: {error}"
+    return None
+
+
+def load_libraries() -> None:
+    """Load what is installed, so that its ops are registered."""
+    _load("_cpu")
+    if torch.version.cuda is not None:
+        _load("_cuda")
+
+
+def _why_not(backend: str) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return _load("_cpu")
+    if backend == "triton":
+        return "this version has no Triton kernels"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    info = build_info()
+    if not info.get("cuda_built", False):
+        return f"the CUDA library was not built: {info.get('cuda_reason', 'nothing was built')}"
+    if (reason := _load("_cuda")) is not None:
+        return reason
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def available_backends() -> dict[str, bool | str]:
+    """Tell which backends can run here.
+
+    Returns:
+        For each of ``"cuda"``, ``"triton"``, ``"cpu"`` and ``"reference"``: True, or the reason it is not there.
+    """
+    reasons = {backend: _why_not(backend) for backend in BACKENDS}
+    return {backend: True if reason is None else reason for backend, reason in reasons.items()}
+
+
+@functools.cache
+def _runs_here(backend: str) -> bool:
+    return _why_not(backend) is None
+
+
+@functools.cache
+def _warn_slow(device: str, chosen: str) -> None:
+    reasons = {name: _why_not(name) for name in ("cuda", "triton") if not _runs_here(name)}
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    warnings.warn(f"rakd_ops: {device} tensors are served by the slower {chosen!r} backend ({listed})", stacklevel=4)
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """Resolve ``backend`` for tensors on ``device``.
+
+    Args:
+        backend: A backend's name or ``"auto"``, which takes the first of them that can run.
+        device: Where the maps are.
+
+    Returns:
+        A backend's name.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: The backend asked for cannot run here or on this device; the message says why.
+    """
+    if backend not in ("auto", *BACKENDS):
+        names = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    serving = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}.get(device.type, ("reference",))
+    if backend == "auto":
+        chosen = next(name for name in serving if _runs_here(name))
+        if chosen != serving[0] and not torch.compiler.is_compiling():
+            _warn_slow(device.type, chosen)
+        return chosen
+    if not _runs_here(backend):
+        raise RuntimeError(f"backend: {backend!r} cannot run here: {_why_not(backend)}")
+    if backend not in serving:
+        raise RuntimeError(f"backend: {backend!r} cannot take tensors on device {device}")
+    return backend

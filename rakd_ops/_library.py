@@ -1,0 +1,227 @@
+"""Registered ops: schemas, shapes for tracing (fake implementations) and gradients.
+
+The compiled libraries implement these ops for their device. All take boxes as float64 ``[K, 5]`` and, where a loss
+is computed, one float64 coefficient per box (its weight and the reduction's factor). Losses come back in float64.
+
+- ``distill_loss``: total and per-box losses.
+- ``distill_gradient``: total, and the gradient of the total with respect to the maps asked for.
+- ``align``, ``align_backward``: multi-level RoIAlign and its transpose.
+- ``level_weights``: the level rule of compiled code, for the tests that hold it equal to ``levels.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rakd_ops import _backends
+from rakd_ops._inputs import Distillation, Settings
+from rakd_ops.levels import ASSIGNMENTS
+
+_RULE = "int assignment, float sigma, float canonical_size, float canonical_level"
+_GEOMETRY = f"int[] output_size, int sampling_ratio, {_RULE}"
+_MAPS = "Tensor[] apprentice, Tensor[] expert, Tensor boxes, Tensor coefficients"
+_SCHEMAS = {
+    "distill_loss": f"({_MAPS}, float[] strides, float[] expert_strides, {_GEOMETRY}) -> (Tensor, Tensor)",
+    "distill_gradient": (
+        f"({_MAPS}, float[] strides, float[] expert_strides, {_GEOMETRY}, "
+        "bool apprentice_gradient, bool expert_gradient) -> (Tensor, Tensor[])"
+    ),
+    "align": f"(Tensor[] features, Tensor boxes, float[] strides, {_GEOMETRY}) -> Tensor",
+    "align_backward": (
+        "(Tensor output_gradient, Tensor boxes, SymInt[] shapes, bool[] channels_last, float[] strides, "
+        f"{_GEOMETRY}) -> Tensor[]"
+    ),
+    "level_weights": f"(Tensor boxes, float[] strides, {_RULE}) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"rakd_ops::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+_backends.load_libraries()
+
+
+def _is_channels_last(feature: Tensor) -> bool:
+    """Layout that a map's gradient takes (``csrc/cpu/tensors.h`` states the same rule)."""
+    return feature.stride(1) == 1 and feature.size(1) > 1 and not feature.is_contiguous()
+
+
+def _empty_gradient(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+@torch.library.register_fake("rakd_ops::distill_loss")
+def _(apprentice: list[Tensor], expert: list[Tensor], boxes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return boxes.new_empty(()), boxes.new_empty(boxes.shape[0])
+
+
+@torch.library.register_fake("rakd_ops::distill_gradient")
+def _(apprentice: list[Tensor], expert: list[Tensor], boxes: Tensor, *options: Any) -> tuple[Tensor, list[Tensor]]:
+    apprentice_gradient, expert_gradient = options[-2:]
+    wanted = (apprentice if apprentice_gradient else []) + (expert if expert_gradient else [])
+    return boxes.new_empty(()), [_empty_gradient(m, m.shape, _is_channels_last(m)) for m in wanted]
+
+
+@torch.library.register_fake("rakd_ops::align")
+def _(features: list[Tensor], boxes: Tensor, strides: list[float], output_size: list[int], *_: Any) -> Tensor:
+    return features[0].new_empty((boxes.shape[0], features[0].shape[1], *output_size))
+
+
+@torch.library.register_fake("rakd_ops::align_backward")
+def _(
+    output_gradient: Tensor, boxes: Tensor, shapes: list[int], channels_last: list[bool], strides: list[float], *_: Any
+) -> list[Tensor]:
+    return [
+        _empty_gradient(output_gradient, shapes[4 * level : 4 * level + 4], last)
+        for level, last in enumerate(channels_last)
+    ]
+
+
+@torch.library.register_fake("rakd_ops::level_weights")
+def _(boxes: Tensor, strides: list[float], *_: Any) -> Tensor:
+    return boxes.new_empty((boxes.shape[0], len(strides)))
+
+
+def _loss_dtype(maps: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if maps[0].dtype == torch.float64 else torch.float32
+
+
+def _split(maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    half = len(maps) // 2
+    return list(maps[:half]), list(maps[half:])
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward retains its graph; True where this torch cannot tell."""
+    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if query is None else bool(query())
+
+
+def _place_gradients(gradients: Sequence[Tensor], wanted: tuple[bool, bool], levels: int) -> tuple[Tensor | None, ...]:
+    """Arrange gradients as (apprentice's, expert's), None for a side that was not wanted."""
+    remaining = iter(gradients)
+    return tuple(next(remaining) if side else None for side in wanted for _ in range(levels))
+
+
+# `autograd.Function` does not see tensors inside lists, so maps are passed flat: the apprentice's, then the expert's.
+class _DistillTotal(torch.autograd.Function):
+    """Sum of the losses; the gradient is computed with the loss and only scaled on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        boxes: Tensor,
+        coefficients: Tensor,
+        options: tuple[Any, ...],
+        wanted: tuple[bool, bool],
+        *maps: Tensor,
+    ) -> Tensor:
+        apprentice, expert = _split(maps)
+        total, gradients = torch.ops.rakd_ops.distill_gradient(
+            apprentice, expert, boxes, coefficients, *options, *wanted
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.wanted = wanted
+        ctx.levels = len(apprentice)
+        return total.to(_loss_dtype(maps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        if torch.compiler.is_compiling() or gradient.device.type != "cpu" or _graph_is_kept():
+            # The product in float32 at least: a bfloat16 scalar would scale all gradients by up to 0.4 % too much.
+            scaled = [(g * gradient.to(g.dtype)) if g.dtype == gradient.dtype else (g.to(gradient.dtype) * gradient).to(g.dtype) for g in saved]
+        else:
+            # Nobody will read the saved tensors again, so they become the result without a second pass over memory.
+            factor = gradient.item()
+            scaled = [g if factor == 1.0 else g.mul_(factor) for g in saved]
+        return None, None, None, None, *_place_gradients(scaled, ctx.wanted, ctx.levels)
+
+
+class _DistillPerBox(torch.autograd.Function):
+    """Losses per box, or their sum; the gradient is computed on the way back, when its scale is known.
+
+    For ``reduction="none"``, and for float16: gradients of a mean over boxes and channels lie below float16's range
+    until the loss scale of mixed-precision training, which arrives with the backward pass, lifts them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        boxes: Tensor,
+        coefficients: Tensor,
+        options: tuple[Any, ...],
+        wanted: tuple[bool, bool],
+        reduce: bool,
+        *maps: Tensor,
+    ) -> Tensor:
+        apprentice, expert = _split(maps)
+        total, losses = torch.ops.rakd_ops.distill_loss(apprentice, expert, boxes, coefficients, *options)
+        ctx.save_for_backward(boxes, coefficients, *maps)
+        ctx.options = options
+        ctx.wanted = wanted
+        return (total if reduce else losses).to(_loss_dtype(maps))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        boxes, coefficients, *maps = ctx.saved_tensors
+        apprentice, expert = _split(maps)
+        _, gradients = torch.ops.rakd_ops.distill_gradient(
+            apprentice, expert, boxes, coefficients * gradient.to(torch.float64), *ctx.options, *ctx.wanted
+        )
+        return None, None, None, None, None, *_place_gradients(gradients, ctx.wanted, len(apprentice))
+
+
+class _Align(torch.autograd.Function):
+    """Multi-level RoIAlign."""
+
+    @staticmethod
+    def forward(ctx: Any, boxes: Tensor, options: tuple[Any, ...], *maps: Tensor) -> Tensor:
+        ctx.save_for_backward(boxes)
+        ctx.options = options
+        ctx.shapes = [size for feature in maps for size in feature.shape]
+        ctx.channels_last = [_is_channels_last(feature) for feature in maps]
+        output: Tensor = torch.ops.rakd_ops.align(list(maps), boxes, *options)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        (boxes,) = ctx.saved_tensors
+        gradients = torch.ops.rakd_ops.align_backward(gradient, boxes, ctx.shapes, ctx.channels_last, *ctx.options)
+        return None, None, *gradients
+
+
+def distill(inputs: Distillation, settings: Settings, reduction: str) -> Tensor:
+    """``soft_roi_distill`` by the registered ops, on checked arguments."""
+    maps = (*inputs.apprentice, *inputs.expert)
+    options = (list(settings.strides), list(inputs.expert_strides), *settings.for_op())
+    wanted = (any(m.requires_grad for m in inputs.apprentice), any(m.requires_grad for m in inputs.expert))
+    if not (torch.is_grad_enabled() and any(wanted)):
+        total, losses = torch.ops.rakd_ops.distill_loss(
+            inputs.apprentice, inputs.expert, inputs.boxes, inputs.coefficients, *options
+        )
+        result: Tensor = losses if reduction == "none" else total
+        return result.to(_loss_dtype(maps))
+    if reduction == "none" or maps[0].dtype == torch.float16:
+        summed = reduction != "none"
+        return _DistillPerBox.apply(inputs.boxes, inputs.coefficients, options, wanted, summed, *maps)  # type: ignore[no-any-return]
+    return _DistillTotal.apply(inputs.boxes, inputs.coefficients, options, wanted, *maps)  # type: ignore[no-any-return]
+
+
+def align(maps: list[Tensor], boxes: Tensor, settings: Settings) -> Tensor:
+    """``multilevel_roi_align`` by the registered ops, on checked arguments."""
+    options = (list(settings.strides), *settings.for_op())
+    return _Align.apply(boxes, options, *maps)  # type: ignore[no-any-return]
+
+
+def compiled_level_weights(boxes: Tensor, settings: Settings) -> Tensor:
+    """Level weights of checked boxes by compiled code (CPU)."""
+    rule = (ASSIGNMENTS.index(settings.assignment), settings.sigma, settings.canonical_size, settings.canonical_level)
+    weights: Tensor = torch.ops.rakd_ops.level_weights(boxes, list(settings.strides), *rule)
+    return weights

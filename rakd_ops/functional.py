@@ -1,0 +1,164 @@
+"""The public functions. Each validates its arguments and hands them to a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rakd_ops import _inputs, _library, reference
+from rakd_ops._backends import choose_backend
+from rakd_ops._inputs import Boxes, Maps
+
+
+def soft_roi_distill(
+    apprentice: Maps,
+    expert: Maps,
+    boxes: Boxes,
+    *,
+    strides: Sequence[float] = (4, 8, 16, 32),
+    expert_strides: Sequence[float] | None = None,
+    output_size: int | tuple[int, int] = 7,
+    sampling_ratio: int = 2,
+    assignment: str = "soft",
+    sigma: float = 1.0,
+    canonical_size: float = 224.0,
+    canonical_level: float = 4,
+    box_weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Region-aware distillation loss: RoI features of two pyramids compared level by level, softly assigned.
+
+    For box ``k`` and level ``l`` let ``D_kl = RoIAlign(A_l, b_k) - RoIAlign(E_l, b_k)``. The box's loss is
+    ``u_k Σ_l w_kl mean(D_kl²)``, where ``w_kl`` are the level weights (:func:`level_weights`) and ``u_k`` the box
+    weights. Values accumulate in float32, in float64 for float64 maps.
+
+    Args:
+        apprentice: The apprentice's maps ``[B, C, H_l, W_l]``, fine to coarse: a sequence, or a dict (in its order).
+            float32, float64, float16 or bfloat16; any memory layout.
+        expert: The expert's maps, as many, with the apprentice's batch size, channels, dtype and device. Other
+            heights and widths need ``expert_strides``.
+        boxes: ``[K, 5]`` rows ``(batch_index, x1, y1, x2, y2)`` in pixels of the apprentice's input image, or a list
+            of one ``[K_b, 4]`` per image. Data: no gradient flows to them.
+        strides: Pixels per cell of each of the apprentice's maps, increasing.
+        expert_strides: How many of the boxes' pixels one cell of each expert map covers; default ``strides``.
+        output_size: Bins of RoIAlign: one integer, or (height, width).
+        sampling_ratio: Samples per bin and axis; 0 adapts to the box, ``ceil(box size in cells / bins)``.
+        assignment: ``"soft"`` (Gaussian over levels, the paper's SFA), ``"hard"`` (one level, HFA) or ``"uniform"``
+            (all levels alike, L_RoI).
+        sigma: Width of the Gaussian, in levels.
+        canonical_size: Side in pixels of a box that belongs to ``canonical_level``.
+        canonical_level: Level (log2 of the stride) of a box of ``canonical_size``.
+        box_weights: ``[K]`` weights ``u_k``; default 1.
+        reduction: ``"mean"`` (over boxes; 0 without boxes), ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        The loss, a scalar, or ``[K]`` for ``reduction="none"``; float64 for float64 maps, else float32.
+
+    Raises:
+        ValueError: A shape, value, device or name is wrong, or a gradient with respect to boxes is asked for.
+        TypeError: An argument has the wrong type or dtype.
+        RuntimeError: The backend asked for cannot run; or, from compiled code where values could not be checked
+            before (``torch.compile``), a box is invalid.
+
+    Source:
+        Cheon, Shin, Bae: Region-aware knowledge distillation between monocular camera-based 3D object detectors, ICT
+        Express 2025, L^S_RoI. RoIAlign: ``torchvision.ops.roi_align`` with ``aligned=True``. Levels: Lin et al.,
+        Feature Pyramid Networks, equation 1 without the floor.
+    """
+    settings = _inputs.check_settings(
+        strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
+    )
+    inputs = _inputs.check_distillation(apprentice, expert, boxes, box_weights, reduction, settings, expert_strides)
+    if choose_backend(backend, inputs.boxes.device) == "reference":
+        return reference.distill_checked(inputs, settings, reduction)
+    return _library.distill(inputs, settings, reduction)
+
+
+def multilevel_roi_align(
+    features: Maps,
+    boxes: Boxes,
+    *,
+    strides: Sequence[float] = (4, 8, 16, 32),
+    output_size: int | tuple[int, int] = 7,
+    sampling_ratio: int = 2,
+    assignment: str = "hard",
+    sigma: float = 1.0,
+    canonical_size: float = 224.0,
+    canonical_level: float = 4,
+    backend: str = "auto",
+) -> Tensor:
+    """RoIAlign over all levels of a pyramid at once: ``out_k = Σ_l w_kl RoIAlign(F_l, b_k)``.
+
+    With ``assignment="hard"`` this is the usual FPN pooling (``torchvision.ops.MultiScaleRoIAlign``).
+
+    Args:
+        features: Maps ``[B, C, H_l, W_l]``, fine to coarse: a sequence, or a dict (in its order). Gradients flow
+            to them.
+        boxes: As for :func:`soft_roi_distill`.
+        strides: Pixels per cell of each map, increasing.
+        output_size: Bins: one integer, or (height, width).
+        sampling_ratio: Samples per bin and axis; 0 adapts to the box.
+        assignment: ``"hard"``, ``"soft"`` or ``"uniform"``; see :func:`level_weights`.
+        sigma: Width of the Gaussian of ``"soft"``, in levels.
+        canonical_size: Side in pixels of a box that belongs to ``canonical_level``.
+        canonical_level: Level (log2 of the stride) of a box of ``canonical_size``.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        ``[K, C, Py, Px]`` in the maps' dtype; rows in the order of the boxes.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: As :func:`soft_roi_distill`.
+    """
+    settings = _inputs.check_settings(
+        strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
+    )
+    maps, rows = _inputs.check_alignment(features, boxes, settings)
+    if choose_backend(backend, rows.device) == "reference":
+        return reference.align_checked(maps, rows, settings)
+    return _library.align(maps, rows, settings)
+
+
+def level_weights(
+    boxes: Boxes,
+    *,
+    strides: Sequence[float] = (4, 8, 16, 32),
+    assignment: str = "soft",
+    sigma: float = 1.0,
+    canonical_size: float = 224.0,
+    canonical_level: float = 4,
+) -> Tensor:
+    """Weights of the pyramid's levels for each box.
+
+    A box of sides ``w, h`` has the continuous level ``m = canonical_level + log2(sqrt(w h) / canonical_size)``,
+    clamped to the levels that exist; level ``l`` of a map is ``log2`` of its stride.
+
+    - ``"soft"``: ``w_l ∝ exp(-(l - m)² / (2 sigma²))``.
+    - ``"hard"``: 1 for the coarsest level not above ``m + 1e-6`` (torchvision's ``LevelMapper``), else 0.
+    - ``"uniform"``: ``1 / L``.
+
+    Args:
+        boxes: As for :func:`soft_roi_distill`.
+        strides: Pixels per cell of each level, increasing.
+        assignment: See above.
+        sigma: Width of the Gaussian, in levels.
+        canonical_size: Side in pixels of a box of level ``canonical_level``.
+        canonical_level: See ``canonical_size``.
+
+    Returns:
+        ``[K, L]``, rows summing to 1; float64 for float64 boxes, else float32. Carries no gradient.
+
+    Raises:
+        ValueError, TypeError: As :func:`soft_roi_distill`.
+    """
+    return reference.level_weights(
+        boxes,
+        strides=strides,
+        assignment=assignment,
+        sigma=sigma,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
+    )

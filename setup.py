@@ -1,0 +1,240 @@
+"""Builds the compiled libraries of ``rakd_ops``; everything else about the package stands in pyproject.toml.
+
+Two libraries, because a user's torch may have no CUDA: ``rakd_ops/_cpu`` always, ``rakd_ops/_cuda`` where it can be
+built. Both use LibTorch's stable ABI with 2.10 as target, so the torch they are compiled against (the newest, in
+pip's isolated build) need not be the one they run under. They are loaded by ``torch.ops.load_library`` and hold no
+Python module.
+
+Environment variables:
+    RAKD_CUDA=1 / 0: build the CUDA library or fail / do not build it. Unset: build it if nvcc and a CUDA build of
+        torch are there. What was decided, and why, is printed and kept in ``rakd_ops/_build_info.py``.
+    CUDA_HOME: the CUDA toolkit to use.
+    TORCH_CUDA_ARCH_LIST: GPU architectures, as for torch ("8.0 9.0+PTX").
+    MAX_JOBS: compilations at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
+DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+
+# Contraction into fused multiply-adds is off in the files that compute geometry: see csrc/geometry.h.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+GEOMETRY_FLAGS = ["-ffp-contract=off"]
+ISA_FLAGS = {
+    "baseline": ["-DRAKD_VECTOR_BYTES=16"],
+    "avx2": ["-DRAKD_VECTOR_BYTES=32", "-mavx2", "-mfma"],
+    "avx512": [
+        "-DRAKD_VECTOR_BYTES=64",
+        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class CudaDecision:
+    """Whether the CUDA library is built, why, and with which toolkit."""
+
+    build: bool
+    reason: str
+    home: Path | None = None
+
+
+def find_cuda_home() -> tuple[Path | None, str]:
+    """Find a CUDA toolkit that has both a compiler and headers.
+
+    A lone ``nvcc`` on the PATH may be a wrapper whose folder is no toolkit, so each candidate is checked.
+    """
+    candidates = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    explicit = bool(candidates)
+    if not explicit:
+        nvcc = shutil.which("nvcc")
+        if nvcc:
+            candidates.append(Path(nvcc).resolve().parent.parent)
+        candidates.append(Path("/usr/local/cuda"))
+    for home in candidates:
+        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            return home, f"CUDA toolkit at {home}"
+    looked = ", ".join(str(home) for home in candidates)
+    where = "CUDA_HOME names no CUDA toolkit" if explicit else "no CUDA toolkit"
+    return None, f"{where} (looked for bin/nvcc and include/cuda_runtime.h in {looked})"
+
+
+def decide_cuda(torch_has_cuda: bool) -> CudaDecision:
+    """Decide on the CUDA library from RAKD_CUDA, the toolkit and the torch that is built against."""
+    wish = os.environ.get("RAKD_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"RAKD_CUDA: expected 0, 1 or nothing, got {wish!r}")
+    if wish == "0":
+        return CudaDecision(False, "RAKD_CUDA=0 forbids it")
+    home, found = find_cuda_home()
+    if not any((CSRC / "cuda").glob("*.cu")):
+        decision = CudaDecision(False, "this version has no CUDA kernels")
+    elif not torch_has_cuda:
+        decision = CudaDecision(False, "the torch it is built against has no CUDA")
+    elif home is None:
+        decision = CudaDecision(False, found)
+    else:
+        return CudaDecision(True, found, home)
+    if wish == "1":
+        raise SystemExit(f"RAKD_CUDA=1 asks for the CUDA library, but {decision.reason}")
+    return decision
+
+
+def architecture_flags(architectures: str) -> list[str]:
+    """Translate a TORCH_CUDA_ARCH_LIST into nvcc's -gencode options."""
+    flags = []
+    for entry in architectures.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
+        if not match:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got {entry!r}")
+        number = match[1] + match[2] + match[3]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation: a source, its flags, and a tag where a source is compiled more than once."""
+
+    source: Path
+    flags: tuple[str, ...]
+    tag: str = ""
+
+
+class BuildLibraries(build_ext):
+    """Compiles with flags of their own per file, several at a time, and records what was built."""
+
+    def finalize_options(self) -> None:
+        """Decide what to build."""
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        self.torch_version = torch.__version__
+        self.torch_libraries = Path(torch.__file__).parent / "lib"
+        self.torch_includes = [f"-isystem{path}" for path in include_paths()]
+        self.cuda = decide_cuda(torch.version.cuda is not None)
+        self.distribution.ext_modules = [extension("_cpu")] + ([extension("_cuda")] if self.cuda.build else [])
+        super().finalize_options()
+
+    def run(self) -> None:
+        """Build, and write ``_build_info.py``."""
+        verdict = "is built" if self.cuda.build else "is not built"
+        print(f"rakd_ops: the CUDA library {verdict}: {self.cuda.reason}", flush=True)
+        super().run()
+        self.write_build_info()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link one library."""
+        if os.name != "posix":
+            raise SystemExit("rakd_ops builds with GCC or Clang; this platform is not supported")
+        units = self.cuda_units() if ext.name.endswith("_cuda") else self.cpu_units()
+        objects_dir = Path(self.build_temp) / ext.name
+        objects_dir.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+            objects = list(pool.map(lambda unit: self.compile_unit(unit, objects_dir), units))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        libraries = ["-ltorch_cpu", "-lc10"]
+        if ext.name.endswith("_cuda"):
+            # A static runtime: the user's torch may carry another CUDA version than the toolkit here.
+            libraries += ["-ltorch_cuda", f"-L{self.cuda.home}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-shared"]
+        as_needed = [] if platform.system() == "Darwin" else ["-Wl,--as-needed", "-s"]
+        search = f"-L{self.torch_libraries}"
+        command = [*self.cxx(), *shared, *as_needed, *map(str, objects), search, *libraries, "-o", str(library)]
+        self.check_call(command)
+
+    def cxx(self) -> list[str]:
+        """Return the C++ compiler: CXX if set."""
+        return os.environ.get("CXX", "c++").split()
+
+    def cpu_units(self) -> list[Unit]:
+        """List the compilations of the CPU library."""
+        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+        isas = ISA_FLAGS if is_x86 else {"baseline": ISA_FLAGS["baseline"]}
+        macros = [f"-DRAKD_HAS_{name.upper()}" for name in isas]
+        torch_flags = [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}", *self.torch_includes]
+        units = [
+            Unit(CSRC / "cpu" / "kernels.cpp", (*flags, f"-DRAKD_ISA={name}"), name) for name, flags in isas.items()
+        ]
+        for name in ("plan", "dispatch", "distill", "align"):
+            units.append(Unit(CSRC / "cpu" / f"{name}.cpp", (*GEOMETRY_FLAGS, *macros, *torch_flags)))
+        return sorted(units, key=lambda unit: unit.tag, reverse=True)  # the slow ones first
+
+    def cuda_units(self) -> list[Unit]:
+        """List the compilations of the CUDA library."""
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+        flags = (
+            f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}",
+            "-DUSE_CUDA",
+            *architecture_flags(architectures),
+            *self.torch_includes,
+        )
+        return [Unit(source, flags) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+
+    def compile_unit(self, unit: Unit, objects_dir: Path) -> Path:
+        """Compile one unit unless its object is newer than all sources."""
+        target = objects_dir / f"{unit.source.stem}{'-' + unit.tag if unit.tag else ''}.o"
+        if unit.source.suffix == ".cu":
+            compiler = [str(self.cuda.home / "bin" / "nvcc"), "-std=c++17", "-O3", "--threads=2"]
+            compiler += ["-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+        else:
+            compiler = [*self.cxx(), *CXX_FLAGS, "-fPIC"]
+        command = [*compiler, *unit.flags, "-c", str(unit.source), "-o", str(target)]
+        record = target.with_suffix(".command")
+        newest = max(path.stat().st_mtime for path in [*CSRC.rglob("*.*"), Path(__file__)])
+        if target.exists() and target.stat().st_mtime > newest and record.read_text() == "\n".join(command):
+            return target
+        self.check_call(command)
+        record.write_text("\n".join(command))
+        return target
+
+    def check_call(self, command: list[str]) -> None:
+        """Run a compiler; a failure ends the build with the command that failed."""
+        print(" ".join(command), flush=True)
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit("rakd_ops: the build failed at: " + " ".join(command))
+
+    def write_build_info(self) -> None:
+        """Record how the libraries were built, beside them."""
+        package = Path(self.get_ext_fullpath("rakd_ops._cpu")).parent
+        compiler = subprocess.run([*self.cxx(), "--version"], capture_output=True, text=True, check=False)
+        info = {
+            "built_against_torch": self.torch_version,
+            "stable_abi_target": "2.10",
+            "compiler": compiler.stdout.splitlines()[0] if compiler.stdout else "unknown",
+            "cuda_built": self.cuda.build,
+            "cuda_reason": self.cuda.reason,
+        }
+        lines = ['"""How the compiled libraries were built; written by setup.py."""', ""]
+        lines += [f"{key} = {value!r}" for key, value in info.items()]
+        (package / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+
+def extension(name: str) -> Extension:
+    """Describe one library; its sources are compiled by BuildLibraries, not by setuptools."""
+    return Extension(f"rakd_ops.{name}", sources=[], py_limited_api=True)
+
+
+setup(
+    ext_modules=[extension("_cpu")],
+    cmdclass={"build_ext": BuildLibraries},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
