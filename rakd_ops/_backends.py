@@ -20,10 +20,10 @@ def build_info() -> dict[str, object]:
     return {key: value for key, value in vars(_build_info).items() if not key.startswith("_")}
 
 
-@functools.cache
 def _load(name: str) -> str | None:
-    """Load a compiled library once; return why it is not there, or None."""
-    paths = sorted(Path(__file__).parent.glob(f"{name}.*so")) + sorted(Path(__file__).parent.glob(f"{name}.so"))
+    """Load a compiled library; return why it is not there, or None."""
+    folder = Path(__file__).parent
+    paths = sorted(folder.glob(f"{name}.*so")) + sorted(folder.glob(f"{name}.so"))
     if not paths:
         return f"the compiled library rakd_ops/{name} is not installed; install the package with `pip install .`"
     try:
@@ -33,28 +33,30 @@ def _load(name: str) -> str | None:
     return None
 
 
-def load_libraries() -> None:
-    """Load what is installed, so that its ops are registered."""
-    _load("_cpu")
-    if torch.version.cuda is not None:
-        _load("_cuda")
-
-
-def _why_not(backend: str) -> str | None:
-    if backend == "reference":
-        return None
-    if backend == "cpu":
-        return _load("_cpu")
-    if backend == "triton":
-        return "this version has no Triton kernels"
+def _load_cuda() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     info = build_info()
     if not info.get("cuda_built", False):
         return f"the CUDA library was not built: {info.get('cuda_reason', 'nothing was built')}"
-    if (reason := _load("_cuda")) is not None:
-        return reason
-    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+    return _load("_cuda")
+
+
+# Why each backend's code is not there, or None. Filled by load_backends(), a plain dict so that torch.compile can read
+# it; whether a GPU is there is asked only when somebody asks, and a CUDA tensor answers it by existing.
+_MISSING: dict[str, str | None] = {}
+
+
+def load_backends() -> None:
+    """Load what is installed, so that its ops are registered. Called once, when the schemas are defined."""
+    _MISSING.update(cuda=_load_cuda(), triton="this version has no Triton kernels", cpu=_load("_cpu"), reference=None)
+
+
+def _why_not(backend: str) -> str | None:
+    missing = _MISSING[backend]
+    if missing is None and backend in ("cuda", "triton") and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return missing
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -68,13 +70,8 @@ def available_backends() -> dict[str, bool | str]:
 
 
 @functools.cache
-def _runs_here(backend: str) -> bool:
-    return _why_not(backend) is None
-
-
-@functools.cache
 def _warn_slow(device: str, chosen: str) -> None:
-    reasons = {name: _why_not(name) for name in ("cuda", "triton") if not _runs_here(name)}
+    reasons = {name: _why_not(name) for name in ("cuda", "triton") if _MISSING[name] is not None}
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     warnings.warn(f"rakd_ops: {device} tensors are served by the slower {chosen!r} backend ({listed})", stacklevel=4)
 
@@ -98,12 +95,12 @@ def choose_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     serving = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}.get(device.type, ("reference",))
     if backend == "auto":
-        chosen = next(name for name in serving if _runs_here(name))
+        chosen = next(name for name in serving if _MISSING[name] is None)
         if chosen != serving[0] and not torch.compiler.is_compiling():
             _warn_slow(device.type, chosen)
         return chosen
-    if not _runs_here(backend):
-        raise RuntimeError(f"backend: {backend!r} cannot run here: {_why_not(backend)}")
+    if _MISSING[backend] is not None:
+        raise RuntimeError(f"backend: {backend!r} cannot run here: {_MISSING[backend]}")
     if backend not in serving:
         raise RuntimeError(f"backend: {backend!r} cannot take tensors on device {device}")
     return backend

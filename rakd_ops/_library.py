@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rakd_ops import _backends
 from rakd_ops._inputs import Distillation, Settings
@@ -40,7 +39,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"rakd_ops::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-_backends.load_libraries()
+_backends.load_backends()
 
 
 def _is_channels_last(feature: Tensor) -> bool:
@@ -106,6 +105,55 @@ def _place_gradients(gradients: Sequence[Tensor], wanted: tuple[bool, bool], lev
     return tuple(next(remaining) if side else None for side in wanted for _ in range(levels))
 
 
+class _Anchor(torch.autograd.Function):
+    """An empty tensor that depends on the maps, so that second derivatives find their way to the error below."""
+
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return maps[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """Passes gradients through; asked to differentiate them, says that this is not supported."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "rakd_ops: the gradients of soft_roi_distill and multilevel_roi_align cannot be differentiated again "
+            "(double backward); use backend='reference' where that is needed"
+        )
+
+
+def _anchor(maps: Sequence[Tensor]) -> Tensor | None:
+    """Return what a Function keeps to refuse double backward.
+
+    torch's ``once_differentiable`` only notices when the incoming gradient requires one, and else takes our gradients
+    for constants: second derivatives would be silently wrong. Keeping the maps themselves would hold their memory and
+    forbid changing them in place.
+    """
+    if torch.compiler.is_compiling():  # refuses by itself
+        return None
+    anchor: Tensor = _Anchor.apply(*maps)
+    return anchor
+
+
+def _once(anchor: Tensor | None, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Under ``create_graph=True``, make second derivatives an error."""
+    if anchor is None or not torch.is_grad_enabled():
+        return gradients
+    refusing: tuple[Tensor, ...] = _RefuseDoubleBackward.apply(anchor, *gradients)
+    return refusing
+
+
 # `autograd.Function` does not see tensors inside lists, so maps are passed flat: the apprentice's, then the expert's.
 class _DistillTotal(torch.autograd.Function):
     """Sum of the losses; the gradient is computed with the loss and only scaled on the way back."""
@@ -113,6 +161,7 @@ class _DistillTotal(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        anchor: Tensor | None,
         boxes: Tensor,
         coefficients: Tensor,
         options: tuple[Any, ...],
@@ -123,23 +172,23 @@ class _DistillTotal(torch.autograd.Function):
         total, gradients = torch.ops.rakd_ops.distill_gradient(
             apprentice, expert, boxes, coefficients, *options, *wanted
         )
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(anchor, *gradients)
         ctx.wanted = wanted
         ctx.levels = len(apprentice)
         return total.to(_loss_dtype(maps))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
+        anchor, *saved = ctx.saved_tensors
         if torch.compiler.is_compiling() or gradient.device.type != "cpu" or _graph_is_kept():
-            # The product in float32 at least: a bfloat16 scalar would scale all gradients by up to 0.4 % too much.
-            scaled = [(g * gradient.to(g.dtype)) if g.dtype == gradient.dtype else (g.to(gradient.dtype) * gradient).to(g.dtype) for g in saved]
+            # The product in the loss's dtype: a scalar rounded to bfloat16 would put all gradients off alike.
+            scaled = [(g.to(gradient.dtype) * gradient).to(g.dtype) for g in saved]
         else:
             # Nobody will read the saved tensors again, so they become the result without a second pass over memory.
             factor = gradient.item()
-            scaled = [g if factor == 1.0 else g.mul_(factor) for g in saved]
-        return None, None, None, None, *_place_gradients(scaled, ctx.wanted, ctx.levels)
+            scaled = saved if factor == 1.0 else [g.mul_(factor) for g in saved]
+        scaled = _once(anchor, scaled)
+        return None, None, None, None, None, *_place_gradients(scaled, ctx.wanted, ctx.levels)
 
 
 class _DistillPerBox(torch.autograd.Function):
@@ -152,6 +201,7 @@ class _DistillPerBox(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        anchor: Tensor | None,
         boxes: Tensor,
         coefficients: Tensor,
         options: tuple[Any, ...],
@@ -161,28 +211,28 @@ class _DistillPerBox(torch.autograd.Function):
     ) -> Tensor:
         apprentice, expert = _split(maps)
         total, losses = torch.ops.rakd_ops.distill_loss(apprentice, expert, boxes, coefficients, *options)
-        ctx.save_for_backward(boxes, coefficients, *maps)
+        ctx.save_for_backward(anchor, boxes, coefficients, *maps)
         ctx.options = options
         ctx.wanted = wanted
         return (total if reduce else losses).to(_loss_dtype(maps))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        boxes, coefficients, *maps = ctx.saved_tensors
+        anchor, boxes, coefficients, *maps = ctx.saved_tensors
         apprentice, expert = _split(maps)
         _, gradients = torch.ops.rakd_ops.distill_gradient(
             apprentice, expert, boxes, coefficients * gradient.to(torch.float64), *ctx.options, *ctx.wanted
         )
-        return None, None, None, None, None, *_place_gradients(gradients, ctx.wanted, len(apprentice))
+        gradients = _once(anchor, gradients)
+        return None, None, None, None, None, None, *_place_gradients(gradients, ctx.wanted, len(apprentice))
 
 
 class _Align(torch.autograd.Function):
     """Multi-level RoIAlign."""
 
     @staticmethod
-    def forward(ctx: Any, boxes: Tensor, options: tuple[Any, ...], *maps: Tensor) -> Tensor:
-        ctx.save_for_backward(boxes)
+    def forward(ctx: Any, anchor: Tensor | None, boxes: Tensor, options: tuple[Any, ...], *maps: Tensor) -> Tensor:
+        ctx.save_for_backward(anchor, boxes)
         ctx.options = options
         ctx.shapes = [size for feature in maps for size in feature.shape]
         ctx.channels_last = [_is_channels_last(feature) for feature in maps]
@@ -190,11 +240,10 @@ class _Align(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        (boxes,) = ctx.saved_tensors
+        anchor, boxes = ctx.saved_tensors
         gradients = torch.ops.rakd_ops.align_backward(gradient, boxes, ctx.shapes, ctx.channels_last, *ctx.options)
-        return None, None, *gradients
+        return None, None, None, *_once(anchor, gradients)
 
 
 def distill(inputs: Distillation, settings: Settings, reduction: str) -> Tensor:
@@ -210,14 +259,14 @@ def distill(inputs: Distillation, settings: Settings, reduction: str) -> Tensor:
         return result.to(_loss_dtype(maps))
     if reduction == "none" or maps[0].dtype == torch.float16:
         summed = reduction != "none"
-        return _DistillPerBox.apply(inputs.boxes, inputs.coefficients, options, wanted, summed, *maps)  # type: ignore[no-any-return]
-    return _DistillTotal.apply(inputs.boxes, inputs.coefficients, options, wanted, *maps)  # type: ignore[no-any-return]
+        return _DistillPerBox.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, summed, *maps)  # type: ignore[no-any-return]
+    return _DistillTotal.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, *maps)  # type: ignore[no-any-return]
 
 
 def align(maps: list[Tensor], boxes: Tensor, settings: Settings) -> Tensor:
     """``multilevel_roi_align`` by the registered ops, on checked arguments."""
     options = (list(settings.strides), *settings.for_op())
-    return _Align.apply(boxes, options, *maps)  # type: ignore[no-any-return]
+    return _Align.apply(_anchor(maps), boxes, options, *maps)  # type: ignore[no-any-return]
 
 
 def compiled_level_weights(boxes: Tensor, settings: Settings) -> Tensor:

@@ -1,0 +1,182 @@
+"""Gradients: against finite differences, asked for in every way autograd offers, and refused where they make no sense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import DEVICE_OF, backend_params, pyramid, random_boxes
+from torch.utils.checkpoint import checkpoint
+
+from rakd_ops import multilevel_roi_align, soft_roi_distill
+
+BACKENDS = backend_params("cpu", "cuda", "triton", "reference")
+SMALL: dict[str, Any] = {"batch": 2, "channels": 2, "height": 12, "width": 16, "strides": (2, 4)}
+
+
+def small_maps(backend: str, seed: int = 0) -> list[torch.Tensor]:
+    return pyramid(**SMALL, device=DEVICE_OF[backend], seed=seed, requires_grad=True)
+
+
+def small_boxes(backend: str) -> torch.Tensor:
+    return random_boxes(4, 2, 12, 16, seed=1).to(DEVICE_OF[backend])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("expert_strides", [None, (3.0, 5.0)])
+def test_gradcheck_distill(backend: str, reduction: str, expert_strides: Any) -> None:
+    apprentice = small_maps(backend)
+    expert = small_maps(backend, seed=1)
+    if expert_strides is not None:
+        steps = {**SMALL, "strides": expert_strides}
+        expert = pyramid(**steps, device=DEVICE_OF[backend], seed=1, requires_grad=True)
+
+    def loss(*maps: torch.Tensor) -> torch.Tensor:
+        return soft_roi_distill(
+            maps[:2], maps[2:], small_boxes(backend), strides=(2, 4), expert_strides=expert_strides,
+            output_size=(2, 3), canonical_size=8.0, canonical_level=1, reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (*apprentice, *expert))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("assignment", ["hard", "soft"])
+def test_gradcheck_align(backend: str, assignment: str) -> None:
+    def pool(*maps: torch.Tensor) -> torch.Tensor:
+        return multilevel_roi_align(
+            maps, small_boxes(backend), strides=(2, 4), output_size=(3, 2), sampling_ratio=0, assignment=assignment,
+            canonical_size=8.0, canonical_level=1, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(pool, tuple(small_maps(backend)))
+
+
+def losses(backend: str, reduction: str = "mean", dtype: torch.dtype = torch.float64) -> tuple[Any, Any, Any]:
+    device = DEVICE_OF[backend]
+    maps = pyramid(dtype=dtype, device=device, requires_grad=True)
+    expert = pyramid(dtype=dtype, device=device, seed=1)
+    loss = soft_roi_distill(maps, expert, random_boxes(6).to(device), reduction=reduction, backend=backend)
+    return loss.sum(), maps, expert
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_second_backward_is_right(backend: str, reduction: str, dtype: torch.dtype) -> None:
+    """Neither scaling a gradient nor changing a returned one may leak into a later backward."""
+    loss, maps, _ = losses(backend, reduction, dtype)
+    first = torch.autograd.grad(loss, maps, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.mul_(5.0)
+    doubled = torch.autograd.grad(2.0 * loss, maps, retain_graph=True)
+    again = torch.autograd.grad(loss, maps)
+    for a, b, c in zip(kept, doubled, again, strict=True):
+        torch.testing.assert_close(b, 2 * a)
+        torch.testing.assert_close(c, a)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice_without_retaining_is_torchs_error(backend: str) -> None:
+    loss, _, _ = losses(backend)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_refused(backend: str, reduction: str) -> None:
+    loss, maps, _ = losses(backend, reduction)
+    gradients = torch.autograd.grad(loss, maps, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(sum(g.square().sum() for g in gradients), maps)
+    # Also where another term would carry a gradient and the missing one go unnoticed.
+    loss, maps, _ = losses(backend, reduction)
+    gradients = torch.autograd.grad(loss, maps, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(sum(g.square().sum() for g in gradients) + maps[0].sum(), maps[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_accumulate_in_leaves(backend: str) -> None:
+    loss, maps, _ = losses(backend)
+    loss.backward(retain_graph=True)
+    once = [m.grad.clone() for m in maps]
+    (3.0 * loss).backward()
+    for m, g in zip(maps, once, strict=True):
+        torch.testing.assert_close(m.grad, 4 * g)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_what_is_asked_for(backend: str) -> None:
+    device = DEVICE_OF[backend]
+    boxes = random_boxes(6).to(device)
+    maps, expert = pyramid(device=device, requires_grad=True), pyramid(device=device, seed=1, requires_grad=True)
+    everything = torch.autograd.grad(soft_roi_distill(maps, expert, boxes, backend=backend), maps + expert)
+    for a, e in zip(everything[:4], everything[4:], strict=True):
+        torch.testing.assert_close(a, -e)
+    frozen = [m.detach() for m in maps]
+    of_expert = torch.autograd.grad(soft_roi_distill(frozen, expert, boxes, backend=backend), expert)
+    for a, b in zip(of_expert, everything[4:], strict=True):
+        torch.testing.assert_close(a, b)
+    # One level alone.
+    mixed = [m if level == 2 else m.detach() for level, m in enumerate(maps)]
+    (third,) = torch.autograd.grad(soft_roi_distill(mixed, expert, boxes, backend=backend), maps[2])
+    torch.testing.assert_close(third, everything[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_grad(backend: str) -> None:
+    with torch.no_grad():
+        loss, _, _ = losses(backend)
+    assert not loss.requires_grad
+    with torch.inference_mode():
+        loss, _, _ = losses(backend)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoint(backend: str) -> None:
+    plain, maps, expert = losses(backend)
+    expected = torch.autograd.grad(plain, maps)
+
+    def block(*inputs: torch.Tensor) -> torch.Tensor:
+        scaled = [2.0 * m for m in inputs]
+        return soft_roi_distill(scaled, [2.0 * e for e in expert], random_boxes(6).to(plain.device), backend=backend)
+
+    loss = checkpoint(block, *maps, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(loss, maps), expected, strict=True):
+        torch.testing.assert_close(a, 4 * b)
+
+
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+def test_float16_gradients_survive_with_a_loss_scale(backend: str) -> None:
+    """The mean over many boxes and channels underflows in float16 unless the loss scale is applied before rounding."""
+    device = DEVICE_OF[backend]
+    maps = [m.half().requires_grad_() for m in pyramid(channels=64, device=device)]
+    expert = [m.half() for m in pyramid(channels=64, device=device, seed=1)]
+    boxes = random_boxes(200).to(device)
+    exact = [m.detach().double().requires_grad_() for m in maps]
+    loss = soft_roi_distill(maps, expert, boxes, backend=backend)
+    gradients = torch.autograd.grad(loss * 2.0**16, maps)
+    wanted = torch.autograd.grad(soft_roi_distill(exact, [e.double() for e in expert], boxes, backend="reference"), exact)
+    for got, expected in zip(gradients, wanted, strict=True):
+        scaled = expected * 2.0**16
+        assert float((got.double() - scaled).abs().max()) <= 1e-3 * float(scaled.abs().max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_boxes_and_weights_are_refused(backend: str) -> None:
+    maps = pyramid(device=DEVICE_OF[backend])
+    boxes = random_boxes(3).to(DEVICE_OF[backend])
+    with pytest.raises(ValueError, match=r"boxes: .*gradient"):
+        soft_roi_distill(maps, maps, boxes.clone().requires_grad_(), backend=backend)
+    with pytest.raises(ValueError, match=r"box_weights: .*gradient"):
+        weights = torch.ones(3, device=boxes.device, requires_grad=True)
+        soft_roi_distill(maps, maps, boxes, box_weights=weights, backend=backend)
+    with pytest.raises(ValueError, match=r"boxes: .*gradient"):
+        multilevel_roi_align(maps, boxes.clone().requires_grad_(), backend=backend)
