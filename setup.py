@@ -154,11 +154,27 @@ class BuildLibraries(build_ext):
         libraries = ["-ltorch_cpu", "-lc10"]
         if ext.name.endswith("_cuda"):
             # A static runtime: the user's torch may carry another CUDA version than the toolkit here.
-            libraries += ["-ltorch_cuda", f"-L{self.cuda.home}/lib64", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            libraries += [
+                "-ltorch_cuda",
+                f"-L{self.cuda.home}/lib64",
+                "-lcudart_static",
+                "-lrt",
+                "-ldl",
+                "-lpthread",
+            ]
         shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-shared"]
         as_needed = [] if platform.system() == "Darwin" else ["-Wl,--as-needed", "-s"]
         search = f"-L{self.torch_libraries}"
-        command = [*self.cxx(), *shared, *as_needed, *map(str, objects), search, *libraries, "-o", str(library)]
+        command = [
+            *self.cxx(),
+            *shared,
+            *as_needed,
+            *map(str, objects),
+            search,
+            *libraries,
+            "-o",
+            str(library),
+        ]
         self.check_call(command)
 
     def cxx(self) -> list[str]:

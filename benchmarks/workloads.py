@@ -105,7 +105,12 @@ def make_inputs(workload: Workload, dtype: torch.dtype, layout: str, device: str
     for _ in range(2):
         maps = []
         for stride in STRIDES:
-            shape = (workload.batch, workload.channels, -(-workload.height // stride), -(-workload.width // stride))
+            shape = (
+                workload.batch,
+                workload.channels,
+                -(-workload.height // stride),
+                -(-workload.width // stride),
+            )
             feature = torch.randn(shape, generator=generator).to(device, dtype)
             maps.append(feature.contiguous(memory_format=LAYOUTS[layout]))
         networks.append(maps)

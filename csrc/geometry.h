@@ -115,8 +115,8 @@ constexpr double kLevelEpsilon = 1e-6;
 
 // Weights of `count` levels (level_of[l] = log2(stride_l), increasing) for a box of the given sides, in pixels.
 // Non-finite or negative sides give finite weights: memory safety is the caller's only other concern.
-RAKD_HD void level_weights(double width, double height, const double* level_of, int64_t count,
-                           const LevelRule& rule, double* weights) {
+RAKD_HD void level_weights(double width, double height, const double* level_of, int64_t count, const LevelRule& rule,
+                           double* weights) {
   if (rule.assignment == Assignment::kUniform) {
     for (int64_t l = 0; l < count; ++l) weights[l] = 1.0 / static_cast<double>(count);
     return;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def check_strides(name: str, strides: Any) -> tuple[float, ...]:
     if not 1 <= len(strides) <= MAX_LEVELS:
         raise ValueError(f"{name}: expected 1 to {MAX_LEVELS} strides, got {len(strides)}")
     checked = tuple(check_number(f"{name}[{i}]", stride, positive=True) for i, stride in enumerate(strides))
-    if any(fine >= coarse for fine, coarse in zip(checked, checked[1:], strict=False)):
+    if any(fine >= coarse for fine, coarse in pairwise(checked)):
         raise ValueError(f"{name}: expected increasing strides (fine to coarse), got {checked}")
     return checked
 
@@ -96,7 +97,10 @@ def check_settings(
     if isinstance(output_size, Sequence) and not isinstance(output_size, str):
         if len(output_size) != 2:
             raise ValueError(f"output_size: expected one integer or two (height, width), got {output_size!r}")
-        size = (check_integer("output_size[0]", output_size[0], 1), check_integer("output_size[1]", output_size[1], 1))
+        size = (
+            check_integer("output_size[0]", output_size[0], 1),
+            check_integer("output_size[1]", output_size[1], 1),
+        )
     else:
         size = (check_integer("output_size", output_size, 1),) * 2
     return Settings(
@@ -146,27 +150,34 @@ def check_maps(name: str, maps: list[Tensor], like: Tensor, like_name: str, leve
             raise ValueError(f"{label}: expected device {like.device} as in {like_name}, got {feature.device}")
 
 
-def check_pyramid(groups: Sequence[tuple[str, list[Tensor], tuple[float, ...]]]) -> None:
-    """Check that all maps can come from one image: sizes times strides must agree to within a cell or so.
+def check_pyramid(groups: Sequence[tuple[str, str, list[Tensor], tuple[float, ...]]]) -> None:
+    """Check that maps fit their strides: all sizes times strides must belong to one image.
 
-    A map of ``n`` cells of stride ``s`` fits images of about ``(n - 1) s`` to ``n s`` pixels. A cell more on
-    either side is allowed, for networks that round or pad in their own way.
+    A map of ``n`` cells of stride ``s`` comes from more than ``(n - 1) s`` and less than ``(n + 1) s`` pixels,
+    whatever mixture of rounding up and down its network uses. Two networks may pad differently, by up to the
+    coarsest stride.
+
+    Args:
+        groups: Per network: name of its strides' argument, name of its maps' argument, maps, strides.
     """
     for axis, what in ((2, "heights"), (3, "widths")):
-        low, high = -math.inf, math.inf
-        for name, maps, strides in groups:
-            for i, (feature, stride) in enumerate(zip(maps, strides, strict=True)):
-                low = max(low, (feature.shape[axis] - 2) * stride)
-                high = min(high, (feature.shape[axis] + 1) * stride)
-                if low > high:
-                    sizes = "; ".join(
-                        f"{group} {[int(m.shape[axis]) for m in members]} at strides {list(steps)}"
-                        for group, members, steps in groups
-                    )
-                    raise ValueError(
-                        f"{'strides' if name != 'expert' else 'expert_strides'}: expected strides that fit the maps' "
-                        f"{what} (size times stride about the same everywhere), got {sizes}; {name}[{i}] is off"
-                    )
+        intervals = []
+        for _, _, maps, strides in groups:
+            sizes = [int(feature.shape[axis]) for feature in maps]
+            low = max((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+            intervals.append((low, min((n + 1) * stride for n, stride in zip(sizes, strides, strict=True))))
+        padding = max(strides[-1] for _, _, _, strides in groups) if len(groups) > 1 else 0.0
+        consistent = max(low for low, _ in intervals) < min(high for _, high in intervals) + padding
+        for (argument, _, _, _), (low, high) in zip(reversed(groups), reversed(intervals), strict=True):
+            if low >= high or not consistent:
+                listed = "; ".join(
+                    f"{name} {[int(m.shape[axis]) for m in maps]} at strides {list(strides)}"
+                    for _, name, maps, strides in groups
+                )
+                raise ValueError(
+                    f"{argument}: expected strides that fit the maps' {what} (size times stride about the same for "
+                    f"all maps), got {listed}"
+                )
 
 
 def list_boxes(boxes: Any, like: Tensor) -> Tensor:
@@ -186,7 +197,8 @@ def list_boxes(boxes: Any, like: Tensor) -> Tensor:
         boxes = boxes.detach().to(torch.float64)
     if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_box_values(boxes, like.shape[0])
-    return boxes.detach().contiguous()
+    rows: Tensor = boxes.detach().contiguous()
+    return rows
 
 
 def _check_box_tensor(name: str, boxes: Any, columns: int, device: torch.device | None) -> None:
@@ -200,7 +212,9 @@ def _check_box_tensor(name: str, boxes: Any, columns: int, device: torch.device 
     if device is not None and boxes.device != device:
         raise ValueError(f"{name}: expected device {device} as the maps, got {boxes.device}")
     if boxes.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: expected boxes that need no gradient (they are data; detach them), got requires_grad")
+        raise ValueError(
+            f"{name}: expected boxes that need no gradient (they are data; detach them), got requires_grad"
+        )
 
 
 def _check_box_values(boxes: Tensor, images: int | None) -> None:
@@ -233,7 +247,8 @@ def list_boxes_alone(boxes: Any) -> Tensor:
     boxes = boxes.detach().to(torch.float64)
     if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_box_values(boxes, None)
-    return boxes.contiguous()
+    rows: Tensor = boxes.contiguous()
+    return rows
 
 
 def box_coefficients(box_weights: Any, boxes: Tensor, reduction: str) -> Tensor:
@@ -271,7 +286,13 @@ class Distillation(NamedTuple):
 
 
 def check_distillation(
-    apprentice: Any, expert: Any, boxes: Any, box_weights: Any, reduction: Any, settings: Settings, expert_strides: Any
+    apprentice: Any,
+    expert: Any,
+    boxes: Any,
+    box_weights: Any,
+    reduction: Any,
+    settings: Settings,
+    expert_strides: Any,
 ) -> Distillation:
     """Check the tensors of ``soft_roi_distill`` and bring them into one form."""
     check_choice("reduction", reduction, REDUCTIONS)
@@ -288,7 +309,12 @@ def check_distillation(
     students, teachers = both[: len(students)], both[len(students) :]
     check_maps("apprentice", students, students[0], "apprentice[0]", levels)
     check_maps("expert", teachers, students[0], "apprentice[0]", levels)
-    check_pyramid([("apprentice", students, settings.strides), ("expert", teachers, steps)])
+    check_pyramid(
+        [
+            ("strides", "apprentice", students, settings.strides),
+            ("expert_strides", "expert", teachers, steps),
+        ]
+    )
     rows = list_boxes(boxes, students[0])
     return Distillation(students, teachers, rows, box_coefficients(box_weights, rows, reduction), steps)
 
@@ -300,7 +326,7 @@ def check_alignment(features: Any, boxes: Any, settings: Settings) -> tuple[list
         raise ValueError(f"features: expected {len(settings.strides)} maps, one per stride, got {len(maps)}")
     maps = harmonise_autocast(maps)
     check_maps("features", maps, maps[0], "features[0]", len(settings.strides))
-    check_pyramid([("features", maps, settings.strides)])
+    check_pyramid([("strides", "features", maps, settings.strides)])
     return maps, list_boxes(boxes, maps[0])
 
 

@@ -71,7 +71,12 @@ def _(features: list[Tensor], boxes: Tensor, strides: list[float], output_size: 
 
 @torch.library.register_fake("rakd_ops::align_backward")
 def _(
-    output_gradient: Tensor, boxes: Tensor, shapes: list[int], channels_last: list[bool], strides: list[float], *_: Any
+    output_gradient: Tensor,
+    boxes: Tensor,
+    shapes: list[int],
+    channels_last: list[bool],
+    strides: list[float],
+    *_: Any,
 ) -> list[Tensor]:
     return [
         _empty_gradient(output_gradient, shapes[4 * level : 4 * level + 4], last)
@@ -180,6 +185,7 @@ class _DistillTotal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         anchor, *saved = ctx.saved_tensors
+        scaled: Sequence[Tensor]
         if torch.compiler.is_compiling() or gradient.device.type != "cpu" or _graph_is_kept():
             # The product in the loss's dtype: a scalar rounded to bfloat16 would put all gradients off alike.
             scaled = [(g.to(gradient.dtype) * gradient).to(g.dtype) for g in saved]
@@ -259,18 +265,23 @@ def distill(inputs: Distillation, settings: Settings, reduction: str) -> Tensor:
         return result.to(_loss_dtype(maps))
     if reduction == "none" or maps[0].dtype == torch.float16:
         summed = reduction != "none"
-        return _DistillPerBox.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, summed, *maps)  # type: ignore[no-any-return]
-    return _DistillTotal.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, *maps)  # type: ignore[no-any-return]
+        return _DistillPerBox.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, summed, *maps)
+    return _DistillTotal.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, *maps)
 
 
 def align(maps: list[Tensor], boxes: Tensor, settings: Settings) -> Tensor:
     """``multilevel_roi_align`` by the registered ops, on checked arguments."""
     options = (list(settings.strides), *settings.for_op())
-    return _Align.apply(_anchor(maps), boxes, options, *maps)  # type: ignore[no-any-return]
+    return _Align.apply(_anchor(maps), boxes, options, *maps)
 
 
 def compiled_level_weights(boxes: Tensor, settings: Settings) -> Tensor:
     """Level weights of checked boxes by compiled code (CPU)."""
-    rule = (ASSIGNMENTS.index(settings.assignment), settings.sigma, settings.canonical_size, settings.canonical_level)
+    rule = (
+        ASSIGNMENTS.index(settings.assignment),
+        settings.sigma,
+        settings.canonical_size,
+        settings.canonical_level,
+    )
     weights: Tensor = torch.ops.rakd_ops.level_weights(boxes, list(settings.strides), *rule)
     return weights

@@ -45,9 +45,7 @@ class SoftRoIDistillLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _inputs.check_settings(
-            strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
-        )
+        _inputs.check_settings(strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level)
         if expert_strides is not None:
             _inputs.check_strides("expert_strides", expert_strides)
         _inputs.check_choice("reduction", reduction, _inputs.REDUCTIONS)

@@ -117,9 +117,10 @@ Tensor align(std::vector<Tensor> features, Tensor boxes, DoubleList strides, Int
 }
 
 // `shapes` holds B, C, H, W of each level, `channels_last` the layout of each gradient.
-std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList shapes, std::vector<bool> channels_last,
-                                   DoubleList strides, IntList output_size, int64_t sampling_ratio, int64_t assignment,
-                                   double sigma, double canonical_size, double canonical_level) {
+std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList shapes,
+                                   std::vector<bool> channels_last, DoubleList strides, IntList output_size,
+                                   int64_t sampling_ratio, int64_t assignment, double sigma, double canonical_size,
+                                   double canonical_level) {
   const Options options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
   STD_TORCH_CHECK(shapes.size() == 4 * strides.size() && channels_last.size() == strides.size() && !strides.empty(),
                   "shapes: expected four numbers per map");

@@ -18,7 +18,9 @@ struct Options {
 
   Options(const IntList& output_size, int64_t sampling_ratio, int64_t assignment, double sigma, double canonical_size,
           double canonical_level)
-      : bins_y(0), bins_x(0), sampling_ratio(sampling_ratio),
+      : bins_y(0),
+        bins_x(0),
+        sampling_ratio(sampling_ratio),
         rule{static_cast<Assignment>(assignment), sigma, canonical_size, canonical_level} {
     STD_TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
                     "output_size: expected two positive numbers");

@@ -8,7 +8,9 @@ namespace {
 
 const Kernels& choose() {
   const char* wish = std::getenv("RAKD_CPU_ISA");
-  [[maybe_unused]] const auto allowed = [wish](const char* name) { return !wish || !*wish || std::strcmp(wish, name) == 0; };
+  [[maybe_unused]] const auto allowed = [wish](const char* name) {
+    return !wish || !*wish || std::strcmp(wish, name) == 0;
+  };
 #if defined(RAKD_HAS_AVX512)
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {

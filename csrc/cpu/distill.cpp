@@ -201,12 +201,21 @@ std::tuple<Tensor, Tensor> distill_loss(std::vector<Tensor> apprentice, std::vec
   return {scalar_tensor(result.total), losses};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> distill_gradient(
-    std::vector<Tensor> apprentice, std::vector<Tensor> expert, Tensor boxes, Tensor coefficients, DoubleList strides,
-    DoubleList expert_strides, IntList output_size, int64_t sampling_ratio, int64_t assignment, double sigma,
-    double canonical_size, double canonical_level, bool apprentice_gradient, bool expert_gradient) {
+std::tuple<Tensor, std::vector<Tensor>> distill_gradient(std::vector<Tensor> apprentice, std::vector<Tensor> expert,
+                                                         Tensor boxes, Tensor coefficients, DoubleList strides,
+                                                         DoubleList expert_strides, IntList output_size,
+                                                         int64_t sampling_ratio, int64_t assignment, double sigma,
+                                                         double canonical_size, double canonical_level,
+                                                         bool apprentice_gradient, bool expert_gradient) {
   const Options options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  Result result = distill({apprentice, expert, boxes, coefficients, strides, expert_strides, options, false,
+  Result result = distill({apprentice,
+                           expert,
+                           boxes,
+                           coefficients,
+                           strides,
+                           expert_strides,
+                           options,
+                           false,
                            {apprentice_gradient, expert_gradient}});
   return {scalar_tensor(result.total), std::move(result.gradients)};
 }

@@ -10,9 +10,9 @@ namespace rakd {
 namespace RAKD_ISA {
 namespace {
 
-#include "simd.h"
 #include "moves.h"
 #include "passes.h"
+#include "simd.h"
 
 template <class T>
 T* buffer(void* p) {
@@ -147,8 +147,8 @@ struct AlignBackward {
     clear(gradient, plan.pixels * W);
     for (int64_t n = 0; n < plan.patch_count; ++n) {
       const Patch<T>& patch = plan.patches[n];
-      const E* in = static_cast<const E*>(task.output_gradient) +
-                    (patch.box * task.total_channels + task.channels.begin) * bins;
+      const E* in =
+          static_cast<const E*>(task.output_gradient) + (patch.box * task.total_channels + task.channels.begin) * bins;
       gather_run<Gather::kCopy, E, T, W>(in, view, nullptr, view, bins, bins, task.channels.count, pooled);
       spread<T, W>(patch, T(patch.scale), pooled, middle, gradient);
     }

@@ -130,7 +130,7 @@ void scatter(const Plan<T>& plan, const T* in, T sign, const ChannelBlock& block
   E* out = static_cast<E*>(view.data) + block.begin * view.channel_stride;
   if (view.column_stride != 1) {
     for (int64_t n = 0; n < plan.segment_count; ++n) {
-    const Segment& s = plan.segments[n];
+      const Segment& s = plan.segments[n];
       for (int64_t x = s.begin; x < s.end; ++x) {
         const T* from = in + (s.offset + x - s.begin) * W;
         E* to = out + s.row * view.row_stride + x * view.column_stride;

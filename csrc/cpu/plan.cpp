@@ -9,8 +9,8 @@ namespace {
 // R of one axis in double, before it is narrowed and stored; buffers are reused from box to box.
 struct AxisBuilder {
   std::vector<int32_t> cells;
-  std::vector<int32_t> begin, end;    // per bin, in touched cells
-  std::vector<int32_t> offset;        // per bin, into weight
+  std::vector<int32_t> begin, end;  // per bin, in touched cells
+  std::vector<int32_t> offset;      // per bin, into weight
   std::vector<double> weight;
   std::vector<int32_t> bin_begin, bin_end;    // per touched cell: the bins it feeds
   std::vector<int32_t> gram_begin, gram_end;  // per touched cell: the cells it shares a bin with
@@ -167,8 +167,8 @@ using Interval = std::pair<int32_t, int32_t>;  // [first, second)
 
 // Adds an interval to sorted disjoint ones; touching ones merge.
 void merge_interval(std::vector<Interval>& row, Interval added) {
-  auto first = std::lower_bound(row.begin(), row.end(), added.first,
-                                [](const Interval& a, int32_t x) { return a.second < x; });
+  auto first =
+      std::lower_bound(row.begin(), row.end(), added.first, [](const Interval& a, int32_t x) { return a.second < x; });
   auto last = first;
   while (last != row.end() && last->first <= added.second) {
     added.first = std::min(added.first, last->first);

@@ -94,8 +94,8 @@ inline void advise_huge_pages(const Tensor& t) {
 inline Tensor empty_map(const int64_t (&shape)[4], ScalarType type, bool channels_last) {
   const auto format =
       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  Tensor t = torch::stable::empty({shape, 4}, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  std::nullopt, format);
+  Tensor t = torch::stable::empty({shape, 4}, type, std::nullopt,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
   advise_huge_pages(t);
   return t;
 }
@@ -108,9 +108,9 @@ struct Boxes {
   std::vector<std::vector<int64_t>> of_image;  // rows by batch index, in order
 
   Boxes(const Tensor& t, int64_t batch) : data(nullptr), count(0), of_image(batch) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == 5 && t.scalar_type() == ScalarType::Double && t.is_contiguous() &&
-                        t.is_cpu(),
-                    "boxes: expected contiguous float64 [K, 5] on the CPU");
+    STD_TORCH_CHECK(
+        t.dim() == 2 && t.size(1) == 5 && t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.is_cpu(),
+        "boxes: expected contiguous float64 [K, 5] on the CPU");
     data = static_cast<const double*>(t.data_ptr());
     count = t.size(0);
     for (int64_t k = 0; k < count; ++k) {

@@ -64,7 +64,12 @@ LAYOUTS = ("contiguous", "channels_last", "strided", "transposed")
 
 
 def random_boxes(
-    count: int, batch: int = 2, height: int = 64, width: int = 96, seed: int = 0, dtype: torch.dtype = torch.float64
+    count: int,
+    batch: int = 2,
+    height: int = 64,
+    width: int = 96,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Random boxes [K, 5], some reaching outside the image."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +99,14 @@ class Case:
     def maps(self, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
         common: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": True}
         apprentice = pyramid(
-            self.batch, self.channels, self.height, self.width, self.strides, layout=self.layouts[0], seed=self.seed, **common
+            self.batch,
+            self.channels,
+            self.height,
+            self.width,
+            self.strides,
+            layout=self.layouts[0],
+            seed=self.seed,
+            **common,
         )
         expert = pyramid(
             self.batch,

@@ -19,7 +19,9 @@ BRIEF = settings(CAREFUL, max_examples=40)
 
 def weigh(loss: torch.Tensor) -> torch.Tensor:
     """A scalar that gives each entry of a loss its own factor; large enough for float16's range."""
-    return (loss * torch.linspace(50.0, 100.0, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)).sum()
+    return (
+        loss * torch.linspace(50.0, 100.0, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
+    ).sum()
 
 
 def check_distill(case: Case, dtype: torch.dtype, backend: str) -> None:
@@ -130,7 +132,12 @@ def test_same_bits_in_every_run(backend: str) -> None:
     def run() -> list[torch.Tensor]:
         loss = soft_roi_distill(maps, expert, boxes, backend=backend)
         pooled = multilevel_roi_align(maps, boxes, backend=backend)
-        return [loss, pooled, *torch.autograd.grad(loss, maps), *torch.autograd.grad(pooled.square().sum(), maps)]
+        return [
+            loss,
+            pooled,
+            *torch.autograd.grad(loss, maps),
+            *torch.autograd.grad(pooled.square().sum(), maps),
+        ]
 
     first = run()
     for _ in range(20):

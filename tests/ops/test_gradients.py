@@ -1,4 +1,4 @@
-"""Gradients: against finite differences, asked for in every way autograd offers, and refused where they make no sense."""
+"""Gradients: against finite differences, in every way autograd asks for them, and refused where they make no sense."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def test_gradients_accumulate_in_leaves(backend: str) -> None:
 def test_only_what_is_asked_for(backend: str) -> None:
     device = DEVICE_OF[backend]
     boxes = random_boxes(6).to(device)
-    maps, expert = pyramid(device=device, requires_grad=True), pyramid(device=device, seed=1, requires_grad=True)
+    maps, expert = (
+        pyramid(device=device, requires_grad=True),
+        pyramid(device=device, seed=1, requires_grad=True),
+    )
     everything = torch.autograd.grad(soft_roi_distill(maps, expert, boxes, backend=backend), maps + expert)
     for a, e in zip(everything[:4], everything[4:], strict=True):
         torch.testing.assert_close(a, -e)
@@ -163,7 +166,9 @@ def test_float16_gradients_survive_with_a_loss_scale(backend: str) -> None:
     exact = [m.detach().double().requires_grad_() for m in maps]
     loss = soft_roi_distill(maps, expert, boxes, backend=backend)
     gradients = torch.autograd.grad(loss * 2.0**16, maps)
-    wanted = torch.autograd.grad(soft_roi_distill(exact, [e.double() for e in expert], boxes, backend="reference"), exact)
+    wanted = torch.autograd.grad(
+        soft_roi_distill(exact, [e.double() for e in expert], boxes, backend="reference"), exact
+    )
     for got, expected in zip(gradients, wanted, strict=True):
         scaled = expected * 2.0**16
         assert float((got.double() - scaled).abs().max()) <= 1e-3 * float(scaled.abs().max())

@@ -59,7 +59,7 @@ def test_hard_pooling_is_torchvisions_multi_scale_roi_align(backend: str) -> Non
     expected = pooler(dict(zip("0123", maps, strict=True)), by_image, [(256, 512)] * 2)
     output = multilevel_roi_align(maps, rows, backend=backend)
     # aligned=False also enlarges boxes below one cell; the drawn ones are larger on their level.
-    large = ((rows[:, 3:] - rows[:, 1:3]).amin(dim=1) > torch.tensor([4, 8, 16, 32])[levels])
+    large = (rows[:, 3:] - rows[:, 1:3]).amin(dim=1) > torch.tensor([4, 8, 16, 32])[levels]
     assert int(large.sum()) > 60
     torch.testing.assert_close(output[large], expected[large], rtol=1e-10, atol=1e-10)
 
@@ -77,9 +77,9 @@ def test_constant_difference(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_sample_between_four_pixels(backend: str) -> None:
-    """One bin, one sample: the box (2, 4)-(10, 8) at stride 4 has its centre at cell (1.0, 1.0) - 0.5 and weights 1/4."""
+    """One bin, one sample: the box's centre lies between cells 0 and 1 of both axes, so each of four weighs 1/4."""
     feature = torch.arange(12.0, dtype=torch.float64).reshape(1, 1, 3, 4).requires_grad_()
-    box = torch.tensor([[0, 2.0, 2.0, 6.0, 6.0]], dtype=torch.float64)  # centre 4 px -> cell 1 - 0.5 = 0.5
+    box = torch.tensor([[0, 2.0, 2.0, 6.0, 6.0]], dtype=torch.float64)  # centre 4 px = cell 0.5
     options = {"strides": (4,), "output_size": 1, "sampling_ratio": 1, "backend": backend}
     output = multilevel_roi_align([feature], box, **options)
     assert output.item() == pytest.approx((0 + 1 + 4 + 5) / 4)

@@ -88,7 +88,9 @@ def test_autocast(backend: str) -> None:
 
 
 def test_mixed_dtypes_outside_autocast_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"expert\[0\]: expected torch.float32 as in apprentice\[0\], got torch.bfloat16"):
+    with pytest.raises(
+        TypeError, match=r"expert\[0\]: expected torch.float32 as in apprentice\[0\], got torch.bfloat16"
+    ):
         soft_roi_distill(pyramid(dtype=torch.float32), pyramid(dtype=torch.bfloat16), random_boxes(3))
 
 

@@ -1,0 +1,218 @@
+"""Inputs at the edge of what makes sense: right values, finite gradients, nothing read or written out of bounds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DEVICE_OF, as_layout, backend_params, pyramid, random_boxes
+
+from rakd_ops import _inputs, _library, multilevel_roi_align, reference, soft_roi_distill
+from rakd_ops.levels import ASSIGNMENTS
+
+BACKENDS = backend_params("cpu", "cuda", "triton", "reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_boxes(backend: str, reduction: str) -> None:
+    device = DEVICE_OF[backend]
+    for none in (torch.zeros(0, 5, device=device), [torch.zeros(0, 4, device=device)] * 2):
+        for layout in ("contiguous", "channels_last"):
+            maps = pyramid(device=device, layout=layout, requires_grad=True)
+            loss = soft_roi_distill(maps, pyramid(device=device, seed=1), none, reduction=reduction, backend=backend)
+            assert loss.shape == ((0,) if reduction == "none" else ())
+            assert loss.sum().item() == 0.0
+            for gradient in torch.autograd.grad(loss.sum(), maps):
+                assert torch.count_nonzero(gradient) == 0
+            pooled = multilevel_roi_align(maps, none, backend=backend)
+            assert pooled.shape == (0, 5, 7, 7)
+            for gradient in torch.autograd.grad(pooled.sum(), maps):
+                assert torch.count_nonzero(gradient) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_images(backend: str) -> None:
+    device = DEVICE_OF[backend]
+    maps = pyramid(batch=0, device=device)
+    boxes = torch.zeros(0, 5, device=device)
+    assert soft_roi_distill(maps, maps, boxes, backend=backend).item() == 0.0
+    assert multilevel_roi_align(maps, boxes, backend=backend).shape == (0, 5, 7, 7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_without_boxes_gets_zero_gradient(backend: str) -> None:
+    device = DEVICE_OF[backend]
+    maps = pyramid(batch=3, device=device, requires_grad=True)
+    expert = pyramid(batch=3, device=device, seed=1)
+    boxes = random_boxes(5, batch=1).to(device)
+    boxes[:, 0] = 1
+    loss = soft_roi_distill(maps, expert, boxes, backend=backend)
+    to_first = boxes * boxes.new_tensor([0, 1, 1, 1, 1])
+    alone = soft_roi_distill([m[1:2] for m in maps], [e[1:2] for e in expert], to_first, backend=backend)
+    torch.testing.assert_close(loss, alone)
+    for gradient in torch.autograd.grad(loss, maps):
+        assert torch.count_nonzero(gradient[[0, 2]]) == 0
+        assert torch.count_nonzero(gradient[1]) > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_boxes_outside_and_without_area(backend: str, sampling_ratio: int) -> None:
+    device = DEVICE_OF[backend]
+    maps = pyramid(device=device, requires_grad=True)
+    expert = [m.detach() - 2.0 for m in maps]
+    outside = torch.tensor([[0, 500, 500, 600, 640], [1, -300, -90, -200, -70.0], [0, 20, 900, 50, 999]], device=device)
+    options = {"sampling_ratio": sampling_ratio, "backend": backend}
+    loss = soft_roi_distill(maps, expert, outside, reduction="none", **options)
+    assert loss.tolist() == [0.0, 0.0, 0.0]
+    assert all(torch.count_nonzero(g) == 0 for g in torch.autograd.grad(loss.sum(), maps))
+    flat = torch.tensor([[0, 40.0, 30.0, 40.0, 30.0], [1, 40.0, 20.0, 40.0, 60.0]], device=device)
+    loss = soft_roi_distill(maps, expert, flat, reduction="none", **options)
+    # A fixed ratio samples the point or line itself; adaptive sampling takes no samples of nothing.
+    expected = [0.0, 0.0] if sampling_ratio == 0 else [4.0, 4.0]
+    torch.testing.assert_close(loss.cpu(), torch.tensor(expected, dtype=torch.float64))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss.sum(), maps))
+
+
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+def test_huge_boxes_cost_what_the_map_costs(backend: str) -> None:
+    """Adaptive sampling of a box a billion pixels wide visits the samples that can touch the map, not all."""
+    device = DEVICE_OF[backend]
+    maps = [torch.ones(1, 2, 16, 24, device=device, dtype=torch.float64, requires_grad=True)]
+    boxes = torch.tensor([[0, -1e9, -1e9, 1e9, 1e9], [0, 0, 0, 1e15, 64.0]], device=device, dtype=torch.float64)
+    loss = soft_roi_distill(
+        maps,
+        [torch.zeros_like(maps[0])],
+        boxes,
+        strides=(4,),
+        sampling_ratio=0,
+        backend=backend,
+        reduction="none",
+    )
+    assert loss.isfinite().all()
+    assert (loss >= 0).all()
+    (gradient,) = torch.autograd.grad(loss.sum(), maps)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_maps_of_one_row_or_column(backend: str, size: tuple[int, int], layout: str) -> None:
+    device = DEVICE_OF[backend]
+    feature = as_layout(torch.randn(2, 20, *size, dtype=torch.float64, device=device), layout).requires_grad_()
+    boxes = torch.tensor([[0, 0.0, 0.0, 4.0 * size[1], 4.0 * size[0]], [1, 1.0, 1.0, 2.0, 2.0]], device=device)
+    results = []
+    for chosen in (backend, "reference"):
+        loss = soft_roi_distill([feature], [feature.detach() * 2], boxes, strides=(4,), backend=chosen)
+        results.append((loss.detach(), *torch.autograd.grad(loss, feature)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+def test_map_beyond_32_bit_offsets(backend: str) -> None:
+    """A plane of 2^31 + elements, as an expanded view so that it needs no memory of its own."""
+    device = DEVICE_OF[backend]
+    row = torch.arange(50_000, dtype=torch.float32, device=device)
+    feature = row.expand(1, 1, 50_000, 50_000)
+    assert feature.numel() > 2**31
+    # Rows of equal values: RoIAlign of the box is a ramp along x whatever the row.
+    boxes = torch.tensor([[0, 49_000.0, 49_500.0, 49_014.0, 49_514.0]], device=device, dtype=torch.float64)
+    output = multilevel_roi_align([feature], boxes, strides=(1,), backend=backend)
+    expected = torch.arange(7, dtype=torch.float32) * 2 + 49_000.5
+    torch.testing.assert_close(output[0, 0].cpu(), expected.expand(7, 7))
+    with torch.no_grad():
+        loss = soft_roi_distill([feature], [(row - 2).expand_as(feature)], boxes, strides=(1,), backend=backend)
+    assert loss.item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+def test_cells_outside_all_boxes_do_not_matter(backend: str) -> None:
+    """Untouched cells are not read: whatever they hold, even NaN, neither loss nor gradient notices."""
+    device = DEVICE_OF[backend]
+    maps = pyramid(height=256, width=256, device=device)
+    boxes = torch.tensor([[0, 100.0, 100.0, 140.0, 130.0]], dtype=torch.float64, device=device)
+    poisoned = []
+    for m in maps:
+        copy = torch.full_like(m, float("nan"))
+        stride = 256 // m.shape[2]
+        low, high = 100 // stride - 2, 140 // stride + 3
+        low = max(low, 0)
+        copy[:, :, low:high, low:high] = m[:, :, low:high, low:high]
+        poisoned.append(copy.requires_grad_())
+    expert = pyramid(height=256, width=256, device=device, seed=1)
+    loss = soft_roi_distill(poisoned, expert, boxes, backend=backend)
+    torch.testing.assert_close(loss, soft_roi_distill(maps, expert, boxes, backend=backend))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, poisoned))
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8,), (2, 4), (3.0, 6.5, 14.0, 100.0)])
+@pytest.mark.parametrize("sigma", [1e-12, 0.3, 1.0, 1e6])
+def test_level_rule_is_one_rule(assignment: str, strides: tuple[float, ...], sigma: float) -> None:
+    """Python's and the compiled code's level weights agree, also at the boundaries between levels."""
+    boxes = random_boxes(300, height=2000, width=2000, seed=2)
+    exact = [
+        [0, 0, 0, s, s] for s in (0, 1, 7, 14, 28, 56, 112, 224, 448, 896, 1e4, 224 * (1 - 1e-9), 112 * (1 - 1e-5))
+    ]
+    boxes = torch.cat([boxes, torch.tensor(exact, dtype=torch.float64)])
+    settings = _inputs.check_settings(strides, 1, 1, assignment, sigma, 224.0, 4)
+    compiled = _library.compiled_level_weights(boxes, settings)
+    torch.testing.assert_close(compiled, reference.weigh_boxes(boxes, settings), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(compiled.sum(dim=1), torch.ones(len(boxes), dtype=torch.float64))
+
+
+RUN = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from cases import pyramid, random_boxes
+from rakd_ops import soft_roi_distill, multilevel_roi_align
+torch.set_num_threads({threads})
+import hashlib
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for layout in ("contiguous", "channels_last"):
+        for size in (7, 19):
+            a = pyramid(3, 70, 160, 320, dtype=dtype, layout=layout, requires_grad=True)
+            e = pyramid(3, 70, 160, 320, dtype=dtype, layout=layout, seed=1)
+            boxes = random_boxes(60, 3, 160, 320)
+            loss = soft_roi_distill(a, e, boxes, output_size=size)
+            per_box = soft_roi_distill(a, e, boxes, output_size=size, reduction="none")
+            pooled = multilevel_roi_align(a, boxes, output_size=size)
+            gradients = [*torch.autograd.grad(loss, a), *torch.autograd.grad(pooled.float().square().sum(), a)]
+            for t in [loss, per_box, pooled, *gradients]:
+                digest.update(t.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+            exact = [[m.detach().double() for m in side] for side in (a, e)]
+            check = soft_roi_distill(*exact, boxes, output_size=size, backend="reference")
+            assert abs(float(loss) / float(check) - 1) < 1e-5
+print(digest.hexdigest())
+"""
+
+
+def digest(threads: int, **environment: str) -> str:
+    folder = str(Path(__file__).parent)
+    code = RUN.format(folder=folder, threads=threads)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    assert len({digest(threads) for threads in (1, 2, 7)}) == 1
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set_is_right(isa: str) -> None:
+    """The kernels are compiled several times; the ones this machine would not choose are run as well."""
+    digest(2, RAKD_CPU_ISA=isa)

@@ -1,0 +1,201 @@
+"""Bad input: every refusal names the argument, what was expected and what came, before any kernel runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import pyramid, random_boxes
+
+from rakd_ops import available_backends, level_weights, multilevel_roi_align, reference, soft_roi_distill
+
+MAPS = pyramid()
+BOXES = random_boxes(3)
+NAN, INF = float("nan"), float("inf")
+
+
+def with_box(*row: float) -> torch.Tensor:
+    return torch.cat([BOXES, torch.tensor([row], dtype=torch.float64)])
+
+
+# argument -> (value, error, pattern); options of all three functions
+OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
+    ("strides", (4, 8, 16), ValueError, r"(apprentice|features): expected 3 maps, one per stride, got 4"),
+    ("strides", (4, 8, 16, 16), ValueError, r"strides: expected increasing strides"),
+    ("strides", (32, 16, 8, 4), ValueError, r"strides: expected increasing strides"),
+    ("strides", (4, 8, 16, -32), ValueError, r"strides\[3\]: expected a positive finite number, got -32"),
+    ("strides", (4, 8, 16, NAN), ValueError, r"strides\[3\]: .* got nan"),
+    ("strides", (4, 8, 16, "32"), TypeError, r"strides\[3\]: expected a number, got str"),
+    ("strides", 4, TypeError, r"strides: expected a sequence of numbers, got int"),
+    ("strides", (4, 8, 16, 128), ValueError, r"strides: expected strides that fit the maps' heights"),
+    ("strides", (4, 16, 32, 64), ValueError, r"strides: expected strides that fit the maps' heights"),
+    ("strides", (), ValueError, r"strides: expected 1 to 16 strides, got 0"),
+    ("output_size", 0, ValueError, r"output_size: expected an integer of at least 1, got 0"),
+    ("output_size", (7, 0), ValueError, r"output_size\[1\]: expected an integer of at least 1, got 0"),
+    ("output_size", (7, 7, 7), ValueError, r"output_size: expected one integer or two"),
+    ("output_size", 7.0, TypeError, r"output_size: expected an integer, got 7.0"),
+    ("sampling_ratio", -1, ValueError, r"sampling_ratio: expected an integer of at least 0, got -1"),
+    ("sampling_ratio", 1.5, TypeError, r"sampling_ratio: expected an integer, got 1.5"),
+    ("sampling_ratio", True, TypeError, r"sampling_ratio: expected an integer, got True"),
+    (
+        "assignment",
+        "fuzzy",
+        ValueError,
+        r"assignment: expected one of 'soft', 'hard', 'uniform', got 'fuzzy'",
+    ),
+    ("assignment", 1, ValueError, r"assignment: expected one of"),
+    ("sigma", 0, ValueError, r"sigma: expected a positive finite number, got 0"),
+    ("sigma", -1.0, ValueError, r"sigma: expected a positive"),
+    ("sigma", NAN, ValueError, r"sigma: .* got nan"),
+    ("sigma", "1", TypeError, r"sigma: expected a number, got str"),
+    ("canonical_size", 0.0, ValueError, r"canonical_size: expected a positive"),
+    ("canonical_level", INF, ValueError, r"canonical_level: expected a finite number, got inf"),
+    ("backend", "gpu", ValueError, r"backend: expected one of 'auto', 'cuda', .* got 'gpu'"),
+]
+
+BOX_ERRORS: list[tuple[Any, type[Exception], str]] = [
+    (with_box(2, 0, 0, 1, 1), ValueError, r"boxes: expected batch indices from 0 to 1, got \[2.0.* in row 3"),
+    (with_box(-1, 0, 0, 1, 1), ValueError, r"boxes: expected batch indices from 0 to 1"),
+    (with_box(0.5, 0, 0, 1, 1), ValueError, r"boxes: expected whole batch indices, got \[0.5"),
+    (with_box(0, NAN, 0, 1, 1), ValueError, r"boxes: expected finite numbers, got \[0.0, nan"),
+    (with_box(NAN, 0, 0, 1, 1), ValueError, r"boxes: expected finite numbers"),
+    (with_box(0, 0, 0, INF, 1), ValueError, r"boxes: expected finite numbers"),
+    (with_box(0, 5, 0, 4, 1), ValueError, r"boxes: expected x1 <= x2 and y1 <= y2, got"),
+    (with_box(0, 0, 5, 1, 4), ValueError, r"boxes: expected x1 <= x2"),
+    (BOXES[:, 1:], ValueError, r"boxes: expected shape \[K, 5\].* got \[3, 4\]"),
+    (BOXES[0], ValueError, r"boxes: expected shape \[K, 5\]"),
+    (BOXES.tolist(), ValueError, r"boxes: expected 2 tensors, one per image, got 3"),
+    ([BOXES[:, 1:]], ValueError, r"boxes: expected 2 tensors, one per image, got 1"),
+    ([BOXES, BOXES], ValueError, r"boxes\[0\]: expected shape \[K, 4\]"),
+    ([BOXES[:, 1:].tolist()] * 2, TypeError, r"boxes\[0\]: expected a tensor, got list"),
+    (BOXES.bool(), TypeError, r"boxes: expected real numbers, got torch.bool"),
+    (BOXES.to(torch.complex64), TypeError, r"boxes: expected real numbers"),
+    (BOXES.numpy(), TypeError, r"boxes: expected a tensor, got ndarray"),
+    (BOXES.to("meta"), ValueError, r"boxes: expected device cpu as the maps, got meta"),
+    (None, TypeError, r"boxes: expected a tensor, got NoneType"),
+]
+
+
+def changed(level: int, feature: Any) -> list[Any]:
+    return [feature if i == level else m for i, m in enumerate(MAPS)]
+
+
+MAP_ERRORS: list[tuple[Any, type[Exception], str]] = [
+    (MAPS[:3], ValueError, r": expected 4 maps, one per stride, got 3"),
+    (MAPS[0], TypeError, r": expected a sequence or dict of maps, got Tensor"),
+    (changed(1, "map"), TypeError, r"\[1\]: expected a tensor, got str"),
+    (changed(1, MAPS[1][0]), ValueError, r"\[1\]: expected shape \[B, C, H, W\], got \[5, 8, 12\]"),
+    (changed(2, MAPS[2][:1]), ValueError, r"\[2\]: expected 2 images as in .*, got shape \[1, 5, 4, 6\]"),
+    (
+        changed(2, MAPS[2][:, :4]),
+        ValueError,
+        r"\[2\]: expected 5 channels as in .*, got shape \[2, 4, 4, 6\]",
+    ),
+    (changed(3, MAPS[3].float()), TypeError, r"\[3\]: expected torch.float64 as in .*, got torch.float32"),
+    (
+        changed(3, MAPS[3].long()),
+        TypeError,
+        r"\[3\]: expected float32, float64, float16 or bfloat16, got torch.int64",
+    ),
+    (changed(3, MAPS[3][..., :0]), ValueError, r"\[3\]: expected at least one channel, row and column"),
+    (changed(3, MAPS[3].to("meta")), ValueError, r"\[3\]: expected device cpu as in .*, got meta"),
+    (list(reversed(MAPS)), ValueError, r"strides: expected strides that fit the maps' heights"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "pattern"), OPTIONS)
+def test_options(name: str, value: Any, error: type[Exception], pattern: str) -> None:
+    with pytest.raises(error, match=pattern):
+        soft_roi_distill(MAPS, MAPS, BOXES, **{name: value})
+    with pytest.raises(error, match=pattern):
+        multilevel_roi_align(MAPS, BOXES, **{name: value})
+    if name != "backend":
+        with pytest.raises(error, match=pattern):
+            reference.soft_roi_distill(MAPS, MAPS, BOXES, **{name: value})
+
+
+@pytest.mark.parametrize(("boxes", "error", "pattern"), BOX_ERRORS)
+def test_boxes(boxes: Any, error: type[Exception], pattern: str) -> None:
+    for function in (soft_roi_distill, reference.soft_roi_distill):
+        with pytest.raises(error, match=pattern):
+            function(MAPS, MAPS, boxes)
+    with pytest.raises(error, match=pattern):
+        multilevel_roi_align(MAPS, boxes)
+
+
+@pytest.mark.parametrize(("maps", "error", "pattern"), MAP_ERRORS)
+def test_maps(maps: Any, error: type[Exception], pattern: str) -> None:
+    with pytest.raises(error, match=r"(apprentice|strides)" + r".*" + pattern.removeprefix("strides")):
+        soft_roi_distill(maps, MAPS, BOXES)
+    with pytest.raises(error, match=r"(features|strides)" + r".*" + pattern.removeprefix("strides")):
+        multilevel_roi_align(maps, BOXES)
+    with pytest.raises(error, match=r"expert.*|expert_strides.*" + pattern.removeprefix("strides")):
+        soft_roi_distill(MAPS, maps, BOXES)
+
+
+def test_expert_strides() -> None:
+    with pytest.raises(ValueError, match=r"expert_strides: expected 4 strides as in strides, got 3"):
+        soft_roi_distill(MAPS, MAPS, BOXES, expert_strides=(4, 8, 16))
+    with pytest.raises(ValueError, match=r"expert_strides: expected strides that fit the maps'"):
+        soft_roi_distill(MAPS, MAPS, BOXES, expert_strides=(2, 4, 8, 16))
+    twice = pyramid(height=128, width=192)
+    wide = pyramid(height=64, width=300)
+    with pytest.raises(ValueError, match=r"expert_strides: expected strides that fit the maps' widths"):
+        soft_roi_distill(MAPS, wide, BOXES)
+    padded = pyramid(height=64 + 30, width=96 + 20)
+    assert soft_roi_distill(MAPS, padded, BOXES).isfinite()
+    with pytest.raises(ValueError, match=r"expert_strides: expected strides that fit"):
+        soft_roi_distill(MAPS, twice, BOXES)
+    assert soft_roi_distill(MAPS, twice, BOXES, expert_strides=(2, 4, 8, 16)).isfinite()
+
+
+def test_box_weights_and_reduction() -> None:
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (torch.ones(2), ValueError, r"box_weights: expected shape \[3\], one per box, got \[2\]"),
+        (torch.ones(3, 1), ValueError, r"box_weights: expected shape \[3\]"),
+        (
+            torch.tensor([1.0, NAN, 1.0]),
+            ValueError,
+            r"box_weights: expected finite numbers, got nan in row 1",
+        ),
+        ([1.0, 1.0, 1.0], TypeError, r"box_weights: expected a tensor, got list"),
+        (torch.ones(3, device="meta"), ValueError, r"box_weights: expected device cpu"),
+    ]
+    for weights, error, pattern in cases:
+        with pytest.raises(error, match=pattern):
+            soft_roi_distill(MAPS, MAPS, BOXES, box_weights=weights)
+    with pytest.raises(ValueError, match=r"reduction: expected one of 'mean', 'sum', 'none', got 'max'"):
+        soft_roi_distill(MAPS, MAPS, BOXES, reduction="max")
+
+
+def test_level_weights_checks_too() -> None:
+    with pytest.raises(ValueError, match="sigma"):
+        level_weights(BOXES, sigma=0)
+    with pytest.raises(ValueError, match="x1 <= x2"):
+        level_weights(with_box(0, 5, 0, 4, 1))
+    with pytest.raises(ValueError, match=r"boxes: expected shape \[K, 5\]"):
+        level_weights(BOXES[:, 1:])
+    assert level_weights([BOXES[:2, 1:], BOXES[2:, 1:]]).shape == (3, 4)
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    state = available_backends()
+    assert set(state) == {"cuda", "triton", "cpu", "reference"}
+    assert state["reference"] is True
+    assert state["cpu"] is True, "the compiled CPU library must be there when the tests run"
+    for name, reason in state.items():
+        assert reason is True or (isinstance(reason, str) and reason)
+        if name in ("cuda", "triton"):
+            with pytest.raises(RuntimeError, match=f"backend: '{name}' cannot"):
+                soft_roi_distill(MAPS, MAPS, BOXES, backend=name)
+
+
+def test_compiled_code_refuses_what_python_could_not_see() -> None:
+    """Under torch.compile values are not looked at in Python; the op itself must still refuse them."""
+    compiled = torch.compile(lambda maps, boxes: soft_roi_distill(maps, maps, boxes), fullgraph=True, backend="eager")
+    for row in ((2, 0, 0, 1, 1), (-1, 0, 0, 1, 1), (0.5, 0, 0, 1, 1), (0, NAN, 0, 1, 1), (0, 0, 0, INF, 1)):
+        with pytest.raises(RuntimeError, match="boxes: expected"):
+            compiled(MAPS, with_box(*row))
+    reversed_box = compiled(MAPS, with_box(0, 50, 40, 4, 1))
+    assert reversed_box.isfinite()
