@@ -197,8 +197,8 @@ def list_boxes(boxes: Any, like: Tensor) -> Tensor:
         boxes = boxes.detach().to(torch.float64)
     if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_box_values(boxes, like.shape[0])
-    rows: Tensor = boxes.detach().contiguous()
-    return rows
+    checked: Tensor = boxes.detach().contiguous()
+    return checked
 
 
 def _check_box_tensor(name: str, boxes: Any, columns: int, device: torch.device | None) -> None:
