@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,6 +125,24 @@ class Objects:
         return replace(self, boxes=resize_boxes(self.boxes, scale_x, scale_y))
 
 
+def concatenate(frames: Sequence[Objects]) -> Objects:
+    """The objects of several frames in one, in order.
+
+    Raises:
+        ValueError: ``frames`` is empty, or some frames have scores and some have not.
+    """
+    if not frames:
+        raise ValueError("frames must hold at least one frame, got none")
+    columns: dict[str, Any] = {}
+    for field in fields(Objects):
+        values = [getattr(frame, field.name) for frame in frames]
+        missing = sum(value is None for value in values)
+        if 0 < missing < len(values):
+            raise ValueError(f"frames must all have {field.name} or none of them, {missing} have none")
+        columns[field.name] = None if missing else np.concatenate(values)
+    return Objects(**columns)
+
+
 def read_labels(path: Path) -> Objects:
     """Read a label file.
 
@@ -214,6 +233,11 @@ def _read(path: Path, *, scored: bool) -> Objects:
         plain = all(map(_is_plain, row[:14], values))
         if not plain or (len(row) > 14 and not _is_score(row[14], values[14])):
             raise _bad_number(path, number, values, scored=scored)
+        if (row[8] > 0) != (row[9] > 0):
+            sizes = f"{values[8]} and {values[9]}"
+            raise ValueError(
+                f"{path}:{number}: width and length must both be positive or neither, got {sizes}"
+            )
         if scored and len(words) == _LABEL_COLUMNS:
             missing_score = missing_score or number
             continue

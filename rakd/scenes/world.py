@@ -177,7 +177,7 @@ def _add_actor(draws: Draws, world: World, kind: str, taken: list[FloatArray]) -
 def _pose(draws: Draws, street: Street, kind: str) -> tuple[float, float, float]:
     """Place (x, z) and rotation_y for an object: in a lane, parked, on the pavement or crossing."""
     # Half of the objects are near: uniform in distance alone would leave most of them tiny.
-    along = draws.grid(4, 32) if draws.chance(50) else draws.grid(10, 72)
+    along = draws.grid(4, 32) if draws.chance(50) else draws.grid(10, 90)
     side = draws.choice((-1, 1))
     # The road runs along z; rotation_y = -π/2 looks away from the camera.
     away = -math.pi / 2 + street.heading
