@@ -20,10 +20,16 @@ class Command(Protocol):
 
 
 def _commands() -> dict[str, Any]:
+    from rakd.commands.evaluate import Evaluate
+    from rakd.commands.inspect import Inspect
     from rakd.commands.make_scenes import MakeScenes
+    from rakd.commands.show import Show
 
     return {
+        "inspect": Inspect,
         "make-scenes": MakeScenes,
+        "evaluate": Evaluate,
+        "show": Show,
     }
 
 

@@ -23,7 +23,7 @@ _LIMITS = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
 # Types that resemble a class: finding them is neither right nor wrong.
 _NEIGHBOURS = {"Car": ("Van",), "Pedestrian": ("Person_sitting",), "Cyclist": ()}
 # Per level: least height in pixels, most occlusion, most truncation.
-_DIFFICULTIES = ((40.0, 0, 0.15), (25.0, 1, 0.3), (25.0, 2, 0.5))
+DIFFICULTIES = ((40.0, 0, 0.15), (25.0, 1, 0.3), (25.0, 2, 0.5))
 
 _NO_PLACE = -1000.0
 _NO_ANGLE = -10.0
@@ -218,7 +218,7 @@ def _problem(data: _Data, name: str, metric: str, level: int) -> Problem:
 
 
 def _truth_flags(truth: Objects, name: str, level: int) -> npt.NDArray[np.int8]:
-    least_height, most_occlusion, most_truncation = _DIFFICULTIES[level]
+    least_height, most_occlusion, most_truncation = DIFFICULTIES[level]
     is_class = truth.is_type(name)
     height = truth.boxes[:, 3] - truth.boxes[:, 1]
     clear = (truth.occlusion <= most_occlusion) & (truth.truncation <= most_truncation)
@@ -232,5 +232,5 @@ def _detection_flags(detections: Objects, name: str, level: int) -> npt.NDArray[
     flags = np.full(len(detections), DROPPED, dtype=np.int8)
     flags[detections.is_type(name)] = VALID
     # Small ones of any type: the kit looks at the height first.
-    flags[np.abs(detections.boxes[:, 1] - detections.boxes[:, 3]) < _DIFFICULTIES[level][0]] = IGNORED
+    flags[np.abs(detections.boxes[:, 1] - detections.boxes[:, 3]) < DIFFICULTIES[level][0]] = IGNORED
     return flags
