@@ -26,6 +26,7 @@ _GRID = "#3d4650"
 
 _FRONT_CROSS = ((0, 5), (1, 4))
 _DPI = 110
+_LETTER_WIDTH, _TEXT_HEIGHT = 7.5, 13.0  # rough size of drawn letters in image pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +151,10 @@ def show_image(axis: Axes, image: npt.NDArray[np.uint8], title: str) -> None:
 
 def draw_boxes_3d(axis: Axes, calibration: Calibration, layers: Sequence[Layer]) -> None:
     """Draw the edges of 3D boxes, with a cross on the front face, type and distance (or score)."""
+    texts = _Texts(axis)
     for layer in layers:
         objects = layer.objects.select(layer.objects.has_box_3d)
+        objects = objects.select(np.argsort(objects.location[:, 2], kind="stable"))
         corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)
         for i, box in enumerate(corners):
             edges = _visible_segments(calibration, box, BOX_EDGES)
@@ -163,12 +166,12 @@ def draw_boxes_3d(axis: Axes, calibration: Calibration, layers: Sequence[Layer])
             text = f"{objects.types[i]} {objects.location[i, 2]:.0f} m"
             if objects.scores is not None:
                 text = f"{objects.scores[i]:.2f}"
-            points = edges.reshape(-1, 2)
-            _add_text(axis, points, text, layer, below=layer.dashed)
+            texts.add(edges.reshape(-1, 2), text, layer)
 
 
 def draw_boxes_2d(axis: Axes, calibration: Calibration, layers: Sequence[Layer]) -> None:
     """Draw 2D boxes with type or score; DontCare regions dotted, without a name."""
+    texts = _Texts(axis)
     for layer in layers:
         objects = layer.objects
         regions = objects.is_type("DontCare")
@@ -182,7 +185,7 @@ def draw_boxes_2d(axis: Axes, calibration: Calibration, layers: Sequence[Layer])
             )
             if not regions[i]:
                 text = str(objects.types[i]) if objects.scores is None else f"{objects.scores[i]:.2f}"
-                _add_text(axis, np.array([(x1, y1), (x2, y2)]), text, layer, below=layer.dashed)
+                texts.add(np.array([(x1, y1), (x2, y2)]), text, layer)
 
 
 def draw_from_above(
@@ -191,7 +194,7 @@ def draw_from_above(
     """Draw boxes from above, the camera at the bottom, with arcs of equal distance as a scale."""
     side = reach * 0.45
     axis.set_facecolor("#1d232a")
-    axis.set(xlim=(-side, side), ylim=(-3, reach), xticks=[], yticks=[], aspect="equal")
+    axis.set(xlim=(-side, side), ylim=(-3, reach + 2), xticks=[], yticks=[], aspect="equal")
     axis.set_title("from above", color=_LIGHT, fontsize=11, loc="left", pad=4)
     axis.spines[:].set_visible(False)
     edge = calibration.back_project([[0.0, 0.0], [width - 1.0, 0.0]], [2 * reach, 2 * reach])
@@ -240,20 +243,36 @@ def _add_lines(axis: Axes, segments: FloatArray, layer: Layer, width: float) -> 
     )
 
 
-def _add_text(axis: Axes, points: FloatArray, text: str, layer: Layer, *, below: bool) -> None:
-    """Put a text over (or under) the points, kept inside the image."""
-    right, bottom = axis.get_xlim()[1], axis.get_ylim()[0]
-    x = float(np.clip(points[:, 0].mean(), 12, right - 12))
-    y = float(np.clip(points[:, 1].max() + 3 if below else points[:, 1].min() - 3, 12, bottom - 4))
-    axis.text(
-        *(x, y, text),
-        color=layer.color,
-        fontsize=8,
-        ha="center",
-        va="top" if below else "bottom",
-        clip_on=True,
-        path_effects=[withStroke(linewidth=2, foreground=_DARK)],
-    )
+class _Texts:
+    """Texts beside boxes in an image; one that would cover another is left out."""
+
+    def __init__(self, axis: Axes) -> None:
+        self._axis = axis
+        self._taken: list[tuple[float, float, float]] = []
+
+    def add(self, points: FloatArray, text: str, layer: Layer) -> None:
+        """Put a text over the points (under them for a dashed layer), inside the image."""
+        right, bottom = self._axis.get_xlim()[1], self._axis.get_ylim()[0]
+        low, high = points.min(axis=0), points.max(axis=0)
+        if high[0] < 0 or low[0] > right or high[1] < 0 or low[1] > bottom:
+            return
+        half = _LETTER_WIDTH * len(text) / 2
+        x = float(np.clip((max(low[0], 0) + min(high[0], right)) / 2, half, right - half))
+        y = float(high[1] + _TEXT_HEIGHT if layer.dashed else low[1] - 3)
+        y = float(np.clip(y, _TEXT_HEIGHT, bottom - 4))
+        for x_other, y_other, half_other in self._taken:
+            if abs(x - x_other) < half + half_other and abs(y - y_other) < _TEXT_HEIGHT:
+                return
+        self._taken.append((x, y, half))
+        self._axis.text(
+            *(x, y, text),
+            color=layer.color,
+            fontsize=8,
+            ha="center",
+            va="bottom",
+            clip_on=True,
+            path_effects=[withStroke(linewidth=2, foreground=_DARK)],
+        )
 
 
 def _rgb(color: str) -> tuple[float, float, float]:

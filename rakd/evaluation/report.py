@@ -64,7 +64,7 @@ def write_curves(path: Path, result: Result) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(_TITLES), 3.3 * len(CLASSES)), layout="constrained")
-    figure.suptitle("KITTI precision over recall (AP: mean of 40 recall positions)", fontsize=15)
+    figure.suptitle("KITTI precision over recall", fontsize=15)
     axes = figure.subplots(len(CLASSES), len(_TITLES), sharex=True, sharey=True, squeeze=False)
     for row, name in zip(axes, CLASSES, strict=True):
         for axis, metric in zip(row, _TITLES, strict=True):
@@ -79,10 +79,10 @@ def write_curves(path: Path, result: Result) -> None:
             axis.grid(color="#dddddd", linewidth=0.7)
             axis.spines[["top", "right"]].set_visible(False)
             if figures["evaluated"]:
-                axis.legend(fontsize=9, loc="lower left", framealpha=0.85)
+                axis.legend(fontsize=9, loc="best", framealpha=0.85, title="AP R40", title_fontsize=9)
             else:
                 axis.text(0.5, 0.5, "not evaluated", ha="center", va="center", color="#777777")
-        row[0].set_ylabel("precision")
+        row[0].set_ylabel("precision (AOS: similarity)")
     for axis in axes[-1]:
         axis.set_xlabel("recall")
     with replacing(path) as temporary:
