@@ -3,6 +3,8 @@
 To add a command, write its dataclass in `rakd.commands` and add its line to `_commands`.
 """
 
+import contextlib
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,20 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0, or 2 for a user's error, after one line on stderr that says what is wrong.
-        (Malformed options and ``--help`` exit from within, by SystemExit with 2 and 0.)
+        Exit code: 0, or 2 for a user's error, after one line on stderr that says what is wrong. ``--help``
+        exits from within, by SystemExit with 0.
     """
-    warnings.showwarning = _show_warning
     try:
-        import tyro
-
-        command = cast(
-            Command,
-            tyro.extras.subcommand_cli_from_dict(
-                _commands(), prog="rakd", description=_DESCRIPTION, args=argv, sort_subcommands=False
-            ),
-        )
-        command.run()
+        command = _parse(argv)
+        if isinstance(command, str):
+            return _fail(command)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command.run()
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("rakd", "rakd_ops"):
             raise
@@ -62,8 +60,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, TypeError, OSError) as error:
-        return _fail(" ".join(str(error).split()))
+        return _fail(str(error))
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> Command | str:
+    """The command that the arguments ask for, or what is wrong with them."""
+    import tyro
+
+    # tyro prints a framed page about a malformed option; its first paragraph says it all.
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(page):
+            parsed = tyro.extras.subcommand_cli_from_dict(
+                _commands(), prog="rakd", description=_DESCRIPTION, args=argv, sort_subcommands=False
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        return _first_paragraph(page.getvalue())
+    return cast(Command, parsed)
+
+
+def _first_paragraph(page: str) -> str:
+    """The text above the first rule of a framed page, without the frame."""
+    words: list[str] = []
+    for line in page.splitlines():
+        text = line.strip("│ ")
+        if text.startswith("─"):
+            break
+        if not text.startswith("╭"):
+            words += text.split()
+    return f"{' '.join(words) or page.strip()} (--help says more)"
 
 
 _DESCRIPTION = (
@@ -73,7 +101,7 @@ _DESCRIPTION = (
 
 
 def _fail(message: str) -> int:
-    print(f"rakd: error: {message}", file=sys.stderr)
+    print(f"rakd: error: {' '.join(message.split())}", file=sys.stderr)
     return USER_ERROR
 
 

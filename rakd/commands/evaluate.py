@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 
 @dataclass(frozen=True)
@@ -15,16 +16,16 @@ class Evaluate:
     data for.
     """
 
-    gt: Positional[Path]
+    gt: Annotated[Positional[Path], arg(metavar="GT")]
     """Folder of label files NNNNNN.txt, such as KITTI/training/label_2."""
 
-    pred: Positional[Path]
+    pred: Annotated[Positional[Path], arg(metavar="PRED")]
     """Folder of result files NNNNNN.txt, one for each evaluated frame (if only an empty one)."""
 
-    split: Path | None = None
+    split: Annotated[Path | None, arg(metavar="FILE")] = None
     """File that lists the frames to evaluate, such as KITTI/ImageSets/val.txt; without it, all of GT."""
 
-    out: Path | None = None
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder to write evaluation.json and curves.png (precision over recall) to."""
 
     def run(self) -> None:

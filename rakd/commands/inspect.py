@@ -3,8 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from tyro.conf import arg
 
 from rakd.data.labels import LABEL_TYPES, Objects
 
@@ -16,13 +18,13 @@ class Inspect:
     Reads every label and calibration file, so malformed ones show up with file and line.
     """
 
-    data: Path
+    data: Annotated[Path, arg(metavar="DIR")]
     """KITTI folder: holds training/{image_2,label_2,calib} and, for splits, ImageSets."""
 
-    split: str | None = None
+    split: Annotated[str | None, arg(metavar="NAME")] = None
     """Look at the frames of this list in ImageSets, such as train; without it, at all."""
 
-    out: Path = Path("runs/inspect.png")
+    out: Annotated[Path, arg(metavar="FILE")] = Path("runs/inspect.png")
     """Picture to write the sheet of frames to."""
 
     count: int = 8

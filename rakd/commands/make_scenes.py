@@ -3,6 +3,9 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class MakeScenes:
     same files on any machine. An interrupted run is completed by repeating the command.
     """
 
-    out: Path
+    out: Annotated[Path, arg(metavar="DIR")]
     """Folder to write to: new, empty, or one to complete."""
 
     frames: int = 200
@@ -22,7 +25,7 @@ class MakeScenes:
     seed: int = 0
     """Another seed gives another data set."""
 
-    size: tuple[int, int] = (1242, 375)
+    size: Annotated[tuple[int, int], arg(metavar="W H")] = (1242, 375)
     """Width and height of the images in pixels."""
 
     workers: int = 0

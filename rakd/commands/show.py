@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from rakd.data.labels import Objects, read_labels, read_results
 
@@ -14,22 +16,22 @@ class Show:
     Labels are green and solid, predictions orange and dashed, with their scores. One picture a frame.
     """
 
-    data: Path
+    data: Annotated[Path, arg(metavar="DIR")]
     """KITTI folder: holds training/image_2, training/calib, training/label_2."""
 
-    pred: Path | None = None
+    pred: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder of result files NNNNNN.txt (label files do too); without it, labels alone are drawn."""
 
-    out: Path = Path("runs/show")
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/show")
     """Folder to write the pictures NNNNNN.png to."""
 
-    frames: tuple[str, ...] = ()
+    frames: Annotated[tuple[str, ...], arg(metavar="NNNNNN ...")] = ()
     """Frames to draw, such as 000007 000012; without any, the first COUNT ones."""
 
     count: int = 10
     """How many frames to draw when FRAMES does not say which."""
 
-    split: str | None = None
+    split: Annotated[str | None, arg(metavar="NAME")] = None
     """Take frames of this list in ImageSets, such as val; without it, of all."""
 
     part: Literal["training", "testing"] = "training"

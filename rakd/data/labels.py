@@ -262,7 +262,7 @@ def _is_score(value: float, text: str) -> bool:
 def _bad_number(path: Path, number: int, values: Sequence[str], *, scored: bool) -> ValueError:
     """The error for the first of ``values`` that is not what its column wants."""
     for name, text in zip(_COLUMNS, values, strict=False):
-        wanted = "a finite number"
+        wanted = "a number" if name == "score" else "a finite number"
         try:
             if name == "occlusion" and not scored:
                 wanted = "an integer"
