@@ -1,11 +1,15 @@
-"""Random changes to training images: mirroring, and distortion of light and colour."""
+"""Random changes to training images: mirroring, and distortion of light and colour.
+
+Images are Pillow's here: its integer arithmetic gives the same pixels whatever the number of threads, which
+differs between a loader's workers and the main process.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from torch import Tensor
+from PIL import Image
 from torchvision.transforms.v2 import functional as transforms  # type: ignore[import-untyped]
 
 
@@ -40,18 +44,18 @@ class Augmentation:
             raise ValueError(f"hue must lie in 0..0.5, got {self.hue}")
 
 
-def distort(image: Tensor, options: Augmentation, rng: np.random.Generator) -> Tensor:
+def distort(image: Image.Image, options: Augmentation, rng: np.random.Generator) -> Image.Image:
     """Distort light and colour: up to four changes, in random order.
 
     Args:
-        image: ``[3, height, width]`` float32 in 0..1.
+        image: RGB, 8 bits a channel.
         options: How likely and how strong.
         rng: Says which and how much; always gives the same number of draws.
 
     Returns:
         A new image of the same kind.
     """
-    steps: list[Callable[[Tensor], Tensor]] = [
+    steps: list[Callable[[Image.Image], Image.Image]] = [
         partial(transforms.adjust_brightness, brightness_factor=1 + rng.uniform(-1, 1) * options.brightness),
         partial(transforms.adjust_contrast, contrast_factor=1 + rng.uniform(-1, 1) * options.contrast),
         partial(transforms.adjust_saturation, saturation_factor=1 + rng.uniform(-1, 1) * options.saturation),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as transforms  # type: ignore[import-untyped]
 
 from rakd.data.augment import Augmentation, distort
 from rakd.data.frames import Part, find_frames
@@ -122,9 +122,8 @@ class KittiDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Load, vary and resize one frame."""
         frame = self.frames[index]
-        pixels = frame.read_image()
-        original = (pixels.shape[1], pixels.shape[0])
-        image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        image = Image.fromarray(frame.read_image())
+        original = image.size
         calibration = frame.read_calibration()
         objects = None if frame.label is None else frame.read_labels()
         if self.augmentation is not None:
@@ -132,21 +131,21 @@ class KittiDataset(Dataset[Sample]):
             mirror = rng.random() < self.augmentation.flip
             image = distort(image, self.augmentation, rng)
             if mirror:
-                image = image.flip(2)
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 calibration = calibration.flipped(original[0])
                 objects = None if objects is None else objects.flipped(original[0])
         scale_y = 1.0
         if self.height is not None:
             width = round(original[0] * self.height / original[1])
             scale_x, scale_y = width / original[0], self.height / original[1]
-            image = transforms.resize(image, [self.height, width], antialias=True)
+            image = image.resize((width, self.height), Image.Resampling.BILINEAR)
             calibration = calibration.resized(scale_x, scale_y)
             objects = None if objects is None else objects.resized(scale_x, scale_y)
-        size = (image.shape[2], image.shape[1])
         targets = None
         if objects is not None:
-            targets = make_targets(objects, calibration, size, min_height=MIN_HEIGHT * scale_y)
-        return Sample(frame.id, image.contiguous(), calibration, original, objects, targets)
+            targets = make_targets(objects, calibration, image.size, min_height=MIN_HEIGHT * scale_y)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return Sample(frame.id, pixels.contiguous(), calibration, original, objects, targets)
 
 
 def collate(samples: Sequence[Sample], *, divisor: int = 32, size: tuple[int, int] | None = None) -> Batch:

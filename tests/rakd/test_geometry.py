@@ -41,9 +41,7 @@ scales = numbers(0.2, 3)
 
 @pytest.fixture
 def kitti() -> Calibration:
-    return Calibration(
-        np.array([[721.5, 0, 609.6, 44.86], [0, 721.5, 172.9, 0.2164], [0, 0, 1, 0.002746]])
-    )
+    return Calibration(np.array([[721.5, 0, 609.6, 44.86], [0, 721.5, 172.9, 0.2164], [0, 0, 1, 0.002746]]))
 
 
 @given(calibrations, st.lists(places, min_size=1, max_size=5))
