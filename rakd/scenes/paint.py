@@ -117,7 +117,7 @@ def box_van(surface: Surface) -> tuple[Floats, Mask | None]:
         colors[(abs(u - 0.5) > 0.4) & (v > 0.1) & (v < 0.34)] = (170.0, 24.0, 22.0)
         colors[(abs(u - 0.5) < 0.36) & (v > 0.58) & (v < 0.86) & (abs(u - 0.5) > 0.05)] = _GLASS
     elif surface.face in (LEFT, RIGHT):
-        front = u if surface.face == RIGHT else 1 - u
+        front = u if surface.face == LEFT else 1 - u
         colors[(front > 0.78) & (front < 0.95) & (v > 0.52) & (v < 0.84)] = _GLASS
         colors[(abs(front - 0.74) < 0.006) | (abs(front - 0.4) < 0.005)] *= 0.6
     return colors, None
