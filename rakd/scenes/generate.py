@@ -56,7 +56,7 @@ def make_scenes(
         size: (width, height) of the images in pixels; the camera is KITTI's, scaled to the width.
         workers: Number of processes. With more than one, the calling script needs the usual
             ``if __name__ == "__main__"`` guard.
-        progress: Show a progress bar.
+        progress: Show a progress bar when it takes more than two seconds.
 
     Raises:
         ValueError: An argument is out of range, or ``out`` holds something else.
@@ -71,7 +71,7 @@ def make_scenes(
     camera, calibration = _camera(*size)
     missing = [i for i in range(frames) if not all(path.exists() for path in _paths(out, i))]
     write = partial(_write_frame, out, seed, camera, calibration)
-    with tqdm(total=len(missing), desc="rendering", unit="frame", disable=not progress) as bar:
+    with tqdm(total=len(missing), desc="rendering", unit="frame", delay=2, disable=not progress) as bar:
         for _ in _run(write, missing, min(workers, max(1, len(missing)))):
             bar.update()
     _write_splits(out, frames)

@@ -107,7 +107,7 @@ def test_foreign_folders_are_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match=r"out: .* is not an empty folder and holds no scenes\.json"):
         make_scenes(tmp_path, 2, size=SIZE)
-    with pytest.raises(ValueError, match="out: .* is not an empty folder"):
+    with pytest.raises(ValueError, match=r"out: .* is not an empty folder"):
         make_scenes(tmp_path / "mine.txt", 2, size=SIZE)
     out = tmp_path / "out"
     make_scenes(out, 2, size=SIZE)
@@ -223,7 +223,11 @@ def test_fill_agrees_with_testing_every_pixel(triangle):
     got[rows, columns] = True
     y, x = np.mgrid[:30, :40]
     least = np.full((30, 40), np.inf)
-    for (px, py), (qx, qy) in ((triangle[0], triangle[1]), (triangle[1], triangle[2]), (triangle[2], triangle[0])):
+    for (px, py), (qx, qy) in (
+        (triangle[0], triangle[1]),
+        (triangle[1], triangle[2]),
+        (triangle[2], triangle[0]),
+    ):
         side = np.sign(area) * ((qx - px) * (y - py) - (qy - py) * (x - px))
         least = np.minimum(least, side / max(math.hypot(qx - px, qy - py), 1e-9))
     clear = abs(least) > 1e-6
