@@ -1,7 +1,6 @@
 """Atomic file writing: a reader sees the old file or the whole new one, never a half."""
 
-import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` that takes its place when the block ends well.
 
     The parent folder is made if it is not there. When the block raises, the temporary file is removed
-    and ``path`` stays as it was. The temporary name keeps the suffix, since image writers look at it.
+    and ``path`` stays as it was. The temporary name starts with a dot and keeps the suffix, since
+    image writers look at it.
 
     Args:
         path: Where the finished file shall stand.
@@ -21,15 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
         The temporary path to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     try:
         yield temporary
-        # mkstemp makes private files; give the result the rights a plain open() would have given it.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

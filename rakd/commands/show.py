@@ -37,7 +37,7 @@ class Show:
     part: Literal["training", "testing"] = "training"
     """Which part of the data; testing has no labels."""
 
-    min_score: float = 0.0
+    min_score: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Leave out predictions that score less."""
 
     reach: float = 70.0
@@ -65,7 +65,7 @@ class Show:
             layers = [] if frame.label is None else [truth_layer(frame.read_labels())]
             if self.pred is not None:
                 objects = _read_predictions(self.pred / f"{id_}.txt")
-                if objects.scores is not None:
+                if objects.scores is not None and self.min_score is not None:
                     objects = objects.select(objects.scores >= self.min_score)
                 layers.append(prediction_layer(objects))
             draw_frame(

@@ -76,10 +76,14 @@ def find_frames(root: Path, split: str | None = None, part: Part = "training") -
     images = folder / "image_2"
     if not images.is_dir():
         raise FileNotFoundError(f"{images} is not there: expected a KITTI folder with {part}/image_2")
-    found = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in _IMAGE_SUFFIXES}
+    found = {
+        path.stem: path
+        for path in sorted(images.iterdir())
+        if path.suffix.lower() in _IMAGE_SUFFIXES and path.stem.isdigit()
+    }
     ids = sorted(found) if split is None else read_split(root / "ImageSets" / f"{split}.txt")
     if not ids:
-        raise ValueError(f"{images} holds no .png or .jpg images")
+        raise ValueError(f"{images} holds no images NNNNNN.png or .jpg")
     frames = []
     for id_ in ids:
         if id_ not in found:

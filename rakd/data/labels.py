@@ -222,6 +222,9 @@ def _read(path: Path, *, scored: bool) -> Objects:
         if len(words) < _LABEL_COLUMNS:
             what = "16 columns (15 and a score)" if scored else "15 columns"
             raise ValueError(f"{path}:{number}: expected {what}, got {len(words)}: {line.strip()!r}")
+        if scored and len(words) == _LABEL_COLUMNS:
+            missing_score = missing_score or number
+            continue
         values = words[1 : count + 1]
         try:
             if not scored:
@@ -238,9 +241,6 @@ def _read(path: Path, *, scored: bool) -> Objects:
             raise ValueError(
                 f"{path}:{number}: width and length must both be positive or neither, got {sizes}"
             )
-        if scored and len(words) == _LABEL_COLUMNS:
-            missing_score = missing_score or number
-            continue
         types.append(words[0])
         rows.append(row)
     if missing_score:

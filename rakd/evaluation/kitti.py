@@ -117,8 +117,8 @@ def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> 
             raise ValueError(f"gt_dir: {gt_dir} holds no label files NNNNNN.txt")
     else:
         names = [f"{frame}.txt" for frame in frames]
-        if not names:
-            raise ValueError("frames must list at least one frame, got none")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"frames must list at least one frame and none twice, got {len(names)}")
     for argument, folder in (("gt_dir", gt_dir), ("pred_dir", pred_dir)):
         there = {path.name for path in folder.iterdir()}
         missing = [name for name in names if name not in there]

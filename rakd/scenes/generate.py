@@ -69,6 +69,8 @@ def make_scenes(
         _check_count(f"size: {name}", value, 32)
     _claim(out, {"version": _VERSION, "seed": seed, "width": size[0], "height": size[1]})
     camera, calibration = _camera(*size)
+    for left_over in out.glob("training/*/.*"):  # temporary files of a run that was killed
+        left_over.unlink()
     missing = [i for i in range(frames) if not all(path.exists() for path in _paths(out, i))]
     write = partial(_write_frame, out, seed, camera, calibration)
     with tqdm(total=len(missing), desc="rendering", unit="frame", delay=2, disable=not progress) as bar:

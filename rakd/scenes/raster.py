@@ -24,6 +24,7 @@ NEAR = 0.4
 _FACES = ((0, 1, 5, 4), (2, 3, 7, 6), (3, 0, 4, 7), (1, 2, 6, 5), (4, 5, 6, 7), (3, 2, 1, 0))
 _AMBIENT = 0.55
 _TRUNCATION_GRID = 192
+_LEVEL = 1e-9  # rise in pixels up to which an edge counts as level
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,14 @@ def fill(polygon: list[Point], width: int, height: int) -> tuple[Indices, Indice
         # Inside is where slope * u + rest >= 0.
         slope = -sign * (v1 - v0)
         rest = sign * ((u1 - u0) * (rows - v0) + (v1 - v0) * u0)
-        if slope > 0:
+        if slope > _LEVEL:
             low = np.maximum(low, -rest / slope)
-        elif slope < 0:
+        elif slope < -_LEVEL:
             high = np.minimum(high, -rest / slope)
         else:
             high = np.where(rest >= 0, high, -1.0)
-    first = np.ceil(low).astype(np.int64)
-    counts = np.maximum(np.floor(high).astype(np.int64) - first + 1, 0)
+    first = np.ceil(np.minimum(low, width)).astype(np.int64)
+    counts = np.maximum(np.floor(np.maximum(high, -1.0)).astype(np.int64) - first + 1, 0)
     total = int(counts.sum())
     starts = np.cumsum(counts) - counts
     columns = np.arange(total) + np.repeat(first - starts, counts)

@@ -415,6 +415,8 @@ def test_missing_files_and_folders(tmp_path):
         evaluate(empty, pred)
     with pytest.raises(ValueError, match="frames must list at least one"):
         evaluate(gt, pred, frames=[])
+    with pytest.raises(ValueError, match="none twice, got 2"):
+        evaluate(gt, pred, frames=["000000", "000000"])
 
 
 def test_frames_choose_a_split(tmp_path):

@@ -59,7 +59,8 @@ def test_missing_things_are_named(kitti, tmp_path):
         find_frames(kitti)
     shutil.rmtree(kitti / "training" / "image_2")
     (kitti / "training" / "image_2").mkdir()
-    with pytest.raises(ValueError, match=r"holds no \.png or \.jpg images"):
+    (kitti / "training" / "image_2" / ".000001-left-over.png").write_text("of a killed run")
+    with pytest.raises(ValueError, match=r"holds no images NNNNNN\.png or \.jpg"):
         find_frames(kitti)
 
 

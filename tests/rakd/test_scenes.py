@@ -86,6 +86,7 @@ def test_an_interrupted_run_is_completed(tmp_path, scenes, monkeypatch):
     out = tmp_path / "out"
     make_scenes(out, 4, seed=3, size=SIZE)
     (out / "training" / "label_2" / "000002.txt").unlink()
+    (out / "training" / "image_2" / ".000002-0123.png").write_text("half of")
     kept = (out / "training" / "image_2" / "000001.png").stat().st_mtime_ns
     make_scenes(out, 10, seed=3, size=SIZE)
     assert digest(out) == digest(scenes)
