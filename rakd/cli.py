@@ -1,6 +1,6 @@
 """The command line, ``rakd`` or ``python -m rakd``: hands the arguments to one of the commands.
 
-To add a command, write its dataclass in `rakd.commands` and add its line to `_commands`.
+To add a command, write its dataclass in `rakd.commands` and name it in `_commands`.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return _fail(str(error))
     return 0
 

@@ -6,6 +6,10 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from rakd.data.frames import read_split
+from rakd.evaluation import report
+from rakd.evaluation.kitti import evaluate
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -30,10 +34,6 @@ class Evaluate:
 
     def run(self) -> None:
         """Evaluate, print the tables and write the files."""
-        from rakd.data.frames import read_split
-        from rakd.evaluation import report
-        from rakd.evaluation.kitti import evaluate
-
         frames = None if self.split is None else read_split(self.split)
         result = evaluate(self.gt, self.pred, frames=frames)
         print(report.format_table(result, "R40"))

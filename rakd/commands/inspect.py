@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
 from tyro.conf import arg
 
-from rakd.data.labels import LABEL_TYPES, Objects
+from rakd.data.frames import find_frames
+from rakd.data.labels import LABEL_TYPES, Objects, concatenate
+from rakd.evaluation.kitti import DIFFICULTIES, LEVELS
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,6 @@ class Inspect:
 
     def run(self) -> None:
         """Print the counts and write the sheet."""
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
-        from rakd.data.frames import find_frames
-        from rakd.data.labels import concatenate
         from rakd.visualize import draw_sheet
 
         if self.count < 1:
@@ -62,8 +61,6 @@ def format_counts(objects: Objects) -> str:
 
     The difficulties are KITTI's and contain each other: what is easy is moderate too.
     """
-    from rakd.evaluation.kitti import DIFFICULTIES, LEVELS
-
     totals = Counter(objects.types.tolist())
     known = [name for name in LABEL_TYPES if totals[name]]
     names = known + sorted(set(totals) - set(known))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from rakd.scenes import make_scenes
+
 
 @dataclass(frozen=True)
 class MakeScenes:
@@ -33,8 +35,6 @@ class MakeScenes:
 
     def run(self) -> None:
         """Render the frames and say where they are."""
-        from rakd.scenes import make_scenes
-
         if self.workers < 0:
             raise ValueError(f"workers must be 0 or more, got {self.workers}")
         workers = self.workers or os.cpu_count() or 1

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from tqdm import tqdm  # type: ignore[import-untyped]
 from tyro.conf import arg
 
+from rakd.data.frames import find_frames
 from rakd.data.labels import Objects, read_labels, read_results
 
 
@@ -45,9 +47,6 @@ class Show:
 
     def run(self) -> None:
         """Draw the frames and say where the pictures are."""
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
-        from rakd.data.frames import find_frames
         from rakd.visualize import draw_frame, prediction_layer, truth_layer
 
         if self.count < 1:

@@ -48,11 +48,11 @@ class Problem:
     overlap: FloatArray
     similarity: FloatArray
 
-    def rows(self, keep: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Those pairs of ``keep`` whose object and detection are not dropped."""
+    def candidates(self) -> Indices:
+        """Numbers of the pairs whose object and detection both take part."""
         truth_kept = self.truth_flags[self.truth] != DROPPED
         detection_kept = self.detection_flags[self.detection] != DROPPED
-        return np.asarray(keep & truth_kept & detection_kept)
+        return np.flatnonzero(truth_kept & detection_kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,8 @@ class Counts:
 
 def collect_scores(problem: Problem) -> FloatArray:
     """Scores of the true positives when every object takes the highest-scoring detection that it can."""
-    pairs = np.flatnonzero(problem.rows(problem.scores[problem.detection] > _LOWEST_SCORE))
+    pairs = problem.candidates()
+    pairs = pairs[problem.scores[problem.detection[pairs]] > _LOWEST_SCORE]
     detection = problem.detection[pairs]
     order = np.lexsort((detection, -problem.scores[detection], problem.truth[pairs]))
     chosen = _choose(problem, pairs[order], np.array([-np.inf]))
@@ -87,7 +88,7 @@ def count(problem: Problem, thresholds: FloatArray) -> Counts:
         problem: What to match.
         thresholds: ``[T]``.
     """
-    pairs = np.flatnonzero(problem.rows(np.ones(len(problem.truth), dtype=np.bool_)))
+    pairs = problem.candidates()
     detection = problem.detection[pairs]
     small = problem.detection_flags[detection] == IGNORED
     # Valid detections by overlap; small ones, in file order, only if there is no valid one.
@@ -127,8 +128,7 @@ def _choose(problem: Problem, pairs: Indices, thresholds: FloatArray) -> Indices
     """
     objects, first, lengths = np.unique(problem.truth[pairs], return_index=True, return_counts=True)
     detections, local = np.unique(problem.detection[pairs], return_inverse=True)
-    enough = problem.scores[detections][:, None] >= thresholds
-    free = enough.copy()
+    free = problem.scores[detections][:, None] >= thresholds
     chosen = np.full((len(objects), len(thresholds)), -1, dtype=np.int64)
     # Turn of each object: how many objects with pairs stand before it in its frame.
     frames = problem.truth_frames[objects]

@@ -34,9 +34,9 @@ class Draws:
         """A multiple of ``step`` from low..high, uniformly."""
         return self.integer(round(low / step), round(high / step)) * step
 
-    def about(self, mean: float, spread: float) -> float:
-        """A bell-shaped value on a grid of 1 cm within ±1.5 ``spread`` of ``mean`` (sum of three draws)."""
-        half = round(spread * 50)
+    def about(self, mean: float, deviation: float) -> float:
+        """A bell-shaped value on a grid of 1 cm, at most 3 deviations from ``mean`` (sum of three draws)."""
+        half = round(deviation * 100)
         return round(mean * 100 + sum(self.integer(-half, half) for _ in range(3))) / 100
 
     def chance(self, percent: int) -> bool:

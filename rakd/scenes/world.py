@@ -13,12 +13,12 @@ from rakd.scenes.shapes import Part
 
 Builder = Callable[[Draws], list[Part]]
 
-# Mean and spread of height, width and length in metres, close to those of KITTI's labels.
+# Mean and standard deviation of height, width and length in metres, close to those of KITTI's labels.
 _SIZES = {
-    "Car": ((1.53, 0.09), (1.63, 0.07), (3.88, 0.3)),
-    "Van": ((2.1, 0.16), (1.88, 0.1), (4.9, 0.4)),
-    "Pedestrian": ((1.74, 0.1), (0.64, 0.08), (0.8, 0.14)),
-    "Cyclist": ((1.72, 0.09), (0.6, 0.08), (1.76, 0.1)),
+    "Car": ((1.53, 0.13), (1.63, 0.09), (3.88, 0.4)),
+    "Van": ((2.2, 0.25), (1.9, 0.12), (5.0, 0.5)),
+    "Pedestrian": ((1.76, 0.11), (0.66, 0.1), (0.84, 0.17)),
+    "Cyclist": ((1.74, 0.09), (0.6, 0.08), (1.76, 0.15)),
 }
 _BUILDERS: dict[str, Builder] = {
     "Car": shapes.car,
@@ -95,9 +95,8 @@ class Street:
         """(x, z) of a point ``along`` the road and ``across`` it, on the grid of 1 cm."""
         cos, sin = turn(self.heading)
         across += self.offset
-        return round(100 * (along * sin + across * cos)) / 100, round(
-            100 * (along * cos - across * sin)
-        ) / 100
+        x, z = along * sin + across * cos, along * cos - across * sin
+        return round(100 * x) / 100, round(100 * z) / 100
 
 
 @dataclass
@@ -161,7 +160,7 @@ def _make_street(draws: Draws) -> Street:
 
 def _add_actor(draws: Draws, world: World, kind: str, taken: list[FloatArray]) -> None:
     """Put one labelled object where it does not touch another; gives up when the street is full."""
-    height, width, length = (draws.about(mean, spread) for mean, spread in _SIZES[kind])
+    height, width, length = (draws.about(mean, deviation) for mean, deviation in _SIZES[kind])
     for _ in range(_ATTEMPTS):
         x, z, rotation = _pose(draws, world.street, kind)
         footprint = _rectangle((x, z), (width + 0.3, length + 0.5), rotation)
