@@ -23,8 +23,7 @@ def recall_thresholds(scores: FloatArray, objects: int) -> FloatArray:
     recall = 0.0
     for i, score in enumerate(ordered):
         last = i == len(ordered) - 1
-        left = (i + 1) / objects
-        right = left if last else (i + 2) / objects
+        left, right = (i + 1) / objects, (i + 2) / objects
         if not last and right - recall < recall - left:
             continue
         kept.append(score)

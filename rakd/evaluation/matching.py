@@ -91,9 +91,9 @@ def count(problem: Problem, thresholds: FloatArray) -> Counts:
     pairs = problem.candidates()
     detection = problem.detection[pairs]
     small = problem.detection_flags[detection] == IGNORED
-    # Valid detections by overlap; small ones, in file order, only if there is no valid one.
+    # Valid detections by overlap, which is positive; after them small ones, in file order.
     preference = np.where(small, 0.0, -problem.overlap[pairs])
-    order = np.lexsort((detection, preference, small, problem.truth[pairs]))
+    order = np.lexsort((detection, preference, problem.truth[pairs]))
     chosen = _choose(problem, pairs[order], thresholds)
     # Detections that would be false positives if no object took them.
     loose = (problem.detection_flags == VALID) & ~problem.in_dontcare
