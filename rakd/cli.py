@@ -1,0 +1,121 @@
+"""The command line, ``rakd`` or ``python -m rakd``: hands the arguments to one of the commands.
+
+To add a command, write its dataclass in `rakd.commands` and name it in `_commands`.
+"""
+
+import contextlib
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol, TextIO, cast
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class Command(Protocol):
+    """What a command is: options as fields, work in ``run``."""
+
+    def run(self) -> None:
+        """Do what the command says."""
+
+
+def _commands() -> dict[str, Any]:
+    from rakd.commands.evaluate import Evaluate
+    from rakd.commands.inspect import Inspect
+    from rakd.commands.make_scenes import MakeScenes
+    from rakd.commands.show import Show
+
+    return {
+        "inspect": Inspect,
+        "make-scenes": MakeScenes,
+        "evaluate": Evaluate,
+        "show": Show,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+
+    Returns:
+        Exit code: 0, or 2 for a user's error, after one line on stderr that says what is wrong. ``--help``
+        exits from within, by SystemExit with 0.
+    """
+    try:
+        command = _parse(argv)
+        if isinstance(command, str):
+            return _fail(command)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command.run()
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in ("rakd", "rakd_ops"):
+            raise
+        return _fail(f"{error.name} is not installed; run: pip install '.[train]'")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> Command | str:
+    """The command that the arguments ask for, or what is wrong with them."""
+    import tyro
+
+    # tyro prints a framed page about a malformed option; its first paragraph says it all.
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(page):
+            parsed = tyro.extras.subcommand_cli_from_dict(
+                _commands(), prog="rakd", description=_DESCRIPTION, args=argv, sort_subcommands=False
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        return _first_paragraph(page.getvalue())
+    return cast(Command, parsed)
+
+
+def _first_paragraph(page: str) -> str:
+    """The text above the first rule of a framed page, without the frame."""
+    words: list[str] = []
+    for line in page.splitlines():
+        text = line.strip("│ ")
+        if text.startswith("─"):
+            break
+        if not text.startswith("╭"):
+            words += text.split()
+    return f"{' '.join(words) or page.strip()} (--help says more)"
+
+
+_DESCRIPTION = (
+    "Region-aware knowledge distillation for monocular 3D detection: KITTI data, rendered scenes, "
+    "official evaluation, pictures."
+)
+
+
+def _fail(message: str) -> int:
+    print(f"rakd: error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as one line for the user, without the source line that raised it."""
+    print(f"rakd: warning: {message}", file=file or sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""``rakd evaluate``: score result files by the official KITTI rules."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from rakd.data.frames import read_split
+from rakd.evaluation import report
+from rakd.evaluation.kitti import evaluate
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score detections exactly as the official KITTI development kit does.
+
+    Prints average precision of 3D boxes, bird's-eye view, 2D boxes and orientation (AOS), by class and
+    difficulty, over 40 recall positions (R40) and over 11 (R11). A dash marks what the detections lack the
+    data for.
+    """
+
+    gt: Annotated[Positional[Path], arg(metavar="GT")]
+    """Folder of label files NNNNNN.txt, such as KITTI/training/label_2."""
+
+    pred: Annotated[Positional[Path], arg(metavar="PRED")]
+    """Folder of result files NNNNNN.txt, one for each evaluated frame (if only an empty one)."""
+
+    split: Annotated[Path | None, arg(metavar="FILE")] = None
+    """File that lists the frames to evaluate, such as KITTI/ImageSets/val.txt; without it, all of GT."""
+
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder to write evaluation.json and curves.png (precision over recall) to."""
+
+    def run(self) -> None:
+        """Evaluate, print the tables and write the files."""
+        frames = None if self.split is None else read_split(self.split)
+        result = evaluate(self.gt, self.pred, frames=frames)
+        print(report.format_table(result, "R40"))
+        print()
+        print(report.format_table(result, "R11"))
+        if self.out is not None:
+            report.write_json(self.out / "evaluation.json", result)
+            report.write_curves(self.out / "curves.png", result)
+            print(f"\nwritten: {self.out / 'evaluation.json'}, {self.out / 'curves.png'}")

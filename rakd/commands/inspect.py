@@ -1,0 +1,76 @@
+"""``rakd inspect``: what a data set holds."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
+from tyro.conf import arg
+
+from rakd.data.frames import find_frames
+from rakd.data.labels import LABEL_TYPES, Objects, concatenate
+from rakd.evaluation.kitti import DIFFICULTIES, LEVELS
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Count the objects of a data set by type and difficulty, and draw a sheet of labelled frames.
+
+    Reads every label and calibration file, so malformed ones show up with file and line.
+    """
+
+    data: Annotated[Path, arg(metavar="DIR")]
+    """KITTI folder: holds training/{image_2,label_2,calib} and, for splits, ImageSets."""
+
+    split: Annotated[str | None, arg(metavar="NAME")] = None
+    """Look at the frames of this list in ImageSets, such as train; without it, at all."""
+
+    out: Annotated[Path, arg(metavar="FILE")] = Path("runs/inspect.png")
+    """Picture to write the sheet of frames to."""
+
+    count: int = 8
+    """How many frames to draw, spread evenly over the data."""
+
+    def run(self) -> None:
+        """Print the counts and write the sheet."""
+        from rakd.visualize import draw_sheet
+
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+        frames = find_frames(self.data, self.split)
+        labels = []
+        for frame in tqdm(frames, desc="reading", unit="frame", delay=2):
+            frame.read_calibration()
+            labels.append(frame.read_labels())
+        print(f"{self.data}: {len(frames)} frames, {sum(map(len, labels))} labelled objects\n")
+        print(format_counts(concatenate(labels)))
+        step = max(1, len(frames) // self.count)
+        chosen = list(zip(frames, labels, strict=True))[::step][: self.count]
+        sheet = [
+            (f"frame {frame.id}", frame.read_image(), frame.read_calibration(), objects)
+            for frame, objects in tqdm(chosen, desc="drawing", unit="frame", delay=2)
+        ]
+        draw_sheet(self.out, sheet, title=f"{self.data.resolve().name}: {len(frames)} frames")
+        print(f"\nsheet of {len(sheet)} frames: {self.out}")
+
+
+def format_counts(objects: Objects) -> str:
+    """Table of the number of objects by type and difficulty.
+
+    The difficulties are KITTI's and contain each other: what is easy is moderate too.
+    """
+    totals = Counter(objects.types.tolist())
+    known = [name for name in LABEL_TYPES if totals[name]]
+    names = known + sorted(set(totals) - set(known))
+    rows = [f"{'type':<15}" + "".join(f"{title:>10}" for title in (*LEVELS, "all"))]
+    height = objects.boxes[:, 3] - objects.boxes[:, 1]
+    for name in names:
+        counts = []
+        for least_height, most_occlusion, most_truncation in DIFFICULTIES:
+            fits = (objects.occlusion <= most_occlusion) & (objects.truncation <= most_truncation)
+            fits &= (height > least_height) & (objects.types == name)
+            counts.append("-" if name == "DontCare" else str(np.count_nonzero(fits)))
+        rows.append(f"{name:<15}" + "".join(f"{value:>10}" for value in (*counts, str(totals[name]))))
+    return "\n".join(rows)

@@ -1,0 +1,173 @@
+"""The KITTI data set as PyTorch samples and batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rakd.data.augment import Augmentation, distort
+from rakd.data.frames import Part, find_frames
+from rakd.data.labels import Objects
+from rakd.data.targets import MIN_HEIGHT, Targets, make_targets
+from rakd.geometry import Calibration
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One frame, ready for a detector. Image, calibration, objects and targets belong together.
+
+    Attributes:
+        id: Frame number, ``NNNNNN``.
+        image: ``[3, height, width]`` float32 in 0..1, RGB.
+        calibration: Camera of this (resized, perhaps mirrored) image.
+        original_size: (width, height) of the image in the file.
+        objects: All labels, in this image's pixels; None in ``testing``.
+        targets: What to learn; None in ``testing``.
+    """
+
+    id: str
+    image: Tensor
+    calibration: Calibration
+    original_size: tuple[int, int]
+    objects: Objects | None
+    targets: Targets | None
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples in one padded tensor.
+
+    Attributes:
+        images: ``[B, 3, height, width]`` float32; images stand at the top left, zeros fill the rest.
+        sizes: (width, height) of each image without the padding.
+        samples: What the batch is made of.
+    """
+
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    samples: list[Sample]
+
+    def targets(self, device: torch.device | str) -> list[Targets]:
+        """The samples' targets on a device.
+
+        Raises:
+            ValueError: A sample has none.
+        """
+        result = []
+        for sample in self.samples:
+            if sample.targets is None:
+                raise ValueError(f"frame {sample.id} has no labels to learn from")
+            result.append(sample.targets.to(device))
+        return result
+
+
+class KittiDataset(Dataset[Sample]):
+    """Frames of a KITTI folder.
+
+    What augmentation does to a frame depends on the seed, the epoch and the frame's index only: neither on
+    the number of workers nor on the order of loading.
+
+    Args:
+        root: Folder that holds ``training`` and ``ImageSets``.
+        split: List in ``ImageSets`` ("train", "val", ...); None: all frames.
+        part: "training" or "testing".
+        height: Height that images are resized to, keeping their proportions; None: as they are.
+        augmentation: How images are varied; None: not at all.
+        seed: Seed of the augmentation, >= 0.
+
+    Raises:
+        FileNotFoundError: A folder, list or file is missing.
+        ValueError: The folder or list is empty or malformed, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str | None = None,
+        *,
+        part: Part = "training",
+        height: int | None = None,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        if height is not None and height < 1:
+            raise ValueError(f"height must be positive, got {height}")
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}")
+        self.frames = find_frames(Path(root), split, part)
+        self.height = height
+        self.augmentation = augmentation
+        self.seed = seed
+        # In shared memory, so that workers that live through epochs see it change.
+        self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is about to be loaded, so that augmentation differs from the last one's.
+
+        Args:
+            epoch: >= 0. Set it before iterating over the loader; workers see it.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Load, vary and resize one frame."""
+        frame = self.frames[index]
+        image = Image.fromarray(frame.read_image())
+        original = image.size
+        calibration = frame.read_calibration()
+        objects = None if frame.label is None else frame.read_labels()
+        if self.augmentation is not None:
+            rng = np.random.default_rng([self.seed, int(self._epoch), index % len(self)])
+            mirror = rng.random() < self.augmentation.flip
+            image = distort(image, self.augmentation, rng)
+            if mirror:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                calibration = calibration.flipped(original[0])
+                objects = None if objects is None else objects.flipped(original[0])
+        scale_y = 1.0
+        if self.height is not None:
+            width = round(original[0] * self.height / original[1])
+            scale_x, scale_y = width / original[0], self.height / original[1]
+            image = image.resize((width, self.height), Image.Resampling.BILINEAR)
+            calibration = calibration.resized(scale_x, scale_y)
+            objects = None if objects is None else objects.resized(scale_x, scale_y)
+        targets = None
+        if objects is not None:
+            targets = make_targets(objects, calibration, image.size, min_height=MIN_HEIGHT * scale_y)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        return Sample(frame.id, pixels.contiguous(), calibration, original, objects, targets)
+
+
+def collate(samples: Sequence[Sample], *, divisor: int = 32, size: tuple[int, int] | None = None) -> Batch:
+    """Pad samples of any sizes to one tensor. Padding goes right and below, so calibrations still hold.
+
+    Args:
+        samples: At least one.
+        divisor: Width and height become multiples of it.
+        size: (width, height) to pad to instead, for batches that all have one shape.
+
+    Raises:
+        ValueError: There are no samples, or one does not fit into ``size``.
+    """
+    if not samples:
+        raise ValueError("samples must hold at least one sample, got none")
+    sizes = [(sample.image.shape[2], sample.image.shape[1]) for sample in samples]
+    largest = (max(width for width, _ in sizes), max(height for _, height in sizes))
+    if size is None:
+        size = (-(-largest[0] // divisor) * divisor, -(-largest[1] // divisor) * divisor)
+    elif largest[0] > size[0] or largest[1] > size[1]:
+        raise ValueError(f"size must hold every image, got {size} for images of up to {largest}")
+    images = samples[0].image.new_zeros((len(samples), 3, size[1], size[0]))
+    for padded, sample in zip(images, samples, strict=True):
+        padded[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+    return Batch(images, sizes, list(samples))

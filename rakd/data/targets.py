@@ -1,0 +1,131 @@
+"""Training targets of a frame: which objects to learn from, which to ignore, and what to predict for them."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rakd.data.labels import Objects
+from rakd.geometry import Calibration, FloatArray, box_centers, box_corners
+
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+"""The classes that detectors learn; a target's class is the place in this list."""
+
+MIN_HEIGHT = 22.0
+"""Objects lower than this many pixels of the original image are ignored."""
+
+MIN_VISIBLE = 0.3
+"""Objects of which nearer ones leave less than this share visible are ignored."""
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What a detector shall find in a frame, one row an object; float32 unless said.
+
+    Attributes:
+        classes: ``[N]`` int64, place in `CLASSES`.
+        boxes: ``[N, 4]`` 2D boxes (x1, y1, x2, y2), pixels.
+        dimensions: ``[N, 3]`` height, width, length, metres.
+        location: ``[N, 3]`` bottom centre (x, y, z), metres.
+        rotation_y: ``[N]`` radians.
+        alpha: ``[N]`` observation angle, radians.
+        keypoints: ``[N, 9, 2]`` pixels of the 8 corners (order of `rakd.geometry.box_corners`) and of the 3D
+            centre; 0 where a corner is behind the camera.
+        keypoints_seen: ``[N, 9]`` bool, False where a corner is behind the camera.
+        projected_height: ``[N]`` ``fy · height / z``, pixels: the height that gives the distance back.
+        ignored: ``[M, 4]`` 2D boxes that count neither as objects nor as background.
+    """
+
+    classes: Tensor
+    boxes: Tensor
+    dimensions: Tensor
+    location: Tensor
+    rotation_y: Tensor
+    alpha: Tensor
+    keypoints: Tensor
+    keypoints_seen: Tensor
+    projected_height: Tensor
+    ignored: Tensor
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def to(self, device: torch.device | str) -> "Targets":
+        """The same targets on another device."""
+        return Targets(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def make_targets(
+    objects: Objects, calibration: Calibration, size: tuple[int, int], *, min_height: float = MIN_HEIGHT
+) -> Targets:
+    """Make the targets of a frame.
+
+    Ignored are DontCare regions, objects of other classes, without a 3D box, lower than ``min_height``,
+    hidden by nearer ones (less than `MIN_VISIBLE` left), or with the 3D centre outside the image.
+
+    Args:
+        objects: Labels.
+        calibration: The camera.
+        size: (width, height) of the image in pixels.
+        min_height: In pixels of this image; scale it with the image.
+    """
+    centers, depth = calibration.project(box_centers(objects.location, objects.dimensions))
+    inside = ((centers >= 0) & (centers <= np.array(size) - 1)).all(axis=1)
+    tall = objects.boxes[:, 3] - objects.boxes[:, 1] >= min_height
+    has_box = objects.has_box_3d
+    # What has no place in space cannot hide anything: put it behind everything.
+    distance = np.where(has_box, objects.location[:, 2], np.inf)
+    visible = visible_shares(objects.boxes, distance) >= MIN_VISIBLE
+    wanted = objects.is_type(*CLASSES) & has_box & tall & visible & inside & (depth > 0)
+    used = objects.select(wanted)
+    corners = box_corners(used.location, used.dimensions, used.rotation_y)
+    points = np.concatenate([corners, box_centers(used.location, used.dimensions)[:, None]], axis=1)
+    keypoints, keypoint_depth = calibration.project(points)
+    seen = keypoint_depth > 0
+    names = [name.lower() for name in CLASSES]
+    return Targets(
+        classes=torch.tensor([names.index(name.lower()) for name in used.types], dtype=torch.int64),
+        boxes=_tensor(used.boxes),
+        dimensions=_tensor(used.dimensions),
+        location=_tensor(used.location),
+        rotation_y=_tensor(used.rotation_y),
+        alpha=_tensor(used.alpha),
+        keypoints=_tensor(np.where(seen[..., None], keypoints, 0.0)),
+        keypoints_seen=torch.from_numpy(seen),
+        projected_height=_tensor(calibration.projection[1, 1] * used.dimensions[:, 0] / used.location[:, 2]),
+        ignored=_tensor(objects.boxes[~wanted]),
+    )
+
+
+def visible_shares(boxes: FloatArray, distance: FloatArray) -> FloatArray:
+    """Share of each 2D box that no nearer box covers.
+
+    Exact: the lines of all boxes cut the image into cells, and each cell belongs to the nearest box over it.
+
+    Args:
+        boxes: ``[N, 4]`` pixels.
+        distance: ``[N]``; at equal distance the earlier box is the nearer one.
+
+    Returns:
+        ``[N]`` in 0..1; 0 for an empty box.
+    """
+    x, y = np.unique(boxes[:, [0, 2]]), np.unique(boxes[:, [1, 3]])
+    order = np.argsort(distance, kind="stable")
+    x1, y1, x2, y2 = boxes[order].T
+    over_x = (x1[:, None] <= x[:-1]) & (x2[:, None] >= x[1:])
+    over_y = (y1[:, None] <= y[:-1]) & (y2[:, None] >= y[1:])
+    covers = over_y[:, :, None] & over_x[:, None, :]
+    free = covers & (np.cumsum(covers, axis=0) == 1)
+    cells = np.diff(y)[:, None] * np.diff(x)
+    whole = (covers * cells).sum(axis=(1, 2))
+    shares = np.empty(len(boxes))
+    shares[order] = np.divide(
+        (free * cells).sum(axis=(1, 2)), whole, out=np.zeros_like(whole), where=whole > 0
+    )
+    return shares
+
+
+def _tensor(values: npt.NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))

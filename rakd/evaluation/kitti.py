@@ -1,0 +1,236 @@
+"""Evaluation of KITTI results by the official rules: 2D boxes, orientation, bird's-eye view, 3D boxes."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from rakd.data.labels import Objects, concatenate, read_labels, read_results
+from rakd.evaluation import curves, matching
+from rakd.evaluation.matching import DROPPED, IGNORED, VALID, Problem
+from rakd.evaluation.overlaps import METRICS, Indices, Pairs, find_pairs
+
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+LEVELS = ("easy", "moderate", "hard")
+
+# Overlap that a detection must exceed, in every metric.
+_LIMITS = {"Car": 0.7, "Pedestrian": 0.5, "Cyclist": 0.5}
+# Types that resemble a class: finding them is neither right nor wrong.
+_NEIGHBOURS = {"Car": ("Van",), "Pedestrian": ("Person_sitting",), "Cyclist": ()}
+# Per level: least height in pixels, most occlusion, most truncation.
+DIFFICULTIES = ((40.0, 0, 0.15), (25.0, 1, 0.3), (25.0, 2, 0.5))
+
+_NO_PLACE = -1000.0
+_NO_ANGLE = -10.0
+_FRAME_FILE = re.compile(r"[0-9]{6}\.txt")
+_BAR_DELAY = 2.0  # seconds before a progress bar shows
+
+
+class MetricResult(TypedDict):
+    """Figures of one class in one metric, each for easy, moderate and hard.
+
+    Attributes:
+        evaluated: False when the detections lack what the metric needs; the figures are then 0.
+        R40: Average precision in percent over 40 recall positions.
+        R11: The same over 11 positions, as before October 2019.
+        precision: The 41 points of each curve (for "aos", of orientation similarity).
+        objects: Number of objects to be found.
+    """
+
+    evaluated: bool
+    R40: list[float]
+    R11: list[float]
+    precision: list[list[float]]
+    objects: list[int]
+
+
+Result = dict[str, dict[str, MetricResult]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """All rows of all frames, and the pairs that may matter."""
+
+    truth: Objects
+    truth_frames: Indices
+    detections: Objects
+    detection_frames: Indices
+    pairs: Pairs
+    regions: Pairs
+
+
+def evaluate(
+    gt_dir: Path | str, pred_dir: Path | str, *, frames: Sequence[str] | None = None, progress: bool = True
+) -> Result:
+    """Score detections exactly as the official KITTI development kit does (40 recall positions and 11).
+
+    Args:
+        gt_dir: Folder of label files ``NNNNNN.txt``. Every one of them is a frame to evaluate.
+        pred_dir: Folder of result files with the same names; one for every frame, if only an empty one.
+        frames: Frames to evaluate ("000123", ...) instead of all in ``gt_dir``, for a split.
+        progress: Show a progress bar when it takes more than two seconds.
+
+    Returns:
+        ``result[class][metric]`` for Car, Pedestrian, Cyclist and "bbox", "aos", "bev", "3d": a
+        `MetricResult`, such as ``result["Car"]["3d"]["R40"] -> [easy, moderate, hard]`` in percent. A
+        precision without any detections (0/0) makes its average NaN, as in the kit.
+
+    Raises:
+        FileNotFoundError: A folder or a frame's file is missing.
+        NotADirectoryError: ``gt_dir`` or ``pred_dir`` is not a folder.
+        ValueError: ``gt_dir`` holds no frames, or a row does not parse, holds NaN, or has exactly one of
+            width and length not positive; names file and line.
+
+    Warns:
+        UserWarning: Once for each result file with rows that lack a score; they are skipped.
+    """
+    names = _frame_names(Path(gt_dir), Path(pred_dir), frames)
+    truths, detections = [], []
+    for name in tqdm(names, desc="reading", unit="frame", delay=_BAR_DELAY, disable=not progress):
+        truths.append(read_labels(Path(gt_dir) / name))
+        detections.append(read_results(Path(pred_dir) / name))
+    data = _prepare(truths, detections)
+    result: Result = {}
+    steps = [(name, metric) for name in CLASSES for metric in METRICS]
+    for name, metric in tqdm(steps, desc="matching", delay=_BAR_DELAY, disable=not progress):
+        result.setdefault(name, {}).update(_evaluate_metric(data, name, metric))
+    return {
+        name: {metric: result[name][metric] for metric in ("bbox", "aos", "bev", "3d")} for name in CLASSES
+    }
+
+
+def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> list[str]:
+    """File names of the frames to evaluate, after checking that all are there."""
+    for argument, folder in (("gt_dir", gt_dir), ("pred_dir", pred_dir)):
+        if not folder.exists():
+            raise FileNotFoundError(f"{argument}: {folder} is not there")
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{argument}: {folder} is not a folder")
+    if frames is None:
+        names = sorted(path.name for path in gt_dir.iterdir() if _FRAME_FILE.fullmatch(path.name))
+        if not names:
+            raise ValueError(f"gt_dir: {gt_dir} holds no label files NNNNNN.txt")
+    else:
+        names = [f"{frame}.txt" for frame in frames]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"frames must list at least one frame and none twice, got {len(names)}")
+    for argument, folder in (("gt_dir", gt_dir), ("pred_dir", pred_dir)):
+        there = {path.name for path in folder.iterdir()}
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise FileNotFoundError(
+                f"{argument}: {folder / missing[0]} is not there ({len(missing)} of {len(names)} frames lack "
+                "a file; a frame without objects needs an empty one)"
+            )
+    return names
+
+
+def _prepare(truths: list[Objects], detections: list[Objects]) -> _Data:
+    truth, detection = concatenate(truths), concatenate(detections)
+    truth_frames = np.repeat(np.arange(len(truths)), [len(objects) for objects in truths])
+    detection_frames = np.repeat(np.arange(len(detections)), [len(objects) for objects in detections])
+    least = min(_LIMITS.values())
+    rows = np.flatnonzero(
+        truth.is_type(*CLASSES, *(name for names in _NEIGHBOURS.values() for name in names))
+    )
+    # Indices into the rows that can matter are turned back into indices of all rows.
+    found = find_pairs(
+        truth.select(rows), truth_frames[rows], detection, detection_frames, least, over="union"
+    )
+    pairs = Pairs(rows[found.truth], found.detection, found.overlap)
+    rows = np.flatnonzero(truth.is_type("DontCare"))
+    found = find_pairs(
+        truth.select(rows), truth_frames[rows], detection, detection_frames, least, over="detection"
+    )
+    regions = Pairs(rows[found.truth], found.detection, found.overlap)
+    return _Data(truth, truth_frames, detection, detection_frames, pairs, regions)
+
+
+def _evaluate_metric(data: _Data, name: str, metric: str) -> dict[str, MetricResult]:
+    """Figures of one class in one metric; "bbox" brings "aos" along, which uses its matches."""
+    own = data.detections.select(data.detections.is_type(name))
+    is_evaluated = _has_data(own, metric)
+    results = {metric: _empty_result(is_evaluated)}
+    if metric == "bbox":
+        # One row of any class without an angle leaves all classes without orientation.
+        has_angles = bool((data.detections.alpha != _NO_ANGLE).all())
+        results["aos"] = _empty_result(is_evaluated and has_angles)
+    for level in range(len(LEVELS)):
+        problem = _problem(data, name, metric, level)
+        objects = int(np.count_nonzero(problem.truth_flags == VALID))
+        points = (np.zeros(curves.POINTS), np.zeros(curves.POINTS))
+        if is_evaluated and objects:
+            thresholds = curves.recall_thresholds(matching.collect_scores(problem), objects)
+            points = curves.precision_curves(matching.count(problem, thresholds))
+        for result, curve in zip(results.values(), points, strict=False):
+            curve = curve if result["evaluated"] else np.zeros(curves.POINTS)
+            result["R40"].append(curves.average_precision(curve, positions=40))
+            result["R11"].append(curves.average_precision(curve, positions=11))
+            result["precision"].append(curve.tolist())
+            result["objects"].append(objects)
+    return results
+
+
+def _has_data(detections: Objects, metric: str) -> bool:
+    """Whether some detection of the class has what the metric needs."""
+    height, width, length = detections.dimensions.T
+    x, y, z = detections.location.T
+    from_above = (x != _NO_PLACE) & (z != _NO_PLACE) & (width > 0) & (length > 0)
+    if metric == "bbox":
+        return bool((detections.boxes[:, 0] >= 0).any())
+    if metric == "bev":
+        return bool(from_above.any())
+    return bool((from_above & (y != _NO_PLACE) & (height > 0)).any())
+
+
+def _empty_result(evaluated: bool) -> MetricResult:
+    return MetricResult(evaluated=evaluated, R40=[], R11=[], precision=[], objects=[])
+
+
+def _problem(data: _Data, name: str, metric: str, level: int) -> Problem:
+    """What to match for one class, metric and level."""
+    limit = _LIMITS[name]
+    pairs, regions = data.pairs, data.regions
+    near = pairs.overlap[metric] > limit
+    truth, detection = pairs.truth[near], pairs.detection[near]
+    turned = data.truth.alpha[truth] - data.detections.alpha[detection]
+    in_dontcare = np.zeros(len(data.detections), dtype=np.bool_)
+    in_dontcare[regions.detection[regions.overlap[metric] > limit]] = True
+    scores = data.detections.scores
+    if scores is None:
+        raise AssertionError("read_results gives scores")
+    return Problem(
+        truth_flags=_truth_flags(data.truth, name, level),
+        truth_frames=data.truth_frames,
+        detection_flags=_detection_flags(data.detections, name, level),
+        scores=scores,
+        in_dontcare=in_dontcare,
+        truth=truth,
+        detection=detection,
+        overlap=pairs.overlap[metric][near],
+        similarity=(1 + np.cos(turned)) / 2,
+    )
+
+
+def _truth_flags(truth: Objects, name: str, level: int) -> npt.NDArray[np.int8]:
+    least_height, most_occlusion, most_truncation = DIFFICULTIES[level]
+    is_class = truth.is_type(name)
+    height = truth.boxes[:, 3] - truth.boxes[:, 1]
+    clear = (truth.occlusion <= most_occlusion) & (truth.truncation <= most_truncation)
+    flags = np.full(len(truth), DROPPED, dtype=np.int8)
+    flags[is_class | truth.is_type(*_NEIGHBOURS[name])] = IGNORED
+    flags[is_class & clear & (height > least_height)] = VALID
+    return flags
+
+
+def _detection_flags(detections: Objects, name: str, level: int) -> npt.NDArray[np.int8]:
+    flags = np.full(len(detections), DROPPED, dtype=np.int8)
+    flags[detections.is_type(name)] = VALID
+    # Small ones of any type: the kit looks at the height first.
+    flags[np.abs(detections.boxes[:, 1] - detections.boxes[:, 3]) < DIFFICULTIES[level][0]] = IGNORED
+    return flags

@@ -1,0 +1,89 @@
+"""Evaluation results for readers: a table as in papers, JSON, precision-recall curves."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rakd.evaluation.kitti import CLASSES, LEVELS, Result
+from rakd.files import replacing, write_text
+
+_TITLES = {"3d": "3D", "bev": "Bird's-eye view", "bbox": "2D box", "aos": "Orientation (AOS)"}
+_LEVEL_COLORS = {"easy": "#1b9e77", "moderate": "#d95f02", "hard": "#7570b3"}
+_LIMIT_NOTES = {"Car": "Car (0.7)", "Pedestrian": "Pedestrian (0.5)", "Cyclist": "Cyclist (0.5)"}
+
+
+def format_table(result: Result, average: str = "R40") -> str:
+    """Average precision in percent: classes down, metrics and levels across.
+
+    Args:
+        result: What `rakd.evaluation.kitti.evaluate` gives.
+        average: "R40" or "R11".
+
+    Returns:
+        Lines of text. What was not evaluated shows a dash. The overlap limit stands beside each class.
+    """
+    width = max(map(len, _LIMIT_NOTES.values()))
+    head, levels = " " * width, f"AP {average}, %".ljust(width)
+    for title in _TITLES.values():
+        head += f" | {title:^23}"
+        levels += " | " + " ".join(f"{level.capitalize()[:8]:>7}" for level in ("easy", "mod.", "hard"))
+    rule = "-" * width + ("-+-" + "-" * 23) * len(_TITLES)
+    rows = []
+    for name in CLASSES:
+        row = _LIMIT_NOTES[name].ljust(width)
+        for metric in _TITLES:
+            figures = result[name][metric]
+            values = figures["R40"] if average == "R40" else figures["R11"]
+            cells = [f"{value:7.2f}" if figures["evaluated"] else f"{'-':>7}" for value in values]
+            row += " | " + " ".join(cells)
+        rows.append(row)
+    return "\n".join([head, levels, rule, *rows])
+
+
+def write_json(path: Path, result: Result) -> None:
+    """Write all figures and curves as JSON, atomically; NaN, which JSON does not know, becomes null."""
+    write_text(path, json.dumps(_without_nan(result), indent=1) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_curves(path: Path, result: Result) -> None:
+    """Draw the precision-recall curves of all classes and metrics as one picture, atomically.
+
+    Args:
+        path: A picture file; the suffix says which kind (.png, .pdf, .svg).
+        result: What `rakd.evaluation.kitti.evaluate` gives.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(_TITLES), 3.3 * len(CLASSES)), layout="constrained")
+    figure.suptitle("KITTI precision over recall", fontsize=15)
+    axes = figure.subplots(len(CLASSES), len(_TITLES), sharex=True, sharey=True, squeeze=False)
+    for row, name in zip(axes, CLASSES, strict=True):
+        for axis, metric in zip(row, _TITLES, strict=True):
+            figures = result[name][metric]
+            for level, curve, mean in zip(LEVELS, figures["precision"], figures["R40"], strict=True):
+                recall = [position / (len(curve) - 1) for position in range(len(curve))]
+                label = f"{level}: {mean:.2f} %"
+                if figures["evaluated"]:
+                    axis.plot(recall, curve, color=_LEVEL_COLORS[level], linewidth=2, label=label)
+            axis.set_title(f"{name}: {_TITLES[metric]}", fontsize=11)
+            axis.set(xlim=(0, 1), ylim=(0, 1.03))
+            axis.grid(color="#dddddd", linewidth=0.7)
+            axis.spines[["top", "right"]].set_visible(False)
+            if figures["evaluated"]:
+                axis.legend(fontsize=9, loc="best", framealpha=0.85, title="AP R40", title_fontsize=9)
+            else:
+                axis.text(0.5, 0.5, "not evaluated", ha="center", va="center", color="#777777")
+        row[0].set_ylabel("precision (AOS: similarity)")
+    for axis in axes[-1]:
+        axis.set_xlabel("recall")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)

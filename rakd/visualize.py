@@ -1,0 +1,279 @@
+"""Pictures of frames: 3D boxes, 2D boxes and a bird's-eye view, labels beside predictions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Arc, Polygon, Rectangle
+from matplotlib.patheffects import withStroke
+
+from rakd.data.labels import Objects
+from rakd.files import replacing
+from rakd.geometry import BOX_EDGES, NEAR, Calibration, FloatArray, box_corners
+
+TRUTH_COLOR = "#19e08f"
+PREDICTION_COLOR = "#ff8a1f"
+_REGION_COLOR = "#b8bec6"
+_DARK = "#14181d"
+_LIGHT = "#e8ebee"
+_GRID = "#3d4650"
+
+_FRONT_CROSS = ((0, 5), (1, 4))
+_DPI = 110
+_LETTER_WIDTH, _TEXT_HEIGHT = 7.5, 13.0  # rough size of drawn letters in image pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Objects to draw in one colour.
+
+    Attributes:
+        objects: What to draw.
+        color: Any matplotlib colour.
+        name: How the legend calls them.
+        dashed: Draw dashed, so that lines under it stay visible.
+    """
+
+    objects: Objects
+    color: str
+    name: str
+    dashed: bool = False
+
+
+def truth_layer(objects: Objects) -> Layer:
+    """Labels, in the colour of labels."""
+    return Layer(objects, TRUTH_COLOR, "label")
+
+
+def prediction_layer(objects: Objects) -> Layer:
+    """Predictions, in the colour of predictions."""
+    return Layer(objects, PREDICTION_COLOR, "prediction", dashed=True)
+
+
+def draw_frame(
+    path: Path,
+    image: npt.NDArray[np.uint8],
+    calibration: Calibration,
+    layers: Sequence[Layer],
+    *,
+    title: str = "",
+    reach: float = 70.0,
+) -> None:
+    """Draw one frame: the image with 3D boxes over the image with 2D boxes, and the view from above beside.
+
+    Args:
+        path: Picture file to write, atomically; the suffix says which kind.
+        image: ``[height, width, 3]`` uint8 RGB.
+        calibration: Its camera.
+        layers: What to draw, later ones on top.
+        title: Text above the picture.
+        reach: How far the bird's-eye view goes, metres.
+    """
+    height, width = image.shape[:2]
+    panel_width = 11.0
+    panel_height = panel_width * height / width
+    total_height = max(2 * panel_height + 1.0, 5.0)
+    above_width = total_height * 0.8
+    figure = Figure(figsize=(panel_width + above_width, total_height), facecolor=_DARK, layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(panel_width, above_width))
+    for row, (draw, name) in enumerate(((draw_boxes_3d, "3D boxes"), (draw_boxes_2d, "2D boxes"))):
+        axis = figure.add_subplot(grid[row, 0])
+        show_image(axis, image, name)
+        draw(axis, calibration, layers)
+    draw_from_above(figure.add_subplot(grid[:, 1]), calibration, width, layers, reach)
+    figure.suptitle(title, color=_LIGHT, fontsize=13, x=0.01, ha="left")
+    handles = [
+        Line2D([], [], color=layer.color, lw=2.5, ls="--" if layer.dashed else "-", label=layer.name)
+        for layer in layers
+    ]
+    handles.append(Line2D([], [], color=_REGION_COLOR, lw=1.2, ls=":", label="DontCare region"))
+    figure.legend(
+        *(handles, [str(handle.get_label()) for handle in handles]),
+        loc="upper right",
+        ncols=len(handles),
+        frameon=False,
+        labelcolor=_LIGHT,
+        fontsize=11,
+    )
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
+
+
+def draw_sheet(
+    path: Path,
+    frames: Sequence[tuple[str, npt.NDArray[np.uint8], Calibration, Objects]],
+    *,
+    columns: int = 2,
+    title: str = "",
+) -> None:
+    """Draw a sheet of labelled frames: 3D boxes with their types and distances.
+
+    Args:
+        path: Picture file to write, atomically.
+        frames: Name, image ``[height, width, 3]``, calibration and labels of each frame; at least one.
+        columns: Frames in a row.
+        title: Text above the picture.
+
+    Raises:
+        ValueError: There are no frames.
+    """
+    if not frames:
+        raise ValueError("frames must hold at least one frame, got none")
+    columns = min(columns, len(frames))
+    rows = -(-len(frames) // columns)
+    ratio = max(image.shape[0] / image.shape[1] for _, image, _, _ in frames)
+    size = (9.0 * columns, (9.0 * ratio + 0.3) * rows + 0.5)
+    figure = Figure(figsize=size, facecolor=_DARK, layout="constrained")
+    figure.suptitle(title, color=_LIGHT, fontsize=15)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(frames) :]:
+        axis.set_axis_off()
+    for axis, (name, image, calibration, objects) in zip(axes, frames, strict=False):
+        show_image(axis, image, name)
+        draw_boxes_3d(axis, calibration, [truth_layer(objects)])
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
+
+
+def show_image(axis: Axes, image: npt.NDArray[np.uint8], title: str) -> None:
+    """Show an image on an axis without ticks."""
+    axis.imshow(image, interpolation="antialiased")
+    axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5), xticks=[], yticks=[])
+    axis.set_title(title, color=_LIGHT, fontsize=11, loc="left", pad=4)
+    axis.spines[:].set_visible(False)
+
+
+def draw_boxes_3d(axis: Axes, calibration: Calibration, layers: Sequence[Layer]) -> None:
+    """Draw the edges of 3D boxes, with a cross on the front face, type and distance (or score)."""
+    texts = _Texts(axis)
+    for layer in layers:
+        objects = layer.objects.select(layer.objects.has_box_3d)
+        objects = objects.select(np.argsort(objects.location[:, 2], kind="stable"))
+        corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)
+        for i, box in enumerate(corners):
+            edges = _visible_segments(calibration, box, BOX_EDGES)
+            if not len(edges):
+                continue
+            _add_lines(axis, edges, layer, 1.6)
+            cross = _visible_segments(calibration, box, np.array(_FRONT_CROSS))
+            _add_lines(axis, cross, layer, 0.8)
+            text = f"{objects.types[i]} {objects.location[i, 2]:.0f} m"
+            if objects.scores is not None:
+                text = f"{objects.scores[i]:.2f}"
+            texts.add(edges.reshape(-1, 2), text, layer)
+
+
+def draw_boxes_2d(axis: Axes, calibration: Calibration, layers: Sequence[Layer]) -> None:
+    """Draw 2D boxes with type or score; DontCare regions dotted, without a name."""
+    texts = _Texts(axis)
+    for layer in layers:
+        objects = layer.objects
+        regions = objects.is_type("DontCare")
+        for i, (x1, y1, x2, y2) in enumerate(objects.boxes.tolist()):
+            style = ":" if regions[i] else "--" if layer.dashed else "-"
+            color = _REGION_COLOR if regions[i] else layer.color
+            axis.add_patch(
+                Rectangle(
+                    (x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.1 if regions[i] else 1.6, ls=style
+                )
+            )
+            if not regions[i]:
+                text = str(objects.types[i]) if objects.scores is None else f"{objects.scores[i]:.2f}"
+                texts.add(np.array([(x1, y1), (x2, y2)]), text, layer)
+
+
+def draw_from_above(
+    axis: Axes, calibration: Calibration, width: int, layers: Sequence[Layer], reach: float
+) -> None:
+    """Draw boxes from above, the camera at the bottom, with arcs of equal distance as a scale."""
+    side = reach * 0.45
+    axis.set_facecolor("#1d232a")
+    axis.set(xlim=(-side, side), ylim=(-3, reach + 2), xticks=[], yticks=[], aspect="equal")
+    axis.set_title("from above", color=_LIGHT, fontsize=11, loc="left", pad=4)
+    axis.spines[:].set_visible(False)
+    edge = calibration.back_project([[0.0, 0.0], [width - 1.0, 0.0]], [2 * reach, 2 * reach])
+    for x, _, z in edge.tolist():
+        axis.plot([0, x], [0, z], color=_GRID, lw=1, ls="--")
+    for distance in range(10, int(reach) + 1, 10):
+        axis.add_patch(Arc((0, 0), 2 * distance, 2 * distance, theta1=0, theta2=180, ec=_GRID, lw=0.8))
+        axis.text(0.4, distance + 0.4, f"{distance} m", color="#9aa5b1", fontsize=8, ha="left")
+    axis.plot([0], [0], marker="^", color=_LIGHT, markersize=9)
+    for layer in layers:
+        objects = layer.objects.select(layer.objects.has_box_3d)
+        corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)[:, :4][:, :, [0, 2]]
+        for i, ring in enumerate(corners):
+            style = "--" if layer.dashed else "-"
+            axis.add_patch(
+                Polygon(ring, closed=True, fc=(*_rgb(layer.color), 0.15), ec=layer.color, lw=1.6, ls=style)
+            )
+            center, front = ring.mean(axis=0), ring[:2].mean(axis=0)
+            axis.plot(*zip(center, front, strict=True), color=layer.color, lw=1.6)
+            if objects.scores is not None and abs(center[0]) < side and center[1] < reach:
+                label = f"{objects.scores[i]:.2f}"
+                place = (float(ring[:, 0].max()) + 0.4, float(center[1]))
+                axis.text(*place, label, color=layer.color, fontsize=8, va="center", clip_on=True)
+
+
+def _visible_segments(
+    calibration: Calibration, corners: FloatArray, edges: npt.NDArray[np.integer]
+) -> FloatArray:
+    """The parts of a box's edges in front of the camera, as ``[m, 2, 2]`` pixels."""
+    near = NEAR - calibration.projection[2, 3] + 1e-6
+    lines = corners[edges]
+    front = lines[:, :, 2] >= near
+    lines, front = lines[front.any(axis=1)], front[front.any(axis=1)]
+    rise = lines[:, 1, 2] - lines[:, 0, 2]
+    share = (near - lines[:, 0, 2]) / np.where(rise == 0, 1.0, rise)
+    cut = lines[:, 0] + share[:, None] * (lines[:, 1] - lines[:, 0])
+    lines = np.where(front[:, :, None], lines, cut[:, None, :])
+    pixels, _ = calibration.project(lines)
+    return pixels
+
+
+def _add_lines(axis: Axes, segments: FloatArray, layer: Layer, width: float) -> None:
+    style = (0, (4, 2)) if layer.dashed else "solid"
+    axis.add_collection(
+        LineCollection(list(segments), colors=layer.color, linewidths=width, linestyles=style), autolim=False
+    )
+
+
+class _Texts:
+    """Texts beside boxes in an image; one that would cover another is left out."""
+
+    def __init__(self, axis: Axes) -> None:
+        self._axis = axis
+        self._taken: list[tuple[float, float, float]] = []
+
+    def add(self, points: FloatArray, text: str, layer: Layer) -> None:
+        """Put a text over the points (under them for a dashed layer), inside the image."""
+        right, bottom = self._axis.get_xlim()[1], self._axis.get_ylim()[0]
+        low, high = points.min(axis=0), points.max(axis=0)
+        if high[0] < 0 or low[0] > right or high[1] < 0 or low[1] > bottom:
+            return
+        half = _LETTER_WIDTH * len(text) / 2
+        x = float(np.clip((max(low[0], 0) + min(high[0], right)) / 2, half, right - half))
+        y = float(high[1] + _TEXT_HEIGHT if layer.dashed else low[1] - 3)
+        y = float(np.clip(y, _TEXT_HEIGHT, bottom - 4))
+        for x_other, y_other, half_other in self._taken:
+            if abs(x - x_other) < half + half_other and abs(y - y_other) < _TEXT_HEIGHT:
+                return
+        self._taken.append((x, y, half))
+        self._axis.text(
+            *(x, y, text),
+            color=layer.color,
+            fontsize=8,
+            ha="center",
+            va="bottom",
+            clip_on=True,
+            path_effects=[withStroke(linewidth=2, foreground=_DARK)],
+        )
+
+
+def _rgb(color: str) -> tuple[float, float, float]:
+    return (int(color[1:3], 16) / 255, int(color[3:5], 16) / 255, int(color[5:7], 16) / 255)

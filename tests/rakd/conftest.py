@@ -1,0 +1,25 @@
+"""Data that several test files use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rakd.scenes import make_scenes
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small rendered data set; not to be written to."""
+    root = tmp_path_factory.mktemp("scenes") / "small"
+    make_scenes(root, 10, seed=3, size=(414, 125))
+    return root
+
+
+@pytest.fixture(scope="session")
+def kitti_root() -> Path:
+    """Real KITTI frames, where RAKD_KITTI_ROOT says."""
+    root = os.environ.get("RAKD_KITTI_ROOT")
+    if not root:
+        pytest.skip("RAKD_KITTI_ROOT is not set: it names a folder with real KITTI frames")
+    return Path(root)

@@ -1,0 +1,131 @@
+import multiprocessing
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from rakd.data.augment import Augmentation, distort
+from rakd.data.kitti import KittiDataset, collate
+from rakd.geometry import box_corners, box_iou, project_boxes
+
+
+@pytest.fixture
+def plain(scenes):
+    return KittiDataset(scenes, "train")
+
+
+def projected_iou(sample):
+    """Mean IoU of labelled boxes with the projections of their 3D boxes."""
+    objects = sample.objects.select(sample.objects.has_box_3d & (sample.objects.truncation == 0))
+    corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)
+    boxes = project_boxes(sample.calibration, corners, (sample.image.shape[2], sample.image.shape[1]))
+    return box_iou(boxes, objects.boxes).mean()
+
+
+def test_samples(plain):
+    assert len(plain) == 8
+    sample = plain[0]
+    assert sample.image.shape == (3, 125, 414)
+    assert sample.image.dtype == torch.float32
+    assert 0 <= sample.image.min() < 0.2 < 0.8 < sample.image.max() <= 1
+    assert sample.original_size == (414, 125)
+    assert len(sample.targets) + len(sample.targets.ignored) == len(sample.objects)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("height", [None, 125, 64, 250])
+def test_image_calibration_and_boxes_stay_together(scenes, flip, height):
+    augmentation = Augmentation(flip=flip, photometric=0)
+    dataset = KittiDataset(scenes, "train", height=height, augmentation=augmentation)
+    assert np.mean([projected_iou(dataset[i]) for i in range(4)]) > 0.85
+    if height:
+        assert dataset[0].image.shape == (3, height, round(414 * height / 125))
+
+
+def test_flip_mirrors_the_pixels(scenes, plain):
+    mirrored = KittiDataset(scenes, "train", augmentation=Augmentation(flip=1, photometric=0))
+    torch.testing.assert_close(mirrored[0].image.flip(2), plain[0].image)
+    assert mirrored[0].image.is_contiguous()
+
+
+def test_resizing_keeps_the_same_targets(scenes, plain):
+    resized = KittiDataset(scenes, "train", height=250)
+    for i in range(4):
+        assert len(plain[i].targets) == len(resized[i].targets)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_only(scenes):
+    def images(*, seed=1, epoch=0, workers=0):
+        dataset = KittiDataset(scenes, "train", height=100, augmentation=Augmentation(), seed=seed)
+        dataset.set_epoch(epoch)
+        context = multiprocessing.get_context("fork") if workers else None
+        loader = DataLoader(
+            dataset, batch_size=2, num_workers=workers, collate_fn=collate, multiprocessing_context=context
+        )
+        return torch.cat([batch.images for batch in loader])
+
+    first = images()
+    torch.testing.assert_close(images(workers=2), first, rtol=0, atol=0)
+    assert not torch.equal(images(epoch=1), first)
+    assert not torch.equal(images(seed=2), first)
+
+
+def test_living_workers_see_the_epoch_change(scenes):
+    dataset = KittiDataset(scenes, "train", augmentation=Augmentation())
+    loader = DataLoader(dataset, num_workers=1, collate_fn=collate, persistent_workers=True)
+    sums = []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        sums.append([float(batch.images.sum()) for batch in loader])
+    assert sums[0] == sums[2] != sums[1]
+
+
+def test_distortion_changes_with_the_draws(plain):
+    image = Image.fromarray(plain.frames[0].read_image())
+    options = Augmentation(photometric=1)
+    results = [np.array(distort(image, options, np.random.default_rng(seed))) for seed in range(4)]
+    assert all(result.shape == (125, 414, 3) and result.dtype == np.uint8 for result in results)
+    assert len({result.tobytes() for result in results}) == 4
+    for single in ("brightness", "contrast", "saturation", "hue"):
+        others = dict.fromkeys({"brightness", "contrast", "saturation", "hue"} - {single}, 0.0)
+        result = distort(image, Augmentation(photometric=1, **others), np.random.default_rng(0))
+        assert np.abs(np.array(result).astype(int) - np.array(image)).mean() > 0.5, single
+    assert distort(image, Augmentation(photometric=0), np.random.default_rng(0)) == image
+
+
+def test_collate_pads_images_of_different_sizes(scenes, plain):
+    small = KittiDataset(scenes, "train", height=60)[1]
+    batch = collate([plain[0], small])
+    assert batch.images.shape == (2, 3, 128, 416)
+    assert batch.sizes == [(414, 125), (199, 60)]
+    torch.testing.assert_close(batch.images[1, :, :60, :199], small.image)
+    assert batch.images[1, :, 60:].abs().sum() == batch.images[1, :, :, 199:].abs().sum() == 0
+    assert [len(targets) for targets in batch.targets("cpu")] == [len(plain[0].targets), len(small.targets)]
+    assert collate([small], size=(512, 256)).images.shape == (1, 3, 256, 512)
+
+
+def test_bad_input(scenes, plain):
+    with pytest.raises(ValueError, match=r"size must hold every image, got \(100, 100\) for .* \(414, 125\)"):
+        collate([plain[0]], size=(100, 100))
+    with pytest.raises(ValueError, match="samples must hold at least one"):
+        collate([])
+    with pytest.raises(ValueError, match="height must be positive, got 0"):
+        KittiDataset(scenes, height=0)
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        KittiDataset(scenes, seed=-1)
+    with pytest.raises(ValueError, match="epoch must be 0 or more"):
+        plain.set_epoch(-1)
+    for name, value in (("flip", 1.5), ("brightness", -0.1), ("hue", 0.6)):
+        with pytest.raises(ValueError, match=f"{name} must lie in"):
+            partial(Augmentation, **{name: value})()
+
+
+def test_targets_of_frames_without_labels(scenes, tmp_path):
+    (tmp_path / "testing").symlink_to(scenes / "training")
+    dataset = KittiDataset(tmp_path, part="testing")
+    assert dataset[0].targets is None
+    with pytest.raises(ValueError, match="frame 000000 has no labels to learn from"):
+        collate([dataset[0]]).targets("cpu")

@@ -1,0 +1,113 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+from rakd.data.frames import find_frames
+from rakd.visualize import (
+    PREDICTION_COLOR,
+    TRUTH_COLOR,
+    Layer,
+    draw_boxes_2d,
+    draw_boxes_3d,
+    draw_frame,
+    draw_from_above,
+    draw_sheet,
+    prediction_layer,
+    show_image,
+    truth_layer,
+)
+
+
+@pytest.fixture
+def frame(scenes):
+    return find_frames(scenes)[0]
+
+
+@pytest.fixture
+def results(frame):
+    objects = frame.read_labels()
+    objects = objects.select(objects.has_box_3d)
+    return dataclasses.replace(objects, scores=np.linspace(0.2, 0.9, len(objects)))
+
+
+def pixels_of(path, color):
+    with Image.open(path) as image:
+        table = np.array(image.convert("RGB")).reshape(-1, 3).astype(int)
+    return int((np.abs(table - np.round(np.array(to_rgb(color)) * 255)).max(axis=1) <= 2).sum())
+
+
+def test_frame_picture_shows_both_layers(frame, results, tmp_path):
+    layers = [truth_layer(frame.read_labels()), prediction_layer(results)]
+    draw_frame(tmp_path / "a.png", frame.read_image(), frame.read_calibration(), layers, title="Frame")
+    assert pixels_of(tmp_path / "a.png", TRUTH_COLOR) > 300
+    assert pixels_of(tmp_path / "a.png", PREDICTION_COLOR) > 300
+    draw_frame(tmp_path / "b.png", frame.read_image(), frame.read_calibration(), layers[:1])
+    assert pixels_of(tmp_path / "b.png", PREDICTION_COLOR) == 0
+
+
+def axis_for(frame):
+    axis = Figure().add_subplot()
+    show_image(axis, frame.read_image(), "")
+    return axis
+
+
+def test_boxes_2d_stand_at_their_place_with_scores(frame, results):
+    axis = axis_for(frame)
+    draw_boxes_2d(axis, frame.read_calibration(), [prediction_layer(results)])
+    drawn = np.array([[*patch.get_xy(), patch.get_width(), patch.get_height()] for patch in axis.patches])
+    np.testing.assert_allclose(drawn[:, :2], results.boxes[:, :2])
+    np.testing.assert_allclose(drawn[:, :2] + drawn[:, 2:], results.boxes[:, 2:])
+    assert {text.get_text() for text in axis.texts} <= {f"{score:.2f}" for score in results.scores}
+    assert axis.texts
+
+
+def test_boxes_3d_have_twelve_edges_and_a_cross_each(frame):
+    labels = frame.read_labels()
+    labels = labels.select(labels.has_box_3d & (labels.location[:, 2] > 6))
+    axis = axis_for(frame)
+    draw_boxes_3d(axis, frame.read_calibration(), [truth_layer(labels)])
+    assert [len(lines.get_segments()) for lines in axis.collections] == [12, 2] * len(labels)
+
+
+def test_objects_behind_or_through_the_camera_do_not_break_the_picture(frame):
+    objects = frame.read_labels()
+    objects = objects.select(objects.has_box_3d).select(np.array([0, 1]))
+    places = np.array([[0.0, 1.6, -20.0], [1.5, 1.6, 0.5]])
+    axis = axis_for(frame)
+    draw_boxes_3d(
+        axis, frame.read_calibration(), [truth_layer(dataclasses.replace(objects, location=places))]
+    )
+    (edges, cross) = axis.collections
+    assert 0 < len(edges.get_segments()) <= 12
+    assert np.isfinite(np.concatenate(edges.get_segments())).all()
+    assert len(cross.get_segments()) <= 2
+
+
+def test_view_from_above_has_a_scale_and_the_boxes(frame, results):
+    axis = Figure().add_subplot()
+    draw_from_above(axis, frame.read_calibration(), 414, [prediction_layer(results)], 50.0)
+    texts = {text.get_text() for text in axis.texts}
+    assert {"10 m", "20 m", "50 m"} <= texts
+    polygons = [patch for patch in axis.patches if type(patch).__name__ == "Polygon"]
+    centers = np.array([polygon.get_xy()[:4].mean(axis=0) for polygon in polygons])
+    np.testing.assert_allclose(centers, results.location[:, [0, 2]], atol=1e-9)
+
+
+def test_texts_do_not_cover_each_other(frame):
+    objects = frame.read_labels()
+    objects = objects.select(np.zeros(5, dtype=np.int64))
+    axis = axis_for(frame)
+    draw_boxes_2d(axis, frame.read_calibration(), [Layer(objects, "#ffffff", "same")])
+    assert len(axis.texts) == 1
+
+
+def test_sheet(scenes, tmp_path):
+    frames = [(f.id, f.read_image(), f.read_calibration(), f.read_labels()) for f in find_frames(scenes)[:3]]
+    draw_sheet(tmp_path / "sheet.png", frames, title="three")
+    assert pixels_of(tmp_path / "sheet.png", TRUTH_COLOR) > 300
+    with pytest.raises(ValueError, match="at least one frame"):
+        draw_sheet(tmp_path / "none.png", [])
