@@ -22,12 +22,14 @@ class Command(Protocol):
 
 
 def _commands() -> dict[str, Any]:
+    from rakd.commands.distill_features import DistillFeatures
     from rakd.commands.evaluate import Evaluate
     from rakd.commands.inspect import Inspect
     from rakd.commands.make_scenes import MakeScenes
     from rakd.commands.show import Show
 
     return {
+        "distill-features": DistillFeatures,
         "inspect": Inspect,
         "make-scenes": MakeScenes,
         "evaluate": Evaluate,

@@ -1,0 +1,25 @@
+// The few things device code needs from its platform: nvcc, or a C++ compiler with an emulator that runs the same
+// kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
+//   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
+//   __syncthreads(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double); atomicAdd(int*, int);
+//   dynamic shared memory by RAKD_SHARED; launches by RAKD_LAUNCH.
+#pragma once
+
+#if defined(RAKD_EMULATE)
+
+#include "emulator.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// The block's dynamic shared memory, 16-byte aligned, as an array of bytes.
+#define RAKD_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+// kernel<<<grid, block, shared bytes, stream>>>(arguments...); `kernel` may be a template instance in parentheses.
+#define RAKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+
+#endif

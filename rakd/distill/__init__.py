@@ -1,0 +1,1 @@
+"""Distillation: an expert's features teach an apprentice's."""
