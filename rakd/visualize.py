@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Arc, Polygon, Rectangle
@@ -210,7 +211,7 @@ def draw_from_above(
         for i, ring in enumerate(corners):
             style = "--" if layer.dashed else "-"
             axis.add_patch(
-                Polygon(ring, closed=True, fc=(*_rgb(layer.color), 0.15), ec=layer.color, lw=1.6, ls=style)
+                Polygon(ring, closed=True, fc=to_rgba(layer.color, 0.15), ec=layer.color, lw=1.6, ls=style)
             )
             center, front = ring.mean(axis=0), ring[:2].mean(axis=0)
             axis.plot(*zip(center, front, strict=True), color=layer.color, lw=1.6)
@@ -273,7 +274,3 @@ class _Texts:
             clip_on=True,
             path_effects=[withStroke(linewidth=2, foreground=_DARK)],
         )
-
-
-def _rgb(color: str) -> tuple[float, float, float]:
-    return (int(color[1:3], 16) / 255, int(color[3:5], 16) / 255, int(color[5:7], 16) / 255)

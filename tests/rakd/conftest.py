@@ -4,8 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rakd.scenes import make_scenes
+
+# The same examples in every run, however slow or busy the machine.
+settings.register_profile("rakd", deadline=None, derandomize=True)
+settings.load_profile("rakd")
 
 
 @pytest.fixture(scope="session")
