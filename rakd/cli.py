@@ -74,9 +74,7 @@ def _parse(argv: Sequence[str] | None) -> Command | str:
     page = io.StringIO()
     try:
         with contextlib.redirect_stderr(page):
-            parsed = tyro.extras.subcommand_cli_from_dict(
-                _commands(), prog="rakd", description=_DESCRIPTION, args=argv
-            )
+            parsed = tyro.extras.subcommand_cli_from_dict(_commands(), prog="rakd", description=_DESCRIPTION, args=argv)
     except SystemExit as stop:
         if not stop.code:
             raise

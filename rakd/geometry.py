@@ -28,9 +28,7 @@ _WIDTH_SIGNS = np.array([1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
 MIRRORED_CORNERS = np.array([1, 0, 3, 2, 5, 4, 7, 6])
 """Where each corner stands in the list of corners of the mirrored box."""
 
-BOX_EDGES = np.array(
-    [(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7)]
-)
+BOX_EDGES = np.array([(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7)])
 """Pairs of corners that the 12 edges of a box join."""
 
 NEAR = 0.1
@@ -114,9 +112,7 @@ class Calibration:
     def resized(self, scale_x: float, scale_y: float) -> "Calibration":
         """Calibration of the image resized by the two factors; boxes in space stay as they are."""
         _check_scales(scale_x, scale_y)
-        matrix = np.array(
-            [[scale_x, 0.0, (scale_x - 1) / 2], [0.0, scale_y, (scale_y - 1) / 2], [0.0, 0.0, 1.0]]
-        )
+        matrix = np.array([[scale_x, 0.0, (scale_x - 1) / 2], [0.0, scale_y, (scale_y - 1) / 2], [0.0, 0.0, 1.0]])
         return Calibration(matrix @ self.projection)
 
 

@@ -180,18 +180,14 @@ def draw_boxes_2d(axis: Axes, calibration: Calibration, layers: Sequence[Layer])
             style = ":" if regions[i] else "--" if layer.dashed else "-"
             color = _REGION_COLOR if regions[i] else layer.color
             axis.add_patch(
-                Rectangle(
-                    (x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.1 if regions[i] else 1.6, ls=style
-                )
+                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.1 if regions[i] else 1.6, ls=style)
             )
             if not regions[i]:
                 text = str(objects.types[i]) if objects.scores is None else f"{objects.scores[i]:.2f}"
                 texts.add(np.array([(x1, y1), (x2, y2)]), text, layer)
 
 
-def draw_from_above(
-    axis: Axes, calibration: Calibration, width: int, layers: Sequence[Layer], reach: float
-) -> None:
+def draw_from_above(axis: Axes, calibration: Calibration, width: int, layers: Sequence[Layer], reach: float) -> None:
     """Draw boxes from above, the camera at the bottom, with arcs of equal distance as a scale."""
     side = reach * 0.45
     axis.set_facecolor("#1d232a")
@@ -210,9 +206,7 @@ def draw_from_above(
         corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)[:, :4][:, :, [0, 2]]
         for i, ring in enumerate(corners):
             style = "--" if layer.dashed else "-"
-            axis.add_patch(
-                Polygon(ring, closed=True, fc=to_rgba(layer.color, 0.15), ec=layer.color, lw=1.6, ls=style)
-            )
+            axis.add_patch(Polygon(ring, closed=True, fc=to_rgba(layer.color, 0.15), ec=layer.color, lw=1.6, ls=style))
             center, front = ring.mean(axis=0), ring[:2].mean(axis=0)
             axis.plot(*zip(center, front, strict=True), color=layer.color, lw=1.6)
             if objects.scores is not None and abs(center[0]) < side and center[1] < reach:
@@ -221,9 +215,7 @@ def draw_from_above(
                 axis.text(*place, label, color=layer.color, fontsize=8, va="center", clip_on=True)
 
 
-def _visible_segments(
-    calibration: Calibration, corners: FloatArray, edges: npt.NDArray[np.integer]
-) -> FloatArray:
+def _visible_segments(calibration: Calibration, corners: FloatArray, edges: npt.NDArray[np.integer]) -> FloatArray:
     """The parts of a box's edges in front of the camera, as ``[m, 2, 2]`` pixels."""
     near = NEAR - calibration.projection[2, 3] + 1e-6
     lines = corners[edges]

@@ -3,13 +3,11 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import torch
 from tyro.conf import arg
 
-from rakd.distill.features import FeatureDistillation, FeatureTrainer
-from rakd.distill.pyramids import Weights
+from rakd.distill import Weights
 from rakd.scenes import make_scenes
 
 _SCENES = 12  # frames rendered where no data are given
@@ -51,12 +49,18 @@ class DistillFeatures:
     seed: int = 0
     """Seed of random weights and of the order of frames."""
 
-    device: str = "auto"
-    """Where to compute: cpu, cuda, or auto, which takes a GPU if there is one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
 
     def run(self) -> None:
         """Train and report."""
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        import torch
+
+        from rakd.distill.features import FeatureDistillation, FeatureTrainer
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device")
+        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
         data, split = self.data, self.split
         if data is None:
             data = self.out / "scenes"

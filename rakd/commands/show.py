@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from tyro.conf import arg
 
 from rakd.data.frames import find_frames

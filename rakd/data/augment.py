@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms.v2 import functional as transforms  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional as transforms
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,7 @@ class Objects:
             boxes=flip_boxes(self.boxes, width),
             location=location,
             alpha=np.where(self.alpha == _UNKNOWN_ANGLE, _UNKNOWN_ANGLE, flip_rotation(self.alpha)),
-            rotation_y=np.where(
-                self.rotation_y == _UNKNOWN_ANGLE, _UNKNOWN_ANGLE, flip_rotation(self.rotation_y)
-            ),
+            rotation_y=np.where(self.rotation_y == _UNKNOWN_ANGLE, _UNKNOWN_ANGLE, flip_rotation(self.rotation_y)),
         )
 
     def resized(self, scale_x: float, scale_y: float) -> "Objects":
@@ -183,9 +181,7 @@ def write_objects(path: Path, objects: Objects, *, decimals: int = 4) -> None:
         ValueError: A type is empty or holds white space, or a number is not finite.
     """
     rows = []
-    numbers = np.column_stack(
-        [objects.alpha, objects.boxes, objects.dimensions, objects.location, objects.rotation_y]
-    )
+    numbers = np.column_stack([objects.alpha, objects.boxes, objects.dimensions, objects.location, objects.rotation_y])
     # Adding zero turns -0.0, which would be printed as "-0.00", into 0.0.
     numbers = np.round(numbers, decimals) + 0.0
     truncation = np.round(objects.truncation, decimals) + 0.0
@@ -238,15 +234,11 @@ def _read(path: Path, *, scored: bool) -> Objects:
             raise _bad_number(path, number, values, scored=scored)
         if (row[8] > 0) != (row[9] > 0):
             sizes = f"{values[8]} and {values[9]}"
-            raise ValueError(
-                f"{path}:{number}: width and length must both be positive or neither, got {sizes}"
-            )
+            raise ValueError(f"{path}:{number}: width and length must both be positive or neither, got {sizes}")
         types.append(words[0])
         rows.append(row)
     if missing_score:
-        warnings.warn(
-            f"{path}:{missing_score}: result rows without a score (15 columns) are skipped", stacklevel=3
-        )
+        warnings.warn(f"{path}:{missing_score}: result rows without a score (15 columns) are skipped", stacklevel=3)
     return _objects(types, rows, scored=scored)
 
 

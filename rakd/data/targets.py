@@ -121,9 +121,7 @@ def visible_shares(boxes: FloatArray, distance: FloatArray) -> FloatArray:
     cells = np.diff(y)[:, None] * np.diff(x)
     whole = (covers * cells).sum(axis=(1, 2))
     shares = np.empty(len(boxes))
-    shares[order] = np.divide(
-        (free * cells).sum(axis=(1, 2)), whole, out=np.zeros_like(whole), where=whole > 0
-    )
+    shares[order] = np.divide((free * cells).sum(axis=(1, 2)), whole, out=np.zeros_like(whole), where=whole > 0)
     return shares
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from rakd.data.kitti import Batch, KittiDataset, collate
-from rakd.distill.pyramids import STRIDES, Pyramid, Weights
+from rakd.distill import Weights
+from rakd.distill.pyramids import STRIDES, Pyramid
 from rakd.files import replacing, write_text
 from rakd_ops import soft_roi_distill
 
@@ -101,18 +103,22 @@ class FeatureTrainer:
         settings: What to do.
         out: The run's folder.
         device: Where to compute.
+        checkpoint_every: Steps between checkpoints.
 
     Raises:
         ValueError: The folder holds a run with other settings, or no frame has an object.
         FileNotFoundError: The data are not there.
     """
 
-    def __init__(self, settings: FeatureDistillation, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, settings: FeatureDistillation, out: Path, device: torch.device, checkpoint_every: int = 20
+    ) -> None:
         self.settings = settings
+        self.checkpoint_every = checkpoint_every
         self.out = out
         self.device = device
         self.dataset = KittiDataset(settings.data, settings.split, height=settings.height)
-        self.frames = [i for i, frame in enumerate(self.dataset.frames) if self._has_objects(i)]
+        self.frames = [i for i in range(len(self.dataset)) if self._has_objects(i)]
         if not self.frames:
             raise ValueError(f"{settings.data} has no frame with a labelled object")
         self.expert = Pyramid(settings.expert, settings.weights, settings.seed).to(device)
@@ -142,7 +148,7 @@ class FeatureTrainer:
                 self.losses.append(self._step(step))
                 progress.update()
                 progress.set_postfix(loss=f"{self.losses[-1]:.4f}")
-                if (step + 1) % 20 == 0:
+                if (step + 1) % self.checkpoint_every == 0:
                     self._save_checkpoint()
         outcome = Outcome(self.losses, self.before, self.evaluate("loss after"))
         self._write_results(outcome)
@@ -153,9 +159,10 @@ class FeatureTrainer:
             group["lr"] = self._learning_rate(step)
         loss = self._loss(self._batch(self._order(step)))
         if not loss.isfinite():
-            raise ValueError(f"the loss is {loss.item()} in step {step}: frames {self._order(step)}")
+            ids = ", ".join(self.dataset.frames[i].id for i in self._order(step))
+            raise ValueError(f"the loss is {loss.item()} in step {step}: frames {ids}")
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         clip_grad_norm_(self.apprentice.parameters(), 10.0)
         self.optimizer.step()
         return loss.item()
@@ -233,7 +240,9 @@ class FeatureTrainer:
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
         writer.writerow(["step", "loss", "learning_rate"])
-        writer.writerows([i + 1, f"{loss:.8g}", f"{self._learning_rate(i):.8g}"] for i, loss in enumerate(outcome.steps))
+        writer.writerows(
+            [i + 1, f"{loss:.8g}", f"{self._learning_rate(i):.8g}"] for i, loss in enumerate(outcome.steps)
+        )
         write_text(self.out / "loss.csv", rows.getvalue())
         summary = {
             "settings": asdict(self.settings),
@@ -258,10 +267,14 @@ def draw_curve(outcome: Outcome, settings: FeatureDistillation) -> Figure:
         steps = range(1, len(outcome.steps) + 1)
         axis.plot(steps, outcome.steps, color="#2a6f97", linewidth=1.4, label="each step's frames")
         last = len(outcome.steps)
-        axis.plot([0, last], [outcome.before, outcome.after], "o", color="#d1495b", label="all frames, before and after")
-        for x, value, side in ((0, outcome.before, "left"), (last, outcome.after, "right")):
-            axis.annotate(f"{value:.3g}", (x, value), textcoords="offset points", xytext=(0, 8), ha=side, color="#d1495b")
+        axis.plot(
+            [0, last], [outcome.before, outcome.after], "o", color="#d1495b", label="all frames, before and after"
+        )
+        for x, value, shift in ((0, outcome.before, (7, 4)), (last, outcome.after, (7, -4))):
+            axis.annotate(f"{value:.3g}", (x, value), xytext=shift, textcoords="offset points", color="#d1495b")
         axis.set_yscale("log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel("step")
         axis.set_ylabel("distillation loss (RAKD, soft)")
         axis.set_title(f"{settings.apprentice} learns the features of {settings.expert}", loc="left")

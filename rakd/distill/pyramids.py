@@ -1,9 +1,8 @@
 """Feature pyramids: a torchvision ResNet with a feature pyramid network, as expert and as apprentice."""
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Iterator, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torchvision.models import get_model_weights
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.transforms.functional import normalize
 
-Weights = Literal["pretrained", "random"]
+from rakd.distill import Weights
 
 STRIDES = (4, 8, 16, 32)
 """Pixels per cell of the maps p2 .. p5."""

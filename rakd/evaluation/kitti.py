@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from rakd.data.labels import Objects, concatenate, read_labels, read_results
 from rakd.evaluation import curves, matching
@@ -99,9 +99,7 @@ def evaluate(
     steps = [(name, metric) for name in CLASSES for metric in METRICS]
     for name, metric in tqdm(steps, desc="matching", delay=_BAR_DELAY, disable=not progress):
         result.setdefault(name, {}).update(_evaluate_metric(data, name, metric))
-    return {
-        name: {metric: result[name][metric] for metric in ("bbox", "aos", "bev", "3d")} for name in CLASSES
-    }
+    return {name: {metric: result[name][metric] for metric in ("bbox", "aos", "bev", "3d")} for name in CLASSES}
 
 
 def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> list[str]:
@@ -135,18 +133,12 @@ def _prepare(truths: list[Objects], detections: list[Objects]) -> _Data:
     truth_frames = np.repeat(np.arange(len(truths)), [len(objects) for objects in truths])
     detection_frames = np.repeat(np.arange(len(detections)), [len(objects) for objects in detections])
     least = min(_LIMITS.values())
-    rows = np.flatnonzero(
-        truth.is_type(*CLASSES, *(name for names in _NEIGHBOURS.values() for name in names))
-    )
+    rows = np.flatnonzero(truth.is_type(*CLASSES, *(name for names in _NEIGHBOURS.values() for name in names)))
     # Indices into the rows that can matter are turned back into indices of all rows.
-    found = find_pairs(
-        truth.select(rows), truth_frames[rows], detection, detection_frames, least, over="union"
-    )
+    found = find_pairs(truth.select(rows), truth_frames[rows], detection, detection_frames, least, over="union")
     pairs = Pairs(rows[found.truth], found.detection, found.overlap)
     rows = np.flatnonzero(truth.is_type("DontCare"))
-    found = find_pairs(
-        truth.select(rows), truth_frames[rows], detection, detection_frames, least, over="detection"
-    )
+    found = find_pairs(truth.select(rows), truth_frames[rows], detection, detection_frames, least, over="detection")
     regions = Pairs(rows[found.truth], found.detection, found.overlap)
     return _Data(truth, truth_frames, detection, detection_frames, pairs, regions)
 

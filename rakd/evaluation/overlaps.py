@@ -87,9 +87,7 @@ def _same_frame(truth_frames: Indices, detection_frames: Indices) -> Iterator[tu
         start = stop
 
 
-def _overlaps(
-    truth: Objects, g: Indices, detections: Objects, d: Indices, *, over: str
-) -> dict[str, FloatArray]:
+def _overlaps(truth: Objects, g: Indices, detections: Objects, d: Indices, *, over: str) -> dict[str, FloatArray]:
     """Overlap of every pair in every metric."""
     boxes_g, boxes_d = truth.boxes[g], detections.boxes[d]
     sizes_g, sizes_d = truth.dimensions[g], detections.dimensions[d]
@@ -131,9 +129,7 @@ def _intersect_rectangles(truth: Objects, g: Indices, detections: Objects, d: In
     )
     turned = detections.rotation_y[d]
     cos, sin = np.cos(turned), np.sin(turned)
-    center = np.stack(
-        [offset[:, 0] * cos - offset[:, 1] * sin, offset[:, 0] * sin + offset[:, 1] * cos], axis=1
-    )
+    center = np.stack([offset[:, 0] * cos - offset[:, 1] * sin, offset[:, 0] * sin + offset[:, 1] * cos], axis=1)
     half = np.abs(detections.dimensions[d][:, [2, 1]]) / 2
     area[near] = clipped_area(corners + center[:, None, :], half)
     return area

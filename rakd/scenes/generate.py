@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from rakd.data.frames import write_calibration
 from rakd.data.labels import Objects, write_objects
@@ -95,9 +95,7 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
         except ValueError:
             there = None
         if there != settings:
-            raise ValueError(
-                f"out: {out} holds scenes made with {there}, not {settings}; choose another folder"
-            )
+            raise ValueError(f"out: {out} holds scenes made with {there}, not {settings}; choose another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is not an empty folder and holds no {_MANIFEST}; choose another folder")
     else:
@@ -168,9 +166,7 @@ def _labels(bodies: list[Body], drawn: list[Drawn], seen: list[int], camera: Cam
         alpha -= 2 * math.pi * round(alpha / (2 * math.pi))
         occlusion = _occlusion(visible / result.covered)
         names.append(body.type)
-        rows.append(
-            [result.truncation, occlusion, alpha, *box, *body.dimensions, *body.location, body.rotation_y]
-        )
+        rows.append([result.truncation, occlusion, alpha, *box, *body.dimensions, *body.location, body.rotation_y])
     # KITTI lists DontCare regions last.
     order = sorted(range(len(names)), key=lambda i: names[i] == "DontCare")
     table = np.array([rows[i] for i in order]).reshape(len(rows), 14)

@@ -27,12 +27,7 @@ def encode_png(image: npt.NDArray[np.uint8]) -> bytes:
         stream += [struct.pack("<BHH", last, len(block), len(block) ^ 0xFFFF), block]
     stream.append(struct.pack(">I", zlib.adler32(raw)))
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + _chunk(b"IHDR", header)
-        + _chunk(b"IDAT", b"".join(stream))
-        + _chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", b"".join(stream)) + _chunk(b"IEND", b"")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -102,9 +102,7 @@ def corners_of(body: Body, part: Part, shift: Vector) -> list[Vector]:
     points = []
     for share_x, share_y, share_z in part.corners.tolist():
         along, across = share_x * length, share_z * width
-        points.append(
-            (x0 + along * cos + across * sin, y0 - share_y * height, z0 - along * sin + across * cos)
-        )
+        points.append((x0 + along * cos + across * sin, y0 - share_y * height, z0 - along * sin + across * cos))
     return points
 
 

@@ -12,9 +12,7 @@ _SHADOW = 0.5
 _NOISE = 0.045
 
 
-def render(
-    world: World, camera: Camera, draws: Draws
-) -> tuple[npt.NDArray[np.uint8], list[Drawn], list[int]]:
+def render(world: World, camera: Camera, draws: Draws) -> tuple[npt.NDArray[np.uint8], list[Drawn], list[int]]:
     """Render a world.
 
     Args:
@@ -149,15 +147,11 @@ def _backdrop(camera: Camera, street: Street, draws: Draws) -> Floats:
     rise = np.clip((horizon - np.arange(height)) / (camera.focal * 0.28), 0, 1).astype(np.float32)
     zenith, low = (np.array(color, dtype=np.float32) for color in street.sky)
     sky = np.repeat((low + (zenith - low) * rise[:, None])[:, None, :], width, axis=1)
-    clouds = 0.6 * _smooth_noise(draws, (5, 9), (height, width)) + 0.4 * _smooth_noise(
-        draws, (14, 30), (height, width)
-    )
+    clouds = 0.6 * _smooth_noise(draws, (5, 9), (height, width)) + 0.4 * _smooth_noise(draws, (14, 30), (height, width))
     cover = np.clip((clouds - np.float32(0.5)) * 4, 0, 1) * (0.35 + 0.5 * rise[:, None])
     sky += (np.float32(240) - sky) * cover[:, :, None]
     unit = camera.focal / 721.5
-    outline = (
-        _smooth_noise(draws, (1, 12), (1, width))[0] * 26 + _smooth_noise(draws, (1, 90), (1, width))[0] * 9
-    )
+    outline = _smooth_noise(draws, (1, 12), (1, width))[0] * 26 + _smooth_noise(draws, (1, 90), (1, width))[0] * 9
     top = horizon - unit * (outline + 2)
     woods = np.arange(height)[:, None] > top
     shade = 0.85 + 0.3 * _smooth_noise(draws, (40, 130), (height, width))

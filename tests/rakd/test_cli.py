@@ -79,10 +79,7 @@ def test_user_errors_are_one_line_and_exit_code_2(arguments, message, capsys, tm
 
 
 def test_evaluate(scenes, results, tmp_path, capsys):
-    assert (
-        main(["evaluate", str(scenes / "training" / "label_2"), str(results), "--out", str(tmp_path / "out")])
-        == 0
-    )
+    assert main(["evaluate", str(scenes / "training" / "label_2"), str(results), "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert text.count("Pedestrian (0.5)") == 2
     assert "R40" in text and "R11" in text
@@ -119,9 +116,7 @@ def test_show(scenes, results, tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
     # Label files serve as predictions too.
     labels = scenes / "training" / "label_2"
-    assert (
-        main(["show", "--data", str(scenes), "--out", str(out), "--count", "1", "--pred", str(labels)]) == 0
-    )
+    assert main(["show", "--data", str(scenes), "--out", str(out), "--count", "1", "--pred", str(labels)]) == 0
     assert main(["show", "--data", str(scenes), "--out", str(out), "--frames", "000099"]) == 2
     assert "frames: 000099 is not among the 10 frames" in capsys.readouterr().err
     assert main(["show", "--data", str(scenes), "--out", str(out), "--pred", str(tmp_path)]) == 2
@@ -160,9 +155,7 @@ def test_make_scenes(tmp_path, capsys):
 
 @pytest.mark.parametrize("missing", ["tyro", "matplotlib"])
 def test_missing_extras_are_told(missing, scenes, tmp_path, monkeypatch, capsys):
-    for name in [
-        name for name in sys.modules if name.split(".")[0] in (missing, "rakd") and name != "rakd.cli"
-    ]:
+    for name in [name for name in sys.modules if name.split(".")[0] in (missing, "rakd") and name != "rakd.cli"]:
         monkeypatch.delitem(sys.modules, name)
     original = builtins.__import__
 
@@ -173,9 +166,7 @@ def test_missing_extras_are_told(missing, scenes, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(builtins, "__import__", guarded)
     assert main(["show", "--data", str(scenes), "--out", str(tmp_path), "--count", "1"]) == 2
-    assert (
-        capsys.readouterr().err == f"rakd: error: {missing} is not installed; run: pip install '.[train]'\n"
-    )
+    assert capsys.readouterr().err == f"rakd: error: {missing} is not installed; run: pip install '.[train]'\n"
 
 
 def test_interrupt(monkeypatch, capsys):

@@ -155,9 +155,7 @@ def reference_match(gts, dets, name, metric, level, threshold):
     for gt in gts:
         if gt.type == "dontcare":
             for j, det in enumerate(dets):
-                inside = (
-                    flags[j] == 0 and takes_part(j) and overlap(gt, det, metric, "detection") > LIMITS[name]
-                )
+                inside = flags[j] == 0 and takes_part(j) and overlap(gt, det, metric, "detection") > LIMITS[name]
                 if inside:
                     taken[j] = True
                     false -= 1

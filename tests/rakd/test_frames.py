@@ -91,9 +91,7 @@ def test_broken_images(tmp_path, scenes):
 
 
 def test_calibration_round_trip(tmp_path):
-    matrix = np.array(
-        [[721.5377, 0, 609.5593, 44.85728], [0, 721.5377, 172.854, 0.2163791], [0, 0, 1, 0.002745884]]
-    )
+    matrix = np.array([[721.5377, 0, 609.5593, 44.85728], [0, 721.5377, 172.854, 0.2163791], [0, 0, 1, 0.002745884]])
     path = tmp_path / "000000.txt"
     write_calibration(path, Calibration(matrix))
     np.testing.assert_allclose(read_calibration(path).projection, matrix, rtol=1e-12)

@@ -23,9 +23,7 @@ def make_objects(*rows: tuple[str, float, float]) -> Objects:
     boxes = project_boxes(CALIBRATION, box_corners(location, dimensions, rotation), SIZE)
     zeros = np.zeros(count)
     alpha = alpha_from_rotation(rotation, location)
-    return Objects(
-        np.array(types), zeros, zeros.astype(np.int64), alpha, boxes, dimensions, location, rotation
-    )
+    return Objects(np.array(types), zeros, zeros.astype(np.int64), alpha, boxes, dimensions, location, rotation)
 
 
 def test_targets_give_the_object_back():

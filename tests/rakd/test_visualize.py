@@ -78,9 +78,7 @@ def test_objects_behind_or_through_the_camera_do_not_break_the_picture(frame):
     objects = objects.select(objects.has_box_3d).select(np.array([0, 1]))
     places = np.array([[0.0, 1.6, -20.0], [1.5, 1.6, 0.5]])
     axis = axis_for(frame)
-    draw_boxes_3d(
-        axis, frame.read_calibration(), [truth_layer(dataclasses.replace(objects, location=places))]
-    )
+    draw_boxes_3d(axis, frame.read_calibration(), [truth_layer(dataclasses.replace(objects, location=places))])
     (edges, cross) = axis.collections
     assert 0 < len(edges.get_segments()) <= 12
     assert np.isfinite(np.concatenate(edges.get_segments())).all()
