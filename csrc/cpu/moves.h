@@ -1,5 +1,8 @@
 // Moves between a map in the user's layout and dtype and the compact scratch [pixel][channel of the block] that
 // the passes work on. Included only by kernels.cpp, inside its instruction set's namespace.
+#pragma once
+
+#include "simd.h"
 
 // Square tiles for the channels-first layout, where pixels of a channel are neighbours.
 template <class T>

@@ -1,6 +1,9 @@
 // The arithmetic on scratch [pixel][W channels]: separable RoIAlign, its transpose, and the quadratic form that
 // replaces both. Every sum runs in a fixed order. Included only by kernels.cpp, inside its instruction set's
 // namespace.
+#pragma once
+
+#include "simd.h"
 
 // pooled[q][p] = Σ_i Σ_t Ry[q][i] Rx[p][t] values[i][t]
 template <class T, int W>

@@ -1,5 +1,6 @@
 // Vectors, register transposes and half-precision conversions of one instruction set. Included only by
 // kernels.cpp, inside its instruction set's namespace, with RAKD_VECTOR_BYTES set by the compiler's flags.
+#pragma once
 
 // GCC and Clang vector extensions: arithmetic on them is element-wise and needs no intrinsics.
 template <class T, int Lanes>

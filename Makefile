@@ -1,0 +1,37 @@
+# Two commands for a fresh machine, both of which set everything up first (in .venv):
+#   make run     render a few street scenes and distil an expert's features into an apprentice
+#   make test    run all tests
+# Others: make lint, make clean. PYTHON chooses the interpreter (3.10 or newer), TORCH the torch to install.
+
+PYTHON ?= python3
+TORCH ?= torch torchvision
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: run test lint clean env
+
+run: env
+	$(BIN)/rakd distill-features
+
+test: env
+	$(BIN)/python -m pytest -q
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools numpy
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev]'
+	$(BIN)/python -m rakd_ops
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

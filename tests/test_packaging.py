@@ -1,0 +1,110 @@
+"""What is distributed: the sdist builds the wheel, and both hold what they need and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# CPU only: the compiled CUDA code is checked where it is built, and it takes minutes for all architectures.
+ENVIRONMENT = {**os.environ, "RAKD_CUDA": "0"}
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    # From a copy of what git would hand out: a build must not depend on, or leave, files in the source tree.
+    source = out / "source"
+    source.mkdir()
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\n")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, source, cwd=out)
+    return next(out.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--verbose"]
+    printed = run(*pip, "--wheel-dir", out, sdist, cwd=out)
+    assert "rakd_ops: the CUDA library is not built: RAKD_CUDA=0 forbids it" in printed
+    return next(out.glob("*.whl"))
+
+
+def test_sdist(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "csrc/geometry.h", "csrc/cpu/kernels.cpp"}
+    assert needed <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")} <= names
+    foreign = {n for n in names if re.search(r"\.(so|o|pyc|png|csv)$|^(tests|benchmarks|runs|\.ci|\.github)(/|$)", n)}
+    assert not foreign
+
+
+def test_wheel(wheel: Path) -> None:
+    assert re.fullmatch(r"rakd-[\d.]+-cp310-abi3-\w+\.whl", wheel.name), wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = archive.read("rakd_ops/_build_info.py").decode()
+    python = {str(p.relative_to(ROOT)) for package in ("rakd", "rakd_ops") for p in (ROOT / package).rglob("*.py")}
+    python |= {"rakd/py.typed", "rakd_ops/py.typed", "rakd_ops/_build_info.py"}
+    assert python <= names
+    rest = {n for n in names - python if not n.split("/")[0].endswith(".dist-info")}
+    assert len(rest) == 1
+    assert re.fullmatch(r"rakd_ops/_cpu\.abi3\.so", rest.pop())
+    assert "cuda_built = False" in info
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_the_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    script = tmp_path / "install_check.py"
+    script.write_bytes((ROOT / "tests" / "install_check.py").read_bytes())
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "values and gradients are right" in done.stdout
+
+
+def test_asking_for_cuda_without_a_toolkit_is_an_error_that_says_why() -> None:
+    code = "import setup_module as s; print(s.decide_cuda(True))"
+    loader = (
+        "import importlib.util, setuptools, sys\n"
+        "setuptools.setup = lambda **_: None\n"
+        f"spec = importlib.util.spec_from_file_location('setup_module', {str(ROOT / 'setup.py')!r})\n"
+        "s = importlib.util.module_from_spec(spec); sys.modules['setup_module'] = s; spec.loader.exec_module(s)\n"
+    )
+
+    def decide(**environment: str) -> subprocess.CompletedProcess[str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("RAKD_", "CUDA_"))} | environment
+        return subprocess.run(
+            [sys.executable, "-c", loader + code], env=env, capture_output=True, text=True, check=False
+        )
+
+    forced = decide(RAKD_CUDA="1", CUDA_HOME="/nowhere")
+    assert forced.returncode != 0
+    assert "RAKD_CUDA=1 asks for the CUDA library, but" in forced.stderr
+    assert "RAKD_CUDA=0 forbids it" in decide(RAKD_CUDA="0").stdout
+    wrong = decide(RAKD_CUDA="yes")
+    assert wrong.returncode != 0
+    assert "RAKD_CUDA: expected 0, 1 or nothing, got 'yes'" in wrong.stderr
