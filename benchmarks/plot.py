@@ -1,0 +1,371 @@
+"""``python -m benchmarks.plot CSV... --out DIR``: figures drawn from benchmark CSV files and nothing else.
+
+Bars: time (with the floor) and peak memory by workload, a panel for each layout. Curves: time over each axis that
+``python -m benchmarks.scaling`` measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from benchmarks.measure import FORWARD, TRAINING
+from benchmarks.records import Row, read_all
+from benchmarks.report import format_ratio
+from benchmarks.scaling import AXES, PREFIX
+from benchmarks.session import exit_with_errors
+
+COLOURS = {
+    "rakd:cuda": "#1f5fbf",
+    "rakd:cpu": "#1f5fbf",
+    "rakd:triton": "#17877a",
+    "rakd:reference": "#a9c1e6",
+    "torchvision": "#d3702c",
+    "difference": "#edae6b",
+    "torchvision-compiled": "#8f3f2e",
+    "difference-compiled": "#c98d7f",
+}
+NAMES = {
+    "rakd:cuda": "rakd_ops, CUDA",
+    "rakd:cpu": "rakd_ops, C++",
+    "rakd:triton": "rakd_ops, Triton",
+    "rakd:reference": "rakd_ops, PyTorch reference",
+    "torchvision": "torchvision",
+    "difference": "torchvision, difference map",
+    "torchvision-compiled": "torchvision, compiled",
+    "difference-compiled": "torchvision, difference map, compiled",
+}
+LAYOUT_NAMES = {"nchw": "NCHW", "nhwc": "channels-last"}
+WHAT_NAMES = {FORWARD: "forward", TRAINING: "forward + backward"}
+OP_NAMES = {"distill": "soft_roi_distill", "align": "multilevel_roi_align"}
+INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
+FORMATS = ("png", "svg", "pdf")
+
+_AXIS_VALUE: dict[str, tuple[str, Callable[[Row], int]]] = {
+    "boxes": ("boxes K", lambda row: row.boxes),
+    "bins": ("output size P", lambda row: row.output_size),
+    "samples": ("sampling ratio n", lambda row: row.sampling_ratio),
+    "channels": ("channels C", lambda row: row.channels),
+    "image": ("image height, px (width 3.4 times that)", lambda row: row.height),
+    "threads": ("threads", lambda row: row.threads),
+}
+
+
+def show_time(milliseconds: float) -> str:
+    """Write a time with its unit and two or three digits."""
+    if milliseconds >= 999.5:
+        return f"{milliseconds / 1000:.3g} s"
+    if milliseconds < 0.9995:
+        return f"{1000 * milliseconds:.3g} µs"
+    return f"{milliseconds:.3g} ms"
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Keep the last of rows that measure the same, in the order of first appearance."""
+    kept = {}
+    for row in rows:
+        sizes = (row.boxes, row.output_size, row.sampling_ratio, row.channels, row.height, row.threads)
+        kept[row.op, row.workload, row.dtype, row.layout, row.contender, row.what, row.device, *sizes] = row
+    return list(kept.values())
+
+
+def _title(figure: Figure, title: str, row: Row) -> None:
+    """Write the title, and under it where the figures come from."""
+    commit = f", commit {row.commit[:10]}{'+' if row.dirty else ''}" if row.commit else ""
+    machine = row.device if row.device != "cpu" else f"{row.cpu}, {row.threads} threads"
+    if row.workload == PREFIX + "threads":
+        machine = row.cpu
+    source = f"{machine} · torch {row.torch}, torchvision {row.torchvision}, rakd {row.rakd}{commit} · {row.date[:10]}"
+    height = figure.get_size_inches()[1]
+    figure.text(0.012, 1 - 0.10 / height, title, va="top", size=13, weight="bold", color=INK)
+    figure.text(0.012, 1 - 0.37 / height, source, va="top", size=8.5, color=MUTED)
+
+
+def _clean(axes: Axes, grid: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GRID)
+    axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
+    axes.grid(axis="both" if grid == "both" else "x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend(figure: Figure, handles: list[Patch | Line2D]) -> None:
+    height = figure.get_size_inches()[1]
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.004, 1 - 0.55 / height),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=1.2,
+        columnspacing=1.6,
+    )
+
+
+def _time_axis(axes: Axes, which: str) -> None:
+    """Make an axis logarithmic with ticks that read as times."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(10))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: show_time(value)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _unique(values: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _contenders(rows: Sequence[Row]) -> list[str]:
+    """List contenders: the known ones in the palette's order."""
+    there = _unique([row.contender for row in rows])
+    return sorted(there, key=lambda name: list(COLOURS).index(name) if name in COLOURS else len(COLOURS))
+
+
+def _draw_time_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], contenders: list[str]) -> None:
+    bar = 0.82 / len(contenders)
+    for row in rows:
+        group = workloads.index(row.workload)
+        y = group + (contenders.index(row.contender) - (len(contenders) - 1) / 2) * bar
+        axes.barh(y, row.median_ms, height=0.86 * bar, color=COLOURS.get(row.contender, MUTED))
+        axes.plot([row.p20_ms, row.p80_ms], [y, y], color=INK, linewidth=1, alpha=0.6)
+        text = show_time(row.median_ms)
+        if not row.is_subject:
+            text += f"  {format_ratio(row.ratio)}"
+        weight = "bold" if row.is_subject else "normal"
+        right = max(row.median_ms, row.p80_ms)
+        axes.annotate(
+            text,
+            (right, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            size=8.5,
+            color=INK,
+            weight=weight,
+        )
+        if row.is_subject:
+            floor = row.floor_fraction * row.median_ms
+            axes.plot(
+                [floor, floor],
+                [group - 0.45, group + 0.45],
+                color=INK,
+                linewidth=1.4,
+                linestyle=(0, (2, 1.5)),
+            )
+    _time_axis(axes, "x")
+
+
+def _draw_memory_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], contenders: list[str]) -> None:
+    bar = 0.82 / len(contenders)
+    for row in rows:
+        if row.peak_extra_mib is None:
+            continue
+        y = (
+            workloads.index(row.workload)
+            + (contenders.index(row.contender) - (len(contenders) - 1) / 2) * bar
+        )
+        axes.barh(y, row.peak_extra_mib, height=0.86 * bar, color=COLOURS.get(row.contender, MUTED))
+        weight = "bold" if row.is_subject else "normal"
+        axes.annotate(
+            f"{row.peak_extra_mib:,.0f}",
+            (row.peak_extra_mib, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            size=8.5,
+            color=INK,
+            weight=weight,
+        )
+
+
+def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
+    """Draw bars by workload, a panel for each layout.
+
+    Args:
+        rows: Rows of one op, dtype, device and kind of run.
+        memory: Peak memory instead of time.
+
+    Returns:
+        The figure.
+    """
+    workloads = _unique([row.workload for row in rows])
+    layouts = _unique([row.layout for row in rows])
+    contenders = _contenders(rows)
+    height = 1.45 + len(workloads) * (0.30 + 0.21 * len(contenders))
+    figure = Figure(figsize=(4.9 * max(2, len(layouts)), height))
+    panels = figure.subplots(1, len(layouts), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, layout in zip(panels, layouts, strict=True):
+        mine = [row for row in rows if row.layout == layout]
+        (_draw_memory_panel if memory else _draw_time_panel)(axes, mine, workloads, contenders)
+        axes.set_title(LAYOUT_NAMES[layout], loc="left", size=10, color=INK)
+        axes.set_yticks(range(len(workloads)), workloads)
+        axes.set_ylim(len(workloads) - 0.48, -0.52)
+        _clean(axes, "x")
+        axes.tick_params(axis="y", labelsize=10, labelcolor=INK)
+    if memory:
+        panels[0].set_xlim(0, 1.18 * max(row.peak_extra_mib or 0.0 for row in rows) or 1.0)
+        panels[0].set_xlabel("MiB", color=MUTED, size=8.5)
+    else:
+        floors = [row.floor_fraction * row.median_ms for row in rows if row.is_subject]
+        low, high = min([*floors, *(row.median_ms for row in rows)]), max(row.p80_ms for row in rows)
+        panels[0].set_xlim(0.5 * low, high * (high / low) ** 0.3)
+    handles: list[Patch | Line2D] = [
+        Patch(color=COLOURS.get(c, MUTED), label=NAMES.get(c, c)) for c in contenders
+    ]
+    if not memory:
+        handles.append(
+            Line2D([], [], color=INK, linewidth=1.4, linestyle=(0, (2, 1.5)), label="floor: a plain copy")
+        )
+    first = rows[0]
+    subject = "peak memory above the inputs" if memory else "time and ratio"
+    _title(figure, f"{OP_NAMES[first.op]}, {WHAT_NAMES[first.what]}, {first.dtype}: {subject}", first)
+    _legend(figure, handles)
+    figure.subplots_adjust(left=0.085, right=0.99, top=1 - 1.12 / height, bottom=0.42 / height, wspace=0.06)
+    return figure
+
+
+def _draw_curve_panel(
+    axes: Axes, rows: Sequence[Row], axis: str, contenders: list[str], layouts: list[str]
+) -> None:
+    label, value_of = _AXIS_VALUE[axis]
+    for contender in contenders:
+        for layout in layouts:
+            mine = sorted(
+                (row for row in rows if row.contender == contender and row.layout == layout), key=value_of
+            )
+            if not mine:
+                continue
+            colour = COLOURS.get(contender, MUTED)
+            x = [value_of(row) for row in mine]
+            axes.fill_between(
+                x, [row.p20_ms for row in mine], [row.p80_ms for row in mine], color=colour, alpha=0.15, lw=0
+            )
+            style = "-" if layout == layouts[0] else (0, (3, 1.5))
+            axes.plot(
+                x, [row.median_ms for row in mine], color=colour, linestyle=style, marker="o", markersize=3.5
+            )
+            last = mine[-1]
+            if not last.is_subject and layout == layouts[0]:
+                axes.annotate(
+                    format_ratio(last.ratio), (x[-1], last.median_ms), (5, 0), textcoords="offset points",
+                    va="center", size=8.5, color=colour, annotation_clip=False,
+                )  # fmt: skip
+    values = sorted({value_of(row) for row in rows})
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(values, [str(value) for value in values])
+    axes.set_title(label, loc="left", size=10, color=INK)
+    _time_axis(axes, "y")
+    _clean(axes, "both")
+
+
+def draw_curves(rows: Sequence[Row]) -> Figure:
+    """Draw time over each axis that the rows vary, one panel for each.
+
+    Args:
+        rows: Rows of ``python -m benchmarks.scaling``, of one dtype and device.
+
+    Returns:
+        The figure.
+    """
+    axes_names = [axis for axis in AXES if any(row.workload == PREFIX + axis for row in rows)]
+    columns = min(3, len(axes_names))
+    lines = -(-len(axes_names) // columns)
+    height = 1.15 + 2.6 * lines
+    figure = Figure(figsize=(max(6.6, 3.5 * columns), height))
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    contenders = _contenders(rows)
+    layouts = _unique([row.layout for row in rows])
+    for index, panel in enumerate(panels.flat):
+        if index >= len(axes_names):
+            panel.set_visible(False)
+            continue
+        mine = [row for row in rows if row.workload == PREFIX + axes_names[index]]
+        _draw_curve_panel(panel, mine, axes_names[index], contenders, layouts)
+    handles: list[Patch | Line2D] = [
+        Line2D([], [], color=COLOURS.get(c, MUTED), marker="o", markersize=3.5, label=NAMES.get(c, c))
+        for c in contenders
+    ]
+    styles = ("-", (0, (3, 1.5)))
+    handles += [
+        Line2D([], [], color=MUTED, linestyle=style, label=LAYOUT_NAMES[layout])
+        for layout, style in zip(layouts, styles, strict=False)
+    ]
+    first = next((row for row in rows if row.workload != PREFIX + "threads"), rows[0])
+    _title(figure, f"{OP_NAMES[first.op]}, {WHAT_NAMES[first.what]}, {first.dtype}: how it scales", first)
+    _legend(figure, handles)
+    figure.subplots_adjust(
+        left=0.075, right=0.955, top=1 - 1.15 / height, bottom=0.35 / height, wspace=0.17, hspace=0.38
+    )
+    return figure
+
+
+def draw_all(rows: Sequence[Row]) -> dict[str, Figure]:
+    """Draw every figure that the rows support.
+
+    Args:
+        rows: Rows, of any number of runs.
+
+    Returns:
+        Figures by file stem.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in latest(rows):
+        curves = row.workload.startswith(PREFIX)
+        device = "" if row.device == "cpu" else "-" + "-".join(row.device.lower().split())
+        what = "" if curves or row.what == TRAINING else "-forward"
+        groups.setdefault(f"{'scaling' if curves else row.op}-{row.dtype}{device}{what}", []).append(row)
+    figures = {}
+    for stem, group in groups.items():
+        if group[0].workload.startswith(PREFIX):
+            figures[stem] = draw_curves(group)
+            continue
+        figures[f"{stem}-time"] = draw_bars(group, memory=False)
+        if any(row.peak_extra_mib is not None for row in group):
+            figures[f"{stem}-memory"] = draw_bars(group, memory=True)
+    return figures
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw figures from benchmark CSV files.
+
+    Attributes:
+        csv: Files written by python -m benchmarks and python -m benchmarks.scaling; of the same measurement in
+            several, the last one counts.
+        out: Folder of the figures.
+        format: png, svg or pdf.
+    """
+
+    csv: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CSV ...")]
+    out: Path = Path("runs/benchmarks")
+    format: str = "png"
+
+
+def main() -> None:
+    """Draw."""
+    options = tyro.cli(Options, prog="python -m benchmarks.plot")
+    if options.format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {options.format!r}")
+    figures = draw_all(read_all(options.csv))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for stem, figure in figures.items():
+        path = options.out / f"{stem}.{options.format}"
+        figure.savefig(path, dpi=150, facecolor="white")
+        print(path)
+
+
+if __name__ == "__main__":
+    exit_with_errors(main)
