@@ -118,7 +118,7 @@ def check_backends(backends: Sequence[str], device: str) -> tuple[str, ...]:
 
 
 def check_peers(op: str, peers: Sequence[str], device: str) -> tuple[str, ...]:
-    """Return the peers asked for (none for ``none``); without any the eager ones, on CUDA also the compiled."""
+    """Return the peers asked for (none for ``none``); by default the eager ones, on CUDA all."""
     if tuple(peers) == ("none",):
         return ()
     if peers:

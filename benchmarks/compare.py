@@ -1,7 +1,7 @@
 """``python -m benchmarks.compare OLD.csv NEW.csv``: warns where a ratio to a peer has fallen by 30 %.
 
-Ratios only: both sides of one were timed in the same interleaved runs, so they carry over between machines of a
-kind far better than seconds do.
+Ratios only: both sides of one were timed in the same interleaved runs, so they carry over between machines of
+a kind far better than seconds do.
 """
 
 from __future__ import annotations

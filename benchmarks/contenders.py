@@ -1,10 +1,10 @@
 """Who is measured: the package's backends, and what people write with torchvision instead.
 
-A contender is a function without arguments that returns the op's output on tensors it already holds. All contenders
-of one measurement hold the same tensors.
+A contender is a function without arguments that returns the op's output on tensors it already holds. All
+contenders of one measurement hold the same tensors.
 
-The peers in bfloat16 and float16 bring the maps to float32 first, as torchvision's own autocast rule does: its
-CPU operator lacks bfloat16, and pooling accumulated in half precision would not be the same computation.
+The peers in bfloat16 and float16 bring the maps to float32 first, as torchvision's own autocast rule does:
+its CPU operator lacks bfloat16, and pooling accumulated in half precision would not be the same computation.
 """
 
 from __future__ import annotations

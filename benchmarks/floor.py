@@ -1,8 +1,8 @@
 """The floor: bytes that any implementation must move, and how fast this machine copies.
 
 Counted are the cells of each map that some box's RoIAlign weighs, read once, and the gradient maps, which are
-dense and written once whatever the boxes. Cells are counted singly although memory comes in cache lines: where the
-channels do not lie together (NCHW), more must be read in truth, and the floor cannot be reached.
+dense and written once whatever the boxes. Cells are counted singly although memory comes in cache lines:
+where the channels do not lie together (NCHW), more must be read in truth, and the floor cannot be reached.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ LEAST_REPEATS = 3
 # Largest difference of outputs and of gradients, relative to the largest value: several times the error of
 # torchvision's float32 sample positions; the halves' is that of rounding a gradient to their 8 and 11 bits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
-# The gradient of a mean over K C P² values lies below float16's range; training scales the loss, so this does too.
+# The gradient of a mean over K C P² values lies below float16's range; training scales the loss, as here.
 LOSS_SCALE = {"float16": 2.0**16}
 
 Advance = Callable[[int], object]

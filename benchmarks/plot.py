@@ -1,7 +1,7 @@
 """``python -m benchmarks.plot CSV... --out DIR``: figures drawn from benchmark CSV files and nothing else.
 
-Bars: time (with the floor) and peak memory by workload, a panel for each layout. Curves: time over each axis that
-``python -m benchmarks.scaling`` measured.
+Bars: time (with the floor) and peak memory by workload, a panel for each layout. Curves: time over each axis
+that ``python -m benchmarks.scaling`` measured.
 """
 
 from __future__ import annotations
@@ -16,38 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from benchmarks.measure import FORWARD, TRAINING
+from benchmarks import style
+from benchmarks.measure import TRAINING
 from benchmarks.records import Row, read_all
 from benchmarks.report import format_ratio
 from benchmarks.scaling import AXES, PREFIX
 from benchmarks.session import exit_with_errors
 
-COLOURS = {
-    "rakd:cuda": "#1f5fbf",
-    "rakd:cpu": "#1f5fbf",
-    "rakd:triton": "#17877a",
-    "rakd:reference": "#a9c1e6",
-    "torchvision": "#d3702c",
-    "difference": "#edae6b",
-    "torchvision-compiled": "#8f3f2e",
-    "difference-compiled": "#c98d7f",
-}
-NAMES = {
-    "rakd:cuda": "rakd_ops, CUDA",
-    "rakd:cpu": "rakd_ops, C++",
-    "rakd:triton": "rakd_ops, Triton",
-    "rakd:reference": "rakd_ops, PyTorch reference",
-    "torchvision": "torchvision",
-    "difference": "torchvision, difference map",
-    "torchvision-compiled": "torchvision, compiled",
-    "difference-compiled": "torchvision, difference map, compiled",
-}
-LAYOUT_NAMES = {"nchw": "NCHW", "nhwc": "channels-last"}
-WHAT_NAMES = {FORWARD: "forward", TRAINING: "forward + backward"}
-OP_NAMES = {"distill": "soft_roi_distill", "align": "multilevel_roi_align"}
-INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
 FORMATS = ("png", "svg", "pdf")
 
 _AXIS_VALUE: dict[str, tuple[str, Callable[[Row], int]]] = {
@@ -60,67 +37,14 @@ _AXIS_VALUE: dict[str, tuple[str, Callable[[Row], int]]] = {
 }
 
 
-def show_time(milliseconds: float) -> str:
-    """Write a time with its unit and two or three digits."""
-    if milliseconds >= 999.5:
-        return f"{milliseconds / 1000:.3g} s"
-    if milliseconds < 0.9995:
-        return f"{1000 * milliseconds:.3g} µs"
-    return f"{milliseconds:.3g} ms"
-
-
 def latest(rows: Sequence[Row]) -> list[Row]:
     """Keep the last of rows that measure the same, in the order of first appearance."""
     kept = {}
     for row in rows:
         sizes = (row.boxes, row.output_size, row.sampling_ratio, row.channels, row.height, row.threads)
-        kept[row.op, row.workload, row.dtype, row.layout, row.contender, row.what, row.device, *sizes] = row
+        names = (row.op, row.workload, row.dtype, row.layout, row.contender, row.what, row.device)
+        kept[names + sizes] = row
     return list(kept.values())
-
-
-def _title(figure: Figure, title: str, row: Row) -> None:
-    """Write the title, and under it where the figures come from."""
-    commit = f", commit {row.commit[:10]}{'+' if row.dirty else ''}" if row.commit else ""
-    machine = row.device if row.device != "cpu" else f"{row.cpu}, {row.threads} threads"
-    if row.workload == PREFIX + "threads":
-        machine = row.cpu
-    source = f"{machine} · torch {row.torch}, torchvision {row.torchvision}, rakd {row.rakd}{commit} · {row.date[:10]}"
-    height = figure.get_size_inches()[1]
-    figure.text(0.012, 1 - 0.10 / height, title, va="top", size=13, weight="bold", color=INK)
-    figure.text(0.012, 1 - 0.37 / height, source, va="top", size=8.5, color=MUTED)
-
-
-def _clean(axes: Axes, grid: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRID)
-    axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
-    axes.grid(axis="both" if grid == "both" else "x", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _legend(figure: Figure, handles: list[Patch | Line2D]) -> None:
-    height = figure.get_size_inches()[1]
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.004, 1 - 0.55 / height),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        handlelength=1.2,
-        columnspacing=1.6,
-    )
-
-
-def _time_axis(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic with ticks that read as times."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(10))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: show_time(value)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _unique(values: Sequence[str]) -> list[str]:
@@ -130,7 +54,10 @@ def _unique(values: Sequence[str]) -> list[str]:
 def _contenders(rows: Sequence[Row]) -> list[str]:
     """List contenders: the known ones in the palette's order."""
     there = _unique([row.contender for row in rows])
-    return sorted(there, key=lambda name: list(COLOURS).index(name) if name in COLOURS else len(COLOURS))
+    return sorted(
+        there,
+        key=lambda name: list(style.COLOURS).index(name) if name in style.COLOURS else len(style.COLOURS),
+    )
 
 
 def _draw_time_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], contenders: list[str]) -> None:
@@ -138,9 +65,9 @@ def _draw_time_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], cont
     for row in rows:
         group = workloads.index(row.workload)
         y = group + (contenders.index(row.contender) - (len(contenders) - 1) / 2) * bar
-        axes.barh(y, row.median_ms, height=0.86 * bar, color=COLOURS.get(row.contender, MUTED))
-        axes.plot([row.p20_ms, row.p80_ms], [y, y], color=INK, linewidth=1, alpha=0.6)
-        text = show_time(row.median_ms)
+        axes.barh(y, row.median_ms, height=0.86 * bar, color=style.COLOURS.get(row.contender, style.MUTED))
+        axes.plot([row.p20_ms, row.p80_ms], [y, y], color=style.INK, linewidth=1, alpha=0.6)
+        text = style.show_time(row.median_ms)
         if not row.is_subject:
             text += f"  {format_ratio(row.ratio)}"
         weight = "bold" if row.is_subject else "normal"
@@ -152,7 +79,7 @@ def _draw_time_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], cont
             textcoords="offset points",
             va="center",
             size=8.5,
-            color=INK,
+            color=style.INK,
             weight=weight,
         )
         if row.is_subject:
@@ -160,11 +87,11 @@ def _draw_time_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], cont
             axes.plot(
                 [floor, floor],
                 [group - 0.45, group + 0.45],
-                color=INK,
+                color=style.INK,
                 linewidth=1.4,
                 linestyle=(0, (2, 1.5)),
             )
-    _time_axis(axes, "x")
+    style.use_time_axis(axes, "x")
 
 
 def _draw_memory_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], contenders: list[str]) -> None:
@@ -176,7 +103,9 @@ def _draw_memory_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], co
             workloads.index(row.workload)
             + (contenders.index(row.contender) - (len(contenders) - 1) / 2) * bar
         )
-        axes.barh(y, row.peak_extra_mib, height=0.86 * bar, color=COLOURS.get(row.contender, MUTED))
+        axes.barh(
+            y, row.peak_extra_mib, height=0.86 * bar, color=style.COLOURS.get(row.contender, style.MUTED)
+        )
         weight = "bold" if row.is_subject else "normal"
         axes.annotate(
             f"{row.peak_extra_mib:,.0f}",
@@ -185,7 +114,7 @@ def _draw_memory_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], co
             textcoords="offset points",
             va="center",
             size=8.5,
-            color=INK,
+            color=style.INK,
             weight=weight,
         )
 
@@ -209,29 +138,33 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
     for axes, layout in zip(panels, layouts, strict=True):
         mine = [row for row in rows if row.layout == layout]
         (_draw_memory_panel if memory else _draw_time_panel)(axes, mine, workloads, contenders)
-        axes.set_title(LAYOUT_NAMES[layout], loc="left", size=10, color=INK)
+        axes.set_title(style.LAYOUT_NAMES[layout], loc="left", size=10, color=style.INK)
         axes.set_yticks(range(len(workloads)), workloads)
         axes.set_ylim(len(workloads) - 0.48, -0.52)
-        _clean(axes, "x")
-        axes.tick_params(axis="y", labelsize=10, labelcolor=INK)
+        style.clean_axes(axes, "x")
+        axes.tick_params(axis="y", labelsize=10, labelcolor=style.INK)
     if memory:
         panels[0].set_xlim(0, 1.18 * max(row.peak_extra_mib or 0.0 for row in rows) or 1.0)
-        panels[0].set_xlabel("MiB", color=MUTED, size=8.5)
+        panels[0].set_xlabel("MiB", color=style.MUTED, size=8.5)
     else:
         floors = [row.floor_fraction * row.median_ms for row in rows if row.is_subject]
         low, high = min([*floors, *(row.median_ms for row in rows)]), max(row.p80_ms for row in rows)
         panels[0].set_xlim(0.5 * low, high * (high / low) ** 0.3)
     handles: list[Patch | Line2D] = [
-        Patch(color=COLOURS.get(c, MUTED), label=NAMES.get(c, c)) for c in contenders
+        Patch(color=style.COLOURS.get(c, style.MUTED), label=style.NAMES.get(c, c)) for c in contenders
     ]
     if not memory:
         handles.append(
-            Line2D([], [], color=INK, linewidth=1.4, linestyle=(0, (2, 1.5)), label="floor: a plain copy")
+            Line2D(
+                [], [], color=style.INK, linewidth=1.4, linestyle=(0, (2, 1.5)), label="floor: a plain copy"
+            )
         )
     first = rows[0]
     subject = "peak memory above the inputs" if memory else "time and ratio"
-    _title(figure, f"{OP_NAMES[first.op]}, {WHAT_NAMES[first.what]}, {first.dtype}: {subject}", first)
-    _legend(figure, handles)
+    style.write_title(
+        figure, f"{style.OP_NAMES[first.op]}, {style.WHAT_NAMES[first.what]}, {first.dtype}: {subject}", first
+    )
+    style.write_legend(figure, handles)
     figure.subplots_adjust(left=0.085, right=0.99, top=1 - 1.12 / height, bottom=0.42 / height, wspace=0.06)
     return figure
 
@@ -247,14 +180,14 @@ def _draw_curve_panel(
             )
             if not mine:
                 continue
-            colour = COLOURS.get(contender, MUTED)
+            colour = style.COLOURS.get(contender, style.MUTED)
             x = [value_of(row) for row in mine]
             axes.fill_between(
                 x, [row.p20_ms for row in mine], [row.p80_ms for row in mine], color=colour, alpha=0.15, lw=0
             )
-            style = "-" if layout == layouts[0] else (0, (3, 1.5))
+            dashes = "-" if layout == layouts[0] else "--"
             axes.plot(
-                x, [row.median_ms for row in mine], color=colour, linestyle=style, marker="o", markersize=3.5
+                x, [row.median_ms for row in mine], color=colour, linestyle=dashes, marker="o", markersize=3.5
             )
             last = mine[-1]
             if not last.is_subject and layout == layouts[0]:
@@ -266,9 +199,9 @@ def _draw_curve_panel(
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(values, [str(value) for value in values])
-    axes.set_title(label, loc="left", size=10, color=INK)
-    _time_axis(axes, "y")
-    _clean(axes, "both")
+    axes.set_title(label, loc="left", size=10, color=style.INK)
+    style.use_time_axis(axes, "y")
+    style.clean_axes(axes, "both")
 
 
 def draw_curves(rows: Sequence[Row]) -> Figure:
@@ -295,17 +228,28 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
         mine = [row for row in rows if row.workload == PREFIX + axes_names[index]]
         _draw_curve_panel(panel, mine, axes_names[index], contenders, layouts)
     handles: list[Patch | Line2D] = [
-        Line2D([], [], color=COLOURS.get(c, MUTED), marker="o", markersize=3.5, label=NAMES.get(c, c))
+        Line2D(
+            [],
+            [],
+            color=style.COLOURS.get(c, style.MUTED),
+            marker="o",
+            markersize=3.5,
+            label=style.NAMES.get(c, c),
+        )
         for c in contenders
     ]
-    styles = ("-", (0, (3, 1.5)))
     handles += [
-        Line2D([], [], color=MUTED, linestyle=style, label=LAYOUT_NAMES[layout])
-        for layout, style in zip(layouts, styles, strict=False)
+        Line2D([], [], color=style.MUTED, linestyle="-" if layout == layouts[0] else "--", label=name)
+        for layout, name in style.LAYOUT_NAMES.items()
+        if layout in layouts
     ]
     first = next((row for row in rows if row.workload != PREFIX + "threads"), rows[0])
-    _title(figure, f"{OP_NAMES[first.op]}, {WHAT_NAMES[first.what]}, {first.dtype}: how it scales", first)
-    _legend(figure, handles)
+    style.write_title(
+        figure,
+        f"{style.OP_NAMES[first.op]}, {style.WHAT_NAMES[first.what]}, {first.dtype}: how it scales",
+        first,
+    )
+    style.write_legend(figure, handles)
     figure.subplots_adjust(
         left=0.075, right=0.955, top=1 - 1.15 / height, bottom=0.35 / height, wspace=0.17, hspace=0.38
     )
@@ -343,8 +287,8 @@ class Options:
     """Draw figures from benchmark CSV files.
 
     Attributes:
-        csv: Files written by python -m benchmarks and python -m benchmarks.scaling; of the same measurement in
-            several, the last one counts.
+        csv: Files written by python -m benchmarks and python -m benchmarks.scaling; of the same measurement
+            in several, the last one counts.
         out: Folder of the figures.
         format: png, svg or pdf.
     """

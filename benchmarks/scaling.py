@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scaling``: time over boxes, bins, samples, channels, image size and threads, as CSV."""
+"""``python -m benchmarks.scaling``: time over boxes, bins, samples, channels, image size, threads, as CSV."""
 
 from __future__ import annotations
 
