@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -181,6 +182,7 @@ def measure_case(case: Case, protocol: Protocol, machine: Machine, advance: Adva
         check_agreement(contenders, inputs.apprentice, upstream, case.dtype, advance)
     except DisagreementError as error:
         raise DisagreementError(f"{case.name}, {case.dtype}, {case.layout}: {error}") from None
+    gc.collect()  # what earlier cases left must not be freed during this one's measurements
     floor = COUNT_BYTES[case.op](inputs.boxes, case.workload, case.dtype)
 
     rows = []

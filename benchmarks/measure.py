@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -186,7 +185,6 @@ def _status_mib(key: str) -> float | None:
 
 def _trim_heap() -> None:
     """Give freed memory back to the system, so that its reuse counts as growth."""
-    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

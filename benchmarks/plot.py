@@ -269,7 +269,7 @@ def draw_all(rows: Sequence[Row]) -> dict[str, Figure]:
     for row in latest(rows):
         curves = row.workload.startswith(PREFIX)
         device = "" if row.device == "cpu" else "-" + "-".join(row.device.lower().split())
-        what = "" if curves or row.what == TRAINING else "-forward"
+        what = "" if row.what == TRAINING else "-forward"
         groups.setdefault(f"{'scaling' if curves else row.op}-{row.dtype}{device}{what}", []).append(row)
     figures = {}
     for stem, group in groups.items():
