@@ -26,6 +26,8 @@ from benchmarks.scaling import AXES, PREFIX
 from benchmarks.session import exit_with_errors
 
 FORMATS = ("png", "svg", "pdf")
+BAR_INCHES = 0.22
+GAP_INCHES = 0.2
 
 _AXIS_VALUE: dict[str, tuple[str, Callable[[Row], int]]] = {
     "boxes": ("boxes K", lambda row: row.boxes),
@@ -60,8 +62,12 @@ def _contenders(rows: Sequence[Row]) -> list[str]:
     )
 
 
+def _group_inches(contenders: Sequence[str]) -> float:
+    return GAP_INCHES + BAR_INCHES * len(contenders)
+
+
 def _draw_time_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], contenders: list[str]) -> None:
-    bar = 0.82 / len(contenders)
+    bar = BAR_INCHES / _group_inches(contenders)
     for row in rows:
         group = workloads.index(row.workload)
         y = group + (contenders.index(row.contender) - (len(contenders) - 1) / 2) * bar
@@ -69,7 +75,7 @@ def _draw_time_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], cont
         axes.plot([row.p20_ms, row.p80_ms], [y, y], color=style.INK, linewidth=1, alpha=0.6)
         text = style.show_time(row.median_ms)
         if not row.is_subject:
-            text += f"  {format_ratio(row.ratio)}"
+            text += f" · {format_ratio(row.ratio)}"
         weight = "bold" if row.is_subject else "normal"
         right = max(row.median_ms, row.p80_ms)
         axes.annotate(
@@ -95,7 +101,7 @@ def _draw_time_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], cont
 
 
 def _draw_memory_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], contenders: list[str]) -> None:
-    bar = 0.82 / len(contenders)
+    bar = BAR_INCHES / _group_inches(contenders)
     for row in rows:
         if row.peak_extra_mib is None:
             continue
@@ -132,7 +138,8 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
     workloads = _unique([row.workload for row in rows])
     layouts = _unique([row.layout for row in rows])
     contenders = _contenders(rows)
-    height = 1.45 + len(workloads) * (0.30 + 0.21 * len(contenders))
+    head = style.head_height(len(contenders) + (not memory))
+    height = head + 0.33 + len(workloads) * _group_inches(contenders)
     figure = Figure(figsize=(4.9 * max(2, len(layouts)), height))
     panels = figure.subplots(1, len(layouts), sharex=True, sharey=True, squeeze=False)[0]
     for axes, layout in zip(panels, layouts, strict=True):
@@ -145,7 +152,6 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
         axes.tick_params(axis="y", labelsize=10, labelcolor=style.INK)
     if memory:
         panels[0].set_xlim(0, 1.18 * max(row.peak_extra_mib or 0.0 for row in rows) or 1.0)
-        panels[0].set_xlabel("MiB", color=style.MUTED, size=8.5)
     else:
         floors = [row.floor_fraction * row.median_ms for row in rows if row.is_subject]
         low, high = min([*floors, *(row.median_ms for row in rows)]), max(row.p80_ms for row in rows)
@@ -160,12 +166,12 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
             )
         )
     first = rows[0]
-    subject = "peak memory above the inputs" if memory else "time and ratio"
+    subject = "peak memory above the inputs, MiB" if memory else "time and ratio"
     style.write_title(
         figure, f"{style.OP_NAMES[first.op]}, {style.WHAT_NAMES[first.what]}, {first.dtype}: {subject}", first
     )
     style.write_legend(figure, handles)
-    figure.subplots_adjust(left=0.085, right=0.99, top=1 - 1.12 / height, bottom=0.42 / height, wspace=0.06)
+    figure.subplots_adjust(left=0.085, right=0.975, top=1 - head / height, bottom=0.33 / height, wspace=0.06)
     return figure
 
 
@@ -173,6 +179,7 @@ def _draw_curve_panel(
     axes: Axes, rows: Sequence[Row], axis: str, contenders: list[str], layouts: list[str]
 ) -> None:
     label, value_of = _AXIS_VALUE[axis]
+    labelled = next((name for name in contenders if not name.startswith("rakd:")), None)
     for contender in contenders:
         for layout in layouts:
             mine = sorted(
@@ -189,12 +196,12 @@ def _draw_curve_panel(
             axes.plot(
                 x, [row.median_ms for row in mine], color=colour, linestyle=dashes, marker="o", markersize=3.5
             )
-            last = mine[-1]
-            if not last.is_subject and layout == layouts[0]:
+            if contender == labelled and layout == layouts[0]:
+                end = (x[-1], mine[-1].median_ms)
+                text = format_ratio(mine[-1].ratio)
                 axes.annotate(
-                    format_ratio(last.ratio), (x[-1], last.median_ms), (5, 0), textcoords="offset points",
-                    va="center", size=8.5, color=colour, annotation_clip=False,
-                )  # fmt: skip
+                    text, end, (5, 0), textcoords="offset points", va="center", size=8.5, color=colour
+                )
     values = sorted({value_of(row) for row in rows})
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
@@ -214,13 +221,14 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
         The figure.
     """
     axes_names = [axis for axis in AXES if any(row.workload == PREFIX + axis for row in rows)]
-    columns = min(3, len(axes_names))
-    lines = -(-len(axes_names) // columns)
-    height = 1.15 + 2.6 * lines
-    figure = Figure(figsize=(max(6.6, 3.5 * columns), height))
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     contenders = _contenders(rows)
     layouts = _unique([row.layout for row in rows])
+    columns = min(3, len(axes_names))
+    lines = -(-len(axes_names) // columns)
+    head = style.head_height(len(contenders) + len(layouts))
+    height = head + 2.6 * lines
+    figure = Figure(figsize=(max(7.6, 3.5 * columns), height))
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for index, panel in enumerate(panels.flat):
         if index >= len(axes_names):
             panel.set_visible(False)
@@ -251,7 +259,7 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
     )
     style.write_legend(figure, handles)
     figure.subplots_adjust(
-        left=0.075, right=0.955, top=1 - 1.15 / height, bottom=0.35 / height, wspace=0.17, hspace=0.38
+        left=0.075, right=0.955, top=1 - head / height, bottom=0.35 / height, wspace=0.17, hspace=0.3
     )
     return figure
 
@@ -266,11 +274,14 @@ def draw_all(rows: Sequence[Row]) -> dict[str, Figure]:
         Figures by file stem.
     """
     groups: dict[str, list[Row]] = {}
+    several_threads = len({row.threads for row in rows if not row.workload.startswith(PREFIX)}) > 1
     for row in latest(rows):
         curves = row.workload.startswith(PREFIX)
-        device = "" if row.device == "cpu" else "-" + "-".join(row.device.lower().split())
-        what = "" if row.what == TRAINING else "-forward"
-        groups.setdefault(f"{'scaling' if curves else row.op}-{row.dtype}{device}{what}", []).append(row)
+        parts = ["scaling" if curves else row.op, row.dtype]
+        parts += [] if row.device == "cpu" else row.device.lower().split()
+        parts += [f"{row.threads}-threads"] if several_threads and not curves else []
+        parts += [] if row.what == TRAINING else ["forward"]
+        groups.setdefault("-".join(parts), []).append(row)
     figures = {}
     for stem, group in groups.items():
         if group[0].workload.startswith(PREFIX):

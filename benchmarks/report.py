@@ -22,7 +22,7 @@ def format_ratio(ratio: float) -> str:
     """Write a ratio with two or three digits."""
     if ratio < 10.0:
         return f"{ratio:.2f}×" if ratio < 1.0 else f"{ratio:.1f}×"
-    return f"{ratio:.0f}×"
+    return f"{ratio:,.0f}×"
 
 
 def format_heading(machine: Machine, protocol_text: str) -> str:

@@ -42,11 +42,12 @@ INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
 
 def show_time(milliseconds: float) -> str:
     """Write a time with its unit and two or three digits."""
+    value, unit = milliseconds, "ms"
     if milliseconds >= 999.5:
-        return f"{milliseconds / 1000:.3g} s"
-    if milliseconds < 0.9995:
-        return f"{1000 * milliseconds:.3g} µs"
-    return f"{milliseconds:.3g} ms"
+        value, unit = milliseconds / 1000, "s"
+    elif milliseconds < 0.9995:
+        value, unit = 1000 * milliseconds, "µs"
+    return f"{value:,.0f} {unit}" if value >= 99.5 else f"{value:.3g} {unit}"
 
 
 def write_title(figure: Figure, title: str, row: Row) -> None:
@@ -71,6 +72,15 @@ def clean_axes(axes: Axes, grid: Literal["both", "x", "y"]) -> None:
     axes.set_axisbelow(True)
 
 
+def _legend_columns(entries: int) -> int:
+    return entries if entries <= 5 else 4
+
+
+def head_height(legend_entries: int) -> float:
+    """Inches that title, source, legend and the panels' own titles take."""
+    return 0.92 + 0.2 * -(-legend_entries // _legend_columns(legend_entries))
+
+
 def write_legend(figure: Figure, handles: list[Patch | Line2D]) -> None:
     """Write one legend for all panels in a row under the title."""
     height = figure.get_size_inches()[1]
@@ -78,11 +88,11 @@ def write_legend(figure: Figure, handles: list[Patch | Line2D]) -> None:
         handles=handles,
         loc="upper left",
         bbox_to_anchor=(0.004, 1 - 0.55 / height),
-        ncols=len(handles),
+        ncols=_legend_columns(len(handles)),
         frameon=False,
         fontsize=9,
         labelcolor=INK,
-        handlelength=1.2,
+        handlelength=1.5,
         columnspacing=1.6,
     )
 
