@@ -36,7 +36,7 @@ class Options:
         dtypes: float32, bfloat16, float16.
         layouts: nchw, nhwc (channels-last).
         peers: Of distill: torchvision, difference (one RoIAlign of the difference map),
-            torchvision-compiled, difference-compiled; of align: torchvision, torchvision-compiled; or none
+            torchvision-compiled, difference-compiled; of align: torchvision; or none
             (default: the eager ones, on CUDA all; with --quick torchvision).
         device: cpu, cuda, or auto.
         threads: Torch's threads on the CPU; 0 leaves torch's own number.

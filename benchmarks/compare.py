@@ -83,8 +83,8 @@ def compare_files(old: Path, new: Path) -> list[Change]:
     changes = compare_rows(read_all([old]), read_all([new]))
     if not changes:
         raise ValueError(
-            f"compare: {old} and {new} have no measurement in common; workload, sizes, dtype, layout, threads "
-            "and contenders must match"
+            f"compare: {old} and {new} have no measurement in common; workload, sizes, dtype, layout, "
+            "threads and contenders must match"
         )
     width = max(len(change.label) for change in changes)
     for change in changes:

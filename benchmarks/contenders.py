@@ -24,7 +24,7 @@ from benchmarks.workloads import STRIDES, Inputs, Workload
 
 PEERS = {
     "distill": ("torchvision", "difference", "torchvision-compiled", "difference-compiled"),
-    "align": ("torchvision", "torchvision-compiled"),
+    "align": ("torchvision",),
 }
 
 
@@ -73,13 +73,10 @@ def difference_loss(inputs: Inputs, workload: Workload) -> Tensor:
 _LOSSES = {"torchvision": torchvision_loss, "difference": difference_loss}
 
 
-def _split_name(peer: str) -> tuple[str, bool]:
-    return peer.removesuffix("-compiled"), peer.endswith("-compiled")
-
-
 def _distill_peer(peer: str, inputs: Inputs, workload: Workload) -> Callable[[], Tensor]:
-    base, compiled = _split_name(peer)
-    loss = torch.compile(_LOSSES[base]) if compiled else _LOSSES[base]
+    loss = _LOSSES[peer.removesuffix("-compiled")]
+    if peer.endswith("-compiled"):
+        loss = torch.compile(loss)
     return lambda: loss(inputs, workload)
 
 
@@ -95,16 +92,14 @@ def _distill_backend(backend: str, inputs: Inputs, workload: Workload) -> Callab
     )
 
 
-def _align_peer(peer: str, inputs: Inputs, workload: Workload) -> Callable[[], Tensor]:
+def _align_peer(_: str, inputs: Inputs, workload: Workload) -> Callable[[], Tensor]:
     """Return torchvision's pooler, on boxes moved so that it computes the same values.
 
     ``MultiScaleRoIAlign`` samples half a cell further right and down than ``aligned=True`` does. Each box has
     one level, so half a cell of that level is taken off the box beforehand, outside the measured time.
     """
-    _, compiled = _split_name(peer)
     names = [str(level) for level in range(len(STRIDES))]
-    pooler = MultiScaleRoIAlign(names, workload.output_size, workload.sampling_ratio)
-    pool = torch.compile(pooler) if compiled else pooler
+    pool = MultiScaleRoIAlign(names, workload.output_size, workload.sampling_ratio)
     chosen = rakd_ops.level_weights(inputs.boxes, strides=STRIDES, assignment="hard")
     half_cell = chosen @ chosen.new_tensor(STRIDES) / 2
     moved = inputs.boxes[:, 1:] - half_cell[:, None]

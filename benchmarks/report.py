@@ -85,7 +85,7 @@ def format_case(rows: Sequence[Row]) -> str:
     )
     moved = f"must move: {floors}; copy {first.copy_gb_s:.1f} GB/s"
     title_line = "   | ".join([" " * group_widths[0], *titles])
-    return "\n".join([head, moved, title_line, *texts, ""])
+    return "\n".join(line.rstrip() for line in [head, moved, title_line, *texts, ""])
 
 
 def _join_groups(cells: Sequence[str], group: int) -> list[str]:

@@ -179,7 +179,7 @@ def test_scaling_plan_varies_one_thing() -> None:
         (["--layouts", "chwn"], "layouts: expected some of nchw, nhwc, got 'chwn'"),
         (
             ["--op", "align", "--peers", "difference"],
-            "peers: expected some of torchvision, .*, got 'difference'",
+            "peers: expected some of torchvision, got 'difference'",
         ),
         (["--threads", "-1"], "threads: expected a positive number"),
         (["--repeats", "1"], "repeats: expected at least 3, got 1"),
