@@ -11,6 +11,7 @@ import tyro
 from benchmarks import cases
 from benchmarks.cases import Case, Protocol
 from benchmarks.compare import compare_files
+from benchmarks.measure import TRAINING, WHATS
 from benchmarks.session import csv_path, exit_with_errors, run_cases
 from benchmarks.workloads import WORKLOADS
 
@@ -45,7 +46,8 @@ class Options:
             least 3.
         seed: Seed of boxes and maps.
         out: Folder of the CSV.
-        quick: Under a minute: fewer workloads, peers and repeats, for what is not given explicitly.
+        quick: Under a minute: forward + backward only, few repeats, and fewer workloads, backends and peers
+            where they are not given explicitly.
         compare: Instead of measuring, compare the ratios of two CSV files, old and new.
     """
 
@@ -99,6 +101,7 @@ def plan(options: Options) -> tuple[list[Case], Protocol]:
         device=device,
         backends=cases.check_backends(options.backends, device),
         peers=cases.check_peers(options.op, options.peers, device),
+        whats=(TRAINING,) if options.quick else WHATS,
         repeats=options.repeats,
         most_seconds=options.most_seconds,
         seed=options.seed,

@@ -156,6 +156,7 @@ def test_quick_keeps_what_was_given() -> None:
     assert {case.name for case in planned} == {"large"}
     assert protocol.peers == ("torchvision",)
     assert protocol.repeats <= 5
+    assert protocol.whats == ("forward+backward",)
     assert len(protocol.backends) == 1
 
 
