@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,14 @@ from torch import Tensor
 
 STRIDES = (4, 8, 16, 32)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+OBJECTS_PER_IMAGE = 6  # what proposals gather around
+OBJECT_HEIGHTS = (25.0, 250.0)  # pixels
+OBJECT_ASPECTS = (0.4, 2.5)  # width over height
+CENTRE_JITTER = 0.1  # of a proposal's centre, in units of its object's size
+SIZE_JITTER = 0.15  # of the logarithm of a proposal's sides
+LARGEST_JITTER = 2.5  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -19,8 +28,8 @@ class Workload:
         batch: Images.
         boxes_per_image: Boxes in each of them.
         output_size: Bins along each axis.
-        kind: ``"proposals"`` (jittered copies of 6 objects an image), ``"objects"`` (objects alone) or ``"uniform"``
-            (random, up to the whole image).
+        kind: ``"proposals"`` (jittered copies of 6 objects an image), ``"objects"`` (objects alone) or
+            ``"uniform"`` (random, up to the whole image).
         channels: Channels of all maps.
         height: Image height, pixels.
         width: Image width, pixels.
@@ -41,50 +50,74 @@ class Workload:
         """Boxes of the whole batch."""
         return self.batch * self.boxes_per_image
 
+    def map_size(self, stride: int) -> tuple[int, int]:
+        """Height and width, in cells, of the map of a stride."""
+        return -(-self.height // stride), -(-self.width // stride)
 
-WORKLOADS = {
+
+DISTILL_WORKLOADS = {
     "train": Workload(2, 128, 7, "proposals"),
     "train19": Workload(2, 128, 19, "proposals"),
     "gt": Workload(2, 8, 7, "objects"),
     "large": Workload(2, 128, 7, "uniform"),
     "batch8": Workload(8, 128, 7, "proposals"),
 }
+ALIGN_WORKLOADS = {
+    "pool": Workload(2, 500, 7, "proposals"),
+    "pool14": Workload(2, 500, 14, "proposals"),
+}
+WORKLOADS = {"distill": DISTILL_WORKLOADS, "align": ALIGN_WORKLOADS}
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 def draw_objects(count: int, workload: Workload, generator: torch.Generator) -> Tensor:
-    """Draw ground-truth-like boxes ``[count, 4]``: 25 to 250 px high, width over height 0.4 to 2.5 (log-uniform)."""
+    """Draw ground-truth-like boxes ``[count, 4]``: heights uniform, aspect ratios log-uniform.
 
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
-
-    height = uniform(25.0, 250.0)
-    ratio = torch.exp(uniform(0.0, 1.0) * (torch.tensor(2.5).log() - torch.tensor(0.4).log()) + torch.tensor(0.4).log())
-    width = height * ratio
-    x = uniform(0.0, 1.0) * (workload.width - width).clamp(min=0)
-    y = uniform(0.0, 1.0) * (workload.height - height).clamp(min=0)
+    A box too large for the image, which only small test images meet, is scaled to fit.
+    """
+    height = _uniform(count, *OBJECT_HEIGHTS, generator)
+    low, high = map(math.log, OBJECT_ASPECTS)
+    width = height * _uniform(count, low, high, generator).exp()
+    fit = torch.minimum(workload.width / width, workload.height / height).clamp(max=1.0)
+    width, height = width * fit, height * fit
+    x = _uniform(count, 0.0, 1.0, generator) * (workload.width - width)
+    y = _uniform(count, 0.0, 1.0, generator) * (workload.height - height)
     return torch.stack([x, y, x + width, y + height], dim=1)
 
 
+def draw_proposals(count: int, workload: Workload, generator: torch.Generator) -> Tensor:
+    """Draw boxes ``[count, 4]`` jittered around a few objects; as a detector's, they may leave the image."""
+    objects = draw_objects(OBJECTS_PER_IMAGE, workload, generator)
+    copies = objects[torch.arange(count) % OBJECTS_PER_IMAGE]
+    noise = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    noise = noise.clamp(-LARGEST_JITTER, LARGEST_JITTER)
+    size = copies[:, 2:] - copies[:, :2]
+    centre = (copies[:, :2] + copies[:, 2:]) / 2 + CENTRE_JITTER * noise[:, :2] * size
+    size = size * torch.exp(SIZE_JITTER * noise[:, 2:])
+    return torch.cat([centre - size / 2, centre + size / 2], dim=1)
+
+
+def draw_uniform(count: int, workload: Workload, generator: torch.Generator) -> Tensor:
+    """Draw boxes ``[count, 4]`` between two points anywhere in the image."""
+    extent = torch.tensor([workload.width, workload.height], dtype=torch.float64)
+    corners = torch.rand(count, 2, 2, generator=generator, dtype=torch.float64) * extent
+    return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
+
+
+_DRAW = {"objects": draw_objects, "proposals": draw_proposals, "uniform": draw_uniform}
+
+
 def draw_boxes(workload: Workload, generator: torch.Generator) -> Tensor:
-    """Draw the boxes ``[K, 5]`` of a workload, float32 on the CPU."""
+    """Draw the boxes ``[K, 5]`` of a workload: ``(image, x1, y1, x2, y2)``, float32 on the CPU."""
     rows = []
     for image in range(workload.batch):
-        count = workload.boxes_per_image
-        if workload.kind == "objects":
-            boxes = draw_objects(count, workload, generator)
-        elif workload.kind == "proposals":
-            objects = draw_objects(6, workload, generator)
-            copies = objects[torch.arange(count) % 6]
-            size = copies[:, 2:] - copies[:, :2]
-            noise = torch.randn(count, 4, generator=generator, dtype=torch.float64).clamp(-2.5, 2.5)
-            centre = (copies[:, :2] + copies[:, 2:]) / 2 + 0.1 * noise[:, :2] * size
-            size = size * torch.exp(0.15 * noise[:, 2:])
-            boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
-        else:
-            extent = torch.tensor([workload.width, workload.height], dtype=torch.float64)
-            corners = torch.rand(count, 2, 2, generator=generator, dtype=torch.float64) * extent
-            boxes = torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
-        rows.append(torch.cat([torch.full((count, 1), float(image), dtype=torch.float64), boxes], dim=1))
+        boxes = _DRAW[workload.kind](workload.boxes_per_image, workload, generator)
+        rows.append(
+            torch.cat([torch.full((boxes.shape[0], 1), float(image), dtype=torch.float64), boxes], dim=1)
+        )
     return torch.cat(rows).float()
 
 
@@ -97,21 +130,31 @@ class Inputs:
     boxes: Tensor
 
 
-def make_inputs(workload: Workload, dtype: torch.dtype, layout: str, device: str, seed: int = 0) -> Inputs:
-    """Make random maps and boxes of a workload."""
+def make_inputs(
+    workload: Workload, dtype: str, layout: str, device: str, seed: int, networks: int = 2
+) -> Inputs:
+    """Make random maps and boxes of a workload.
+
+    Args:
+        workload: Its sizes.
+        dtype: A key of ``DTYPES``.
+        layout: A key of ``LAYOUTS``.
+        device: A torch device.
+        seed: Seed of boxes and maps.
+        networks: 2 for an apprentice and an expert; 1 where pooling alone is measured.
+
+    Returns:
+        The tensors, on the device.
+    """
     generator = torch.Generator().manual_seed(seed)
     boxes = draw_boxes(workload, generator).to(device)
-    networks = []
-    for _ in range(2):
+    networks_maps = []
+    for _ in range(networks):
         maps = []
         for stride in STRIDES:
-            shape = (
-                workload.batch,
-                workload.channels,
-                -(-workload.height // stride),
-                -(-workload.width // stride),
-            )
-            feature = torch.randn(shape, generator=generator).to(device, dtype)
+            shape = (workload.batch, workload.channels, *workload.map_size(stride))
+            feature = torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
             maps.append(feature.contiguous(memory_format=LAYOUTS[layout]))
-        networks.append(maps)
-    return Inputs([m.requires_grad_() for m in networks[0]], networks[1], boxes)
+        networks_maps.append(maps)
+    apprentice = [feature.requires_grad_() for feature in networks_maps[0]]
+    return Inputs(apprentice, networks_maps[1] if networks == 2 else [], boxes)

@@ -21,8 +21,8 @@ struct WorkspaceSizes {
 
 // Fills the layout of the tables from boxes, levels, sides, bins, sampling_ratio and sizes.
 //
-// Capacities: a fixed ratio gives two taps a sample. Where samples are closer than a cell, the touched cells are bounded
-// by the map, and each further bin repeats at most two of them.
+// Capacities: a fixed ratio gives two taps a sample. Where samples are closer than a cell, the touched cells are
+// bounded by the map, and each further bin repeats at most two of them.
 template <class T>
 WorkspaceSizes plan_workspace(Tables<T>& tables, int64_t channels) {
   WorkspaceSizes sizes;

@@ -1,8 +1,8 @@
 // Step 2 on the GPU: pooling. A block owns one box, one slab of channels and (for the loss) one level.
 //
-// A thread owns whole columns (bin p of x, channel c) of the pooled patch: it walks the touched rows in order, pools each
-// row into one number and adds it to the bins of y that the row feeds. No thread needs another's numbers, so the pooling
-// itself has no barrier, and each sum has a fixed order. The difference of the maps is taken at load.
+// A thread owns whole columns (bin p of x, channel c) of the pooled patch: it walks the touched rows in order, pools
+// each row into one number and adds it to the bins of y that the row feeds. No thread needs another's numbers, so the
+// pooling itself has no barrier, and each sum has a fixed order. The difference of the maps is taken at load.
 #pragma once
 
 #include "elements.cuh"
@@ -12,8 +12,8 @@ namespace gpu {
 
 constexpr int kSlab = 16;  // channels of a block; the innermost dimension of pooled differences in memory
 
-// Adds sign * RoIAlign of one box to pooled[bins_y * bins_x][kSlab] for the block's channels; `b`, where there is one, is
-// taken off `a` at load and has the same shape.
+// Adds sign * RoIAlign of one box to pooled[bins_y * bins_x][kSlab] for the block's channels; `b`, where there is one,
+// is taken off `a` at load and has the same shape.
 template <class E, class T>
 __device__ void pool_box(const Tables<T>& tables, int side, int level, int64_t box, int image, MapView<const E> a,
                          MapView<const E> b, int channel, int channels, T sign, T* pooled) {

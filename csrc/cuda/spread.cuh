@@ -13,8 +13,8 @@ template <class E>
 struct Spread {
   typedef typename Accumulator<E>::type T;
   Tables<T> tables;
-  int32_t side;                // whose tables
-  Pyramid<E> gradient[2];      // out; the second, where wanted, takes the negative
+  int32_t side;                        // whose tables
+  Pyramid<E> gradient[2];              // out; the second, where wanted, takes the negative
   int64_t first_tile[kMaxLevels + 1];  // tiles of level l: first_tile[l] .. first_tile[l + 1], image-major
   int32_t channels;
   T sign;
@@ -86,8 +86,8 @@ __global__ void spread(Spread<E> call) {
   const int32_t bins_x = tables.bins[1];
   const int rows = int(blockDim.x) / kTileColumns;
   const int32_t row_values = bins_x * kSlab;
-  T* mixed[2] = {reinterpret_cast<T*>(shared), reinterpret_cast<T*>(shared) + rows * row_values};
-  int32_t* list = reinterpret_cast<int32_t*>(mixed[1] + rows * row_values);
+  T* buffers = reinterpret_cast<T*>(shared);  // two, of rows * row_values each
+  int32_t* list = reinterpret_cast<int32_t*>(buffers + 2 * rows * row_values);
   int32_t* warp_counts = list + blockDim.x;
 
   const int64_t tile = blockIdx.x, slab = blockIdx.y;
@@ -121,6 +121,7 @@ __global__ void spread(Spread<E> call) {
       const int64_t box = begin + list[n];
       const AxisTable<T> ay = axis_table(tables, call.side, level, 0, box);
       const AxisTable<T> ax = axis_table(tables, call.side, level, 1, box);
+      T* mixed = buffers + parity * rows * row_values;
       // mixed[row][p][c] = Σ_q Ry[q][row] pooled[q][p][c]. Two buffers, so that one barrier a box is enough.
       for (int32_t i = threadIdx.x; i < rows * row_values; i += blockDim.x) {
         const int32_t row = i / row_values, rest = i % row_values;
@@ -132,12 +133,12 @@ __global__ void spread(Spread<E> call) {
             value += ay.spread[j] * pooled_gradient<E, T>(call, level, box, slab, bin, rest % kSlab);
           }
         }
-        mixed[parity][i] = value;
+        mixed[i] = value;
       }
       __syncthreads();
       const int32_t t = find_cell(ax.cell, *ax.count, x);
       if (t >= 0) {
-        const T* row = mixed[parity] + (threadIdx.x / kTileColumns) * row_values;
+        const T* row = mixed + (threadIdx.x / kTileColumns) * row_values;
         for (int32_t j = ax.cell_offset[t]; j < ax.cell_offset[t + 1]; ++j) {
           const T weight = ax.spread[j];
           const T* from = row + (ax.cell_bin[t] + j - ax.cell_offset[t]) * kSlab;
@@ -153,7 +154,8 @@ __global__ void spread(Spread<E> call) {
   for (int side = 0; side < 2; ++side) {
     const MapView<E>& view = call.gradient[side].level[level];
     if (!view.data) continue;
-    E* out = view.data + image * view.stride[0] + slab * kSlab * view.stride[1] + y * view.stride[2] + x * view.stride[3];
+    E* out =
+        view.data + image * view.stride[0] + slab * kSlab * view.stride[1] + y * view.stride[2] + x * view.stride[3];
     const T sign = side == 0 ? call.sign : -call.sign;
 #pragma unroll
     for (int c = 0; c < kSlab; ++c) {

@@ -1,8 +1,8 @@
 // Step 1 on the GPU: sampling tables of all boxes on all levels, one thread per box, level, side and axis.
 //
 // RoIAlign along one axis is a matrix R (bins x cells). Its columns are kept for touched cells only, twice: by bin, to
-// pool (R), and by cell, to spread gradients (R transposed). Sizes are bounds that follow from shapes and options, never
-// from values on the device, so nothing here synchronises and a CUDA graph can hold it all.
+// pool (R), and by cell, to spread gradients (R transposed). Sizes are bounds that follow from shapes and options,
+// never from values on the device, so nothing here synchronises and a CUDA graph can hold it all.
 //
 // A box that is not finite touches no cell; one whose batch index is no image's is ignored. Either counts zero.
 #pragma once
@@ -27,20 +27,20 @@ template <class T>
 struct Tables {
   int64_t boxes;
   int32_t levels, sides, images;
-  int32_t bins[2];          // y, x
+  int32_t bins[2];  // y, x
   int32_t sampling_ratio;
   LevelRule rule;
-  double factor;            // of all scales: 1 / (channels * bins) for the loss, 1 for pooling
+  double factor;  // of all scales: 1 / (channels * bins) for the loss, 1 for pooling
   double level_of[kMaxLevels];
-  double stride[2][kMaxLevels];     // [side][level]
-  int32_t size[2][kMaxLevels][2];   // [side][level][axis]: cells
+  double stride[2][kMaxLevels];    // [side][level]
+  int32_t size[2][kMaxLevels][2];  // [side][level][axis]: cells
   AxisLayout layout[2][kMaxLevels][2];
   const double* rows;          // [boxes, 5]
   const double* coefficients;  // [boxes] or nullptr for ones
   int32_t* ints;
   T* weights;
-  double* scales;   // [levels, boxes]: coefficient times level weight times factor
-  int32_t* image;   // [boxes]: batch index, or -1
+  double* scales;  // [levels, boxes]: coefficient times level weight times factor
+  int32_t* image;  // [boxes]: batch index, or -1
 };
 
 // One box along one axis of one map.

@@ -1,0 +1,1 @@
+"""Benchmarks of ``rakd_ops`` against torchvision on the same tensors: ``python -m benchmarks --help``."""
