@@ -64,9 +64,7 @@ class Options:
     seed: int = 0
     out: Path = Path("runs/benchmarks")
     quick: bool = False
-    compare: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="OLD NEW", help_behavior_hint="")] = (
-        None
-    )
+    compare: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="OLD NEW", help_behavior_hint="")] = None
 
 
 def shorten(options: Options, device: str) -> Options:

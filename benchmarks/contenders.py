@@ -43,9 +43,7 @@ class Contender:
 
 def _pool(feature: Tensor, boxes: Tensor, stride: int, workload: Workload) -> Tensor:
     size = (workload.output_size, workload.output_size)
-    pooled: Tensor = roi_align(
-        feature.float(), boxes, size, 1.0 / stride, workload.sampling_ratio, aligned=True
-    )
+    pooled: Tensor = roi_align(feature.float(), boxes, size, 1.0 / stride, workload.sampling_ratio, aligned=True)
     return pooled
 
 

@@ -70,9 +70,7 @@ def count_align_bytes(boxes: Tensor, workload: Workload, dtype: str) -> FloorByt
     """Count for pooling: cells read, output written; then its gradient read, the maps' gradients written."""
     cell_bytes = workload.channels * DTYPES[dtype].itemsize
     chosen = level_weights(boxes, strides=STRIDES, assignment="hard") > 0
-    cells = sum(
-        touched_cells(boxes[chosen[:, level]], stride, workload) for level, stride in enumerate(STRIDES)
-    )
+    cells = sum(touched_cells(boxes[chosen[:, level]], stride, workload) for level, stride in enumerate(STRIDES))
     output = workload.boxes * workload.output_size**2 * cell_bytes
     forward = cells * cell_bytes + output
     return FloorBytes(forward, forward + output + _dense_cells(workload) * cell_bytes)

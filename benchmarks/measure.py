@@ -66,9 +66,7 @@ def _difference(value: Tensor, expected: Tensor) -> float:
     if value.shape != expected.shape:
         return float("inf")
     scale = float(expected.detach().abs().amax()) or 1.0
-    error = (
-        float((value.detach().to(torch.float64) - expected.detach().to(torch.float64)).abs().amax()) / scale
-    )
+    error = float((value.detach().to(torch.float64) - expected.detach().to(torch.float64)).abs().amax()) / scale
     return float("inf") if np.isnan(error) else error
 
 

@@ -105,13 +105,8 @@ def _draw_memory_panel(axes: Axes, rows: Sequence[Row], workloads: list[str], co
     for row in rows:
         if row.peak_extra_mib is None:
             continue
-        y = (
-            workloads.index(row.workload)
-            + (contenders.index(row.contender) - (len(contenders) - 1) / 2) * bar
-        )
-        axes.barh(
-            y, row.peak_extra_mib, height=0.86 * bar, color=style.COLOURS.get(row.contender, style.MUTED)
-        )
+        y = workloads.index(row.workload) + (contenders.index(row.contender) - (len(contenders) - 1) / 2) * bar
+        axes.barh(y, row.peak_extra_mib, height=0.86 * bar, color=style.COLOURS.get(row.contender, style.MUTED))
         weight = "bold" if row.is_subject else "normal"
         axes.annotate(
             f"{row.peak_extra_mib:,.0f}",
@@ -161,9 +156,7 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
     ]
     if not memory:
         handles.append(
-            Line2D(
-                [], [], color=style.INK, linewidth=1.4, linestyle=(0, (2, 1.5)), label="floor: a plain copy"
-            )
+            Line2D([], [], color=style.INK, linewidth=1.4, linestyle=(0, (2, 1.5)), label="floor: a plain copy")
         )
     first = rows[0]
     subject = "peak memory above the inputs, MiB" if memory else "time and ratio"
@@ -175,16 +168,12 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
     return figure
 
 
-def _draw_curve_panel(
-    axes: Axes, rows: Sequence[Row], axis: str, contenders: list[str], layouts: list[str]
-) -> None:
+def _draw_curve_panel(axes: Axes, rows: Sequence[Row], axis: str, contenders: list[str], layouts: list[str]) -> None:
     label, value_of = _AXIS_VALUE[axis]
     labelled = next((name for name in contenders if not name.startswith("rakd:")), None)
     for contender in contenders:
         for layout in layouts:
-            mine = sorted(
-                (row for row in rows if row.contender == contender and row.layout == layout), key=value_of
-            )
+            mine = sorted((row for row in rows if row.contender == contender and row.layout == layout), key=value_of)
             if not mine:
                 continue
             colour = style.COLOURS.get(contender, style.MUTED)
@@ -193,15 +182,11 @@ def _draw_curve_panel(
                 x, [row.p20_ms for row in mine], [row.p80_ms for row in mine], color=colour, alpha=0.15, lw=0
             )
             dashes = "-" if layout == layouts[0] else "--"
-            axes.plot(
-                x, [row.median_ms for row in mine], color=colour, linestyle=dashes, marker="o", markersize=3.5
-            )
+            axes.plot(x, [row.median_ms for row in mine], color=colour, linestyle=dashes, marker="o", markersize=3.5)
             if contender == labelled and layout == layouts[0]:
                 end = (x[-1], mine[-1].median_ms)
                 text = format_ratio(mine[-1].ratio)
-                axes.annotate(
-                    text, end, (5, 0), textcoords="offset points", va="center", size=8.5, color=colour
-                )
+                axes.annotate(text, end, (5, 0), textcoords="offset points", va="center", size=8.5, color=colour)
     values = sorted({value_of(row) for row in rows})
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())

@@ -27,11 +27,7 @@ def format_ratio(ratio: float) -> str:
 
 def format_heading(machine: Machine, protocol_text: str) -> str:
     """Describe machine, versions and protocol in a few lines."""
-    commit = (
-        f"{machine.commit[:10]}{' + local changes' if machine.dirty else ''}"
-        if machine.commit
-        else "no checkout"
-    )
+    commit = f"{machine.commit[:10]}{' + local changes' if machine.dirty else ''}" if machine.commit else "no checkout"
     return "\n".join(
         [
             f"device {machine.device}, processor {machine.cpu}",
@@ -62,9 +58,7 @@ def format_case(rows: Sequence[Row]) -> str:
     found = {(row.contender, row.what): row for row in rows}
     contenders = list(dict.fromkeys(row.contender for row in rows))
     lines = [["", *(list(_COLUMNS) * len(whats))]]
-    lines += [
-        [name, *(cell for what in whats for cell in _cells(found.get((name, what))))] for name in contenders
-    ]
+    lines += [[name, *(cell for what in whats for cell in _cells(found.get((name, what))))] for name in contenders]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     group = len(_COLUMNS)
     texts = []
@@ -74,9 +68,7 @@ def format_case(rows: Sequence[Row]) -> str:
         texts.append("   | ".join(_join_groups(padded, group)))
     group_widths = [len(text) for text in texts[0].split("   | ")]
     titles = [f"{what}".center(width) for what, width in zip(whats, group_widths[1:], strict=True)]
-    floors = ", ".join(
-        f"{what} {next(row.floor_mib for row in rows if row.what == what):.0f} MiB" for what in whats
-    )
+    floors = ", ".join(f"{what} {next(row.floor_mib for row in rows if row.what == what):.0f} MiB" for what in whats)
     head = (
         f"{first.workload}: {first.batch} images {first.height}×{first.width}, "
         f"{first.boxes} boxes ({first.kind}), "

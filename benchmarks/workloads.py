@@ -115,9 +115,7 @@ def draw_boxes(workload: Workload, generator: torch.Generator) -> Tensor:
     rows = []
     for image in range(workload.batch):
         boxes = _DRAW[workload.kind](workload.boxes_per_image, workload, generator)
-        rows.append(
-            torch.cat([torch.full((boxes.shape[0], 1), float(image), dtype=torch.float64), boxes], dim=1)
-        )
+        rows.append(torch.cat([torch.full((boxes.shape[0], 1), float(image), dtype=torch.float64), boxes], dim=1))
     return torch.cat(rows).float()
 
 
@@ -130,9 +128,7 @@ class Inputs:
     boxes: Tensor
 
 
-def make_inputs(
-    workload: Workload, dtype: str, layout: str, device: str, seed: int, networks: int = 2
-) -> Inputs:
+def make_inputs(workload: Workload, dtype: str, layout: str, device: str, seed: int, networks: int = 2) -> Inputs:
     """Make random maps and boxes of a workload.
 
     Args:

@@ -13,18 +13,14 @@ from benchmarks.compare import compare_files, compare_rows
 from benchmarks.records import Row, write_csv
 
 
-@pytest.mark.parametrize(
-    ("new", "fell"), [(20.0, False), (10.0, False), (7.1, False), (7.0, True), (1.0, True)]
-)
+@pytest.mark.parametrize(("new", "fell"), [(20.0, False), (10.0, False), (7.1, False), (7.0, True), (1.0, True)])
 def test_rule(make_row: Callable[..., Row], new: float, fell: bool) -> None:
     (change,) = compare_rows([make_row(ratio=10.0)], [make_row(ratio=new)])
     assert change.fell is fell
 
 
 def test_seconds_and_dates_do_not_matter(make_row: Callable[..., Row]) -> None:
-    (change,) = compare_rows(
-        [make_row()], [make_row(median_ms=9e6, cpu="slow", date="later", commit="other")]
-    )
+    (change,) = compare_rows([make_row()], [make_row(median_ms=9e6, cpu="slow", date="later", commit="other")])
     assert not change.fell
 
 
@@ -40,9 +36,7 @@ def test_seconds_and_dates_do_not_matter(make_row: Callable[..., Row]) -> None:
         {"ratio_to": "rakd:cuda"},
     ],
 )
-def test_only_the_same_measurement_is_compared(
-    make_row: Callable[..., Row], other: dict[str, object]
-) -> None:
+def test_only_the_same_measurement_is_compared(make_row: Callable[..., Row], other: dict[str, object]) -> None:
     assert compare_rows([make_row()], [make_row(**other)]) == []
 
 

@@ -36,9 +36,7 @@ def _protocol(peers: tuple[str, ...]) -> Protocol:
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("op", "peers"), [("distill", ("torchvision", "difference")), ("align", ("torchvision",))]
-)
+@pytest.mark.parametrize(("op", "peers"), [("distill", ("torchvision", "difference")), ("align", ("torchvision",))])
 def test_case_gives_a_row_for_each_contender_and_kind_of_run(
     op: str, peers: tuple[str, ...], dtype: str, layout: str
 ) -> None:
@@ -73,9 +71,7 @@ def test_a_contender_that_computes_something_else_stops_the_run() -> None:
     maps = inputs.apprentice
     check_agreement([right, right], maps, upstream, "float32", lambda _: None)
     wrong = Contender("wrong", lambda: 1.01 * right.forward())
-    with pytest.raises(
-        DisagreementError, match=r"wrong and rakd:\w+ disagree: the output differs by 1.0e-02"
-    ):
+    with pytest.raises(DisagreementError, match=r"wrong and rakd:\w+ disagree: the output differs by 1.0e-02"):
         check_agreement([right, wrong], maps, upstream, "float32", lambda _: None)
     sly = Contender("sly", lambda: right.forward() + (maps[2] - maps[2].detach()).sum())
     with pytest.raises(DisagreementError, match="the gradient of map 2 differs"):
@@ -107,9 +103,7 @@ def test_peak_memory_counts_what_a_run_allocates() -> None:
     assert 30 < peak < 40
 
 
-def test_run_writes_a_csv_from_which_figures_are_drawn(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_writes_a_csv_from_which_figures_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planned = [Case("distill", "micro", MICRO, "float32", layout, threads=1) for layout in ("nchw", "nhwc")]
     planned += [
         Case(
