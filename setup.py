@@ -128,7 +128,7 @@ class BuildLibraries(build_ext):
 
         self.torch_version = torch.__version__
         self.torch_libraries = Path(torch.__file__).parent / "lib"
-        self.torch_includes = [f"-isystem{path}" for path in include_paths()]
+        self.torch_includes = [flag for path in include_paths() for flag in ("-isystem", path)]
         self.cuda = decide_cuda(torch.version.cuda is not None)
         self.distribution.ext_modules = [extension("_cpu")] + ([extension("_cuda")] if self.cuda.build else [])
         super().finalize_options()

@@ -78,10 +78,10 @@ def test_the_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) ->
         archive.extractall(site)
     script = tmp_path / "install_check.py"
     script.write_bytes((ROOT / "tests" / "install_check.py").read_bytes())
+    environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "values and gradients are right" in done.stdout
 
