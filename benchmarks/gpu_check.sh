@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# What is wanted on a machine with a GPU, in one go and within about 8 minutes: build, all tests, compute-sanitizer on
+# small shapes, the benchmark with all peers, ncu on the two hottest kernels.
+#
+#   benchmarks/gpu_check.sh OUT [PYTHON]
+#
+# Results are CSV and text under OUT. Steps that need a tool the machine lacks say so and are passed over; a step that
+# fails is reported at the end and makes the exit code 1, but does not keep the later ones from running.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: benchmarks/gpu_check.sh OUT [PYTHON]}
+python=${2:-python3}
+mkdir -p "$out"
+failed=()
+
+step() { # name, seconds at most, command...
+  local name=$1 limit=$2 begin=$SECONDS
+  shift 2
+  printf '== %s\n' "$name"
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local code=$?
+  tail -n 4 "$out/$name.log"
+  printf '   %s: exit %s after %s s\n' "$name" "$code" $((SECONDS - begin))
+  [ "$code" -eq 0 ] || failed+=("$name")
+}
+
+"$python" - <<'END' | tee "$out/machine.txt"
+import torch
+assert torch.cuda.is_available(), "no CUDA device"
+p = torch.cuda.get_device_properties(0)
+print(f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}, torch {torch.__version__}")
+END
+[ "${PIPESTATUS[0]}" -eq 0 ] || exit 1
+
+# This machine's architecture alone: the others are compiled in CI.
+arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+step build 150 env RAKD_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py build_ext --inplace
+step backends 30 "$python" -c 'import rakd_ops; s = rakd_ops.available_backends(); print(s); assert s["cuda"] is True'
+step tests 170 "$python" -m pytest -q tests/ops -k 'cuda or triton'
+
+small='import torch, sys; sys.path.insert(0, "tests/ops"); from cases import pyramid, random_boxes
+from rakd_ops import soft_roi_distill, multilevel_roi_align
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for layout in ("contiguous", "channels_last", "strided"):
+        for strides in (None, (3.0, 6.0, 12.0, 24.0)):
+            a = pyramid(2, 19, device="cuda", dtype=dtype, layout=layout, requires_grad=True)
+            e = pyramid(2, 19, strides=strides or (4, 8, 16, 32), device="cuda", dtype=dtype, layout=layout, seed=1, requires_grad=True)
+            boxes = random_boxes(9).cuda()
+            loss = soft_roi_distill(a, e, boxes, expert_strides=strides, sampling_ratio=len(layout) % 3)
+            torch.autograd.grad(loss, a + e)
+            torch.autograd.grad(multilevel_roi_align(a, boxes, sampling_ratio=0).float().sum(), a)
+torch.cuda.synchronize()'
+if sanitizer=$(command -v compute-sanitizer); then
+  for tool in memcheck racecheck initcheck synccheck; do
+    step "sanitizer-$tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" -c "$small"
+  done
+else
+  echo "compute-sanitizer is not here: passed over" | tee "$out/sanitizer.log"
+fi
+
+for dtype in float32 bfloat16 float16; do
+  step "benchmark-$dtype" 120 "$python" -m benchmarks --backends cuda triton --dtypes "$dtype" --out "$out/$dtype"
+done
+
+hot='import torch; from benchmarks.workloads import WORKLOADS, make_inputs
+from rakd_ops import soft_roi_distill
+i = make_inputs(WORKLOADS["train"], torch.float32, "nchw", "cuda")
+for _ in range(2):
+    torch.autograd.grad(soft_roi_distill(i.apprentice, i.expert, i.boxes), i.apprentice)
+torch.cuda.synchronize()'
+if profiler=$(command -v ncu); then
+  step ncu 60 "$profiler" --clock-control none --set full --launch-skip 4 --launch-count 4 \
+    --kernel-name 'regex:distill_pool|spread' "$python" -c "$hot"
+else
+  echo "ncu is not here: passed over" | tee "$out/ncu.log"
+fi
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all steps passed in $SECONDS s"
