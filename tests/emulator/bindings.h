@@ -12,12 +12,20 @@
 // Every array is copied into memory of its own between guard zones, so that finish() sees writes outside of it (and
 // ASan sees reads), writes to inputs, and outputs that were left unwritten hold NaN, or -1. The copy keeps the
 // array's strides: transposed arrays stay transposed, as channels-last maps are.
+//
+// A binding includes the declarations of launch functions, and the kernels are compiled apart from it: pybind11 takes
+// long to compile, more so with a sanitizer, and so it is done once for all mutants of the kernels.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "emulator.h"
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "guards.h"
+#include "types.h"
 
 namespace emulator {
 
@@ -38,68 +46,47 @@ bool holds(const py::dtype& dtype) {
 enum class Access { kRead, kWrite, kReadWrite };
 
 // One array's copy. The array must outlive it.
-class Guarded {
+class ArrayCopy {
  public:
-  Guarded(const py::array& array, Access access, size_t misalign)
-      : name_(std::to_string(array.size()) + " elements of " + std::string(py::str(array.dtype()))),
-        access_(access),
-        original_(static_cast<unsigned char*>(access == Access::kRead ? const_cast<void*>(array.data())
-                                                                      : py::array(array).mutable_data())),
-        bytes_(static_cast<size_t>(array.nbytes())) {
+  ArrayCopy(const py::array& array, Access access, size_t misalign)
+      : name_(std::to_string(array.size()) + " elements of " + std::string(py::str(array.dtype()))), access_(access) {
+    original_ = static_cast<unsigned char*>(access == Access::kRead ? const_cast<void*>(array.data())
+                                                                    : py::array(array).mutable_data());
     // Transposed is fine; with gaps or backwards, the elements would not be all of the memory.
-    size_t extent = array.size() == 0 ? 0 : static_cast<size_t>(array.itemsize());
+    const auto bytes = static_cast<size_t>(array.nbytes()), itemsize = static_cast<size_t>(array.itemsize());
+    size_t extent = array.size() == 0 ? 0 : itemsize;
     for (py::ssize_t axis = 0; axis < array.ndim() && array.size() > 0; ++axis) {
       if (array.shape(axis) == 1) continue;
       if (array.strides(axis) <= 0) throw Error("array with a stride of zero or less");
       extent += static_cast<size_t>((array.shape(axis) - 1) * array.strides(axis));
     }
-    if (extent != bytes_) throw Error("array with gaps in memory");
-    // Aligned like torch's allocations, less what was asked to be misaligned.
-    const size_t offset = misalign * static_cast<size_t>(array.itemsize());
-    memory_.resize(2 * kGuardBytes + bytes_ + offset + 2 * kAlignment);
-    data_ = memory_.data() + kGuardBytes;
-    while (reinterpret_cast<uintptr_t>(data_) % kAlignment != 0) ++data_;
-    data_ += offset;
-    fill_guard(data_ - kGuardBytes);
-    fill_guard(data_ + bytes_);
-    if (access == Access::kWrite) {
-      std::memset(data_, kPoison, bytes_);
-    } else {
-      copy(data_, original_);
-    }
-  }
-  Guarded(Guarded&&) = default;
-  ~Guarded() {
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(memory_.data(), memory_.size());
-#endif
+    if (extent != bytes) throw Error("array with gaps in memory");
+    memory_ = Guarded(bytes, kAlignment, misalign * itemsize);
+    if (access != Access::kWrite) copy(memory_.data(), original_);
   }
 
-  unsigned char* data() { return data_; }
+  unsigned char* data() { return memory_.data(); }
 
   void finish() {
-    if (!guard_is_intact(data_ - kGuardBytes)) throw Error("write before an array of " + name_);
-    if (!guard_is_intact(data_ + bytes_)) throw Error("write past an array of " + name_);
+    if (const char* where = memory_.damage()) throw Error(std::string("write ") + where + " an array of " + name_);
     if (access_ != Access::kRead) {
-      copy(original_, data_);
-    } else if (bytes_ != 0 && std::memcmp(original_, data_, bytes_) != 0) {
+      copy(original_, data());
+    } else if (memory_.bytes() != 0 && std::memcmp(original_, data(), memory_.bytes()) != 0) {
       throw Error("write to an input array of " + name_);
     }
   }
 
  private:
-  static constexpr size_t kAlignment = 512;
+  static constexpr size_t kAlignment = 512;  // of torch's allocations
 
   void copy(unsigned char* to, const unsigned char* from) const {
-    if (bytes_ != 0) std::memcpy(to, from, bytes_);  // an empty array may have no address
+    if (memory_.bytes() != 0) std::memcpy(to, from, memory_.bytes());  // an empty array may have no address
   }
 
   std::string name_;
   Access access_;
   unsigned char* original_;
-  size_t bytes_;
-  std::vector<unsigned char> memory_;
-  unsigned char* data_ = nullptr;
+  Guarded memory_;
 };
 
 // The arrays of one call. `misalign` moves each by that many elements off its alignment, as a slice of a tensor is.
@@ -123,7 +110,7 @@ class Buffers {
 
   // After the launches: checks the guard zones and inputs, and copies the outputs back.
   void finish() {
-    for (Guarded& guarded : arrays_) guarded.finish();
+    for (ArrayCopy& array : arrays_) array.finish();
   }
 
  private:
@@ -135,7 +122,7 @@ class Buffers {
   }
 
   size_t misalign_;
-  std::vector<Guarded> arrays_;
+  std::vector<ArrayCopy> arrays_;
 };
 
 inline void bind(py::module_& module) {

@@ -1,6 +1,6 @@
 """Compiles kernels for the emulator, makes mutants of them, and runs Python under sanitizers.
 
-``load`` compiles a pybind11 source that includes kernels and returns it as a module; what was compiled before is
+``load`` compiles kernels and a pybind11 source that binds them and returns the module; what was compiled before is
 taken from a cache. Under a sanitizer the interpreter must be started with the sanitizer's runtime: ``run`` does so,
 and so does the command line, where everything that ``load`` compiles is then instrumented::
 
@@ -25,6 +25,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ MODULE = "emulated"  # the first argument of PYBIND11_MODULE in every source
 # No contraction, for csrc/geometry.h. Without unique symbols: a process loads many mutants, whose inline variables
 # would otherwise be one and the same.
 FLAGS = (
-    *("-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"),
+    *("-std=c++17", "-g1", "-fPIC", "-pthread", "-ffp-contract=off"),
     *("-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-DRAKD_EMULATE"),
 )
 SANITIZER_FLAGS: dict[str, tuple[str, ...]] = {
@@ -58,7 +59,6 @@ SANITIZER_OPTIONS = {
     },
     "thread": {"TSAN_OPTIONS": "halt_on_error=1"},
 }
-SOURCES = {".h", ".cuh", ".cpp", ".cu"}
 
 
 class BuildError(RuntimeError):
@@ -67,20 +67,46 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def _toolchain() -> str:
-    version = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
-    return version.splitlines()[0] + sys.version
+    return _compiler(["--version"]) + sys.version
+
+
+def _compiler(command: Sequence[str]) -> str:
+    # The compiler itself is not to run under this process's sanitizer.
+    variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run([CXX, *command], capture_output=True, text=True, env=variables)
+    if result.returncode != 0:
+        raise BuildError(f"{CXX} {' '.join(command)}\n{result.stderr}")
+    return result.stdout
+
+
+def _made(name: str, key: str, command: Sequence[str]) -> Path:
+    """The file that a compiler's command makes, from the cache if it was made before."""
+    stem, suffix = name.split(".")
+    path = CACHE / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.{suffix}"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # Under another name until it is whole: other processes may make the same.
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            _compiler([*command, "-o", str(Path(scratch) / name)])
+            (Path(scratch) / name).replace(path)
+    return path
 
 
 def compile_module(
-    source: Path, include: Sequence[Path] = (CSRC,), flags: Sequence[str] = (), sanitizer: str | None = None
+    binding: Path,
+    kernels: Sequence[Path],
+    include: Sequence[Path] = (CSRC,),
+    flags: Sequence[str] = (),
+    sanitizer: str | None = None,
 ) -> Path:
-    """Compile a pybind11 source for the emulator, unless the same was compiled before.
+    """Compile kernels and their binding for the emulator, except what was compiled before.
 
     Args:
-        source: C++ file whose module is named ``emulated``.
-        include: Folders of headers, in the order in which they are searched; the emulator's own comes last. All
-            sources in them count as part of what is compiled.
-        flags: More compiler flags; they come last.
+        binding: C++ file that includes ``bindings.h`` and declarations of launch functions, and makes the pybind11
+            module ``emulated``. It is never instrumented.
+        kernels: C++ files that define the launch functions.
+        include: Folders of headers, in the order in which they are searched; the emulator's own comes last.
+        flags: More flags for the kernels; they come last.
         sanitizer: ``"address"`` (with undefined behaviour), ``"thread"``, ``""`` for none, or ``None`` for that of
             this process.
 
@@ -92,35 +118,36 @@ def compile_module(
     """
     import pybind11
 
-    include = [*include, HERE]
-    options = [*FLAGS, *SANITIZER_FLAGS[SANITIZER if sanitizer is None else sanitizer], *flags]
-    digest = hashlib.sha256(repr((_toolchain(), pybind11.__version__, options)).encode())
-    digest.update(source.read_bytes())
-    for folder in include:
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in SOURCES:
-                digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    library = CACHE / f"{source.stem}-{digest.hexdigest()[:24]}.so"
-    if library.exists():
-        return library
-    CACHE.mkdir(parents=True, exist_ok=True)
-    folders = [*include, Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        made = Path(scratch) / library.name
-        command = [CXX, *(f"-I{folder}" for folder in folders), *options, str(source), "-o", str(made)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise BuildError(" ".join(command) + "\n" + result.stderr)
-        made.replace(library)
-    return library
+    of_sanitizer = SANITIZER_FLAGS[SANITIZER if sanitizer is None else sanitizer]
+    folders = [f"-I{folder}" for folder in (*include, HERE)]
+    python = [f"-isystem{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+    def compile_object(task: tuple[Path, Sequence[str]]) -> Path:
+        source, options = task
+        # What the compiler sees after the preprocessor tells whether this was compiled before.
+        key = _compiler([*options, "-E", "-P", str(source)]) + repr((_toolchain(), FLAGS, options[len(folders) :]))
+        return _made(f"{source.stem}.o", key, [*options, "-c", str(source)])
+
+    tasks: list[tuple[Path, Sequence[str]]] = [
+        (binding, [*folders, *python, *FLAGS, "-O1", "-DRAKD_EMULATE_BINDING"]),
+        *((source, [*folders, *FLAGS, "-O2", *of_sanitizer, *flags]) for source in kernels),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        objects = [str(path) for path in pool.map(compile_object, tasks)]
+    return _made(f"{binding.stem}.so", repr(objects), ["-shared", "-pthread", *of_sanitizer, *objects])
 
 
 def load(
-    source: Path, include: Sequence[Path] = (CSRC,), flags: Sequence[str] = (), sanitizer: str | None = None
+    binding: Path,
+    kernels: Sequence[Path],
+    include: Sequence[Path] = (CSRC,),
+    flags: Sequence[str] = (),
+    sanitizer: str | None = None,
 ) -> ModuleType:
-    """Compile and import a pybind11 source. The arguments are those of ``compile_module``."""
-    library = compile_module(source, include, flags, sanitizer)
-    spec = importlib.util.spec_from_file_location(MODULE, library)
+    """Compile and import kernels and their binding. The arguments are those of ``compile_module``."""
+    library = compile_module(binding, kernels, include, flags, sanitizer)
+    # pybind11 keeps modules by their full names; of these, only what follows the last dot names the entry point.
+    spec = importlib.util.spec_from_file_location(f"{library.stem}.{MODULE}", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -150,7 +177,7 @@ def mutate(source: Path, replacements: Sequence[tuple[str, str, str]], target: P
 
 
 def _runtime(name: str) -> str:
-    found = subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    found = _compiler([f"-print-file-name={name}"]).strip()
     if not Path(found).is_absolute():
         raise BuildError(f"{CXX} has no {name}")
     return found

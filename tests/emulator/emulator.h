@@ -12,6 +12,11 @@
 #include <cstring>
 #include <type_traits>
 
+#include "types.h"
+
+// A binding, which is not instrumented, sees the declarations of what it binds and must not see the engine.
+#if !defined(RAKD_EMULATE_BINDING)
+
 #include "engine.h"
 
 #define __global__
@@ -21,14 +26,12 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-#define RAKD_SHARED(name) unsigned char* const name = ::emulator::engine_of_kernel("shared memory").shared
+#define RAKD_SHARED(name) unsigned char* const name = ::emulator::engine_of_kernel("shared memory").shared()
 
 #define RAKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                    \
   ::emulator::launch(                                                                                  \
       #kernel, [&](const auto&... parameters) { (kernel)(parameters...); }, grid, block, shared_bytes, \
       stream, ##__VA_ARGS__)
-
-using cudaStream_t = struct EmulatedStream*;
 
 namespace emulator {
 
@@ -127,13 +130,6 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
-struct __half {
-  uint16_t bits;
-};
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
-
 inline float __bfloat162float(__nv_bfloat16 value) { return emulator::as_float(uint32_t{value.bits} << 16); }
 
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
@@ -162,3 +158,5 @@ inline __half __float2half_rn(float value) {
   }
   return {static_cast<uint16_t>(sign | half)};
 }
+
+#endif

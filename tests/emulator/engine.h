@@ -13,14 +13,15 @@
 #include <exception>
 #include <memory>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "guards.h"
+#include "types.h"
+
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #elif defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -31,14 +32,6 @@ void AnnotateIgnoreWritesBegin(const char* file, int line);
 void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
-
-struct uint3 {
-  unsigned x, y, z;
-};
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
 
 // Of the running fiber; the scheduler sets them. Initial-exec, because looking them up is otherwise a function call.
 #define RAKD_EMULATED_REGISTER inline thread_local __attribute__((tls_model("initial-exec")))
@@ -71,52 +64,6 @@ __asm__(
 #endif
 
 namespace emulator {
-
-struct Options {
-  uint64_t seed = 0;            // 0: threads in ascending order
-  bool shuffle_blocks = false;  // blocks in an order that depends on the seed
-#if defined(__SANITIZE_THREAD__)
-  int workers = 2;  // OS threads among which the blocks are divided
-#else
-  int workers = 1;
-#endif
-};
-
-struct Counts {
-  int64_t launches = 0, blocks = 0, threads = 0, barriers = 0, shuffles = 0;
-};
-
-inline Options options;
-inline Counts counts;
-
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// What uninitialised memory holds: NaN in every floating-point type, or -1.
-constexpr unsigned char kPoison = 0xFF;
-// Guard zones around memory: NaN as well, but neither -1 nor the poison, so that writing those shows.
-constexpr unsigned char kGuard[2] = {0xFE, 0xFF};
-constexpr size_t kGuardBytes = 4096;
-
-inline void fill_guard(unsigned char* zone) {
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(zone, kGuardBytes);
-#endif
-  for (size_t i = 0; i < kGuardBytes; ++i) zone[i] = kGuard[i % 2];
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_poison_memory_region(zone, kGuardBytes);
-#endif
-}
-
-inline bool guard_is_intact([[maybe_unused]] const unsigned char* zone) {
-#if !defined(__SANITIZE_ADDRESS__)  // there the write itself is reported, and reading here would be
-  for (size_t i = 0; i < kGuardBytes; ++i) {
-    if (zone[i] != kGuard[i % 2]) return false;
-  }
-#endif
-  return true;
-}
 
 // While an object of this type lives, TSan does not look at what this fiber reads and writes: the emulator's own
 // memory is passed between fibers without anything that would order the kernel's accesses.
@@ -237,8 +184,10 @@ struct Abandoned {};
 class Engine {
  public:
   Fiber* running = nullptr;
-  unsigned char* shared = nullptr;
   Counts counts;
+
+  // The block's shared memory.
+  unsigned char* shared() const { return shared_.data(); }
 
   // Runs blocks order[first], order[first + step], ... of a launch.
   void run(const Launch& launch, const std::vector<int64_t>& order, size_t first, size_t step, uint64_t seed);
@@ -264,7 +213,7 @@ class Engine {
   std::vector<Fiber*> ready_;  // a ring
   size_t head_ = 0, ready_count_ = 0;
   std::vector<int> shuffling_;  // number of lanes of each warp that wait in a shuffle
-  std::vector<unsigned char> memory_;
+  Guarded shared_;
   Context scheduler_;
   Generator random_{0};  // 0: ascending order
   bool abandoning_ = false;

@@ -1,6 +1,8 @@
 // The emulator's scheduler: the definitions that belong to engine.h, which includes this file.
 #pragma once
 
+#include <algorithm>
+
 #include "engine.h"
 
 namespace emulator {
@@ -75,14 +77,7 @@ inline void Engine::prepare(const Launch& launch) {
   ready_.resize(threads_);
   shuffling_.assign((threads_ + warpSize - 1) / warpSize, 0);
   // Aligned to 16 bytes and to no more, as CUDA promises no more.
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(memory_.data(), memory_.size());
-#endif
-  memory_.assign(2 * kGuardBytes + launch.shared_bytes + 64, 0);
-  shared = memory_.data() + kGuardBytes;
-  while (reinterpret_cast<uintptr_t>(shared) % 32 != 16) ++shared;
-  fill_guard(shared - kGuardBytes);
-  fill_guard(shared + launch.shared_bytes);
+  shared_ = Guarded(launch.shared_bytes, 32, 16);
 #if defined(__SANITIZE_THREAD__)
   scheduler_.fiber = __tsan_get_current_fiber();
 #endif
@@ -108,7 +103,7 @@ inline void Engine::run_block(int64_t block) {
   const dim3& grid = launch_->grid;
   blockIdx = {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(block / grid.x % grid.y),
               static_cast<unsigned>(block / grid.x / grid.y)};
-  std::memset(shared, kPoison, launch_->shared_bytes);
+  shared_.poison();
   ++counts.blocks;
   counts.threads += threads_;
   head_ = ready_count_ = 0;
@@ -130,9 +125,8 @@ inline void Engine::run_block(int64_t block) {
     if (fiber.wait.state > State::kBarrier) exchange(fiber);
   }
   acquire(&end_);
-  if (!guard_is_intact(shared - kGuardBytes)) abandon(std::make_exception_ptr(Error("write before shared memory")));
-  if (!guard_is_intact(shared + launch_->shared_bytes)) {
-    abandon(std::make_exception_ptr(Error("write past shared memory")));
+  if (const char* where = shared_.damage()) {
+    abandon(std::make_exception_ptr(Error(std::string("write ") + where + " shared memory")));
   }
 }
 
@@ -239,8 +233,6 @@ inline void Engine::abandon(std::exception_ptr error) {
   abandoning_ = false;
   error_ = nullptr;
   shuffling_.assign(shuffling_.size(), 0);
-  fill_guard(shared - kGuardBytes);
-  fill_guard(shared + launch_->shared_bytes);
   acquire(&end_);
   try {
     std::rethrow_exception(error);
@@ -281,7 +273,12 @@ inline void run(const Launch& launch) {
     Generator random{options.seed * 0xBF58476D1CE4E5B9u | 1};
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random(i)]);
   }
-  const size_t workers = static_cast<size_t>(std::max(options.workers, 1));
+#if defined(__SANITIZE_THREAD__)
+  constexpr int kDefaultWorkers = 2;
+#else
+  constexpr int kDefaultWorkers = 1;
+#endif
+  const size_t workers = static_cast<size_t>(options.workers > 0 ? options.workers : kDefaultWorkers);
   while (engines.size() < workers) engines.push_back(std::make_unique<Engine>());
   std::vector<std::exception_ptr> errors(workers);
   const auto work = [&](size_t worker) {
