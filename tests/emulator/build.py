@@ -1,0 +1,225 @@
+"""Compiles kernels for the emulator, makes mutants of them, and runs Python under sanitizers.
+
+``load`` compiles kernels and a pybind11 source that binds them and returns the module; what was compiled before is
+taken from a cache. Under a sanitizer the interpreter must be started with the sanitizer's runtime: ``run`` does so,
+and so does the command line, where everything that ``load`` compiles is then instrumented::
+
+    python tests/emulator/build.py address -m pytest tests/emulator
+    python tests/emulator/build.py thread -m pytest tests/emulator
+
+Environment variables:
+    CXX: the C++ compiler (g++).
+    RAKD_EMULATOR_CACHE: where compiled modules are kept (build/emulator).
+    RAKD_EMULATOR_SANITIZE: the sanitizer of this process, set by ``run``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+CACHE = Path(os.environ.get("RAKD_EMULATOR_CACHE", ROOT / "build" / "emulator"))
+CXX = os.environ.get("CXX", "g++")
+SANITIZER = os.environ.get("RAKD_EMULATOR_SANITIZE", "")
+MODULE = "emulated"  # the first argument of PYBIND11_MODULE in every source
+
+# No contraction, for csrc/geometry.h. Without unique symbols: a process loads many mutants, whose inline variables
+# would otherwise be one and the same.
+FLAGS = (
+    *("-std=c++17", "-g1", "-fPIC", "-pthread", "-ffp-contract=off"),
+    *("-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-DRAKD_EMULATE"),
+)
+SANITIZER_FLAGS: dict[str, tuple[str, ...]] = {
+    "": (),
+    # Floating-point conversions beyond the integer's range are undefined as well, and CUDA's results differ.
+    "address": (
+        *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
+        "-fno-omit-frame-pointer",
+    ),
+    "thread": ("-fsanitize=thread", "-fno-omit-frame-pointer"),
+}
+SANITIZER_OPTIONS = {
+    "address": {
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    },
+    "thread": {"TSAN_OPTIONS": "halt_on_error=1"},
+}
+
+
+class BuildError(RuntimeError):
+    """The compiler refused."""
+
+
+@functools.cache
+def _toolchain() -> str:
+    return _compiler(["--version"]) + sys.version
+
+
+def _compiler(command: Sequence[str]) -> str:
+    # The compiler itself is not to run under this process's sanitizer.
+    variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run([CXX, *command], capture_output=True, text=True, env=variables)
+    if result.returncode != 0:
+        raise BuildError(f"{CXX} {' '.join(command)}\n{result.stderr}")
+    return result.stdout
+
+
+def _made(name: str, key: str, command: Sequence[str]) -> Path:
+    """The file that a compiler's command makes, from the cache if it was made before."""
+    stem, suffix = name.split(".")
+    path = CACHE / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.{suffix}"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # Under another name until it is whole: other processes may make the same.
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            _compiler([*command, "-o", str(Path(scratch) / name)])
+            (Path(scratch) / name).replace(path)
+    return path
+
+
+def compile_module(
+    binding: Path,
+    kernels: Sequence[Path],
+    include: Sequence[Path] = (CSRC,),
+    flags: Sequence[str] = (),
+    sanitizer: str | None = None,
+) -> Path:
+    """Compile kernels and their binding for the emulator, except what was compiled before.
+
+    Args:
+        binding: C++ file that includes ``bindings.h`` and declarations of launch functions, and makes the pybind11
+            module ``emulated``. It is never instrumented.
+        kernels: C++ files that define the launch functions.
+        include: Folders of headers, in the order in which they are searched; the emulator's own comes last.
+        flags: More flags for the kernels; they come last.
+        sanitizer: ``"address"`` (with undefined behaviour), ``"thread"``, ``""`` for none, or ``None`` for that of
+            this process.
+
+    Returns:
+        The shared library.
+
+    Raises:
+        BuildError: With the compiler's messages.
+    """
+    import pybind11
+
+    of_sanitizer = SANITIZER_FLAGS[SANITIZER if sanitizer is None else sanitizer]
+    folders = [f"-I{folder}" for folder in (*include, HERE)]
+    python = [f"-isystem{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+    def compile_object(task: tuple[Path, Sequence[str]]) -> Path:
+        source, options = task
+        # What the compiler sees after the preprocessor tells whether this was compiled before.
+        key = _compiler([*options, "-E", "-P", str(source)]) + repr((_toolchain(), FLAGS, options[len(folders) :]))
+        return _made(f"{source.stem}.o", key, [*options, "-c", str(source)])
+
+    tasks: list[tuple[Path, Sequence[str]]] = [
+        (binding, [*folders, *python, *FLAGS, "-O1", "-DRAKD_EMULATE_BINDING"]),
+        *((source, [*folders, *FLAGS, "-O2", *of_sanitizer, *flags]) for source in kernels),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        objects = [str(path) for path in pool.map(compile_object, tasks)]
+    return _made(f"{binding.stem}.so", repr(objects), ["-shared", "-pthread", *of_sanitizer, *objects])
+
+
+def load(
+    binding: Path,
+    kernels: Sequence[Path],
+    include: Sequence[Path] = (CSRC,),
+    flags: Sequence[str] = (),
+    sanitizer: str | None = None,
+) -> ModuleType:
+    """Compile and import kernels and their binding. The arguments are those of ``compile_module``."""
+    library = compile_module(binding, kernels, include, flags, sanitizer)
+    # pybind11 keeps modules by their full names; of these, only what follows the last dot names the entry point.
+    spec = importlib.util.spec_from_file_location(f"{library.stem}.{MODULE}", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mutate(source: Path, replacements: Sequence[tuple[str, str, str]], target: Path) -> Path:
+    """Copy a folder of sources and replace text in it.
+
+    Args:
+        source: Folder to copy.
+        replacements: (file below the folder, text, what replaces it). The text must occur exactly once, so that a
+            mutant whose text has changed fails instead of testing nothing.
+        target: The copy; must not exist.
+
+    Returns:
+        The copy, for ``include``.
+    """
+    shutil.copytree(source, target)
+    for name, old, new in replacements:
+        path = target / name
+        text = path.read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise ValueError(f"{name} has {text.count(old)} occurrences of {old!r}, not one")
+        path.write_text(text.replace(old, new), encoding="utf-8")
+    return target
+
+
+def _runtime(name: str) -> str:
+    found = _compiler([f"-print-file-name={name}"]).strip()
+    if not Path(found).is_absolute():
+        raise BuildError(f"{CXX} has no {name}")
+    return found
+
+
+def environment(sanitizer: str) -> dict[str, str]:
+    """Environment variables of a Python process whose emulated modules are instrumented."""
+    variables: Mapping[str, str] = {}
+    if sanitizer:
+        # libstdc++ as well: the sanitizers look up what they intercept of it when they start.
+        runtime = [_runtime("libasan.so" if sanitizer == "address" else "libtsan.so"), _runtime("libstdc++.so")]
+        variables = {**SANITIZER_OPTIONS[sanitizer], "LD_PRELOAD": " ".join(runtime)}
+    return {**os.environ, "RAKD_EMULATOR_SANITIZE": sanitizer, **variables}
+
+
+def command(sanitizer: str, arguments: Sequence[str]) -> list[str]:
+    """A command line of Python under a sanitizer, to be run in ``environment(sanitizer)``."""
+    python = [sys.executable, *arguments]
+    # TSan needs memory at fixed addresses, which randomised layouts of recent kernels may occupy.
+    if sanitizer == "thread" and (setarch := shutil.which("setarch")):
+        fixed = [setarch, "--addr-no-randomize"]
+        if subprocess.run([*fixed, "true"], capture_output=True).returncode == 0:
+            return [*fixed, *python]
+    return python
+
+
+def run(sanitizer: str, arguments: Sequence[str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python with a sanitizer's runtime, and with it the emulated modules that it loads.
+
+    Args:
+        sanitizer: ``"address"``, ``"thread"`` or ``""``.
+        arguments: Of Python.
+        timeout: In seconds.
+
+    Returns:
+        The finished process with what it printed. A sanitizer's report makes its exit status non-zero.
+    """
+    return subprocess.run(
+        command(sanitizer, arguments), env=environment(sanitizer), capture_output=True, text=True, timeout=timeout
+    )
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1]
+    sys.exit(subprocess.run(command(chosen, sys.argv[2:]), env=environment(chosen)).returncode)
