@@ -119,7 +119,7 @@ def main(out: Annotated[Path, arg(metavar="CSV")] = Path("benchmarks/results/cud
     if not libraries:
         print("error: the CUDA library is not built; python -m rakd_ops says why", file=sys.stderr)
         return 2
-    command = [find_cuobjdump(), "--dump-resource-usage", libraries[0]]
+    command = [str(find_cuobjdump()), "--dump-resource-usage", str(libraries[0])]
     usages = parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     print(table(usages))
     rows = io.StringIO()

@@ -2,18 +2,23 @@
 // kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double); atomicAdd(int*, int);
-//   dynamic shared memory by RAKD_SHARED; launches by RAKD_LAUNCH.
+//   dynamic shared memory by RAKD_SHARED; launches by RAKD_LAUNCH; RAKD_UNROLL.
 #pragma once
 
 #if defined(RAKD_EMULATE)
 
 #include "emulator.h"
 
+#define RAKD_UNROLL
+
 #else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+// Before a loop whose array must stay in registers.
+#define RAKD_UNROLL _Pragma("unroll")
 
 // The block's dynamic shared memory, 16-byte aligned, as an array of bytes.
 #define RAKD_SHARED(name) extern __shared__ __align__(16) unsigned char name[]

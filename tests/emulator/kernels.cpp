@@ -1,0 +1,161 @@
+// Runs the kernels of csrc/cuda on the CPU; see kernels.h. The workspace is poisoned and guarded.
+#include "kernels.h"
+
+#include <memory>
+
+#include "cuda/launch.h"
+#include "guards.h"
+
+namespace real {
+namespace {
+
+using namespace rakd::gpu;
+
+// Workspace arrays of one call. What no kernel wrote reads as NaN or -1.
+class Workspace {
+ public:
+  template <class U>
+  U* take(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(U);
+    arrays_.push_back(std::make_unique<emulator::Guarded>(bytes, 512, 0));
+    return reinterpret_cast<U*>(arrays_.back()->data());
+  }
+  void check() {
+    for (const auto& array : arrays_) {
+      if (const char* where = array->damage()) throw emulator::Error(std::string("write ") + where + " a workspace");
+    }
+  }
+
+ private:
+  std::vector<std::unique_ptr<emulator::Guarded>> arrays_;
+};
+
+template <class E>
+Pyramid<E> pyramid(const std::vector<Map>& maps) {
+  Pyramid<E> result{};
+  for (size_t l = 0; l < maps.size(); ++l) {
+    result.level[l].data = static_cast<E*>(maps[l].data);
+    for (int i = 0; i < 4; ++i) result.level[l].stride[i] = maps[l].stride[i];
+  }
+  return result;
+}
+
+BlockSizes block_sizes(const Problem& problem) {
+  return BlockSizes{problem.threads[0], problem.threads[1], problem.threads[2], problem.threads[3]};
+}
+
+template <class T>
+Tables<T> make(const Problem& problem, const std::vector<Map>& maps, const std::vector<Map>* other, double factor,
+               Workspace& workspace, WorkspaceSizes& sizes) {
+  Tables<T> tables{};
+  tables.boxes = problem.boxes;
+  tables.levels = static_cast<int32_t>(maps.size());
+  tables.sides = other ? 2 : 1;
+  tables.images = static_cast<int32_t>(problem.images);
+  tables.sampling_ratio = static_cast<int32_t>(problem.sampling_ratio);
+  tables.rule = rakd::LevelRule{static_cast<rakd::Assignment>(problem.assignment), problem.sigma,
+                                problem.canonical_size, problem.canonical_level};
+  tables.factor = factor;
+  for (int axis = 0; axis < 2; ++axis) tables.bins[axis] = static_cast<int32_t>(problem.bins[axis]);
+  for (int level = 0; level < tables.levels; ++level) {
+    tables.level_of[level] = std::log2(problem.strides[level]);
+    for (int side = 0; side < tables.sides; ++side) {
+      tables.stride[side][level] = (side == 0 ? problem.strides : problem.expert_strides)[level];
+      for (int axis = 0; axis < 2; ++axis) {
+        tables.size[side][level][axis] = static_cast<int32_t>((side == 0 ? maps : *other)[level].size[axis]);
+      }
+    }
+  }
+  tables.rows = problem.rows;
+  tables.coefficients = problem.coefficients;
+  sizes = plan_workspace(tables, problem.channels);
+  tables.ints = workspace.take<int32_t>(sizes.ints);
+  tables.weights = workspace.take<T>(sizes.weights);
+  tables.scales = workspace.take<double>(sizes.scales);
+  tables.image = workspace.take<int32_t>(tables.boxes);
+  if (tables.boxes > 0) launch_tables(tables, block_sizes(problem), nullptr);
+  return tables;
+}
+
+}  // namespace
+
+template <class E>
+void run_distill(const Problem& problem, const std::vector<Map>& apprentice, const std::vector<Map>& expert,
+                 const std::vector<Map>& apprentice_gradient, const std::vector<Map>& expert_gradient, double* losses,
+                 double* total) {
+  typedef typename Accumulator<E>::type T;
+  const BlockSizes blocks = block_sizes(problem);
+  bool shared = problem.strides == problem.expert_strides;
+  for (size_t l = 0; l < apprentice.size(); ++l) {
+    for (int axis = 0; axis < 2; ++axis) shared = shared && apprentice[l].size[axis] == expert[l].size[axis];
+  }
+  Workspace workspace;
+  WorkspaceSizes sizes;
+  const double factor = 1.0 / static_cast<double>(problem.channels * problem.bins[0] * problem.bins[1]);
+  DistillPool<E> pool{};
+  pool.tables = make<T>(problem, apprentice, shared ? nullptr : &expert, factor, workspace, sizes);
+  pool.map[0] = pyramid<const E>(apprentice);
+  pool.map[1] = pyramid<const E>(expert);
+  pool.channels = static_cast<int32_t>(problem.channels);
+  pool.partial = workspace.take<double>(sizes.partial);
+  const bool gradients = !apprentice_gradient.empty() || !expert_gradient.empty();
+  if (gradients) pool.pooled = workspace.take<T>(sizes.pooled);
+  if (problem.boxes > 0) launch_distill_pool(pool, blocks, nullptr);
+  launch_sum_losses({pool.partial, problem.boxes, pool.tables.levels * slabs_of(pool.channels), losses, total}, blocks,
+                    nullptr);
+  Spread<E> spread{};
+  spread.tables = pool.tables;
+  spread.channels = pool.channels;
+  spread.pooled = pool.pooled;
+  const std::vector<Map>* wanted[2] = {&apprentice_gradient, &expert_gradient};
+  for (int side = 0; gradients && side < (shared ? 1 : 2); ++side) {
+    if (!shared && wanted[side]->empty()) continue;
+    spread.side = side;
+    spread.sign = side == 0 ? T(1) : T(-1);
+    spread.gradient[0] = pyramid<E>(*wanted[side]);
+    spread.gradient[1] = shared ? pyramid<E>(expert_gradient) : Pyramid<E>{};
+    launch_spread(spread, blocks, nullptr);
+  }
+  workspace.check();
+}
+
+template <class E>
+void run_align(const Problem& problem, const std::vector<Map>& features, E* output) {
+  typedef typename Accumulator<E>::type T;
+  Workspace workspace;
+  WorkspaceSizes sizes;
+  AlignPool<E> pool{};
+  pool.tables = make<T>(problem, features, nullptr, 1.0, workspace, sizes);
+  pool.map = pyramid<const E>(features);
+  pool.channels = static_cast<int32_t>(problem.channels);
+  pool.output = output;
+  if (problem.boxes > 0) launch_align_pool(pool, block_sizes(problem), nullptr);
+  workspace.check();
+}
+
+template <class E>
+void run_align_backward(const Problem& problem, const E* output_gradient, const std::vector<Map>& gradients) {
+  typedef typename Accumulator<E>::type T;
+  Workspace workspace;
+  WorkspaceSizes sizes;
+  Spread<E> spread{};
+  spread.tables = make<T>(problem, gradients, nullptr, 1.0, workspace, sizes);
+  spread.gradient[0] = pyramid<E>(gradients);
+  spread.channels = static_cast<int32_t>(problem.channels);
+  spread.sign = T(1);
+  spread.output_gradient = output_gradient;
+  launch_spread(spread, block_sizes(problem), nullptr);
+  workspace.check();
+}
+
+#define INSTANTIATE(E)                                                                                             \
+  template void run_distill<E>(const Problem&, const std::vector<Map>&, const std::vector<Map>&,                   \
+                               const std::vector<Map>&, const std::vector<Map>&, double*, double*);                \
+  template void run_align<E>(const Problem&, const std::vector<Map>&, E*);                                         \
+  template void run_align_backward<E>(const Problem&, const E*, const std::vector<Map>&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(__half)
+INSTANTIATE(__nv_bfloat16)
+
+}  // namespace real
