@@ -1,10 +1,11 @@
 """Kernels that prepare boxes: level weights, and the sparse rows of RoIAlign's two factors.
 
-The rules are those of ``csrc/geometry.h`` and ``reference.py``, in float64. ``sample_bins`` must be launched without
-fused multiply-adds, because the reference rounds after each operation and a last bit decides at a map's border.
+The rules are those of ``csrc/geometry.h`` and ``reference.py``, in float64. ``sample_bins`` must be launched
+without fused multiply-adds: the reference rounds after each operation, and a last bit decides at a map's
+border.
 
-Triton turns Python floats into float32 unless told otherwise: hence ``tl.full(..., tl.float64)`` around constants that
-are stored, and arguments annotated ``tl.float64``.
+Triton turns Python floats into float32 unless told otherwise: hence ``tl.full(..., tl.float64)`` around
+constants that are stored, and arguments annotated ``tl.float64``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import triton.language as tl
 from rakd_ops.levels import LEVEL_EPSILON
 
 EPSILON = tl.constexpr(LEVEL_EPSILON)
-MOST_SAMPLES = tl.constexpr(9.0e15)  # as kMaxSamples in csrc/geometry.h: larger counts could not be told apart
+MOST_SAMPLES = tl.constexpr(9.0e15)  # kMaxSamples in csrc/geometry.h: one more could not be told from it
 
 
 @triton.jit
 def pick(values, level, item: tl.constexpr, items: tl.constexpr, LEVELS: tl.constexpr):
-    """Entry ``item`` of a level, out of a tuple of ``items`` entries per level; the level is known at run time."""
+    """Entry ``item`` of a level that is known at run time, out of a tuple of ``items`` entries per level."""
     chosen = values[item]
     for other in tl.static_range(1, LEVELS):
         chosen = tl.where(level == other, values[items * other + item], chosen)
@@ -48,8 +49,8 @@ def weigh_levels(
     """``scales[k, l] = w_kl u_k factor`` (0 for a box of no image), ``images[k]`` the box's image or -1.
 
     With ``m = canonical_level + log2(sqrt(w h) / canonical_size)`` clamped to the levels:
-    soft (0): ``w_kl ∝ exp(-(l - m)² / (2 sigma²))``; hard (1): 1 at the coarsest level not above ``m + 1e-6``;
-    uniform (2): ``1 / L``.
+    soft (0): ``w_kl ∝ exp(-(l - m)² / (2 sigma²))``; hard (1): 1 at the coarsest level not above
+    ``m + 1e-6``; uniform (2): ``1 / L``.
     """
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < count
@@ -79,7 +80,8 @@ def weigh_levels(
         if ASSIGNMENT == 1:
             chosen = tl.zeros((BLOCK,), tl.int32)
             for level in tl.static_range(1, LEVELS):
-                chosen = tl.where(tl.full((BLOCK,), LEVEL_OF[level], tl.float64) <= m + EPSILON, level, chosen)
+                reached = tl.full((BLOCK,), LEVEL_OF[level], tl.float64) <= m + EPSILON
+                chosen = tl.where(reached, level, chosen)
             for level in tl.static_range(LEVELS):
                 tl.store(row + level, tl.where(chosen == level, base, 0.0), mask=inside)
         else:
@@ -100,7 +102,7 @@ def weigh_levels(
 
 @triton.jit
 def touched_cells(one, other, size):
-    """First cell, and one past the last, that samples from one position to another can touch; (0, 0) if none."""
+    """First cell, and one past the last, that samples between two positions can touch; (0, 0) if none."""
     low = tl.minimum(one, other)
     high = tl.maximum(one, other)
     # The comparisons with themselves exclude NaN, which minimum and maximum would drop.
@@ -114,7 +116,7 @@ def touched_cells(one, other, size):
 
 @triton.jit
 def bilinear(position, size):
-    """Lower cell of a sample, or -2 where it does not count (RoIAlign's border rule), and the weight of the next cell."""
+    """Lower cell of a sample, -2 if it does not count (RoIAlign's border), and the next cell's weight."""
     counts = (position >= -1.0) & (position <= size)
     position = tl.maximum(tl.where(counts, position, 0.0), 0.0)
     cell = tl.minimum(tl.floor(position), size - 1.0)
@@ -139,15 +141,16 @@ def sample_bins(
     TAP_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of ``R_y`` or ``R_x``: bin ``p`` of one box, level and axis; lines 0..bins_y-1 are y's, the rest x's.
+    """One row of ``R_y`` or ``R_x``: a bin of one box, level and axis; lines 0..bins_y-1 are y's, others x's.
 
-    Sample ``i`` of ``n`` lies at ``start + p bin + (i + 1/2) bin / n`` with ``start = low / stride - 1/2``. Written are
+    With ``start = low / stride - 1/2``, sample ``i`` of ``n`` of bin ``p`` lies at
+    ``start + p bin + (i + 1/2) bin / n``. Written are
 
     - ``spans[0..1, level, k, line]``: the bin's cells, first and one past the last;
-    - ``weights``: of each of those cells, at ``row(level, k, line) + cell``;
-    - ``cells[level, k, line, 0..TAPS-1]``, where the bin spans more than ``TAPS = 2n`` cells: those that have a weight,
-      else -1. Its samples then lie more than two cells apart, so no two of them share a cell. ``TAPS`` is 0 where no
-      bin needs such a list (adaptive sampling leaves no cell out);
+    - ``weights``: of each of those cells, at ``weight_row(level, k, line) + cell``;
+    - ``cells[level, k, line, 0..TAPS-1]``, where the bin spans more than ``TAPS = 2n`` cells: those that have
+      a weight, else -1. Its samples then lie more than two cells apart, so no two of them share a cell.
+      ``TAPS`` is 0 where no bin needs such a list (adaptive sampling leaves no cell out);
     - ``extents[0..3, level, k]``: the box's cells, y first, y end, x first, x end.
     """
     k = tl.program_id(0).to(tl.int64)
@@ -211,7 +214,7 @@ def sample_bins(
             sample += 1.0
         tl.store(row + offset, (total / shares).to(weights.dtype.element_ty), mask=offset < end)
 
-    if TAPS > 0:
+    if TAPS > 0:  # noqa: SIM102  (known at compile time, the other is not)
         if end - first > TAPS:
             tap = tl.arange(0, TAP_BLOCK)
             upper = tap % 2 == 1
@@ -224,10 +227,11 @@ def sample_bins(
 
 @triton.jit
 def weight_row(sizes, level, k, line, count, bins_y, bins_x, LEVELS: tl.constexpr):
-    """Where the weights of a line begin: level by level, box by box, y's rows before x's; ``line`` may be a block."""
+    """Where a line's weights begin: by level, then box, y's rows before x's; ``line`` may be a block."""
     before = tl.cast(0, tl.int64)
     for other in tl.static_range(LEVELS):
-        cells = bins_y * tl.cast(sizes[2 * other], tl.int64) + bins_x * tl.cast(sizes[2 * other + 1], tl.int64)
+        cells = bins_y * tl.cast(sizes[2 * other], tl.int64)
+        cells += bins_x * tl.cast(sizes[2 * other + 1], tl.int64)
         before += tl.where(level > other, cells, 0)
     height = tl.cast(pick(sizes, level, 0, 2, LEVELS), tl.int64)
     width = tl.cast(pick(sizes, level, 1, 2, LEVELS), tl.int64)

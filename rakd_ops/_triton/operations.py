@@ -1,159 +1,39 @@
 """The registered ops on the host: workspaces of static size, and the launches.
 
-Signatures are those of ``rakd_ops._library``. Block sizes are powers of two, as Triton wants; they bound registers, not
-the shapes that are taken.
+Signatures are those of ``rakd_ops._library``. Block sizes are powers of two, as Triton wants; they bound
+registers, not the shapes that are taken.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from rakd_ops._library import _empty_gradient, _is_channels_last
-from rakd_ops._triton import geometry, pooling, spreading
+from rakd_ops._triton import pooling, preparation, spreading
+from rakd_ops._triton.preparation import (
+    Bins,
+    Rule,
+    Scales,
+    accumulation_dtype,
+    block_of,
+    check_boxes,
+    check_maps,
+    flat,
+)
 
-BOX_BLOCK = 128  # boxes that one step of a search looks at
-CELL_BLOCK = 64
-BIN_BLOCK = 8
+BIN_BLOCK = 8  # bins and channels that are pooled together
 POOL_CHANNELS = 64
+GATHER_TILE = (4, 8)  # cells and channels of a gradient that one program owns
 GATHER_CHANNELS = 64
-GATHER_TILE = (4, 8)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the current stream of the device that its tensors are on."""
-    tensor = next(a for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(tensor.device if tensor.is_cuda else -1):
-        kernel[grid](*arguments, **options)
-
-
-def flat(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(value for row in rows for value in row)
-
-
-def block_of(size: int, most: int) -> int:
-    return min(most, int(triton.next_power_of_2(size)))
-
-
-class Rule(NamedTuple):
-    """The level rule, as the ops take it."""
-
-    assignment: int
-    sigma: float
-    canonical_size: float
-    canonical_level: float
-
-
-class Scales(NamedTuple):
-    """What each box counts for on each level, and its image."""
-
-    values: Tensor  # [K, L] float64
-    images: Tensor  # [K] int32, -1 for a box of no image
-
-    @classmethod
-    def of(
-        cls,
-        boxes: Tensor,
-        coefficients: Tensor | None,
-        batch: int,
-        strides: Sequence[float],
-        rule: Rule,
-        factor: float,
-    ) -> Scales:
-        """Launch ``weigh_levels``."""
-        count, levels = boxes.shape[0], len(strides)
-        scales = cls(boxes.new_empty((count, levels)), boxes.new_empty(count, dtype=torch.int32))
-        launch(
-            geometry.weigh_levels,
-            (triton.cdiv(count, BOX_BLOCK),),
-            boxes,
-            boxes if coefficients is None else coefficients,
-            scales.values,
-            scales.images,
-            count,
-            batch,
-            factor,
-            rule.sigma,
-            rule.canonical_size,
-            rule.canonical_level,
-            LEVEL_OF=tuple(math.log2(stride) for stride in strides),
-            LEVELS=levels,
-            ASSIGNMENT=rule.assignment,
-            WEIGHTED=coefficients is not None,
-            BLOCK=BOX_BLOCK,
-        )
-        return scales
-
-
-class Bins(NamedTuple):
-    """The factors ``R_y`` and ``R_x`` of all boxes on the levels of one pyramid; see ``geometry.sample_bins``."""
-
-    spans: Tensor
-    extents: Tensor
-    cells: Tensor
-    weights: Tensor
-    sizes: tuple[int, ...]  # height and width of each level
-    taps: int
-
-    @classmethod
-    def of(
-        cls,
-        boxes: Tensor,
-        shapes: Sequence[Sequence[int]],
-        strides: Sequence[float],
-        output_size: Sequence[int],
-        sampling_ratio: int,
-        dtype: torch.dtype,
-    ) -> Bins:
-        """Launch ``sample_bins``."""
-        count, levels = boxes.shape[0], len(strides)
-        bins_y, bins_x = output_size
-        lines = bins_y + bins_x
-        longest = max(max(shape[2:]) for shape in shapes)
-        taps = 2 * sampling_ratio if 2 * sampling_ratio < longest else 0
-        row = sum(bins_y * shape[2] + bins_x * shape[3] for shape in shapes)
-        bins = cls(
-            boxes.new_empty((2, levels, count, lines), dtype=torch.int32),
-            boxes.new_empty((4, levels, count), dtype=torch.int32),
-            boxes.new_empty((levels, count, lines, taps), dtype=torch.int32),
-            boxes.new_empty((count, row), dtype=dtype),
-            flat([shape[2:] for shape in shapes]),
-            taps,
-        )
-        launch(
-            geometry.sample_bins,
-            (count, lines, levels),
-            boxes,
-            bins.spans,
-            bins.extents,
-            bins.cells,
-            bins.weights,
-            bins.sizes,
-            count,
-            bins_y,
-            bins_x,
-            sampling_ratio,
-            SCALES=tuple(1.0 / stride for stride in strides),
-            LEVELS=levels,
-            TAPS=taps,
-            TAP_BLOCK=block_of(max(taps, 1), max(2 * taps, 1)),
-            BLOCK=CELL_BLOCK,
-            num_warps=1,
-            enable_fp_fusion=False,
-        )
-        return bins
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def map_strides(maps: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the strides of all maps, in elements, four per level."""
     return flat([feature.stride() for feature in maps])
 
 
@@ -166,14 +46,14 @@ def gather(
     output_size: Sequence[int],
     factor: int,
 ) -> None:
-    """Launch ``gather_tiles``, which fills the gradients."""
+    """Launch ``gather_tiles``, which fills the gradients; ``pooled`` lies at steps per (box, level)."""
     batch, channels = gradients[0].shape[:2]
     if batch == 0:
         return
     tile_y, tile_x = GATHER_TILE
     tiles = sum(triton.cdiv(g.shape[2], tile_y) * triton.cdiv(g.shape[3], tile_x) for g in gradients)
     block = block_of(channels, GATHER_CHANNELS)
-    launch(
+    preparation.launch(
         spreading.gather_tiles,
         (tiles, triton.cdiv(channels, block), batch),
         tuple(gradients),
@@ -194,8 +74,8 @@ def gather(
         TILE_Y=tile_y,
         TILE_X=tile_x,
         CHANNELS=block,
-        BINS=block_of(max(output_size), BOX_BLOCK),
-        BOXES=BOX_BLOCK,
+        BINS=block_of(max(output_size), preparation.BOX_BLOCK),
+        BOXES=preparation.BOX_BLOCK,
     )
 
 
@@ -215,6 +95,11 @@ def distill(
     first = apprentice[0]
     batch, channels = first.shape[:2]
     count, levels = boxes.shape[0], len(strides)
+    check_boxes(boxes)
+    check_maps(apprentice + expert, 2 * levels)
+    if coefficients.shape != (count,) or coefficients.dtype != torch.float64:
+        raise ValueError(f"coefficients: expected float64 [{count}], got {list(coefficients.shape)}")
+    coefficients = coefficients.contiguous()
     dtype = accumulation_dtype(first.dtype)
     sides = [maps for maps, side in zip((apprentice, expert), wanted, strict=True) if side]
     gradients = [_empty_gradient(m, m.shape, _is_channels_last(m)) for maps in sides for m in maps]
@@ -226,13 +111,15 @@ def distill(
     shapes = [[m.shape for m in maps] for maps in (apprentice, expert)]
     shared = shapes[0] == shapes[1] and strides == expert_strides
     bins = Bins.of(boxes, shapes[0], strides, output_size, sampling_ratio, dtype)
-    expert_bins = bins if shared else Bins.of(boxes, shapes[1], expert_strides, output_size, sampling_ratio, dtype)
+    expert_bins = bins
+    if not shared:
+        expert_bins = Bins.of(boxes, shapes[1], expert_strides, output_size, sampling_ratio, dtype)
     block = block_of(channels, POOL_CHANNELS)
     channel_blocks = triton.cdiv(channels, block)
     keep = any(wanted)
     pooled = boxes.new_empty((count, levels, bins_y, bins_x, channels) if keep else 1, dtype=dtype)
     parts = boxes.new_empty((count, levels * bins_y * channel_blocks))
-    launch(
+    preparation.launch(
         pooling.distill_rows,
         (count * channel_blocks, bins_y, levels),
         tuple(apprentice),
@@ -288,8 +175,8 @@ def distill_loss(
 ) -> tuple[Tensor, Tensor]:
     """See ``rakd_ops._library``."""
     total, losses, _ = distill(
-        apprentice, expert, boxes, coefficients, strides, expert_strides, output_size, sampling_ratio, Rule(*rule),
-        (False, False),
+        apprentice, expert, boxes, coefficients, strides, expert_strides, output_size, sampling_ratio,
+        Rule(*rule), (False, False),
     )  # fmt: skip
     return total, losses
 
@@ -308,8 +195,8 @@ def distill_gradient(
     """See ``rakd_ops._library``."""
     *rule, apprentice_gradient, expert_gradient = options
     total, _, gradients = distill(
-        apprentice, expert, boxes, coefficients, strides, expert_strides, output_size, sampling_ratio, Rule(*rule),
-        (apprentice_gradient, expert_gradient),
+        apprentice, expert, boxes, coefficients, strides, expert_strides, output_size, sampling_ratio,
+        Rule(*rule), (apprentice_gradient, expert_gradient),
     )  # fmt: skip
     return total, gradients
 
@@ -326,6 +213,8 @@ def align(
     first = features[0]
     batch, channels = first.shape[:2]
     count, levels = boxes.shape[0], len(strides)
+    check_boxes(boxes)
+    check_maps(features, levels)
     output = first.new_empty((count, channels, *output_size))
     if count == 0:
         return output
@@ -334,7 +223,7 @@ def align(
     bins = Bins.of(boxes, shapes, strides, output_size, sampling_ratio, accumulation_dtype(first.dtype))
     block = block_of(channels, POOL_CHANNELS)
     channel_blocks = triton.cdiv(channels, block)
-    launch(
+    preparation.launch(
         pooling.align_rows,
         (count * channel_blocks, output_size[0]),
         tuple(features),
@@ -370,6 +259,7 @@ def align_backward(
     *rule: Any,
 ) -> list[Tensor]:
     """See ``rakd_ops._library``."""
+    check_boxes(boxes)
     maps = [shapes[4 * level : 4 * level + 4] for level in range(len(strides))]
     gradients = [
         _empty_gradient(output_gradient, shape, last) for shape, last in zip(maps, channels_last, strict=True)
@@ -379,6 +269,6 @@ def align_backward(
     scales = Scales.of(boxes, None, maps[0][0], strides, Rule(*rule), 1.0)
     dtype = accumulation_dtype(output_gradient.dtype)
     bins = Bins.of(boxes, maps, strides, output_size, sampling_ratio, dtype)
-    pooled = output_gradient.permute(0, 2, 3, 1).contiguous()  # neighbouring threads take neighbouring channels
+    pooled = output_gradient.permute(0, 2, 3, 1).contiguous()  # neighbouring threads: neighbouring channels
     gather(gradients, bins, scales, pooled, (pooled.stride(0), 0), output_size, 1)
     return gradients

@@ -4,8 +4,8 @@ For box ``k``, level ``l``, bins ``(p, q)`` and channel ``c`` a map ``F`` is poo
 
     pool(F) = Σ_y R_y[p, y] Σ_x R_x[q, x] F[c, y, x]
 
-over the few cells where ``R`` is not zero. A program owns one row ``p`` of bins and a block of channels, and sums in a
-fixed order, so results have the same bits in every run.
+over the few cells where ``R`` is not zero. A program owns one row ``p`` of bins and a block of channels, and
+sums in a fixed order, so results have the same bits in every run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from rakd_ops._triton.geometry import pick, weight_row
 
 @triton.jit
 def spread_out(vector, CHANNELS_LAST: tl.constexpr):
-    """Lay a vector of bins along its axis of a tile: [bins, channels] for channels-last maps, else the other way.
+    """Lay a vector of bins along its axis of a tile: [bins, channels] for channels-last maps, else turned.
 
     Neighbouring threads then read neighbouring channels, or cells of one row.
     """
-    if CHANNELS_LAST:
-        return tl.expand_dims(vector, 1)
-    else:
-        return tl.expand_dims(vector, 0)
+    return tl.expand_dims(vector, 1 if CHANNELS_LAST else 0)
 
 
 @triton.jit
@@ -55,8 +52,9 @@ def pool_row(
 ):
     """Pool bins ``(p, q)`` of one box from one level: ``pool(map - other)`` where PAIRED, else ``pool(map)``.
 
-    ``q`` is a block of bins, ``c`` a block of channels, shaped to broadcast to the tile that is returned. A bin either
-    spans its cells without gaps or, where these are more than TAPS (twice the sampling ratio), lists them.
+    ``q`` is a block of bins, ``c`` a block of channels, shaped to broadcast to the tile that is returned. A
+    bin either spans its cells without gaps or, where they are more than TAPS (twice the sampling ratio),
+    lists them.
     """
     lines = bins_y + bins_x
     line = bins_y + q
@@ -152,10 +150,7 @@ def distill_rows(
     block = program % channel_blocks
     p = tl.program_id(1)
     level = tl.program_id(2)
-    if CHANNELS_LAST:
-        c = tl.expand_dims(block * CHANNELS + tl.arange(0, CHANNELS), 0)
-    else:
-        c = tl.expand_dims(block * CHANNELS + tl.arange(0, CHANNELS), 1)
+    c = tl.expand_dims(block * CHANNELS + tl.arange(0, CHANNELS), 0 if CHANNELS_LAST else 1)
     scale = tl.load(scales + k * LEVELS + level)
     image = tl.load(images + k).to(tl.int64)
     squares = tl.zeros((), weights.dtype.element_ty)
@@ -163,14 +158,14 @@ def distill_rows(
         for base in range(0, bins_x, BINS):
             q = base + tl.arange(0, BINS)
             difference = pool_row(
-                apprentice, expert, sizes, apprentice_strides, expert_strides, spans, cells, weights, level, k, image,
-                p, q, c, count, channels, bins_y, bins_x, LEVELS, TAPS, SHARED, CHANNELS_LAST
+                apprentice, expert, sizes, apprentice_strides, expert_strides, spans, cells, weights, level,
+                k, image, p, q, c, count, channels, bins_y, bins_x, LEVELS, TAPS, SHARED, CHANNELS_LAST
             )  # fmt: skip
             if not SHARED:
                 difference -= pool_row(
                     expert, expert, expert_sizes, expert_strides, expert_strides, expert_spans, expert_cells,
-                    expert_weights, level, k, image, p, q, c, count, channels, bins_y, bins_x, LEVELS, EXPERT_TAPS,
-                    False, CHANNELS_LAST
+                    expert_weights, level, k, image, p, q, c, count, channels, bins_y, bins_x, LEVELS,
+                    EXPERT_TAPS, False, CHANNELS_LAST
                 )  # fmt: skip
             squares += tl.sum(difference * difference)
             if KEEP:
@@ -208,10 +203,7 @@ def align_rows(
     k = (program // channel_blocks).to(tl.int64)
     block = program % channel_blocks
     p = tl.program_id(1)
-    if CHANNELS_LAST:
-        c = tl.expand_dims(block * CHANNELS + tl.arange(0, CHANNELS), 0)
-    else:
-        c = tl.expand_dims(block * CHANNELS + tl.arange(0, CHANNELS), 1)
+    c = tl.expand_dims(block * CHANNELS + tl.arange(0, CHANNELS), 0 if CHANNELS_LAST else 1)
     image = tl.load(images + k).to(tl.int64)
     for base in range(0, bins_x, BINS):
         q = base + tl.arange(0, BINS)
@@ -221,8 +213,8 @@ def align_rows(
             weight = tl.load(scales + k * LEVELS + level)
             if weight != 0.0:
                 pooled = pool_row(
-                    features, features, sizes, strides, strides, spans, cells, weights, level, k, image, p, q, c,
-                    count, channels, bins_y, bins_x, LEVELS, TAPS, False, CHANNELS_LAST
+                    features, features, sizes, strides, strides, spans, cells, weights, level, k, image, p, q,
+                    c, count, channels, bins_y, bins_x, LEVELS, TAPS, False, CHANNELS_LAST
                 )  # fmt: skip
                 total += weight.to(weights.dtype.element_ty) * pooled
         at = (k * channels + c) * bins_y * bins_x + p * bins_x + spread_out(q, CHANNELS_LAST)

@@ -1,9 +1,10 @@
 """Kernel of the backward passes: gradients of maps from those of pooled values.
 
-    gradient[b, c, y, x] = Σ_k factor s_kl Σ_q R_x[q, x] Σ_p R_y[p, y] G[k, l, p, q, c]      over the boxes k of image b
+    gradient[b, c, y, x] = Σ_k factor s_kl Σ_q R_x[q, x] Σ_p R_y[p, y] G[k, l, p, q, c]     over b's boxes k
 
-A program owns a tile of cells and a block of channels. It looks through all boxes for those whose cells meet the tile,
-adds them in their order, and writes every element of its tile once, zeros included: no atomics, the same bits each run.
+A program owns a tile of cells and a block of channels. It looks through all boxes for those whose cells meet
+the tile, adds them in their order, and writes every element of its tile once, zeros included: no atomics, the
+same bits each run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rakd_ops._triton.geometry import pick, weight_row
 
 @triton.jit
 def bins_meeting(begins, ends, bins, low, high, BINS: tl.constexpr):
-    """First bin, and one past the last, whose cells meet ``low..high-1``; from ``begins`` and ``ends`` of their cells."""
+    """First bin, and one past the last, of those whose cells (``begins``..``ends``) meet ``low..high``."""
     first = tl.cast(bins, tl.int32)
     stop = tl.cast(0, tl.int32)
     for base in range(0, bins, BINS):
@@ -54,7 +55,7 @@ def add_box(
 ):
     """Add one box to a tile: ``total[x, y, c] += factor Σ_q R_x[q, x] (Σ_p R_y[p, y] pooled[p, q, c])``.
 
-    With ``x`` the slowest axis of the tile, the inner sum's threads are those of the tile: nothing moves between them.
+    With ``x`` the slowest axis of the tile, the inner sum lies in the threads that add it to the tile.
     """
     lines = bins_y + bins_x
     begins = spans + (level.to(tl.int64) * count + k) * lines
@@ -129,6 +130,7 @@ def gather_tiles(
     x_low = local % across * TILE_X
 
     total = tl.zeros((TILE_X, TILE_Y, CHANNELS), weights.dtype.element_ty)
+    source = pooled + level.to(tl.int64) * level_step
     extent = extents + level.to(tl.int64) * count
     axis = tl.cast(LEVELS, tl.int64) * count
     for base in range(0, count, BOXES):
@@ -146,7 +148,7 @@ def gather_tiles(
             box = box.to(tl.int64)
             factor = tl.load(scales + box * LEVELS + level) * FACTOR
             total = add_box(
-                total, sizes, spans, weights, pooled + box * box_step + level * level_step, level, box, y_low, x_low, c,
+                total, sizes, spans, weights, source + box * box_step, level, box, y_low, x_low, c,
                 factor.to(weights.dtype.element_ty), count, channels, bins_y, bins_x,
                 LEVELS, TILE_Y, TILE_X, CHANNELS, BINS
             )  # fmt: skip

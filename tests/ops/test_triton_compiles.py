@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles to machine code for the GPUs we name, without a GPU: ptxas comes with triton."""
+"""Every Triton kernel compiles to machine code, without a GPU: ptxas comes with triton."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from cases import as_layout, pyramid, random_boxes
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from rakd_ops._triton import operations  # noqa: E402
+from rakd_ops._triton import operations, preparation  # noqa: E402
 
 POINTERS = {
     torch.float64: "*fp64",
@@ -42,8 +42,8 @@ def signature_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, A
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     names = kernel.arg_names
-    signature = {name: describe(value, (i,)) for i, (name, value) in enumerate(zip(names, arguments, strict=False))}
-    signature |= {name: "constexpr" for name in constants}
+    signature = {names[i]: describe(value, (i,)) for i, value in enumerate(arguments)}
+    signature |= dict.fromkeys(constants, "constexpr")
     assert list(signature) == names
     return signature, constexprs, attributes
 
@@ -71,36 +71,44 @@ def run_all(
     expert_scale: float = 1.0,
     channels: int = 64,
     strides: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0),
+    boxes: int = 3,
+    bins: int = 7,
+    vast: bool = False,
 ) -> None:
     """All four ops on small maps; with the launcher replaced their results mean nothing."""
     steps = [s * expert_scale for s in strides]
-    maps = pyramid(channels=channels, dtype=dtype, layout=layout, strides=strides)
-    expert = pyramid(channels=channels, dtype=dtype, layout=layout, strides=tuple(steps), seed=1)
-    boxes = random_boxes(3)
-    geometry = ([7, 7], ratio, assignment, 1.0, 224.0, 4.0)
-    distill = (maps, expert, boxes, torch.ones(3, dtype=torch.float64), list(strides), steps, *geometry)
+    maps = pyramid(1, channels=channels, dtype=dtype, layout=layout, strides=strides)
+    expert = pyramid(1, channels=channels, dtype=dtype, layout=layout, strides=tuple(steps), seed=1)
+    if vast:  # an offset that only 64 bits hold
+        maps[0] = torch.empty_strided(maps[0].shape, (2**33, *maps[0].stride()[1:]), dtype=dtype)
+    rows = random_boxes(boxes)
+    geometry = ([bins, bins], ratio, assignment, 1.0, 224.0, 4.0)
+    distill = (maps, expert, rows, torch.ones(boxes, dtype=torch.float64), list(strides), steps, *geometry)
     operations.distill_loss(*distill)
     operations.distill_gradient(*distill, True, True)
-    operations.align(maps, boxes, list(strides), *geometry)
+    operations.align(maps, rows, list(strides), *geometry)
     shapes = [n for m in maps for n in m.shape]
-    gradient = as_layout(torch.rand(3, channels, 7, 7).to(dtype), layout)
-    operations.align_backward(gradient, boxes, shapes, [layout == "channels_last"] * len(maps), list(strides), *geometry)
+    last = [layout == "channels_last"] * len(maps)
+    gradient = as_layout(torch.rand(boxes, channels, bins, bins).to(dtype), layout)
+    operations.align_backward(gradient, rows, shapes, last, list(strides), *geometry)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(
     "options",
     [
-        {"dtype": torch.float32},
+        {"dtype": torch.float32, "vast": True},
         {"dtype": torch.float64, "layout": "channels_last", "ratio": 0, "assignment": 1},
         {"dtype": torch.float16, "layout": "channels_last", "expert_scale": 0.5, "assignment": 2},
-        {"dtype": torch.bfloat16, "layout": "strided", "channels": 5, "strides": (8.0,), "ratio": 1},
+        {"dtype": torch.bfloat16, "layout": "strided", "channels": 5, "boxes": 130},
+        # Triton turns arguments that are 1 into constants.
+        {"dtype": torch.bfloat16, "channels": 1, "strides": (200.0,), "ratio": 1, "boxes": 1, "bins": 1},
     ],
-    ids=lambda options: str(options["dtype"])[6:],
+    ids=["float32", "float64", "float16", "bfloat16", "ones"],
 )
 def test_kernels_compile(architecture: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Compiler(architecture)
-    monkeypatch.setattr(operations, "launch", compiler)
+    monkeypatch.setattr(preparation, "launch", compiler)
     run_all(**options)
     assert {name for name, _ in compiler.compiled} == KERNELS
     for name, kernel in compiler.compiled:
@@ -109,4 +117,5 @@ def test_kernels_compile(architecture: int, options: dict[str, Any], monkeypatch
         assert "atom." not in ptx and "red.global" not in ptx, name
         if name == "sample_bins":  # positions are rounded after each operation, as in the reference
             assert "fma.rn.f64" not in ptx and "mul.rn.f64" in ptx and "add.rn.f64" in ptx
-            assert "cvt.rn.f64.f32" not in ptx, "a constant or argument went through float32"
+            assert "div.rn.f64" in ptx
+            assert "cvt.f64.f32" not in ptx, "a constant or argument went through float32"

@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton kernels under Triton's interpreter, in a process where triton is not imported yet."""
+"""Runs the tests of the Triton kernels under Triton's interpreter, in a process of their own."""
 
 from __future__ import annotations
 
