@@ -44,7 +44,7 @@ def gather(
     pooled: Tensor,
     steps: tuple[int, int],
     output_size: Sequence[int],
-    factor: int,
+    factor: float,
 ) -> None:
     """Launch ``gather_tiles``, which fills the gradients; ``pooled`` lies at steps per (box, level)."""
     batch, channels = gradients[0].shape[:2]
@@ -69,8 +69,8 @@ def gather(
         scales.images.shape[0],
         channels,
         *output_size,
+        factor,
         LEVELS=len(gradients),
-        FACTOR=factor,
         TILE_Y=tile_y,
         TILE_X=tile_x,
         CHANNELS=block,
@@ -154,7 +154,7 @@ def distill(
     )
     per_level = bins_y * bins_x * channels
     remaining = gradients
-    for side, side_bins, factor in ((0, bins, 2), (1, expert_bins, -2)):
+    for side, side_bins, factor in ((0, bins, 2.0), (1, expert_bins, -2.0)):
         if wanted[side]:
             own, remaining = remaining[:levels], remaining[levels:]
             gather(own, side_bins, scales, pooled, (levels * per_level, per_level), output_size, factor)
@@ -270,5 +270,5 @@ def align_backward(
     dtype = accumulation_dtype(output_gradient.dtype)
     bins = Bins.of(boxes, maps, strides, output_size, sampling_ratio, dtype)
     pooled = output_gradient.permute(0, 2, 3, 1).contiguous()  # neighbouring threads: neighbouring channels
-    gather(gradients, bins, scales, pooled, (pooled.stride(0), 0), output_size, 1)
+    gather(gradients, bins, scales, pooled, (pooled.stride(0), 0), output_size, 1.0)
     return gradients

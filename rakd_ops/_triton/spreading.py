@@ -99,8 +99,8 @@ def gather_tiles(
     channels,
     bins_y,
     bins_x,
+    factor: tl.float64,
     LEVELS: tl.constexpr,
-    FACTOR: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -146,10 +146,10 @@ def gather_tiles(
             box = tl.min(tl.where(meets, k, count), axis=0)
             meets &= k != box
             box = box.to(tl.int64)
-            factor = tl.load(scales + box * LEVELS + level) * FACTOR
+            scale = tl.load(scales + box * LEVELS + level) * factor
             total = add_box(
                 total, sizes, spans, weights, source + box * box_step, level, box, y_low, x_low, c,
-                factor.to(weights.dtype.element_ty), count, channels, bins_y, bins_x,
+                scale.to(weights.dtype.element_ty), count, channels, bins_y, bins_x,
                 LEVELS, TILE_Y, TILE_X, CHANNELS, BINS
             )  # fmt: skip
 
