@@ -8,7 +8,7 @@ is computed, one float64 coefficient per box (its weight and the reduction's fac
 - ``align``, ``align_backward``: multi-level RoIAlign and its transpose.
 - ``level_weights``: the level rule of compiled code, for the tests that hold it equal to ``levels.py``.
 
-``triton_distill_loss`` and so on are the same ops as Triton kernels, apart so that either kind can be asked for.
+``triton_distill_loss`` and so on are the same ops as Triton kernels; apart, so that either can be asked for.
 """
 
 from __future__ import annotations
@@ -252,7 +252,8 @@ class _DistillPerBox(torch.autograd.Function):
             apprentice, expert, boxes, coefficients * gradient.to(torch.float64), *ctx.options, *ctx.wanted
         )
         gradients = _once(anchor, gradients)
-        return None, None, None, None, None, None, None, *_place_gradients(gradients, ctx.wanted, len(apprentice))
+        placed = _place_gradients(gradients, ctx.wanted, len(apprentice))
+        return None, None, None, None, None, None, None, *placed
 
 
 class _Align(torch.autograd.Function):
