@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import warnings
 from pathlib import Path
 
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+# Triton then runs its kernels on the CPU, slowly: for tests. It reads the variable when it is imported.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def build_info() -> dict[str, object]:
@@ -42,6 +46,11 @@ def _load_cuda() -> str | None:
     return _load("_cuda")
 
 
+def _find_triton() -> str | None:
+    # Looked for and not imported: that takes seconds, and happens when the first of its ops runs.
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
 # Why each backend's code is not there, or None. Filled by load_backends(), a plain dict so that torch.compile can read
 # it; whether a GPU is there is asked only when somebody asks, and a CUDA tensor answers it by existing.
 _MISSING: dict[str, str | None] = {}
@@ -49,12 +58,13 @@ _MISSING: dict[str, str | None] = {}
 
 def load_backends() -> None:
     """Load what is installed, so that its ops are registered. Called once, when the schemas are defined."""
-    _MISSING.update(cuda=_load_cuda(), triton="this version has no Triton kernels", cpu=_load("_cpu"), reference=None)
+    _MISSING.update(cuda=_load_cuda(), triton=_find_triton(), cpu=_load("_cpu"), reference=None)
 
 
 def _why_not(backend: str) -> str | None:
     missing = _MISSING[backend]
-    if missing is None and backend in ("cuda", "triton") and not torch.cuda.is_available():
+    needs_device = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
+    if missing is None and needs_device and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return missing
 
@@ -101,6 +111,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         return chosen
     if _MISSING[backend] is not None:
         raise RuntimeError(f"backend: {backend!r} cannot run here: {_MISSING[backend]}")
-    if backend not in serving:
+    interpreted = backend == "triton" and TRITON_INTERPRETED and device.type == "cpu"
+    if backend not in serving and not interpreted:
         raise RuntimeError(f"backend: {backend!r} cannot take tensors on device {device}")
     return backend

@@ -7,11 +7,13 @@ is computed, one float64 coefficient per box (its weight and the reduction's fac
 - ``distill_gradient``: total, and the gradient of the total with respect to the maps asked for.
 - ``align``, ``align_backward``: multi-level RoIAlign and its transpose.
 - ``level_weights``: the level rule of compiled code, for the tests that hold it equal to ``levels.py``.
+
+``triton_distill_loss`` and so on are the same ops as Triton kernels; apart, so that either can be asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +39,28 @@ _SCHEMAS = {
     ),
     "level_weights": f"(Tensor boxes, float[] strides, {_RULE}) -> Tensor",
 }
+
+
+def _triton_op(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        from rakd_ops import _triton  # imports triton: not before somebody needs it
+
+        return getattr(_triton, name)(*arguments)
+
+    return call
+
+
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"rakd_ops::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if _name != "level_weights":
+        torch.library.define(f"rakd_ops::triton_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(f"rakd_ops::triton_{_name}", ("cpu", "cuda"), _triton_op(_name))
 _backends.load_backends()
+
+
+def _op(name: str, backend: str) -> Any:
+    """Return the op of a backend; the compiled libraries share theirs, told apart by the tensors' device."""
+    return getattr(torch.ops.rakd_ops, f"triton_{name}" if backend == "triton" else name)
 
 
 def _is_channels_last(feature: Tensor) -> bool:
@@ -52,11 +73,13 @@ def _empty_gradient(like: Tensor, shape: Sequence[int], channels_last: bool) -> 
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+@torch.library.register_fake("rakd_ops::triton_distill_loss")
 @torch.library.register_fake("rakd_ops::distill_loss")
 def _(apprentice: list[Tensor], expert: list[Tensor], boxes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return boxes.new_empty(()), boxes.new_empty(boxes.shape[0])
 
 
+@torch.library.register_fake("rakd_ops::triton_distill_gradient")
 @torch.library.register_fake("rakd_ops::distill_gradient")
 def _(apprentice: list[Tensor], expert: list[Tensor], boxes: Tensor, *options: Any) -> tuple[Tensor, list[Tensor]]:
     apprentice_gradient, expert_gradient = options[-2:]
@@ -64,11 +87,13 @@ def _(apprentice: list[Tensor], expert: list[Tensor], boxes: Tensor, *options: A
     return boxes.new_empty(()), [_empty_gradient(m, m.shape, _is_channels_last(m)) for m in wanted]
 
 
+@torch.library.register_fake("rakd_ops::triton_align")
 @torch.library.register_fake("rakd_ops::align")
 def _(features: list[Tensor], boxes: Tensor, strides: list[float], output_size: list[int], *_: Any) -> Tensor:
     return features[0].new_empty((boxes.shape[0], features[0].shape[1], *output_size))
 
 
+@torch.library.register_fake("rakd_ops::triton_align_backward")
 @torch.library.register_fake("rakd_ops::align_backward")
 def _(
     output_gradient: Tensor,
@@ -171,12 +196,11 @@ class _DistillTotal(torch.autograd.Function):
         coefficients: Tensor,
         options: tuple[Any, ...],
         wanted: tuple[bool, bool],
+        backend: str,
         *maps: Tensor,
     ) -> Tensor:
         apprentice, expert = _split(maps)
-        total, gradients = torch.ops.rakd_ops.distill_gradient(
-            apprentice, expert, boxes, coefficients, *options, *wanted
-        )
+        total, gradients = _op("distill_gradient", backend)(apprentice, expert, boxes, coefficients, *options, *wanted)
         ctx.save_for_backward(anchor, *gradients)
         ctx.wanted = wanted
         ctx.levels = len(apprentice)
@@ -194,7 +218,7 @@ class _DistillTotal(torch.autograd.Function):
             factor = gradient.item()
             scaled = saved if factor == 1.0 else [g.mul_(factor) for g in saved]
         scaled = _once(anchor, scaled)
-        return None, None, None, None, None, *_place_gradients(scaled, ctx.wanted, ctx.levels)
+        return None, None, None, None, None, None, *_place_gradients(scaled, ctx.wanted, ctx.levels)
 
 
 class _DistillPerBox(torch.autograd.Function):
@@ -212,67 +236,75 @@ class _DistillPerBox(torch.autograd.Function):
         coefficients: Tensor,
         options: tuple[Any, ...],
         wanted: tuple[bool, bool],
+        backend: str,
         reduce: bool,
         *maps: Tensor,
     ) -> Tensor:
         apprentice, expert = _split(maps)
-        total, losses = torch.ops.rakd_ops.distill_loss(apprentice, expert, boxes, coefficients, *options)
+        total, losses = _op("distill_loss", backend)(apprentice, expert, boxes, coefficients, *options)
         ctx.save_for_backward(anchor, boxes, coefficients, *maps)
         ctx.options = options
         ctx.wanted = wanted
+        ctx.backend = backend
         return (total if reduce else losses).to(_loss_dtype(maps))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         anchor, boxes, coefficients, *maps = ctx.saved_tensors
         apprentice, expert = _split(maps)
-        _, gradients = torch.ops.rakd_ops.distill_gradient(
+        _, gradients = _op("distill_gradient", ctx.backend)(
             apprentice, expert, boxes, coefficients * gradient.to(torch.float64), *ctx.options, *ctx.wanted
         )
         gradients = _once(anchor, gradients)
-        return None, None, None, None, None, None, *_place_gradients(gradients, ctx.wanted, len(apprentice))
+        placed = _place_gradients(gradients, ctx.wanted, len(apprentice))
+        return None, None, None, None, None, None, None, *placed
 
 
 class _Align(torch.autograd.Function):
     """Multi-level RoIAlign."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor | None, boxes: Tensor, options: tuple[Any, ...], *maps: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor | None, boxes: Tensor, options: tuple[Any, ...], backend: str, *maps: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(anchor, boxes)
         ctx.options = options
+        ctx.backend = backend
         ctx.shapes = [size for feature in maps for size in feature.shape]
         ctx.channels_last = [_is_channels_last(feature) for feature in maps]
-        output: Tensor = torch.ops.rakd_ops.align(list(maps), boxes, *options)
+        output: Tensor = _op("align", backend)(list(maps), boxes, *options)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         anchor, boxes = ctx.saved_tensors
-        gradients = torch.ops.rakd_ops.align_backward(gradient, boxes, ctx.shapes, ctx.channels_last, *ctx.options)
-        return None, None, None, *_once(anchor, gradients)
+        backward = _op("align_backward", ctx.backend)
+        gradients = backward(gradient, boxes, ctx.shapes, ctx.channels_last, *ctx.options)
+        return None, None, None, None, *_once(anchor, gradients)
 
 
-def distill(inputs: Distillation, settings: Settings, reduction: str) -> Tensor:
+def distill(inputs: Distillation, settings: Settings, reduction: str, backend: str) -> Tensor:
     """``soft_roi_distill`` by the registered ops, on checked arguments."""
     maps = (*inputs.apprentice, *inputs.expert)
     options = (list(settings.strides), list(inputs.expert_strides), *settings.for_op())
     wanted = (any(m.requires_grad for m in inputs.apprentice), any(m.requires_grad for m in inputs.expert))
     if not (torch.is_grad_enabled() and any(wanted)):
-        total, losses = torch.ops.rakd_ops.distill_loss(
+        total, losses = _op("distill_loss", backend)(
             inputs.apprentice, inputs.expert, inputs.boxes, inputs.coefficients, *options
         )
         result: Tensor = losses if reduction == "none" else total
         return result.to(_loss_dtype(maps))
     if reduction == "none" or maps[0].dtype == torch.float16:
         summed = reduction != "none"
-        return _DistillPerBox.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, summed, *maps)
-    return _DistillTotal.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, *maps)
+        arguments = (inputs.boxes, inputs.coefficients, options, wanted, backend, summed)
+        return _DistillPerBox.apply(_anchor(maps), *arguments, *maps)
+    return _DistillTotal.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, backend, *maps)
 
 
-def align(maps: list[Tensor], boxes: Tensor, settings: Settings) -> Tensor:
+def align(maps: list[Tensor], boxes: Tensor, settings: Settings, backend: str) -> Tensor:
     """``multilevel_roi_align`` by the registered ops, on checked arguments."""
     options = (list(settings.strides), *settings.for_op())
-    return _Align.apply(_anchor(maps), boxes, options, *maps)
+    return _Align.apply(_anchor(maps), boxes, options, backend, *maps)
 
 
 def compiled_level_weights(boxes: Tensor, settings: Settings) -> Tensor:

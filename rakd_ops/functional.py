@@ -72,9 +72,10 @@ def soft_roi_distill(
         strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
     )
     inputs = _inputs.check_distillation(apprentice, expert, boxes, box_weights, reduction, settings, expert_strides)
-    if choose_backend(backend, inputs.boxes.device) == "reference":
+    chosen = choose_backend(backend, inputs.boxes.device)
+    if chosen == "reference":
         return reference.distill_checked(inputs, settings, reduction)
-    return _library.distill(inputs, settings, reduction)
+    return _library.distill(inputs, settings, reduction, chosen)
 
 
 def multilevel_roi_align(
@@ -117,9 +118,10 @@ def multilevel_roi_align(
         strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
     )
     maps, rows = _inputs.check_alignment(features, boxes, settings)
-    if choose_backend(backend, rows.device) == "reference":
+    chosen = choose_backend(backend, rows.device)
+    if chosen == "reference":
         return reference.align_checked(maps, rows, settings)
-    return _library.align(maps, rows, settings)
+    return _library.align(maps, rows, settings, chosen)
 
 
 def level_weights(

@@ -241,7 +241,8 @@ def test_boxes_that_make_no_sense_stay_in_bounds_and_count_nothing(module: Modul
     wrong = [
         [2, 0, 0, 9, 9], [-1, 0, 0, 9, 9], [0.5, 0, 0, 9, 9], [NAN, 0, 0, 9, 9], [INF, 0, 0, 9, 9], [1e300, 0, 0, 9, 9],
         [0, NAN, 0, 9, 9], [0, 0, NAN, 9, 9], [0, 0, 0, NAN, 9], [0, 0, 0, 9, INF], [0, -INF, 0, 9, 9],
-        [0, -INF, -INF, INF, INF], [0, 0, 0, 1e308, 9], [0, -1e308, 0, 1e308, 9], [1, 30, 30, 10, 10], [0, 1e18, 0, 2e18, 9],
+        [0, -INF, -INF, INF, INF], [0, 0, 0, 1e308, 9], [0, -1e308, 0, 1e308, 9],
+        [1, 30, 30, 10, 10], [0, 1e18, 0, 2e18, 9],
     ]  # fmt: skip
     for ratio in (0, 2):
         call = Call(sampling_ratio=ratio, channels=3)
@@ -264,7 +265,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         "cuda/spread.cuh", "mixed[i] = value;\n      }\n      __syncthreads();", "mixed[i] = value;\n      }",
     )],
     "barrier of the block sum removed": [(
-        "cuda/pool.cuh", "shared[tid] += shared[tid + half];\n    __syncthreads();", "shared[tid] += shared[tid + half];",
+        "cuda/pool.cuh",
+        "shared[tid] += shared[tid + half];\n    __syncthreads();", "shared[tid] += shared[tid + half];",
     )],
     "barrier of the compaction removed": [(
         "cuda/spread.cuh", "if (lane == 31) warp_counts[warp] = sum;\n  __syncthreads();",
@@ -282,7 +284,9 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "loss of one slab lost": [("cuda/pool.cuh", "if (threadIdx.x == 0) *partial = scale * sum;",
                                "if (threadIdx.x == 0 && slab == 0) *partial = scale * sum;")],
     "batch index trusted": [("cuda/tables.cuh", "row[0] < static_cast<double>(tables.images)", "row[0] < 1e9")],
-    "levels of the other side": [("cuda/pool.cuh", "pool_box<E, T>(tables, 1, level", "pool_box<E, T>(tables, 0, level")],
+    "tables of the other side": [(
+        "cuda/pool.cuh", "pool_box<E, T>(tables, 1, level", "pool_box<E, T>(tables, 0, level",
+    )],
 }  # fmt: skip
 
 

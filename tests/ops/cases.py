@@ -12,7 +12,9 @@ from torch import Tensor
 
 from rakd_ops import available_backends
 
-DEVICE_OF = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda", "reference": "cpu"}
+# Triton's interpreter (TRITON_INTERPRET=1) takes tensors on the CPU.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE_OF = {"cpu": "cpu", "cuda": "cuda", "triton": TRITON_DEVICE, "reference": "cpu"}
 
 
 def backend_params(*names: str) -> list[Any]:
