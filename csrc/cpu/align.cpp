@@ -22,7 +22,7 @@ void align_forward(const std::vector<MapBatch>& maps, const Boxes& boxes, const 
                    const Options& options, Element element, void* output) {
   const int64_t levels = static_cast<int64_t>(maps.size()), batch = maps[0].batch, channels = maps[0].channels;
   const auto scales = level_scales(boxes, nullptr, strides, options.rule, 1.0);
-  const auto plans = build_plans<T>(boxes, scales, strides, maps, options, false);
+  const auto plans = build_plans<T>(boxes, scales, strides, maps, options, std::vector<bool>(levels, false));
   std::vector<std::vector<const Plan<T>*>> plans_of(batch);
   std::vector<std::vector<ImageView>> views_of(batch);
   std::vector<Item> items;
@@ -68,7 +68,7 @@ void align_gradient(const std::vector<MapBatch>& gradients, const Boxes& boxes, 
   const int64_t levels = static_cast<int64_t>(gradients.size()), batch = gradients[0].batch;
   const int64_t channels = gradients[0].channels;
   const auto scales = level_scales(boxes, nullptr, strides, options.rule, 1.0);
-  const auto plans = build_plans<T>(boxes, scales, strides, gradients, options, false);
+  const auto plans = build_plans<T>(boxes, scales, strides, gradients, options, std::vector<bool>(levels, false));
   std::vector<Item> items;
   ScratchSizes sizes;
   for (int64_t l = 0; l < levels; ++l) {

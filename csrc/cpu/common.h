@@ -46,10 +46,12 @@ inline DoubleList level_scales(const Boxes& boxes, const double* coefficients, c
   return scales;
 }
 
-// Plans of all (level, image) pairs, level-major, built in parallel: they share nothing.
+// Plans of all (level, image) pairs, level-major, built in parallel: they share nothing. `quadratic` tells for each
+// level whether its patches may use the Gram form.
 template <class T>
 std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, const DoubleList& strides,
-                                 const std::vector<MapBatch>& maps, const Options& options, bool quadratic) {
+                                 const std::vector<MapBatch>& maps, const Options& options,
+                                 const std::vector<bool>& quadratic) {
   const int64_t batch = maps[0].batch, levels = static_cast<int64_t>(maps.size());
   std::vector<Plan<T>> plans(levels * batch);
   torch::stable::parallel_for(0, levels * batch, 1, [&](int64_t begin, int64_t end) {
@@ -66,7 +68,7 @@ std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, c
       request.bins_y = options.bins_y;
       request.bins_x = options.bins_x;
       request.sampling_ratio = options.sampling_ratio;
-      request.quadratic = quadratic;
+      request.quadratic = quadratic[l];
       plans[i] = build_plan<T>(request);
     }
   });

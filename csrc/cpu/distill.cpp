@@ -42,10 +42,12 @@ class Job {
     const double factor = 1.0 / static_cast<double>(apprentice[0].channels * options.bins());
     const auto scales = level_scales(boxes, static_cast<const double*>(call.coefficients.data_ptr()), call.strides,
                                      options.rule, factor);
-    const bool quadratic = (call.gradient[0] || call.gradient[1]) && !call.per_box;
-    plans_[0] = build_plans<T>(boxes, scales, call.strides, apprentice, options, quadratic);
+    // The Gram form is of the difference of two maps, so it needs maps of one shape.
+    const bool gradients = call.gradient[0] || call.gradient[1];
+    const std::vector<bool> none(levels_, false);
+    plans_[0] = build_plans<T>(boxes, scales, call.strides, apprentice, options, gradients ? shared_ : none);
     if (std::find(shared_.begin(), shared_.end(), false) != shared_.end()) {
-      plans_[1] = build_plans<T>(boxes, scales, call.expert_strides, expert, options, false);
+      plans_[1] = build_plans<T>(boxes, scales, call.expert_strides, expert, options, none);
     }
   }
 

@@ -263,7 +263,7 @@ Plan<T> build_plan(const PlanRequest& request) {
     if (patch.use_gram) {
       patch.y.gram = store_gram<T>(plan.arena, y, 2.0 * scale);
       patch.x.gram = store_gram<T>(plan.arena, x, 1.0);
-      intermediate = static_cast<int64_t>(patch.y.count) * patch.x.count;
+      intermediate = std::max(intermediate, static_cast<int64_t>(patch.y.count) * patch.x.count);
     }
     plan.intermediate = std::max(plan.intermediate, intermediate);
     patches.push_back(patch);

@@ -165,7 +165,7 @@ def cases(draw: st.DrawFn) -> Case:
     boxes = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
     weights = None
     if draw(st.booleans()):
-        weights = torch.tensor([draw(st.floats(-1.0, 2.0)) for _ in rows], dtype=torch.float64)
+        weights = torch.tensor([draw(st.integers(-8, 16)) / 8 for _ in rows], dtype=torch.float64)
     return Case(
         batch,
         draw(st.sampled_from([1, 2, 3, 8, 9, 17, 33])),
