@@ -293,6 +293,40 @@ def test_switching_by_ucontext() -> None:
     assert block_sums(module, 64)
 
 
+ALL_IN_ONE = """
+#include "bindings.h"
+#include "cuda/platform.h"
+
+__global__ void scale(const float* __restrict__ input, float* __restrict__ output, int64_t count, float factor) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int part = 0; part < 1; ++part) {
+    if (i < count) output[i] = factor * input[i];
+  }
+}
+
+PYBIND11_MODULE(emulated, module) {
+  module.def("scale", [](const pybind11::array& x, const pybind11::array& y, double factor) {
+    emulator::Buffers buffers;
+    const float* input = buffers.in<float>(x);
+    float* output = buffers.out<float>(y);
+    RAKD_LAUNCH(scale, (x.size() + 63) / 64, 64, 0, nullptr, input, output, x.size(), factor);
+    buffers.finish();
+  });
+}
+"""
+
+
+def test_kernels_in_the_binding(tmp_path: Path) -> None:
+    source = tmp_path / "binding.cu"
+    source.write_text(ALL_IN_ONE)
+    module = build.load(source)
+    values = np.arange(2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5).transpose(2, 0, 1)
+    result = np.zeros((2, 3, 5), np.float32).transpose(2, 0, 1)  # in memory like the input, as is a channels-last map
+    module.scale(values, result, 0.5)
+    np.testing.assert_array_equal(result, values / 2)
+
+
 def test_mutations_must_apply(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 occurrences"):
         build.mutate(build.HERE, [("small_kernels.cpp", "not there", "")], tmp_path / "mutant")
