@@ -6,15 +6,14 @@
 namespace small {
 
 // Ways in which the next kernel can go wrong.
-#define MISTAKES(X)                                                                                                 \
-  X(none)                                                                                                           \
-  X(divergent_barrier)                                                                                              \
-  X(two_barriers)                                                                                                   \
-  X(early_return)                                                                                                   \
-  X(uninitialised)                                                                                                  \
-  X(shared_overrun) X(shared_underrun) X(lane_missing) X(lane_outside) X(masks_differ) X(shuffle_against_barrier)   \
-      X(returned_lane) X(exception) X(global_overrun) X(global_underrun) X(far_overrun) X(write_input) X(unwritten) \
-          X(block_race) X(hidden_race) X(undefined)
+// clang-format off
+#define MISTAKES(X) \
+  X(none) X(divergent_barrier) X(two_barriers) X(early_return) X(uninitialised) \
+  X(shared_overrun) X(shared_underrun) X(lane_missing) X(lane_outside) X(masks_differ) \
+  X(shuffle_against_barrier) X(returned_lane) X(exception) X(global_overrun) X(global_underrun) \
+  X(far_overrun) X(write_input) X(unwritten) X(block_race) X(hidden_race) \
+  X(undefined)
+// clang-format on
 
 #define MISTAKE(name) name,
 enum class Mistake : int { MISTAKES(MISTAKE) };

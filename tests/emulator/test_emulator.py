@@ -7,10 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import build
 import numpy as np
 import pytest
-
-import build
 
 BINDING = build.HERE / "small_binding.cpp"
 KERNELS = build.HERE / "small_kernels.cpp"

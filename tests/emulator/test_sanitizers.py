@@ -5,10 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import build
 import pytest
 from test_emulator import BARRIERS, KERNELS
-
-import build
 
 pytestmark = pytest.mark.skipif(bool(build.SANITIZER), reason="this process runs under a sanitizer already")
 
