@@ -58,7 +58,10 @@ SANITIZER_OPTIONS = {
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
         "UBSAN_OPTIONS": "print_stacktrace=1",
     },
-    "thread": {"TSAN_OPTIONS": "halt_on_error=1"},
+    "thread": {
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "OMP_NUM_THREADS": "1",  # TSan does not see how OpenMP orders torch's threads
+    },
 }
 
 

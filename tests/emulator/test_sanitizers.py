@@ -22,6 +22,7 @@ module.schedule(1, shuffle_blocks=True)
 print("finished")
 """
 RIGHT = """
+assert tests.block_sums(module, 64, blocks=1)  # of two workers, one has nothing to do
 for threads in (32, 96):
     assert tests.block_sums(module, threads) and tests.prefix_sum(module, threads)
 assert tests.transpose(module, (16, 4, 1))
