@@ -172,7 +172,7 @@ def mutate(source: Path, replacements: Sequence[tuple[str, str, str]], target: P
     Returns:
         The copy, for ``include``.
     """
-    shutil.copytree(source, target)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for name, old, new in replacements:
         path = target / name
         text = path.read_text(encoding="utf-8")
