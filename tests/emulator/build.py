@@ -37,11 +37,12 @@ CXX = os.environ.get("CXX", "g++")
 SANITIZER = os.environ.get("RAKD_EMULATOR_SANITIZE", "")
 MODULE = "emulated"  # the first argument of PYBIND11_MODULE in every source
 
-# No contraction, for csrc/geometry.h. Without unique symbols: a process loads many mutants, whose inline variables
-# would otherwise be one and the same.
+# Like nvcc, these do not warn of "#pragma unroll" and of comparing an int with threadIdx.x. No contraction, for
+# csrc/geometry.h. No unique symbols: a process loads many mutants, whose inline variables would otherwise be one.
 FLAGS = (
-    *("-std=c++17", "-g1", "-fPIC", "-pthread", "-ffp-contract=off"),
-    *("-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror", "-DRAKD_EMULATE"),
+    *("-xc++", "-std=c++17", "-g1", "-fPIC", "-pthread", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-sign-compare", "-Wno-unknown-pragmas"),
+    *("-fvisibility=hidden", "-fno-gnu-unique", "-DRAKD_EMULATE"),
 )
 SANITIZER_FLAGS: dict[str, tuple[str, ...]] = {
     "": (),
@@ -57,7 +58,10 @@ SANITIZER_OPTIONS = {
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
         "UBSAN_OPTIONS": "print_stacktrace=1",
     },
-    "thread": {"TSAN_OPTIONS": "halt_on_error=1"},
+    "thread": {
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "OMP_NUM_THREADS": "1",  # TSan does not see how OpenMP orders torch's threads
+    },
 }
 
 
@@ -94,7 +98,7 @@ def _made(name: str, key: str, command: Sequence[str]) -> Path:
 
 def compile_module(
     binding: Path,
-    kernels: Sequence[Path],
+    kernels: Sequence[Path] = (),
     include: Sequence[Path] = (CSRC,),
     flags: Sequence[str] = (),
     sanitizer: str | None = None,
@@ -102,11 +106,11 @@ def compile_module(
     """Compile kernels and their binding for the emulator, except what was compiled before.
 
     Args:
-        binding: C++ file that includes ``bindings.h`` and declarations of launch functions, and makes the pybind11
-            module ``emulated``. It is never instrumented.
-        kernels: C++ files that define the launch functions.
+        binding: C++ file that includes ``bindings.h`` and makes the pybind11 module ``emulated``.
+        kernels: C++ files that define the launch functions. The binding then includes but their declarations, is not
+            instrumented, and serves all mutants of the kernels. Without any, the binding includes the kernels itself.
         include: Folders of headers, in the order in which they are searched; the emulator's own comes last.
-        flags: More flags for the kernels; they come last.
+        flags: More flags for what includes kernels; they come last.
         sanitizer: ``"address"`` (with undefined behaviour), ``"thread"``, ``""`` for none, or ``None`` for that of
             this process.
 
@@ -128,9 +132,11 @@ def compile_module(
         key = _compiler([*options, "-E", "-P", str(source)]) + repr((_toolchain(), FLAGS, options[len(folders) :]))
         return _made(f"{source.stem}.o", key, [*options, "-c", str(source)])
 
+    of_kernels = ["-O2", *of_sanitizer, *flags]
+    of_binding = ["-O1", "-DRAKD_EMULATE_BINDING"] if kernels else of_kernels
     tasks: list[tuple[Path, Sequence[str]]] = [
-        (binding, [*folders, *python, *FLAGS, "-O1", "-DRAKD_EMULATE_BINDING"]),
-        *((source, [*folders, *FLAGS, "-O2", *of_sanitizer, *flags]) for source in kernels),
+        (binding, [*folders, *python, *FLAGS, *of_binding]),
+        *((source, [*folders, *FLAGS, *of_kernels]) for source in kernels),
     ]
     with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(compile_object, tasks)]
@@ -139,7 +145,7 @@ def compile_module(
 
 def load(
     binding: Path,
-    kernels: Sequence[Path],
+    kernels: Sequence[Path] = (),
     include: Sequence[Path] = (CSRC,),
     flags: Sequence[str] = (),
     sanitizer: str | None = None,
@@ -166,7 +172,7 @@ def mutate(source: Path, replacements: Sequence[tuple[str, str, str]], target: P
     Returns:
         The copy, for ``include``.
     """
-    shutil.copytree(source, target)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for name, old, new in replacements:
         path = target / name
         text = path.read_text(encoding="utf-8")

@@ -15,9 +15,9 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kPageBytes = 4096;
 
 inline void Engine::fiber_main() {
+  const Unobserved unobserved;  // first, as nothing orders this after what the OS thread did when it began
   Fiber& fiber = *engine->running;
   Engine& self = *fiber.engine;  // the fiber stays with it, though the OS thread may change between launches
-  Unobserved unobserved;
   arrive(fiber.context, self.scheduler_);
   for (;;) {
     acquire(&self.begin_);

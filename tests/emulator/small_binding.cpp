@@ -30,6 +30,22 @@ void bind_typed(py::module_& module) {
              });
 }
 
+template <typename T>
+void bind_conversions(py::module_& module, const std::string& type) {
+  module.def(("widen_" + type).c_str(), [](const py::array& input, const py::array& output) {
+    emulator::Buffers buffers;
+    const T* from = buffers.in<T>(input);
+    run_widen<T>(from, buffers.out<float>(output), input.size(), nullptr);
+    buffers.finish();
+  });
+  module.def(("narrow_" + type).c_str(), [](const py::array& input, const py::array& output) {
+    emulator::Buffers buffers;
+    const float* from = buffers.in<float>(input);
+    run_narrow<T>(from, buffers.out<T>(output), input.size(), nullptr);
+    buffers.finish();
+  });
+}
+
 dim3 as_dim3(const std::array<unsigned, 3>& sizes) { return dim3(sizes[0], sizes[1], sizes[2]); }
 
 }  // namespace
@@ -75,8 +91,6 @@ PYBIND11_MODULE(emulated, module) {
     run_mistaken(mistake, from, buffers.out<float>(output), input.size() / threads, threads, shared_bytes, nullptr);
     buffers.finish();
   });
-  module.def("from_half", py::vectorize(from_half));
-  module.def("to_half", py::vectorize(to_half));
-  module.def("from_bfloat16", py::vectorize(from_bfloat16));
-  module.def("to_bfloat16", py::vectorize(to_bfloat16));
+  bind_conversions<__half>(module, "half");
+  bind_conversions<__nv_bfloat16>(module, "bfloat16");
 }

@@ -86,6 +86,24 @@ __global__ void coordinates(int64_t* output) {
       (block << 32) + threadIdx.x + (threadIdx.y << 10) + (threadIdx.z << 20);
 }
 
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline void from_float(float value, __half* result) { *result = __float2half_rn(value); }
+__device__ inline void from_float(float value, __nv_bfloat16* result) { *result = __float2bfloat16_rn(value); }
+
+template <typename T>
+__global__ void widen(const T* __restrict__ input, float* __restrict__ output, int count) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) output[i] = to_float(input[i]);
+}
+
+template <typename T>
+__global__ void narrow(const float* __restrict__ input, T* __restrict__ output, int count) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) from_float(input[i], &output[i]);
+}
+
+// Goes wrong in the way that it is told to.
 __global__ void mistaken(Mistake mistake, float* input, float* output, int shared_count) {
   RAKD_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -190,6 +208,21 @@ INSTANTIATE(double)
 INSTANTIATE(int32_t)
 INSTANTIATE(int64_t)
 
+template <typename T>
+void run_widen(const T* input, float* output, int count, cudaStream_t stream) {
+  RAKD_LAUNCH(widen<T>, (count + 255) / 256, 256, 0, stream, input, output, count);
+}
+
+template <typename T>
+void run_narrow(const float* input, T* output, int count, cudaStream_t stream) {
+  RAKD_LAUNCH(narrow<T>, (count + 255) / 256, 256, 0, stream, input, output, count);
+}
+
+template void run_widen<__half>(const __half*, float*, int, cudaStream_t);
+template void run_widen<__nv_bfloat16>(const __nv_bfloat16*, float*, int, cudaStream_t);
+template void run_narrow<__half>(const float*, __half*, int, cudaStream_t);
+template void run_narrow<__nv_bfloat16>(const float*, __nv_bfloat16*, int, cudaStream_t);
+
 void run_transpose(const float* input, float* output, int rows, int columns, int tile, dim3 block,
                    cudaStream_t stream) {
   const dim3 grid((columns + tile - 1) / tile, (rows + tile - 1) / tile);
@@ -213,10 +246,5 @@ void run_mistaken(Mistake mistake, float* input, float* output, int blocks, int 
                   cudaStream_t stream) {
   RAKD_LAUNCH(mistaken, blocks, threads, shared_bytes, stream, mistake, input, output, shared_bytes / 4);
 }
-
-float from_half(uint16_t bits) { return __half2float(__half{bits}); }
-uint16_t to_half(float value) { return __float2half_rn(value).bits; }
-float from_bfloat16(uint16_t bits) { return __bfloat162float(__nv_bfloat16{bits}); }
-uint16_t to_bfloat16(float value) { return __float2bfloat16_rn(value).bits; }
 
 }  // namespace small

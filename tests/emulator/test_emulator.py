@@ -7,10 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import build
 import numpy as np
 import pytest
-
-import build
 
 BINDING = build.HERE / "small_binding.cpp"
 KERNELS = build.HERE / "small_kernels.cpp"
@@ -127,10 +126,23 @@ def test_shuffles(module: ModuleType, dtype: str, threads: int, mask: int) -> No
         np.testing.assert_array_equal(result, expected)
 
 
+def widened(module: ModuleType, dtype: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    result = np.empty(values.shape, np.float32)
+    getattr(module, f"widen_{dtype}")(values, result)
+    return result
+
+
+def narrowed(module: ModuleType, dtype: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    result = np.empty(values.shape, np.uint16)
+    getattr(module, f"narrow_{dtype}")(values, result)
+    return result
+
+
 def test_half(module: ModuleType) -> None:
     halves = np.arange(65536, dtype=np.uint16)
     expected = halves.view(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(module.from_half(halves), expected)
+    for given in (halves, halves.view(np.float16)):
+        np.testing.assert_array_equal(widened(module, "half", given), expected)
 
     finite = np.sort(expected[np.isfinite(expected)])
     between = ((finite[1:].astype(np.float64) + finite[:-1]) / 2).astype(np.float32)  # ties, all exact
@@ -142,19 +154,19 @@ def test_half(module: ModuleType) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         wanted = values.astype(np.float16).view(np.uint16)
     wanted[np.isnan(values)] = 0x7FFF  # CUDA's NaN
-    np.testing.assert_array_equal(module.to_half(values), wanted)
+    np.testing.assert_array_equal(narrowed(module, "half", values), wanted)
 
 
 def test_bfloat16(module: ModuleType) -> None:
     torch = pytest.importorskip("torch")
     words = np.arange(65536, dtype=np.uint16)
-    np.testing.assert_array_equal(module.from_bfloat16(words), (words.astype(np.uint32) << 16).view(np.float32))
+    np.testing.assert_array_equal(widened(module, "bfloat16", words), (words.astype(np.uint32) << 16).view(np.float32))
     high = np.random.default_rng(0).integers(0, 65536, 200_000, np.uint32) << 16
     for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         values = (high | low).view(np.float32)
         wanted = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy().copy()
         wanted[np.isnan(values)] = 0x7FFF
-        np.testing.assert_array_equal(module.to_bfloat16(values), wanted)
+        np.testing.assert_array_equal(narrowed(module, "bfloat16", values), wanted)
 
 
 def test_counts(module: ModuleType) -> None:
@@ -278,6 +290,40 @@ def test_switching_by_ucontext() -> None:
     with pytest.raises(RuntimeError, match="threads diverge"):
         mistaken(module, "divergent_barrier")
     assert block_sums(module, 64)
+
+
+ALL_IN_ONE = """
+#include "bindings.h"
+#include "cuda/platform.h"
+
+__global__ void scale(const float* __restrict__ input, float* __restrict__ output, int64_t count, float factor) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int part = 0; part < 1; ++part) {
+    if (i < count) output[i] = factor * input[i];
+  }
+}
+
+PYBIND11_MODULE(emulated, module) {
+  module.def("scale", [](const pybind11::array& x, const pybind11::array& y, double factor) {
+    emulator::Buffers buffers;
+    const float* input = buffers.in<float>(x);
+    float* output = buffers.out<float>(y);
+    RAKD_LAUNCH(scale, (x.size() + 63) / 64, 64, 0, nullptr, input, output, x.size(), factor);
+    buffers.finish();
+  });
+}
+"""
+
+
+def test_kernels_in_the_binding(tmp_path: Path) -> None:
+    source = tmp_path / "binding.cu"
+    source.write_text(ALL_IN_ONE)
+    module = build.load(source)
+    values = np.arange(2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5).transpose(2, 0, 1)
+    result = np.zeros((2, 3, 5), np.float32).transpose(2, 0, 1)  # in memory like the input, as is a channels-last map
+    module.scale(values, result, 0.5)
+    np.testing.assert_array_equal(result, values / 2)
 
 
 def test_mutations_must_apply(tmp_path: Path) -> None:
