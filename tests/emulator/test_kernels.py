@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import build
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-import build
 from rakd_ops import reference
 from rakd_ops.levels import ASSIGNMENTS
 
