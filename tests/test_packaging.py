@@ -47,6 +47,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -57,6 +58,7 @@ def test_sdist(sdist: Path) -> None:
     assert not foreign
 
 
+@pytest.mark.slow
 def test_wheel(wheel: Path) -> None:
     assert re.fullmatch(r"rakd-[\d.]+-cp310-abi3-\w+\.whl", wheel.name), wheel.name
     with zipfile.ZipFile(wheel) as archive:
@@ -72,6 +74,7 @@ def test_wheel(wheel: Path) -> None:
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:

@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 
 def settings(scenes: Path, **options: Any) -> FeatureDistillation:
-    small = {"weights": "random", "height": 64, "steps": 4, "expert": "resnet18", "split": "train", **options}
+    small = {"weights": "random", "height": 32, "steps": 4, "expert": "resnet18", "split": "train", **options}
     return FeatureDistillation(data=str(scenes), **small)
 
 
 def test_the_loss_falls(scenes: Path, tmp_path: Path) -> None:
-    outcome = FeatureTrainer(settings(scenes, steps=25), tmp_path, CPU).run()
-    assert len(outcome.steps) == 25
+    outcome = FeatureTrainer(settings(scenes, steps=15), tmp_path, CPU).run()
+    assert len(outcome.steps) == 15
     assert outcome.ratio > 2
     rows = list(csv.DictReader((tmp_path / "loss.csv").open()))
     assert [float(row["loss"]) for row in rows] == pytest.approx(outcome.steps, rel=1e-6)
