@@ -38,15 +38,16 @@ def check_distill(case: Case, dtype: torch.dtype, backend: str) -> None:
     gradients = torch.autograd.grad(weigh(loss), maps[0] + maps[1])
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     slack = SUBNORMAL if dtype == torch.float16 else 0.0
-    # Weights of either sign may cancel in the sum: errors are judged by the loss with their magnitudes.
-    scale = expected.detach()
+    # Weights of either sign may cancel: errors are judged by the loss and gradients with their magnitudes.
+    scale, gradient_scales = expected.detach(), expected_gradients
     if case.box_weights is not None:
         magnitudes = {**case.distill_options(), "box_weights": case.box_weights.abs()}
-        scale = reference.soft_roi_distill(*exact, case.boxes, **magnitudes).detach()
+        scale = reference.soft_roi_distill(*exact, case.boxes, **magnitudes)
+        gradient_scales = torch.autograd.grad(weigh(scale), exact[0] + exact[1])
     assert_close(loss, expected, scale, TOLERANCE[dtype])
-    for got, wanted in zip(gradients, expected_gradients, strict=True):
+    for got, wanted, size in zip(gradients, expected_gradients, gradient_scales, strict=True):
         assert got.dtype == dtype
-        assert_close(got, wanted, wanted, TOLERANCE[dtype], slack)
+        assert_close(got, wanted, size, TOLERANCE[dtype], slack)
     # The value without gradients comes from another kernel path.
     with torch.no_grad():
         alone = soft_roi_distill(*maps, boxes, **options, backend=backend)
