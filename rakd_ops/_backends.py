@@ -80,8 +80,8 @@ def available_backends() -> dict[str, bool | str]:
 
 
 @functools.cache
-def _warn_slow(device: str, chosen: str) -> None:
-    reasons = {name: _why_not(name) for name in ("cuda", "triton") if _MISSING[name] is not None}
+def _warn_slow(device: str, chosen: str, better: tuple[str, ...]) -> None:
+    reasons = {name: _why_not(name) for name in better}
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     warnings.warn(f"rakd_ops: {device} tensors are served by the slower {chosen!r} backend ({listed})", stacklevel=4)
 
@@ -107,7 +107,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend == "auto":
         chosen = next(name for name in serving if _MISSING[name] is None)
         if chosen != serving[0] and not torch.compiler.is_compiling():
-            _warn_slow(device.type, chosen)
+            _warn_slow(device.type, chosen, serving[: serving.index(chosen)])
         return chosen
     if _MISSING[backend] is not None:
         raise RuntimeError(f"backend: {backend!r} cannot run here: {_MISSING[backend]}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from rakd_ops.levels import ASSIGNMENTS
 REDUCTIONS = ("mean", "sum", "none")
 MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_LEVELS = 16  # csrc/cpu/kernels.h, kMaxLevels
+MAX_COUNT = 10_000  # bins and samples along one axis; kernels count in 32 bits
+MAX_CELLS = 2**31 - 2  # rows or columns of one map; likewise
 
 Maps = Sequence[Tensor] | Mapping[str, Tensor]
 Boxes = Tensor | Sequence[Tensor]
@@ -49,20 +52,27 @@ class Settings(NamedTuple):
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     """Return ``value`` as a finite float, positive where asked."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or (positive and number <= 0):
         raise ValueError(f"{name}: expected a {'positive ' if positive else ''}finite number, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
-    """Return ``value`` as an int of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Return ``value`` as an int from ``minimum`` to ``MAX_COUNT``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
-    return value
+    number = int(value)
+    if number < minimum:
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {number}")
+    if number > MAX_COUNT:
+        raise ValueError(f"{name}: expected an integer of at most {MAX_COUNT}, got {number}")
+    return number
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
@@ -82,6 +92,14 @@ def check_strides(name: str, strides: Any) -> tuple[float, ...]:
     if any(fine >= coarse for fine, coarse in pairwise(checked)):
         raise ValueError(f"{name}: expected increasing strides (fine to coarse), got {checked}")
     return checked
+
+
+def check_expert_strides(strides: Any, levels: int) -> tuple[float, ...]:
+    """Return the expert's strides as floats; one per level."""
+    steps = check_strides("expert_strides", strides)
+    if len(steps) != levels:
+        raise ValueError(f"expert_strides: expected {levels} strides as in strides, got {len(steps)}")
+    return steps
 
 
 def check_settings(
@@ -140,6 +158,8 @@ def check_maps(name: str, maps: list[Tensor], like: Tensor, like_name: str, leve
             raise TypeError(f"{label}: expected float32, float64, float16 or bfloat16, got {feature.dtype}")
         if min(feature.shape[1:]) == 0:
             raise ValueError(f"{label}: expected at least one channel, row and column, got {list(feature.shape)}")
+        if max(feature.shape[2:]) > MAX_CELLS:
+            raise ValueError(f"{label}: expected at most {MAX_CELLS} rows and columns, got {list(feature.shape)}")
         for axis, what in ((0, "images"), (1, "channels")):
             if feature.shape[axis] != like.shape[axis]:
                 expected = f"{like.shape[axis]} {what} as in {like_name}"
@@ -299,10 +319,8 @@ def check_distillation(
     keys = list(apprentice) if isinstance(apprentice, Mapping) else None
     students = list_maps("apprentice", apprentice)
     teachers = list_maps("expert", expert, keys)
-    steps = settings.strides if expert_strides is None else check_strides("expert_strides", expert_strides)
     levels = len(settings.strides)
-    if len(steps) != levels:
-        raise ValueError(f"expert_strides: expected {levels} strides as in strides, got {len(steps)}")
+    steps = settings.strides if expert_strides is None else check_expert_strides(expert_strides, levels)
     if len(students) != levels:
         raise ValueError(f"apprentice: expected {levels} maps, one per stride, got {len(students)}")
     both = harmonise_autocast(students + teachers)

@@ -129,6 +129,13 @@ def _graph_is_kept() -> bool:
     return True if query is None else bool(query())
 
 
+def _savable(values: Sequence[Any]) -> Sequence[Any]:
+    """Copy tensors made under ``torch.inference_mode``, which autograd refuses to keep (an expert's maps, say)."""
+    if torch.compiler.is_compiling():
+        return values
+    return [v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in values]
+
+
 def _place_gradients(gradients: Sequence[Tensor], wanted: tuple[bool, bool], levels: int) -> tuple[Tensor | None, ...]:
     """Arrange gradients as (apprentice's, expert's), None for a side that was not wanted."""
     remaining = iter(gradients)
@@ -288,23 +295,21 @@ def distill(inputs: Distillation, settings: Settings, reduction: str, backend: s
     maps = (*inputs.apprentice, *inputs.expert)
     options = (list(settings.strides), list(inputs.expert_strides), *settings.for_op())
     wanted = (any(m.requires_grad for m in inputs.apprentice), any(m.requires_grad for m in inputs.expert))
-    if not (torch.is_grad_enabled() and any(wanted)):
-        total, losses = _op("distill_loss", backend)(
-            inputs.apprentice, inputs.expert, inputs.boxes, inputs.coefficients, *options
-        )
-        result: Tensor = losses if reduction == "none" else total
-        return result.to(_loss_dtype(maps))
-    if reduction == "none" or maps[0].dtype == torch.float16:
-        summed = reduction != "none"
-        arguments = (inputs.boxes, inputs.coefficients, options, wanted, backend, summed)
-        return _DistillPerBox.apply(_anchor(maps), *arguments, *maps)
+    differentiated = torch.is_grad_enabled() and any(wanted)
+    if not differentiated or reduction == "none" or maps[0].dtype == torch.float16:
+        # Also where nothing is to be differentiated: the Function refuses forward-mode derivatives, which the op alone
+        # would silently take for zero.
+        arguments = (inputs.boxes, inputs.coefficients, options, wanted, backend, reduction != "none")
+        if not differentiated:
+            return _DistillPerBox.apply(None, *arguments, *maps)
+        return _DistillPerBox.apply(_anchor(maps), *_savable(arguments), *_savable(maps))
     return _DistillTotal.apply(_anchor(maps), inputs.boxes, inputs.coefficients, options, wanted, backend, *maps)
 
 
 def align(maps: list[Tensor], boxes: Tensor, settings: Settings, backend: str) -> Tensor:
     """``multilevel_roi_align`` by the registered ops, on checked arguments."""
     options = (list(settings.strides), *settings.for_op())
-    return _Align.apply(_anchor(maps), boxes, options, backend, *maps)
+    return _Align.apply(_anchor(maps), *_savable((boxes,)), options, backend, *maps)
 
 
 def compiled_level_weights(boxes: Tensor, settings: Settings) -> Tensor:

@@ -47,7 +47,7 @@ class SoftRoIDistillLoss(nn.Module):
         super().__init__()
         _inputs.check_settings(strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level)
         if expert_strides is not None:
-            _inputs.check_strides("expert_strides", expert_strides)
+            _inputs.check_expert_strides(expert_strides, len(strides))
         _inputs.check_choice("reduction", reduction, _inputs.REDUCTIONS)
         _inputs.check_choice("backend", backend, ("auto", *BACKENDS))
         self.strides = tuple(strides)

@@ -74,7 +74,8 @@ def _pool(feature: Tensor, boxes: Tensor, stride: float, settings: Settings) -> 
         pooled.append(torch.einsum("kpy,kcyq->kcpq", rows[selected], across))
         order.append(selected)
     if not pooled:
-        return feature.new_zeros((0, feature.shape[1], bins_y, bins_x))
+        # No images, no boxes; still a function of the feature.
+        return feature.new_zeros((0, feature.shape[1], bins_y, bins_x)) + feature.sum()
     return torch.cat(pooled)[torch.cat(order).argsort()]
 
 

@@ -81,6 +81,10 @@ class Job {
     });
     // Fixed order: the same bits whoever ran what.
     for (const double total : totals) result.total += total;
+    // Half an inner product may round to just below zero, which a sum of squares never is.
+    const auto* weight = static_cast<const double*>(call_.coefficients.data_ptr());
+    const bool squares = std::all_of(weight, weight + boxes_.count, [](double w) { return w >= 0.0; });
+    if (squares && result.total < 0.0) result.total = 0.0;
     if (call_.per_box) sum_box_losses(patch_losses, result);
     return result;
   }

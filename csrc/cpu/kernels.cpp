@@ -180,14 +180,10 @@ void run_double(Task& task, Element, Scratch& scratch) {
   run_width<Kernel, double, double>(task, scratch);
 }
 
-#define RAKD_STRINGIZE(x) #x
-#define RAKD_NAME(x) RAKD_STRINGIZE(x)
-
 }  // namespace
 
 const Kernels& kernels() {
   static const Kernels table = {
-      RAKD_NAME(RAKD_ISA),
       run_float<Distill, DistillTask<float>>,
       run_double<Distill, DistillTask<double>>,
       run_float<Align, const AlignTask<float>>,

@@ -22,7 +22,7 @@ struct ChannelBlock {
   int64_t begin, count, width;
 };
 
-// Buffers of one worker. Sized by scratch_elements() in units of the accumulation type.
+// Buffers of one worker, of the accumulation type; ScratchSizes in dispatch.h says how large.
 struct Scratch {
   void* values[2];     // gathered maps, one per side
   void* gradients[2];  // their gradients
@@ -70,7 +70,6 @@ struct AlignBackwardTask {
 
 // The kernels of one instruction set. `element` is the dtype of all maps of the task.
 struct Kernels {
-  const char* name;
   void (*distill_float)(DistillTask<float>&, Element, Scratch&);
   void (*distill_double)(DistillTask<double>&, Element, Scratch&);
   void (*align_float)(const AlignTask<float>&, Element, Scratch&);

@@ -6,93 +6,50 @@
 namespace rakd {
 namespace {
 
-// R of one axis in double, before it is narrowed and stored; buffers are reused from box to box.
-struct AxisBuilder {
-  std::vector<int32_t> cells;
-  std::vector<int32_t> begin, end;  // per bin, in touched cells
-  std::vector<int32_t> offset;      // per bin, into weight
-  std::vector<double> weight;
-  std::vector<int32_t> bin_begin, bin_end;    // per touched cell: the bins it feeds
-  std::vector<int32_t> gram_begin, gram_end;  // per touched cell: the cells it shares a bin with
+// Table of one axis in double, before it is narrowed and stored; buffers are reused from box to box.
+class AxisBuilder {
+ public:
+  void build(const AxisSamples& samples, int64_t bins, int64_t size, int64_t sampling_ratio) {
+    const AxisCapacity capacity = axis_capacity(size, bins, sampling_ratio);
+    for (auto* array : {&cell_, &cell_bin_, &cell_offset_, &gram_begin_, &gram_end_}) grow(*array, capacity.cells + 1);
+    for (auto* array : {&bin_cell_, &bin_offset_}) grow(*array, bins + 1);
+    for (auto* array : {&pool_, &spread_}) grow(*array, capacity.weights);
+    table = AxisTable<double>{&count,           cell_.data(),       cell_bin_.data(), cell_offset_.data(),
+                              bin_cell_.data(), bin_offset_.data(), pool_.data(),     spread_.data()};
+    this->bins = static_cast<int32_t>(bins);
+    fill_pool(samples, size, this->bins, table);
+    fill_spread(this->bins, table);
+    measure_gram();
+  }
+  void clear() { build(AxisSamples{0.0, 0.0, 0}, bins, 1, 1); }
+
+  // Touched cells that share a bin with touched cell t: gram_begin(t) .. gram_end(t).
+  int32_t gram_begin(int32_t t) const { return gram_begin_[t]; }
+  int32_t gram_end(int32_t t) const { return gram_end_[t]; }
+  int64_t pool_values() const { return table.bin_offset[bins]; }
+
+  AxisTable<double> table{};
+  int32_t count = 0, bins = 0;
   int64_t gram_values = 0;
 
-  void build(const AxisSamples& axis, int64_t bins, int64_t size) {
-    cells.clear();
-    weight.clear();
-    begin.assign(bins, 0);
-    end.assign(bins, 0);
-    offset.assign(bins + 1, 0);
-    for (int64_t bin = 0; bin < bins; ++bin) {
-      offset[bin] = static_cast<int32_t>(weight.size());
-      add_bin(axis, bin, size);
-    }
-    offset[bins] = static_cast<int32_t>(weight.size());
-    transpose(bins);
-  }
-
-  void clear(int64_t bins) { build(AxisSamples{0.0, 0.0, 0}, bins, 1); }
-
  private:
-  void add_bin(const AxisSamples& axis, int64_t bin, int64_t size) {
-    int64_t first, last;
-    sample_range(axis, bin, size, &first, &last);
-    const size_t bin_offset = weight.size();
-    bool empty = true;
-    for (int64_t sample = first; sample < last; ++sample) {
-      Tap tap = bilinear_tap(sample_position(axis, bin, sample), size);
-      if (!tap.valid) continue;
-      // Positions never decrease but for the last bit's rounding (boxes of no extent on a cell's border).
-      if (low_ >= 0 && !cells.empty() && tap.low < low_) tap = Tap{true, low_, low_, 1.0, 0.0};
-      low_ = tap.low;
-      const int32_t local = touch(tap.low);
-      if (tap.high != tap.low) touch(tap.high);
-      if (empty) begin[bin] = local;
-      empty = false;
-      const size_t at = bin_offset + static_cast<size_t>(local - begin[bin]);
-      if (weight.size() < at + 2) weight.resize(at + 2, 0.0);
-      const double share = static_cast<double>(axis.samples);
-      weight[at] += tap.weight_low / share;
-      weight[at + 1] += tap.weight_high / share;
-    }
-    if (empty) {
-      begin[bin] = end[bin] = static_cast<int32_t>(cells.size());
-      return;
-    }
-    end[bin] = static_cast<int32_t>(cells.size());
-    weight.resize(bin_offset + static_cast<size_t>(end[bin] - begin[bin]), 0.0);
+  template <class U>
+  static void grow(std::vector<U>& array, int64_t count) {
+    if (static_cast<int64_t>(array.size()) < count) array.resize(count);
   }
 
-  // Position of `cell` among the touched ones, which it joins when it is new. It can only be one of the last two.
-  int32_t touch(int64_t cell) {
-    const auto value = static_cast<int32_t>(cell);
-    const auto count = static_cast<int32_t>(cells.size());
-    if (count == 0 || value > cells.back()) {
-      cells.push_back(value);
-      return count;
-    }
-    return value == cells.back() ? count - 1 : count - 2;
-  }
-
-  void transpose(int64_t bins) {
-    const auto count = static_cast<int32_t>(cells.size());
-    bin_begin.assign(count, static_cast<int32_t>(bins));
-    bin_end.assign(count, 0);
-    gram_begin.assign(count, count);
-    gram_end.assign(count, 0);
-    for (int64_t bin = 0; bin < bins; ++bin) {
-      for (int32_t t = begin[bin]; t < end[bin]; ++t) {
-        bin_begin[t] = std::min(bin_begin[t], static_cast<int32_t>(bin));
-        bin_end[t] = static_cast<int32_t>(bin) + 1;
-        gram_begin[t] = std::min(gram_begin[t], begin[bin]);
-        gram_end[t] = std::max(gram_end[t], end[bin]);
-      }
-    }
+  void measure_gram() {
     gram_values = 0;
-    for (int32_t t = 0; t < count; ++t) gram_values += gram_end[t] - gram_begin[t];
-    low_ = -1;
+    for (int32_t t = 0; t < count; ++t) {
+      const int32_t first = table.cell_bin[t], last = first + table.cell_offset[t + 1] - table.cell_offset[t] - 1;
+      gram_begin_[t] = table.bin_cell[first];
+      gram_end_[t] = table.bin_cell[last] + table.bin_offset[last + 1] - table.bin_offset[last];
+      gram_values += gram_end_[t] - gram_begin_[t];
+    }
   }
 
-  int64_t low_ = -1;  // cell of the previous sample
+  std::vector<int32_t> cell_, cell_bin_, cell_offset_, bin_cell_, bin_offset_, gram_begin_, gram_end_;
+  std::vector<double> pool_, spread_;
 };
 
 template <class T>
@@ -107,44 +64,41 @@ Banded<T> make_banded(Arena& arena, int64_t rows, int64_t values, int32_t** begi
 template <class T>
 Axis<T> store_axis(Arena& arena, const AxisBuilder& built) {
   Axis<T> axis;
-  axis.count = static_cast<int32_t>(built.cells.size());
+  axis.count = built.count;
   auto* cell = arena.take<int32_t>(axis.count);
-  std::copy(built.cells.begin(), built.cells.end(), cell);
+  std::copy_n(built.table.cell, axis.count, cell);
   axis.cell = cell;
 
   int32_t *begin, *offset;
   T* value;
-  const auto bins = static_cast<int64_t>(built.begin.size());
-  const auto values = static_cast<int64_t>(built.weight.size());
-  axis.pool = make_banded<T>(arena, bins, values, &begin, &offset, &value);
-  std::copy(built.begin.begin(), built.begin.end(), begin);
-  std::copy(built.offset.begin(), built.offset.end(), offset);
-  for (int64_t i = 0; i < values; ++i) value[i] = static_cast<T>(built.weight[i]);
+  const int64_t values = built.pool_values();
+  axis.pool = make_banded<T>(arena, built.bins, values, &begin, &offset, &value);
+  std::copy_n(built.table.bin_cell, built.bins, begin);
+  std::copy_n(built.table.bin_offset, built.bins + 1, offset);
+  std::copy_n(built.table.pool, values, value);
 
   axis.spread = make_banded<T>(arena, axis.count, values, &begin, &offset, &value);
-  for (int32_t t = 0, at = 0; t < axis.count; ++t) {
-    begin[t] = built.bin_begin[t];
-    for (int32_t bin = built.bin_begin[t]; bin < built.bin_end[t]; ++bin) {
-      value[at++] = static_cast<T>(built.weight[built.offset[bin] + t - built.begin[bin]]);
-    }
-    offset[t + 1] = at;
-  }
+  std::copy_n(built.table.cell_bin, axis.count, begin);
+  std::copy_n(built.table.cell_offset, axis.count + 1, offset);
+  std::copy_n(built.table.spread, values, value);
   return axis;
 }
 
 template <class T>
 Banded<T> store_gram(Arena& arena, const AxisBuilder& built, double factor) {
-  const auto count = static_cast<int32_t>(built.cells.size());
+  const AxisTable<double>& table = built.table;
   int32_t *begin, *offset;
   T* value;
-  Banded<T> gram = make_banded<T>(arena, count, built.gram_values, &begin, &offset, &value);
-  for (int32_t t = 0, at = 0; t < count; ++t) {
-    begin[t] = built.gram_begin[t];
-    for (int32_t u = built.gram_begin[t]; u < built.gram_end[t]; ++u) {
+  Banded<T> gram = make_banded<T>(arena, built.count, built.gram_values, &begin, &offset, &value);
+  for (int32_t t = 0, at = 0; t < built.count; ++t) {
+    begin[t] = built.gram_begin(t);
+    const int32_t first = table.cell_bin[t], last = first + table.cell_offset[t + 1] - table.cell_offset[t];
+    for (int32_t u = built.gram_begin(t); u < built.gram_end(t); ++u) {
       double sum = 0.0;
-      for (int32_t bin = built.bin_begin[t]; bin < built.bin_end[t]; ++bin) {
-        if (u < built.begin[bin] || u >= built.end[bin]) continue;
-        const double* row = built.weight.data() + built.offset[bin] - built.begin[bin];
+      for (int32_t bin = first; bin < last; ++bin) {
+        const int32_t from = table.bin_cell[bin], count = table.bin_offset[bin + 1] - table.bin_offset[bin];
+        if (u < from || u >= from + count) continue;
+        const double* row = table.pool + table.bin_offset[bin] - from;
         sum += row[t] * row[u];
       }
       value[at++] = static_cast<T>(factor * sum);
@@ -156,8 +110,7 @@ Banded<T> store_gram(Arena& arena, const AxisBuilder& built, double factor) {
 
 // Vector multiply-adds plus stores of the two forms; the Gram form's intermediate must also stay in cache.
 bool gram_is_cheaper(const AxisBuilder& y, const AxisBuilder& x, int64_t bins_y, int64_t bins_x) {
-  const auto rows = static_cast<int64_t>(y.cells.size()), columns = static_cast<int64_t>(x.cells.size());
-  const auto pool_y = static_cast<int64_t>(y.weight.size()), pool_x = static_cast<int64_t>(x.weight.size());
+  const int64_t rows = y.count, columns = x.count, pool_y = y.pool_values(), pool_x = x.pool_values();
   const int64_t gram = rows * x.gram_values + columns * y.gram_values + 2 * rows * columns;
   const int64_t factors = 2 * (rows * pool_x + bins_x * pool_y) + 2 * rows * bins_x + bins_y * bins_x + rows * columns;
   return gram < factors && rows * columns <= 1024;
@@ -245,13 +198,12 @@ Plan<T> build_plan(const PlanRequest& request) {
     const double scale = request.scales[k * request.scale_stride];
     if (scale == 0.0) continue;
     const double* box = request.boxes + 5 * k;
-    y.build(axis_samples(box[2], box[4], request.stride, request.bins_y, request.sampling_ratio), request.bins_y,
-            request.height);
-    x.build(axis_samples(box[1], box[3], request.stride, request.bins_x, request.sampling_ratio), request.bins_x,
-            request.width);
-    if (y.cells.empty() || x.cells.empty()) {  // outside along one axis: nothing along the other either
-      y.clear(request.bins_y);
-      x.clear(request.bins_x);
+    const int64_t ratio = request.sampling_ratio;
+    y.build(axis_samples(box[2], box[4], request.stride, request.bins_y, ratio), request.bins_y, request.height, ratio);
+    x.build(axis_samples(box[1], box[3], request.stride, request.bins_x, ratio), request.bins_x, request.width, ratio);
+    if (y.count == 0 || x.count == 0) {  // outside along one axis: nothing along the other either
+      y.clear();
+      x.clear();
     }
     Patch<T> patch{};
     patch.box = k;

@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "../geometry.h"
+#include "../axis_table.h"
 
 namespace rakd {
 

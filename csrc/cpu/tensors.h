@@ -121,6 +121,8 @@ struct Boxes {
         STD_TORCH_CHECK(std::isfinite(data[5 * k + i]), "boxes: expected finite coordinates, got ", data[5 * k + i],
                         " in row ", k);
       }
+      STD_TORCH_CHECK(data[5 * k + 1] <= data[5 * k + 3] && data[5 * k + 2] <= data[5 * k + 4],
+                      "boxes: expected x1 <= x2 and y1 <= y2 in row ", k);
       of_image[static_cast<size_t>(index)].push_back(k);
     }
   }

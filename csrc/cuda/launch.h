@@ -30,9 +30,8 @@ WorkspaceSizes plan_workspace(Tables<T>& tables, int64_t channels) {
     for (int level = 0; level < tables.levels; ++level) {
       for (int axis = 0; axis < 2; ++axis) {
         const int64_t size = tables.size[side][level][axis], bins = tables.bins[axis];
-        const int64_t taps = 2 * int64_t(tables.sampling_ratio) * bins, dense = size + 2 * bins;
-        const int64_t weights = tables.sampling_ratio > 0 && taps < dense ? taps : dense;
-        const int64_t cells = weights < size ? weights : size;
+        const AxisCapacity capacity = axis_capacity(size, bins, tables.sampling_ratio);
+        const int64_t cells = capacity.cells, weights = capacity.weights;
         tables.layout[side][level][axis] =
             AxisLayout{sizes.ints, sizes.weights, static_cast<int32_t>(cells), static_cast<int32_t>(weights)};
         sizes.ints += tables.boxes * axis_int_count(static_cast<int32_t>(cells), static_cast<int32_t>(bins));
@@ -64,6 +63,7 @@ void launch_distill_pool(const DistillPool<E>& call, const BlockSizes& blocks, c
   const dim3 grid(static_cast<unsigned>(slabs_of(call.channels)), box_grid(tables.boxes),
                   box_rounds(tables.boxes) * tables.levels);
   const size_t bytes = pool_shared_bytes<T>(int64_t(tables.bins[0]) * tables.bins[1], blocks.pool);
+  RAKD_ALLOW_SHARED((distill_pool<E>), bytes);
   RAKD_LAUNCH((distill_pool<E>), grid, dim3(blocks.pool), bytes, stream, call);
 }
 
@@ -77,6 +77,7 @@ void launch_align_pool(const AlignPool<E>& call, const BlockSizes& blocks, cudaS
   const Tables<T>& tables = call.tables;
   const dim3 grid(static_cast<unsigned>(slabs_of(call.channels)), box_grid(tables.boxes), box_rounds(tables.boxes));
   const size_t bytes = pool_shared_bytes<T>(int64_t(tables.bins[0]) * tables.bins[1], 0);
+  RAKD_ALLOW_SHARED((align_pool<E>), bytes);
   RAKD_LAUNCH((align_pool<E>), grid, dim3(blocks.pool), bytes, stream, call);
 }
 

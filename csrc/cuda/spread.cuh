@@ -142,7 +142,7 @@ __global__ void spread(Spread<E> call) {
         for (int32_t j = ax.cell_offset[t]; j < ax.cell_offset[t + 1]; ++j) {
           const T weight = ax.spread[j];
           const T* from = row + (ax.cell_bin[t] + j - ax.cell_offset[t]) * kSlab;
-  RAKD_UNROLL
+          RAKD_UNROLL
           for (int c = 0; c < kSlab; ++c) sum[c] += weight * from[c];
         }
       }
@@ -157,7 +157,7 @@ __global__ void spread(Spread<E> call) {
     E* out =
         view.data + image * view.stride[0] + slab * kSlab * view.stride[1] + y * view.stride[2] + x * view.stride[3];
     const T sign = side == 0 ? call.sign : -call.sign;
-  RAKD_UNROLL
+    RAKD_UNROLL
     for (int c = 0; c < kSlab; ++c) {
       if (slab * kSlab + c < call.channels) narrow(sign * sum[c], out + c * view.stride[1]);
     }

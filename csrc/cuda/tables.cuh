@@ -7,7 +7,7 @@
 // A box that is not finite touches no cell; one whose batch index is no image's is ignored. Either counts zero.
 #pragma once
 
-#include "../geometry.h"
+#include "../axis_table.h"
 #include "platform.h"
 
 namespace rakd {
@@ -43,19 +43,6 @@ struct Tables {
   int32_t* image;  // [boxes]: batch index, or -1
 };
 
-// One box along one axis of one map.
-template <class T>
-struct AxisTable {
-  int32_t* count;        // touched cells
-  int32_t* cell;         // [cell_capacity] their positions, increasing
-  int32_t* cell_bin;     // [cell_capacity] first bin each feeds
-  int32_t* cell_offset;  // [cell_capacity + 1] into spread
-  int32_t* bin_cell;     // [bins] first touched cell of each bin
-  int32_t* bin_offset;   // [bins + 1] into pool
-  T* pool;               // [weight_capacity]
-  T* spread;             // [weight_capacity]
-};
-
 RAKD_HD int32_t axis_int_count(int32_t cell_capacity, int32_t bins) { return 3 * cell_capacity + 2 * bins + 3; }
 
 template <class T>
@@ -72,55 +59,6 @@ RAKD_HD AxisTable<T> axis_table(const Tables<T>& tables, int side, int level, in
   table.pool = tables.weights + at.weights + box * 2 * at.weight_capacity;
   table.spread = table.pool + at.weight_capacity;
   return table;
-}
-
-// R by bin. The order of samples makes touched cells come in order too (csrc/cpu/plan.cpp says why).
-template <class T>
-__device__ void fill_pool(const AxisSamples& samples, int32_t size, int32_t bins, const AxisTable<T>& table) {
-  int32_t count = 0, offset = 0, low = -1;
-  for (int32_t bin = 0; bin < bins; ++bin) {
-    table.bin_offset[bin] = offset;
-    table.bin_cell[bin] = count;
-    int64_t first, last;
-    sample_range(samples, bin, size, &first, &last);
-    int32_t filled = 0;
-    for (int64_t i = first; i < last; ++i) {
-      Tap tap = bilinear_tap(sample_position(samples, bin, i), size);
-      if (!tap.valid) continue;
-      if (tap.low < low) tap = Tap{true, low, low, 1.0, 0.0};
-      low = static_cast<int32_t>(tap.low);
-      if (count == 0 || low > table.cell[count - 1]) table.cell[count++] = low;
-      const int32_t local = low == table.cell[count - 1] ? count - 1 : count - 2;
-      if (tap.high > table.cell[count - 1]) table.cell[count++] = static_cast<int32_t>(tap.high);
-      if (filled == 0) table.bin_cell[bin] = local;
-      const int32_t at = local - table.bin_cell[bin];
-      const int32_t needed = tap.high == tap.low ? at + 1 : at + 2;
-      for (; filled < needed; ++filled) table.pool[offset + filled] = T(0);
-      table.pool[offset + at] += T(tap.weight_low / static_cast<double>(samples.samples));
-      if (tap.high != tap.low) table.pool[offset + at + 1] += T(tap.weight_high / static_cast<double>(samples.samples));
-    }
-    offset += filled;
-  }
-  table.bin_offset[bins] = offset;
-  *table.count = count;
-}
-
-// R transposed. Bins of one cell are neighbours, because bins' cells never go back.
-template <class T>
-__device__ void fill_spread(int32_t bins, const AxisTable<T>& table) {
-  int32_t offset = 0, first = 0;
-  for (int32_t t = 0; t < *table.count; ++t) {
-    const auto end = [&](int32_t bin) {
-      return table.bin_cell[bin] + table.bin_offset[bin + 1] - table.bin_offset[bin];
-    };
-    while (first < bins && end(first) <= t) ++first;
-    table.cell_bin[t] = first;
-    table.cell_offset[t] = offset;
-    for (int32_t bin = first; bin < bins && table.bin_cell[bin] <= t && end(bin) > t; ++bin) {
-      table.spread[offset++] = table.pool[table.bin_offset[bin] + t - table.bin_cell[bin]];
-    }
-  }
-  table.cell_offset[*table.count] = offset;
 }
 
 template <class T>

@@ -276,7 +276,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "off by one in the tile's overlap": [("cuda/spread.cuh", ">= top &&", "> top &&")],
     "bounds check of the tile missing": [("cuda/spread.cuh", "if (y >= height || x >= width) return;", "")],
     "bounds check of channels missing": [("cuda/spread.cuh", "if (slab * kSlab + c < call.channels) narrow", "narrow")],
-    "wrong weight": [("cuda/tables.cuh", "tap.weight_high / static_cast", "tap.weight_low / static_cast")],
+    "wrong weight": [("axis_table.h", "T(tap.weight_high / share)", "T(tap.weight_low / share)")],
     "border rule": [("geometry.h", "position >= -1.0 &&", "position > -1.0 && position >= 0.0 &&")],
     "unwritten output": [("cuda/spread.cuh", "if (!view.data) continue;", "if (!view.data || found_none) continue;"), (
         "cuda/spread.cuh", "int parity = 0;", "int parity = 0;\n  const bool found_none = tables.boxes > 0 && top > 0;",

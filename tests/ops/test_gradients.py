@@ -143,6 +143,35 @@ def test_no_grad(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_expert_under_inference_mode(backend: str, dtype: torch.dtype, reduction: str) -> None:
+    """An expert is often run under inference_mode, whose tensors autograd refuses to keep."""
+    device = DEVICE_OF[backend]
+    maps = pyramid(dtype=dtype, device=device, requires_grad=True)
+    with torch.inference_mode():
+        expert = [2.0 * m for m in pyramid(dtype=dtype, device=device, seed=1)]
+        boxes = random_boxes(6).to(device) + 0.0
+    loss = soft_roi_distill(maps, expert, boxes, reduction=reduction, backend=backend).sum()
+    pooled = multilevel_roi_align(maps, boxes, backend=backend)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss + pooled.float().sum(), maps))
+
+
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_is_refused(backend: str, reduction: str) -> None:
+    """It is not implemented; a silent zero would be worse."""
+    maps = pyramid(device=DEVICE_OF[backend])
+    boxes = random_boxes(6).to(DEVICE_OF[backend])
+
+    def loss(first: torch.Tensor) -> torch.Tensor:
+        return soft_roi_distill([first, *maps[1:]], maps, boxes, reduction=reduction, backend=backend)
+
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(loss, (maps[0] + 1.0,), (maps[0],))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpoint(backend: str) -> None:
     plain, maps, expert = losses(backend)
     expected = torch.autograd.grad(plain, maps)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import pyramid, random_boxes
 
-from rakd_ops import available_backends, level_weights, multilevel_roi_align, reference, soft_roi_distill
+from rakd_ops import (
+    SoftRoIDistillLoss,
+    available_backends,
+    level_weights,
+    multilevel_roi_align,
+    reference,
+    soft_roi_distill,
+)
 
 MAPS = pyramid()
 BOXES = random_boxes(3)
@@ -37,6 +45,14 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("output_size", 7.0, TypeError, r"output_size: expected an integer, got 7.0"),
     ("sampling_ratio", -1, ValueError, r"sampling_ratio: expected an integer of at least 0, got -1"),
     ("sampling_ratio", 1.5, TypeError, r"sampling_ratio: expected an integer, got 1.5"),
+    (
+        "sampling_ratio",
+        2**63,
+        ValueError,
+        r"sampling_ratio: expected an integer of at most 10000, got 9223372036854775808",
+    ),
+    ("output_size", 2**40, ValueError, r"output_size: expected an integer of at most 10000"),
+    ("strides", (4, 8, 16, 10**400), ValueError, r"strides\[3\]: expected a positive finite number"),
     ("sampling_ratio", True, TypeError, r"sampling_ratio: expected an integer, got True"),
     (
         "assignment",
@@ -130,13 +146,15 @@ def test_maps(maps: Any, error: type[Exception], pattern: str) -> None:
         soft_roi_distill(maps, MAPS, BOXES)
     with pytest.raises(error, match=r"(features|strides)" + r".*" + pattern.removeprefix("strides")):
         multilevel_roi_align(maps, BOXES)
-    with pytest.raises(error, match=r"expert.*|expert_strides.*" + pattern.removeprefix("strides")):
+    with pytest.raises(error, match=r"(expert|expert_strides).*" + pattern.removeprefix("strides")):
         soft_roi_distill(MAPS, maps, BOXES)
 
 
 def test_expert_strides() -> None:
     with pytest.raises(ValueError, match=r"expert_strides: expected 4 strides as in strides, got 3"):
         soft_roi_distill(MAPS, MAPS, BOXES, expert_strides=(4, 8, 16))
+    with pytest.raises(ValueError, match=r"expert_strides: expected 4 strides as in strides, got 1"):
+        SoftRoIDistillLoss(expert_strides=(4,))
     with pytest.raises(ValueError, match=r"expert_strides: expected strides that fit the maps'"):
         soft_roi_distill(MAPS, MAPS, BOXES, expert_strides=(2, 4, 8, 16))
     twice = pyramid(height=128, width=192)
@@ -194,8 +212,27 @@ def test_a_backend_that_cannot_run_says_why() -> None:
 def test_compiled_code_refuses_what_python_could_not_see() -> None:
     """Under torch.compile values are not looked at in Python; the op itself must still refuse them."""
     compiled = torch.compile(lambda maps, boxes: soft_roi_distill(maps, maps, boxes), fullgraph=True, backend="eager")
-    for row in ((2, 0, 0, 1, 1), (-1, 0, 0, 1, 1), (0.5, 0, 0, 1, 1), (0, NAN, 0, 1, 1), (0, 0, 0, INF, 1)):
+    assert compiled(MAPS, BOXES).isfinite()
+    wrong = ((2, 0, 0, 1, 1), (-1, 0, 0, 1, 1), (0.5, 0, 0, 1, 1), (0, NAN, 0, 1, 1), (0, 0, 0, INF, 1))
+    for row in (*wrong, (0, 50, 40, 4, 1), (0, 4, 40, 50, 1)):
         with pytest.raises(RuntimeError, match="boxes: expected"):
             compiled(MAPS, with_box(*row))
-    reversed_box = compiled(MAPS, with_box(0, 50, 40, 4, 1))
-    assert reversed_box.isfinite()
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    options = {
+        "output_size": np.int64(3),
+        "sampling_ratio": np.int32(1),
+        "sigma": np.float32(0.5),
+        "canonical_level": np.int64(3),
+    }
+    plain = {"output_size": 3, "sampling_ratio": 1, "sigma": 0.5, "canonical_level": 3}
+    assert torch.equal(
+        soft_roi_distill(MAPS, MAPS[::1], BOXES, **options), soft_roi_distill(MAPS, MAPS, BOXES, **plain)
+    )
+
+
+def test_maps_of_more_cells_than_32_bits_count() -> None:
+    row = torch.zeros(1, dtype=torch.bfloat16).expand(1, 1, 1, 2**31)
+    with pytest.raises(ValueError, match=r"features\[0\]: expected at most 2147483646 rows and columns"):
+        multilevel_roi_align([row], torch.zeros(1, 5), strides=(1,))
