@@ -64,7 +64,7 @@ done
 
 hot='import torch; from benchmarks.workloads import WORKLOADS, make_inputs
 from rakd_ops import soft_roi_distill
-i = make_inputs(WORKLOADS["train"], torch.float32, "nchw", "cuda")
+i = make_inputs(WORKLOADS["distill"]["train"], "float32", "nchw", "cuda", 0)
 for _ in range(2):
     torch.autograd.grad(soft_roi_distill(i.apprentice, i.expert, i.boxes), i.apprentice)
 torch.cuda.synchronize()'

@@ -193,7 +193,8 @@ def results(backend, a, e, boxes, size, steps):
     return [loss, losses, pooled, *(g for scalar in scalars for g in torch.autograd.grad(scalar, a))]
 
 digest = hashlib.sha256()
-for dtype, tolerance in {{torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-2}}.items():
+tolerances = {{torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-2}}
+for dtype, tolerance in tolerances.items():
     for layout in ("contiguous", "channels_last"):
         for size in (7, 19) if dtype == torch.float32 else (7,):
             for steps in (None, (3.0, 6.0, 12.0, 24.0)):
