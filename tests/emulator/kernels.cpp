@@ -148,10 +148,10 @@ void run_align_backward(const Problem& problem, const E* output_gradient, const 
   workspace.check();
 }
 
-#define INSTANTIATE(E)                                                                                             \
-  template void run_distill<E>(const Problem&, const std::vector<Map>&, const std::vector<Map>&,                   \
-                               const std::vector<Map>&, const std::vector<Map>&, double*, double*);                \
-  template void run_align<E>(const Problem&, const std::vector<Map>&, E*);                                         \
+#define INSTANTIATE(E)                                                                              \
+  template void run_distill<E>(const Problem&, const std::vector<Map>&, const std::vector<Map>&,    \
+                               const std::vector<Map>&, const std::vector<Map>&, double*, double*); \
+  template void run_align<E>(const Problem&, const std::vector<Map>&, E*);                          \
   template void run_align_backward<E>(const Problem&, const E*, const std::vector<Map>&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -70,16 +70,16 @@ void bind_typed(py::module_& module, const std::string& name) {
                run_distill<E>(problem, a, e, ga, ge, box_losses, buffers.out<double>(total));
                buffers.finish();
              });
-  module.def(("align_" + name).c_str(), [](const py::dict& options, const Arrays& features, const py::array& boxes,
-                                           const py::array& output) {
-    emulator::Buffers buffers;
-    Problem problem = make_problem(options, features.at(0));
-    problem.boxes = boxes.shape(0);
-    problem.rows = buffers.in<double>(boxes);
-    const auto maps = inputs<E>(buffers, features);
-    run_align<E>(problem, maps, buffers.out<E>(output));
-    buffers.finish();
-  });
+  module.def(("align_" + name).c_str(),
+             [](const py::dict& options, const Arrays& features, const py::array& boxes, const py::array& output) {
+               emulator::Buffers buffers;
+               Problem problem = make_problem(options, features.at(0));
+               problem.boxes = boxes.shape(0);
+               problem.rows = buffers.in<double>(boxes);
+               const auto maps = inputs<E>(buffers, features);
+               run_align<E>(problem, maps, buffers.out<E>(output));
+               buffers.finish();
+             });
   module.def(("align_backward_" + name).c_str(), [](const py::dict& options, const py::array& output_gradient,
                                                     const py::array& boxes, const Arrays& gradients) {
     emulator::Buffers buffers;
