@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ import torch
 import torchvision  # type: ignore[import-untyped, unused-ignore]
 
 import rakd_ops
+from rakd.files import replacing
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,10 @@ def _from_text(kind: str, text: str) -> object:
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
     """Write rows to a CSV file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(field.name for field in fields(Row))
-            writer.writerows([_to_text(value) for value in asdict(row).values()] for row in rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows([_to_text(value) for value in asdict(row).values()] for row in rows)
 
 
 def read_csv(path: Path) -> list[Row]:
