@@ -16,8 +16,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from rakd.data.kitti import Batch, KittiDataset, collate
+from rakd.detector.pyramid import STRIDES, Pyramid
 from rakd.distill import Weights
-from rakd.distill.pyramids import STRIDES, Pyramid
 from rakd.files import replacing, write_text
 from rakd_ops import soft_roi_distill
 
@@ -31,7 +31,7 @@ class FeatureDistillation:
         split: List in ImageSets; None: all frames.
         expert: torchvision's name of the expert's backbone.
         apprentice: The apprentice's.
-        weights: See `rakd.distill.pyramids.Pyramid`.
+        weights: See `rakd.detector.pyramid.Pyramid`.
         height: Images are resized to this height.
         batch_size: Frames a step.
         steps: Steps in all.

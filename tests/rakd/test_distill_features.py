@@ -11,7 +11,7 @@ from PIL import Image
 
 from rakd.cli import main
 from rakd.distill.features import FeatureDistillation, FeatureTrainer, Outcome, object_boxes
-from rakd.distill.pyramids import Pyramid
+from rakd.detector.pyramid import Pyramid
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,116 @@
+"""Settings of detectors, and the detectors that have a name."""
+
+from dataclasses import dataclass
+
+from rakd.distill import Weights
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Backbone and feature pyramid; see `rakd.detector.pyramid.Pyramid`."""
+
+    name: str
+    channels: int = 256
+    weights: Weights = "pretrained"
+    deformable: bool = False
+    frozen_norm: bool = True
+
+
+@dataclass(frozen=True)
+class ProposalConfig:
+    """Region proposal network.
+
+    Attributes:
+        anchor_sizes: Root of the anchors' area in pixels, one a level; a fifth is for p6, which is p5 at half size.
+        aspect_ratios: Height over width.
+        positive_iou: An anchor that overlaps an object this much is positive ...
+        negative_iou: ... and one that overlaps none more than this is negative.
+        sampled: Anchors an image that the loss looks at, half of them positive where there are enough.
+        candidates: Best anchors of each level that enter suppression, in training and evaluation.
+        kept: Proposals an image that leave it, in training and evaluation.
+        nms_iou: Overlap at which the lesser proposal is suppressed.
+    """
+
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    positive_iou: float = 0.7
+    negative_iou: float = 0.3
+    sampled: int = 256
+    candidates: tuple[int, int] = (2000, 1000)
+    kept: tuple[int, int] = (2000, 1000)
+    nms_iou: float = 0.7
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The heads behind the pooling.
+
+    Attributes:
+        sampled: Proposals an image that the losses look at.
+        positive_share: Most of them that may be positive, 0..1.
+        positive_iou: A proposal that overlaps an object this much is positive.
+        width: Of the two hidden layers of each head.
+        canonical_size: Root of a box's area in pixels that is pooled from p4.
+        corner_weight: Of the loss of projected corners.
+        score_limit: Detections below are dropped.
+        nms_iou: Overlap at which the lesser detection of a class is suppressed.
+        detections: Most an image.
+    """
+
+    sampled: int = 512
+    positive_share: float = 0.25
+    positive_iou: float = 0.5
+    width: int = 1024
+    canonical_size: float = 224.0
+    corner_weight: float = 5.0
+    score_limit: float = 0.05
+    nms_iou: float = 0.5
+    detections: int = 50
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """A detector.
+
+    Attributes:
+        backbone: Backbone and feature pyramid.
+        proposals: Region proposal network.
+        heads: What stands behind the pooling.
+        height: Height that images are resized to, pixels.
+        width: Width that images are padded to, pixels; wider ones are an error. None: whatever they need.
+    """
+
+    backbone: BackboneConfig
+    proposals: ProposalConfig = ProposalConfig()
+    heads: HeadConfig = HeadConfig()
+    height: int = 512
+    width: int | None = 1760
+
+    def __post_init__(self) -> None:
+        if self.height < 32 or self.height % 32:
+            raise ValueError(f"height must be a positive multiple of 32, got {self.height}")
+        if self.width is not None and (self.width < 32 or self.width % 32):
+            raise ValueError(f"width must be a positive multiple of 32 or None, got {self.width}")
+        if len(self.proposals.anchor_sizes) not in (4, 5):
+            raise ValueError(f"anchor_sizes must hold 4 or 5 sizes, got {self.proposals.anchor_sizes}")
+
+
+def _tiny(backbone: str, channels: int) -> DetectorConfig:
+    """A quarter of the paper's image height, and everything that is measured in pixels with it."""
+    return DetectorConfig(
+        BackboneConfig(backbone, channels, weights="random", frozen_norm=False),
+        ProposalConfig(anchor_sizes=(8, 16, 32, 64), sampled=128, candidates=(500, 300), kept=(300, 100)),
+        HeadConfig(sampled=64, width=256, canonical_size=56.0, detections=30),
+        height=128,
+        width=448,
+    )
+
+
+DETECTORS = {
+    "tiny": _tiny("mobilenet_v3_small", 64),
+    "tiny-expert": _tiny("resnet18", 64),
+    "kitti-r18": DetectorConfig(BackboneConfig("resnet18")),
+    "kitti-r50": DetectorConfig(BackboneConfig("resnet50")),
+}
+"""Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings; ``tiny`` and
+``tiny-expert`` are for two processor cores and minutes."""

@@ -1,0 +1,51 @@
+"""Detectors in files: weights together with the settings they belong to."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
+from rakd.detector.detector import Detector
+from rakd.training.checkpoints import load_weights, save_weights
+
+
+def save_detector(path: Path, detector: Detector) -> None:
+    """Write a detector, atomically."""
+    save_weights(path, detector.state_dict(), {"detector": asdict(detector.config)})
+
+
+def load_detector(path: Path) -> Detector:
+    """Read a detector that `save_detector` wrote, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds something else.
+    """
+    state, settings = load_weights(path)
+    try:
+        config = _config(settings["detector"])
+        # The file brings all weights: nothing is to be downloaded.
+        detector = Detector(_without_download(config))
+        detector.config = config
+        detector.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected a detector's weights and settings: {error}") from error
+    return detector.eval()
+
+
+def _config(values: Mapping[str, Any]) -> DetectorConfig:
+    parts = {"backbone": BackboneConfig, "proposals": ProposalConfig, "heads": HeadConfig}
+    return DetectorConfig(
+        **{name: parts[name](**_tuples(value)) if name in parts else value for name, value in values.items()}
+    )
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _without_download(config: DetectorConfig) -> DetectorConfig:
+    from dataclasses import replace
+
+    return replace(config, backbone=replace(config.backbone, weights="random"))

@@ -1,0 +1,49 @@
+"""Running a detector over frames, and writing what it finds in KITTI's format."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from rakd.data.frames import Frame
+from rakd.data.kitti import KittiDataset, Sample, collate, prepare
+from rakd.data.labels import Objects, write_objects
+from rakd.detector.detector import Detector
+
+_BAR_DELAY = 2.0  # seconds before a progress bar shows
+
+
+def detect(detector: Detector, sample: Sample, device: torch.device) -> Objects:
+    """Find the objects of one frame.
+
+    Args:
+        detector: In evaluation mode, on ``device``.
+        sample: The frame, resized to the detector's image height.
+        device: Where to compute.
+
+    Returns:
+        Objects with scores, best first, in the pixels of the original image.
+    """
+    config = detector.config
+    batch = collate([sample], size=None if config.width is None else (config.width, config.height))
+    found = detector.predict(batch.images.to(device), batch.sizes, [sample.calibration])[0]
+    width, height = batch.sizes[0]
+    return found.resized(sample.original_size[0] / width, sample.original_size[1] / height)
+
+
+def detect_all(
+    detector: Detector, dataset: KittiDataset, device: torch.device, *, progress: bool = True
+) -> Iterator[tuple[str, Objects]]:
+    """Find the objects of all frames of a data set; gives each frame's name and objects."""
+    for index in tqdm(range(len(dataset)), desc="detecting", unit="frame", delay=_BAR_DELAY, disable=not progress):
+        sample = dataset[index]
+        yield sample.id, detect(detector, sample, device)
+
+
+def write_detections(
+    detector: Detector, dataset: KittiDataset, folder: Path, device: torch.device, *, progress: bool = True
+) -> None:
+    """Write a result file for each frame of a data set, ``folder/NNNNNN.txt``."""
+    for name, objects in detect_all(detector, dataset, device, progress=progress):
+        write_objects(folder / f"{name}.txt", objects)

@@ -1,0 +1,214 @@
+"""Feature pyramids: a torchvision classification network with a feature pyramid network on top."""
+
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model, get_model_weights
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
+from torchvision.transforms.functional import normalize
+
+from rakd.distill import Weights
+
+STRIDES = (4, 8, 16, 32)
+"""Pixels per cell of the maps p2 .. p5."""
+
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which torchvision's weights expect
+_PATIENCE = 10.0  # seconds to wait for a server that does not answer
+_LEVELS = ("p2", "p3", "p4", "p5")
+_RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class Pyramid(nn.Module):
+    """A backbone with a feature pyramid.
+
+    Args:
+        name: torchvision's name of the backbone: a ResNet ("resnet18", "resnet50", ...) or a network whose
+            ``features`` are a sequence of layers down to stride 32 ("mobilenet_v3_small", "efficientnet_b0", ...).
+        weights: "pretrained" takes torchvision's ImageNet weights for the backbone where they can be loaded,
+            and random ones where not; `loaded` tells which. The pyramid network itself always starts random.
+        seed: Seed of the random weights.
+        channels: Channels of every map.
+        deformable: Make the 3x3 convolutions of a ResNet's stages 3 to 5 deformable (modulated, as in DCNv2,
+            arXiv 1811.11168). They start as the plain convolutions they replace.
+        frozen_norm: Keep batch normalisation as it was loaded, as is usual for ImageNet weights and small batches.
+            Without effect on random weights, which have no statistics to keep.
+
+    Attributes:
+        channels: Channels of every map.
+        loaded: What the backbone started from, for people: "ImageNet weights", or "random weights" and why.
+
+    Raises:
+        ValueError: torchvision has no such network, or it has no pyramid of strides 4 to 32.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: Weights,
+        seed: int,
+        *,
+        channels: int = 256,
+        deformable: bool = False,
+        frozen_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            backbone = get_model(name, weights=None)
+            loaded = False
+            self.loaded = "random weights"
+            if weights == "pretrained":
+                self.loaded, loaded = _load_pretrained(backbone, name)
+            if deformable:
+                _make_deformable(backbone, name)
+            self.body, widths = _body(backbone, name)
+            self.fpn = FeaturePyramidNetwork(widths, channels)
+        self._frozen_norm = frozen_norm and loaded
+        self.train()
+
+    def extract_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the maps p2 .. p5.
+
+        Args:
+            images: ``[B, 3, H, W]`` in 0..1, RGB; H and W multiples of 32.
+
+        Returns:
+            ``[B, channels, H / stride, W / stride]`` for each of `STRIDES`, fine to coarse.
+        """
+        return dict(self.fpn(self.body(normalize(images, _MEAN, _STD))))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Same as `extract_features`."""
+        return self.extract_features(images)
+
+    def train(self, mode: bool = True) -> "Pyramid":
+        """Switch to training or evaluation; frozen normalisation stays as it is."""
+        super().train(mode)
+        if self._frozen_norm:
+            for norm in _norms(self.body):
+                norm.eval().requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Set batch normalisation to the statistics of these images, so that random weights give sane scales.
+
+        Args:
+            batches: Images as for `extract_features`.
+        """
+        norms = _norms(self)
+        momenta = [norm.momentum for norm in norms]
+        was_training = self.training
+        self.train()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over what follows
+        for images in batches:
+            self(images)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        self.train(was_training)
+
+
+class DeformableConv(nn.Module):
+    """A modulated deformable convolution that starts as a given plain one (DCNv2, arXiv 1811.11168).
+
+    Args:
+        conv: The 3x3 convolution to replace; its weight is taken over.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        size, stride, padding, dilation = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        if isinstance(padding, str):
+            raise ValueError(f"conv must have its padding as numbers, got {padding!r}")
+        taps = size[0] * size[1]
+        self.taps = taps
+        self.offsets = nn.Conv2d(conv.in_channels, 3 * taps, 3, stride[0], dilation[0], dilation[0])
+        nn.init.zeros_(self.offsets.weight)
+        nn.init.zeros_(self.offsets.bias)  # type: ignore[arg-type]
+        self.conv = DeformConv2d(
+            conv.in_channels, conv.out_channels, size[0], stride[0], padding[0], dilation[0], conv.groups, bias=False
+        )
+        self.conv.weight.data.copy_(conv.weight.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``[B, C, H, W]`` at learned places."""
+        offsets = self.offsets(x)
+        # Twice the sigmoid: a mask of 1 at the start, so that the plain convolution is reproduced.
+        mask = 2 * offsets[:, 2 * self.taps :].sigmoid()
+        # torchvision's operator has no autocast rule of its own for mixed types.
+        moved: Tensor = self.conv(x.to(offsets.dtype), offsets[:, : 2 * self.taps], mask)
+        return moved
+
+
+def _norms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+
+
+def _load_pretrained(backbone: nn.Module, name: str) -> tuple[str, bool]:
+    try:
+        with _patience():
+            state = get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        return f"random weights (ImageNet's cannot be loaded: {error})", False
+    backbone.load_state_dict(state)
+    return "ImageNet weights", True
+
+
+def _make_deformable(backbone: nn.Module, name: str) -> None:
+    for stage in _RESNET_STAGES[1:]:
+        blocks = getattr(backbone, stage, None)
+        if blocks is None:
+            raise ValueError(f"deformable needs a ResNet, got {name!r}")
+        for block in blocks:
+            block.conv2 = DeformableConv(block.conv2)
+
+
+def _body(backbone: nn.Module, name: str) -> tuple[IntermediateLayerGetter, list[int]]:
+    """The part of the backbone that gives one map a level, and the maps' channels, fine to coarse."""
+    if all(hasattr(backbone, stage) for stage in _RESNET_STAGES):
+        body = IntermediateLayerGetter(backbone, dict(zip(_RESNET_STAGES, _LEVELS, strict=True)))
+    else:
+        body = IntermediateLayerGetter(_features(backbone, name), _last_layers(backbone, name))
+    body.eval()
+    with torch.no_grad():
+        maps = body(torch.zeros(1, 3, 64, 64))
+    return body, [maps[level].shape[1] for level in _LEVELS]
+
+
+def _features(backbone: nn.Module, name: str) -> nn.Sequential:
+    features = getattr(backbone, "features", None)
+    if not isinstance(features, nn.Sequential):
+        raise ValueError(f"name must be a ResNet or a network with a sequence of features, got {name!r}")
+    return features
+
+
+@torch.no_grad()
+def _last_layers(backbone: nn.Module, name: str) -> dict[str, str]:
+    """For each level the last layer with its stride, as `IntermediateLayerGetter` wants it."""
+    x = torch.zeros(1, 3, 64, 64)
+    last: dict[int, str] = {}
+    for index, layer in enumerate(_features(backbone, name).eval()):
+        x = layer(x)
+        last[64 // x.shape[2]] = str(index)
+    missing = [stride for stride in STRIDES if stride not in last]
+    if missing:
+        raise ValueError(f"name must be a network with maps of strides {STRIDES}, {name!r} lacks {missing}")
+    return {last[stride]: level for stride, level in zip(STRIDES, _LEVELS, strict=True)}
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Limit how long a download may wait for a server; offline machines otherwise wait for minutes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

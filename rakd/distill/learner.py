@@ -1,0 +1,63 @@
+"""What the trainer trains: a detector, and with it, where an expert teaches, the distillation term."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rakd.data.kitti import Batch
+from rakd.detector.detector import Detector
+from rakd.distill.distiller import Distiller
+
+Regions = Literal["proposals", "objects"]
+"""Where features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
+
+
+class Learner(nn.Module):
+    """A detector with its losses, and a term more where it is distilled. For `rakd.training.trainer.Trainer`.
+
+    Args:
+        detector: The apprentice, or whatever is trained.
+        distiller: Brings the expert; None: no distillation.
+        regions: Where features are compared.
+    """
+
+    def __init__(
+        self, detector: Detector, distiller: Distiller | None = None, regions: Regions = "proposals"
+    ) -> None:
+        super().__init__()
+        self.detector = detector
+        self.distiller = distiller
+        self.regions = regions
+
+    def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            batch: Images and targets, on any device.
+            seeds: One for each image, see `Detector.losses`.
+
+        Returns:
+            The terms, to be summed; "distillation" is the distiller's.
+        """
+        device = next(self.detector.parameters()).device
+        images = batch.images.to(device, non_blocking=True)
+        targets = batch.targets(device)
+        features = self.detector.extract_features(images)
+        losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
+        if self.distiller is not None:
+            boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
+            # Distillation counts from pixel edges, boxes count from pixel centres. Without autocast: the expert's
+            # features are what they are in its own evaluation.
+            losses["distillation"] = self.distiller(images, features, [rows + 0.5 for rows in boxes])
+        return losses
+
+
+def make_learner(
+    apprentice: Detector, expert: Detector | None, method: nn.Module | None, weight: float, regions: Regions
+) -> Learner:
+    """A learner of the apprentice; without a method or expert it learns alone."""
+    if method is None or expert is None:
+        return Learner(apprentice)
+    return Learner(apprentice, Distiller(expert, method, weight), regions)
