@@ -1,0 +1,136 @@
+"""Files of a training run: checkpoints to go on from, and the weights of a finished model.
+
+Both are written atomically and hold tensors, numbers and text only, so that reading one runs no code.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rakd.files import replacing
+
+_CHECKPOINT, _WEIGHTS = "rakd checkpoint 1", "rakd weights 1"
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, object]) -> None:
+    """Write the weights of a model and what it takes to build it.
+
+    Args:
+        path: The file.
+        state: ``model.state_dict()``; tensors of any device.
+        config: Plain values (numbers, text, lists, dicts with text keys) that say which model this is.
+
+    Raises:
+        TypeError: ``config`` holds something else.
+        ValueError: ``config`` holds a number that is not finite.
+    """
+    # Cloned, since a file holds the whole storage of a tensor that is a part of one.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    with replacing(Path(path)) as temporary:
+        torch.save({"format": _WEIGHTS, "config": plain(config, "config"), "state": tensors}, temporary)
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_weights` wrote.
+
+    Returns:
+        The state, on the CPU, and the config; tuples in it have become lists.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a file of weights.
+    """
+    content = _read(path, _WEIGHTS)
+    return content["state"], content["config"]
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint.
+
+    Args:
+        path: The file.
+        content: Tensors of any device, numbers, text, None, and lists and dicts of them.
+    """
+    with replacing(Path(path)) as temporary:
+        torch.save({"format": _CHECKPOINT, **content}, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, with tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a checkpoint.
+    """
+    return _read(path, _CHECKPOINT)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files that killed processes left when they were writing ``path``."""
+    for leftover in Path(path).parent.glob(f".{path.stem}-*{path.suffix}"):
+        leftover.unlink(missing_ok=True)
+
+
+def plain(values: Mapping[str, object], name: str) -> dict[str, Any]:
+    """Values as they come back from a file: tuples become lists.
+
+    Args:
+        values: Numbers, text, None, lists and dicts with text keys.
+        name: The argument's, for errors.
+
+    Raises:
+        TypeError: There is something else in it.
+        ValueError: A number is not finite.
+    """
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
+    except TypeError as error:
+        raise TypeError(f"{name} must hold numbers, text, lists and dicts only: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} must hold finite numbers and no cycles: {error}") from None
+    return result
+
+
+def differences(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
+    """Say in which entries two nested dicts of plain values differ.
+
+    Returns:
+        Such as ``"settings.steps is 8 there and 4 here"``, sorted; empty if they are equal.
+    """
+    a, b = _flat(there), _flat(here)
+    absent = "absent"
+    return [
+        f"{name} is {a.get(name, absent)} there and {b.get(name, absent)} here"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name, absent) != b.get(name, absent)
+    ]
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    result = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            result.update(_flat(value, f"{prefix}{name}."))
+        else:
+            result[prefix + name] = repr(value)
+    return result
+
+
+def _read(path: Path, format_: str) -> dict[str, Any]:
+    kind = format_.split()[1]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there: expected a file of {kind}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: expected a file of {kind}, this cannot be read as one: {reason}") from error
+    there = content.get("format") if isinstance(content, dict) else None
+    if there != format_:
+        raise ValueError(f"{path}: expected the format {format_!r}, got {there!r}")
+    return dict(content)

@@ -1,0 +1,87 @@
+"""The log of a training run: a row every few steps, in memory, in checkpoints and in ``log.csv``."""
+
+import csv
+import io
+from collections.abc import Mapping
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+from rakd.files import write_text
+
+Row = dict[str, float]
+"""A row of the log by column."""
+
+_BEFORE, _AFTER = ("step", "lr"), ("total", "grad_norm", "seconds", "images_per_second")
+RESERVED = frozenset(_BEFORE + _AFTER)
+"""Columns that are not loss terms."""
+
+
+class Log:
+    """Gathers steps and makes rows of them.
+
+    A row has ``step`` (steps done), ``lr`` (of the last step), each loss term, their ``total`` and ``grad_norm``
+    (before clipping), which are means over the steps since the last row, ``seconds`` (trained since the first
+    step, interruptions not counted) and ``images_per_second``. Steps whose float16 gradients overflowed do not
+    count into ``grad_norm``; it is infinite if all did.
+
+    Args:
+        every: Steps a row.
+        batch_size: Images a step.
+
+    Attributes:
+        rows: The rows so far.
+    """
+
+    def __init__(self, every: int, batch_size: int) -> None:
+        self.every = every
+        self.batch_size = batch_size
+        self.rows: list[Row] = []
+        self._steps: list[Row] = []  # those since the last row
+        self._seconds = 0.0
+
+    def add(
+        self, step: int, lr: float, terms: Mapping[str, float], grad_norm: float, seconds: float, *, last: bool
+    ) -> None:
+        """Add a step.
+
+        Args:
+            step: How many steps are done, with this one.
+            lr: Its learning rate.
+            terms: Its loss terms, the same names in every step.
+            grad_norm: Norm of its gradient.
+            seconds: How long it took.
+            last: Whether it ends the run; what is gathered then makes a row in any case.
+        """
+        self._steps.append({**terms, "total": sum(terms.values()), "grad_norm": grad_norm, "seconds": seconds})
+        self._seconds += seconds
+        if step % self.every == 0 or last:
+            steps, self._steps = self._steps, []
+            row: Row = {"step": step, "lr": lr}
+            for name in (*terms, "total"):
+                row[name] = sum(values[name] for values in steps) / len(steps)
+            norms = [values["grad_norm"] for values in steps if isfinite(values["grad_norm"])]
+            row["grad_norm"] = sum(norms) / len(norms) if norms else inf
+            row["seconds"] = self._seconds
+            row["images_per_second"] = self.batch_size * len(steps) / sum(values["seconds"] for values in steps)
+            self.rows.append(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All there is to go on from; plain lists, dicts and numbers."""
+        return {"rows": self.rows, "steps": self._steps, "seconds": self._seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.rows, self._steps = list(state["rows"]), list(state["steps"])
+        self._seconds = float(state["seconds"])
+
+    def write(self, path: Path) -> None:
+        """Write all rows as CSV, atomically; nothing while there is none."""
+        if self.rows:
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(self.rows[0])
+            writer.writerows(
+                [int(value) if name == "step" else f"{value:.8g}" for name, value in row.items()] for row in self.rows
+            )
+            write_text(path, text.getvalue())

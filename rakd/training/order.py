@@ -1,0 +1,105 @@
+"""Which frame is trained on when, and the seeds of a step: pure functions of the run's seed and the position.
+
+Nothing here has a state, so a resumed run goes on exactly where it stopped, and the number of processes changes
+who works on a frame but not which frames make up a step.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+# What a derived seed is for; keeps the streams apart.
+_ORDER, _IMAGE, _STEP = 1, 2, 3
+
+
+class Draw(NamedTuple):
+    """A frame at one point of the training.
+
+    Attributes:
+        epoch: How many times the data set has been gone through before.
+        frame: Its place in the data set.
+    """
+
+    epoch: int
+    frame: int
+
+
+class EndlessOrder:
+    """The data set over and over, shuffled anew every epoch.
+
+    Args:
+        count: Frames in the data set.
+        seed: >= 0.
+
+    Raises:
+        ValueError: ``count`` is not positive.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        if count < 1:
+            raise ValueError(f"count must be 1 or more, got {count}")
+        self.count = count
+        self.seed = seed
+        self._epoch = -1
+        self._shuffled: Sequence[int] = ()
+
+    def draw(self, position: int) -> Draw:
+        """What stands at a position, >= 0."""
+        epoch, place = divmod(position, self.count)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([_ORDER, self.seed, epoch])
+            self._epoch, self._shuffled = epoch, rng.permutation(self.count).tolist()
+        return Draw(epoch, self._shuffled[place])
+
+    def step(self, step: int, batch_size: int, places: range | None = None) -> list[Draw]:
+        """The frames of a step, or those at some places of its batch."""
+        places = range(batch_size) if places is None else places
+        return [self.draw(step * batch_size + place) for place in places]
+
+
+class StepSampler(Sampler[list[Draw]]):
+    """Batches of one process, step by step, for `torch.utils.data.DataLoader`'s ``batch_sampler``.
+
+    Args:
+        order: Of all frames.
+        steps: The steps to do.
+        batch_size: Frames a step over all processes.
+        places: This process's places in a step's batch.
+    """
+
+    def __init__(self, order: EndlessOrder, steps: range, batch_size: int, places: range) -> None:
+        self.order = order
+        self.steps = steps
+        self.batch_size = batch_size
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return (self.order.step(step, self.batch_size, self.places) for step in self.steps)
+
+
+def image_seeds(seed: int, step: int, places: range) -> list[int]:
+    """One seed for each image of a step, whichever process works on it.
+
+    Args:
+        seed: The run's.
+        step: From 0.
+        places: Places in the step's whole batch.
+
+    Returns:
+        Integers in 0..2⁶³-1, as `torch.Generator.manual_seed` takes them.
+    """
+    return [_derive(_IMAGE, seed, step, place) for place in places]
+
+
+def process_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for torch's global generators in one step of one process."""
+    return _derive(_STEP, seed, step, rank)
+
+
+def _derive(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,267 @@
+"""The trainer: steps, mixed precision, checkpoints and logs for any learner, in one process or many."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+from rakd.data.kitti import Batch, KittiDataset
+from rakd.training.checkpoints import differences, load_checkpoint, plain, remove_leftovers, save_checkpoint
+from rakd.training.loading import make_loader
+from rakd.training.log import RESERVED, Log, Row
+from rakd.training.optimizing import learning_rate, make_optimizer
+from rakd.training.order import EndlessOrder, StepSampler, image_seeds, process_seed
+from rakd.training.processes import current_processes, from_main, mean_over, wait_for_all
+from rakd.training.settings import TrainSettings
+
+_AMP = {"off": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Settings that do not change what is learned, nor the log: a run may go on with others.
+_FREE = ("workers", "checkpoint_every")
+# At a loss scale this small float16 gradients do not overflow by the scale: they are not finite by themselves.
+_SMALLEST_SCALE = 2.0**-10
+
+
+class Trainer:
+    """Trains a learner in a folder, from the start or from the last checkpoint there.
+
+    A learner is a module whose ``forward(batch, seeds)`` takes a `rakd.data.kitti.Batch` on the CPU and one integer
+    for each of its images, and gives a dict of loss terms: scalars, the same names in every step. Their sum is
+    minimised. The learner moves what it needs to its device. It draws random numbers for an image from a generator
+    seeded with that image's integer, which depends on the run's seed, the step and the image's place in the batch
+    only. Draws from torch's global generators are repeated on resuming, too, but differ with the number of
+    processes. ``train()`` is called on the learner once, before the first step.
+
+    Under ``torch.distributed`` (see `rakd.training.processes`) each process takes its share of every batch and
+    gradients are averaged, so that terms which are means over images train as in one process. All processes make
+    the trainer and run it; the first one writes. Batch normalisation sees the local images only.
+
+    Writes ``checkpoint.pt`` and ``log.csv``. A run that was killed at any moment goes on to the same bits where the
+    learner's own operations give the same bits (on CUDA see `torch.use_deterministic_algorithms`), and can go on
+    with another number of processes or on another device, to the same result up to rounding.
+
+    Args:
+        learner: What is trained; it is moved to ``device``. What ``state_dict`` gives is in the checkpoints.
+        dataset: Frames to learn from.
+        settings: How.
+        out: The run's folder. Processes on other machines need not see it.
+        device: Where to compute.
+        name: Title of the progress bar.
+        fingerprint: Plain values that say what is learned (such as the model's configuration), under other keys
+            than "settings" and "data"; a run goes on only with the same.
+        image_size: (width, height) that all images are padded to. None: each process's batch to the next multiple
+            of 32 of its largest image, which makes padding depend on the number of processes.
+        quiet: Show no progress bar.
+
+    Attributes:
+        step: Steps done.
+
+    Raises:
+        ValueError: ``batch_size`` cannot be shared out evenly, the folder holds a run with other settings, or its
+            checkpoint cannot be read.
+        TypeError: ``fingerprint`` holds something else than plain values.
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        dataset: KittiDataset,
+        settings: TrainSettings,
+        out: Path,
+        device: torch.device,
+        *,
+        name: str = "training",
+        fingerprint: Mapping[str, object] | None = None,
+        image_size: tuple[int, int] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.processes = current_processes(device)
+        share, rest = divmod(settings.batch_size, self.processes.count)
+        if rest:
+            raise ValueError(
+                f"batch_size must be a multiple of the number of processes, {self.processes.count}, "
+                f"got {settings.batch_size}"
+            )
+        self.settings = settings
+        self.out = Path(out)
+        self.device = device
+        self.name = name
+        self.quiet = quiet or not self.processes.main
+        self.learner = learner.to(device)
+        self.dataset = dataset
+        self.image_size = image_size
+        self.order = EndlessOrder(len(dataset), settings.seed)
+        self.places = range(self.processes.rank * share, (self.processes.rank + 1) * share)
+        self.optimizer = make_optimizer(learner, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
+        self.log = Log(settings.log_every, settings.batch_size)
+        self.step = 0
+        self._terms: tuple[str, ...] | None = None
+        self._fingerprint = self._make_fingerprint(fingerprint or {})
+        self._resume()
+        self._model = self._parallel()
+
+    def run(self) -> list[Row]:
+        """Train to the end.
+
+        Returns:
+            The rows of the log, see `rakd.training.log.Log`; in every process.
+
+        Raises:
+            ValueError: The loss or its gradient is not finite, or the learner gives something else than loss terms.
+                The last checkpoint stays.
+        """
+        steps = range(self.step, self.settings.steps)
+        sampler = StepSampler(self.order, steps, self.settings.batch_size, self.places)
+        cuda = self.device.type == "cuda"
+        loader = make_loader(self.dataset, sampler, image_size=self.image_size, workers=self.settings.workers, pin=cuda)
+        self.learner.train()
+        progress = tqdm(initial=self.step, total=self.settings.steps, desc=self.name, unit="step", disable=self.quiet)
+        with torch.random.fork_rng(devices=[self.device] if cuda else []), progress:
+            last = perf_counter()
+            # Without steps left no worker is to be started.
+            for batch in loader if steps else ():
+                terms, grad_norm = self._step(batch)
+                self.step += 1
+                now = perf_counter()
+                done = self.step == self.settings.steps
+                lr = learning_rate(self.settings, self.step - 1)
+                self.log.add(self.step, lr, terms, grad_norm, now - last, last=done)
+                last = now
+                progress.set_postfix({name: f"{value:.4g}" for name, value in terms.items()}, refresh=False)
+                progress.update()
+                if done or self.step % self.settings.checkpoint_every == 0:
+                    self._save()
+        if self.processes.main:
+            self.log.write(self.out / "log.csv")
+        wait_for_all(self.processes)
+        return self.log.rows
+
+    def _step(self, batch: Batch) -> tuple[dict[str, float], float]:
+        """Do one step; give the loss terms (means over processes) and the norm of the gradient before clipping."""
+        settings = self.settings
+        # What is drawn from the global generators depends on the step only: resuming need not restore them.
+        torch.manual_seed(process_seed(settings.seed, self.step, self.processes.rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, self.step)
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, _AMP[settings.amp], enabled=settings.amp != "off"):
+            losses = self._model(batch, image_seeds(settings.seed, self.step, self.places))
+        self._check_terms(losses)
+        stacked = torch.stack(tuple(losses.values()))
+        self.scaler.scale(stacked.sum()).backward()  # type: ignore[no-untyped-call]
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # One transfer from the device for all that is wanted of a step.
+        shared = mean_over(self.processes, stacked.detach().double())
+        *values, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
+        terms = dict(zip(losses, values, strict=True))
+        self._check_finite(terms, grad_norm)
+        if settings.clip is not None:
+            clip_grads_with_norm_(parameters, settings.clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return terms, grad_norm
+
+    def _check_terms(self, losses: Mapping[str, Tensor]) -> None:
+        if not isinstance(losses, dict) or not losses:
+            raise TypeError(f"learner must give a dict of loss terms, got {losses!r}")
+        for name, loss in losses.items():
+            if not isinstance(loss, Tensor) or loss.ndim:
+                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
+                raise TypeError(f"learner must give scalar tensors as loss terms, got {what} for {name!r}")
+            if name in RESERVED:
+                raise ValueError(f"learner must not name a loss term {name!r}, a column of the log")
+        if self._terms is None:
+            self._terms = tuple(losses)
+        elif self._terms != tuple(losses):
+            raise ValueError(f"learner must give the same terms in every step, {self._terms}, got {tuple(losses)}")
+
+    def _check_finite(self, terms: Mapping[str, float], grad_norm: float) -> None:
+        what = None
+        if not all(map(isfinite, terms.values())):
+            what = "the loss"
+        elif not isfinite(grad_norm) and (not self.scaler.is_enabled() or self.scaler.get_scale() < _SMALLEST_SCALE):
+            what = "the gradient"
+        if what is not None:
+            draws = self.order.step(self.step, self.settings.batch_size)
+            frames = ", ".join(self.dataset.frames[draw.frame].id for draw in draws)
+            values = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
+            raise ValueError(
+                f"{what} of step {self.step + 1} is not finite: {values}; gradient norm {grad_norm:.6g}; "
+                f"frames {frames}"
+            )
+
+    def _parallel(self) -> Callable[[Batch, Sequence[int]], dict[str, Tensor]]:
+        if self.processes.count == 1:
+            return self.learner
+        # A batch without objects may leave heads unused. Looking for unused parameters also keeps DDP from regrouping
+        # its buckets after the first step, which would make a resumed run round otherwise than one in one piece.
+        return DistributedDataParallel(self.learner, find_unused_parameters=True)
+
+    def _make_fingerprint(self, given: Mapping[str, object]) -> dict[str, Any]:
+        for name in ("settings", "data"):
+            if name in given:
+                raise ValueError(f"fingerprint must not have the key {name!r}, which the trainer makes")
+        dataset = self.dataset
+        data = {
+            "frames": len(dataset),
+            "ids": hashlib.sha256(" ".join(frame.id for frame in dataset.frames).encode()).hexdigest()[:16],
+            "height": dataset.height,
+            "augmentation": None if dataset.augmentation is None else asdict(dataset.augmentation),
+            "seed": dataset.seed,
+            "image_size": self.image_size,
+        }
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
+        return plain({"settings": settings, "data": data, **given}, "fingerprint")
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    def _save(self) -> None:
+        if self.processes.main:
+            save_checkpoint(
+                self._checkpoint,
+                {
+                    "fingerprint": self._fingerprint,
+                    "step": self.step,
+                    "learner": self.learner.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "log": self.log.state_dict(),
+                },
+            )
+            # After the checkpoint, so that no row stands there that will be made again.
+            self.log.write(self.out / "log.csv")
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint, if there is one. The main process reads it for all."""
+        state = from_main(self.processes, self._read)
+        if state is None:
+            return
+        other = differences(state["fingerprint"], self._fingerprint)
+        if other:
+            raise ValueError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
+        try:
+            self.learner.load_state_dict(state["learner"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{self._checkpoint} holds another model: {error}") from error
+        self.scaler.load_state_dict(state["scaler"])
+        self.log.load_state_dict(state["log"])
+        self.step = int(state["step"])
+
+    def _read(self) -> dict[str, Any] | None:
+        remove_leftovers(self._checkpoint)
+        remove_leftovers(self.out / "log.csv")
+        return load_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
