@@ -152,18 +152,7 @@ class KittiDataset(Dataset[Sample]):
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 calibration = calibration.flipped(original[0])
                 objects = None if objects is None else objects.flipped(original[0])
-        scale_y = 1.0
-        if self.height is not None:
-            width = round(original[0] * self.height / original[1])
-            scale_x, scale_y = width / original[0], self.height / original[1]
-            image = image.resize((width, self.height), Image.Resampling.BILINEAR)
-            calibration = calibration.resized(scale_x, scale_y)
-            objects = None if objects is None else objects.resized(scale_x, scale_y)
-        targets = None
-        if objects is not None:
-            targets = make_targets(objects, calibration, image.size, min_height=MIN_HEIGHT * scale_y)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return Sample(frame.id, pixels.contiguous(), calibration, original, objects, targets)
+        return make_sample(frame.id, image, calibration, objects, self.height)
 
     def _read_image(self, index: int) -> Image.Image:
         # Nothing that follows changes an image in place, so that a kept one stays as it was read.
@@ -173,6 +162,33 @@ class KittiDataset(Dataset[Sample]):
             if self.cache:
                 self._images[index] = image
         return image
+
+
+def make_sample(
+    name: str, image: Image.Image, calibration: Calibration, objects: Objects | None, height: int | None
+) -> Sample:
+    """Make a sample of an image and what is known of it.
+
+    Args:
+        name: Name of the frame.
+        image: RGB.
+        calibration: Camera of the image.
+        objects: Labels, in the image's pixels; None: no targets.
+        height: Height in pixels to resize to, keeping the proportions; None: as it is.
+    """
+    original = image.size
+    scale_y = 1.0
+    if height is not None:
+        width = round(original[0] * height / original[1])
+        scale_x, scale_y = width / original[0], height / original[1]
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        calibration = calibration.resized(scale_x, scale_y)
+        objects = None if objects is None else objects.resized(scale_x, scale_y)
+    targets = None
+    if objects is not None:
+        targets = make_targets(objects, calibration, image.size, min_height=MIN_HEIGHT * scale_y)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return Sample(name, pixels.contiguous(), calibration, original, objects, targets)
 
 
 def collate(samples: Sequence[Sample], *, divisor: int = 32, size: tuple[int, int] | None = None) -> Batch:

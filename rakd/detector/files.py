@@ -1,7 +1,7 @@
 """Detectors in files: weights together with the settings they belong to."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,4 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_download(config: DetectorConfig) -> DetectorConfig:
-    from dataclasses import replace
-
     return replace(config, backbone=replace(config.backbone, weights="random"))

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from rakd.data.frames import Frame
-from rakd.data.kitti import KittiDataset, Sample, collate, prepare
+from rakd.data.kitti import KittiDataset, Sample, collate
 from rakd.data.labels import Objects, write_objects
 from rakd.detector.detector import Detector
 
