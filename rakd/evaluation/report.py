@@ -48,15 +48,16 @@ def format_table(result: Result, average: str = "R40", overlaps: Overlaps = "off
 
 def write_json(path: Path, result: Result) -> None:
     """Write all figures and curves as JSON, atomically; NaN, which JSON does not know, becomes null."""
-    write_text(path, json.dumps(_without_nan(result), indent=1) + "\n")
+    write_text(path, json.dumps(without_nan(result), indent=1) + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Nested dicts, lists and tuples with None for every float that is not finite, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_curves(path: Path, result: Result) -> None:
