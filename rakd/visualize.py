@@ -1,6 +1,6 @@
 """Pictures of frames: 3D boxes, 2D boxes and a bird's-eye view, labels beside predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,19 +89,7 @@ def draw_frame(
         draw(axis, calibration, layers)
     draw_from_above(figure.add_subplot(grid[:, 1]), calibration, width, layers, reach)
     figure.suptitle(title, color=_LIGHT, fontsize=13, x=0.01, ha="left")
-    handles = [
-        Line2D([], [], color=layer.color, lw=2.5, ls="--" if layer.dashed else "-", label=layer.name)
-        for layer in layers
-    ]
-    handles.append(Line2D([], [], color=_REGION_COLOR, lw=1.2, ls=":", label="DontCare region"))
-    figure.legend(
-        *(handles, [str(handle.get_label()) for handle in handles]),
-        loc="upper right",
-        ncols=len(handles),
-        frameon=False,
-        labelcolor=_LIGHT,
-        fontsize=11,
-    )
+    _add_legend(figure, layers, regions=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
 
@@ -138,6 +126,64 @@ def draw_sheet(
     for axis, (name, image, calibration, objects) in zip(axes, frames, strict=False):
         show_image(axis, image, name)
         draw_boxes_3d(axis, calibration, [truth_layer(objects)])
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A frame, and what several models see in it.
+
+    Attributes:
+        name: Shown above the frame.
+        image: ``[height, width, 3]`` uint8 RGB.
+        calibration: Its camera.
+        labels: Shown to every model's predictions.
+        predictions: By model, in the order of the columns.
+    """
+
+    name: str
+    image: npt.NDArray[np.uint8]
+    calibration: Calibration
+    labels: Objects
+    predictions: Mapping[str, Objects]
+
+
+def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", reach: float = 60.0) -> None:
+    """Draw the same frames as several models see them: a column a model; image, and view from above beneath.
+
+    Args:
+        path: Picture file to write, atomically; the suffix says which kind.
+        frames: At least one; all with predictions of the same models in the same order. Predictions are drawn as
+            they are: leave out what scores too little before.
+        title: Text above the picture.
+        reach: How far the bird's-eye view goes, metres.
+
+    Raises:
+        ValueError: There are no frames or no models, or frames have different models.
+    """
+    if not frames:
+        raise ValueError("frames must hold at least one frame, got none")
+    models = list(frames[0].predictions)
+    for frame in frames:
+        if not models or list(frame.predictions) != models:
+            raise ValueError(f"frames must all have the models {models} (at least one), got {list(frame.predictions)}")
+    # From above, a panel as wide as the image shows all that a camera of 80 degrees sees.
+    side, column = 0.85 * reach, 6.0
+    ratios = [frame.image.shape[0] / frame.image.shape[1] for frame in frames]
+    heights = [size for ratio in ratios for size in (ratio, (reach + 5) / (2 * side))]
+    size = (column * len(models), column * sum(heights) + 0.29 * len(heights) + 0.6)
+    figure = Figure(figsize=size, facecolor=_DARK, layout="constrained")
+    axes = figure.subplots(len(heights), len(models), squeeze=False, height_ratios=heights)
+    for pair, frame in zip(range(0, len(heights), 2), frames, strict=True):
+        for place, (model, objects) in enumerate(frame.predictions.items()):
+            layers = [truth_layer(frame.labels), prediction_layer(objects)]
+            show_image(axes[pair, place], frame.image, f"{model} · {frame.name}")
+            draw_boxes_3d(axes[pair, place], frame.calibration, layers)
+            width = frame.image.shape[1]
+            draw_from_above(axes[pair + 1, place], frame.calibration, width, layers, reach, side=side)
+    figure.suptitle(title, color=_LIGHT, fontsize=14, x=0.01, ha="left")
+    _add_legend(figure, layers)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
 
@@ -187,9 +233,26 @@ def draw_boxes_2d(axis: Axes, calibration: Calibration, layers: Sequence[Layer])
                 texts.add(np.array([(x1, y1), (x2, y2)]), text, layer)
 
 
-def draw_from_above(axis: Axes, calibration: Calibration, width: int, layers: Sequence[Layer], reach: float) -> None:
-    """Draw boxes from above, the camera at the bottom, with arcs of equal distance as a scale."""
-    side = reach * 0.45
+def draw_from_above(
+    axis: Axes,
+    calibration: Calibration,
+    width: int,
+    layers: Sequence[Layer],
+    reach: float,
+    *,
+    side: float | None = None,
+) -> None:
+    """Draw boxes from above, the camera at the bottom, with arcs of equal distance as a scale.
+
+    Args:
+        axis: Where to draw.
+        calibration: The camera, whose field of view is marked.
+        width: Of its image, pixels.
+        layers: What to draw, later ones on top.
+        reach: How far the view goes ahead, metres.
+        side: How far it goes to either side, metres; by default 0.45 times ``reach``.
+    """
+    side = 0.45 * reach if side is None else side
     axis.set_facecolor("#1d232a")
     axis.set(xlim=(-side, side), ylim=(-3, reach + 2), xticks=[], yticks=[], aspect="equal")
     axis.set_title("from above", color=_LIGHT, fontsize=11, loc="left", pad=4)
@@ -227,6 +290,24 @@ def _visible_segments(calibration: Calibration, corners: FloatArray, edges: npt.
     lines = np.where(front[:, :, None], lines, cut[:, None, :])
     pixels, _ = calibration.project(lines)
     return pixels
+
+
+def _add_legend(figure: Figure, layers: Sequence[Layer], *, regions: bool = False) -> None:
+    """Name the layers in the upper right corner, with ``regions`` the DontCare regions of 2D boxes too."""
+    handles = [
+        Line2D([], [], color=layer.color, lw=2.5, ls="--" if layer.dashed else "-", label=layer.name)
+        for layer in layers
+    ]
+    if regions:
+        handles.append(Line2D([], [], color=_REGION_COLOR, lw=1.2, ls=":", label="DontCare region"))
+    figure.legend(
+        *(handles, [str(handle.get_label()) for handle in handles]),
+        loc="upper right",
+        ncols=len(handles),
+        frameon=False,
+        labelcolor=_LIGHT,
+        fontsize=11,
+    )
 
 
 def _add_lines(axis: Axes, segments: FloatArray, layer: Layer, width: float) -> None:

@@ -8,7 +8,7 @@ from tyro.conf import Positional, arg
 
 from rakd.data.frames import read_split
 from rakd.evaluation import report
-from rakd.evaluation.kitti import evaluate
+from rakd.evaluation.kitti import Overlaps, evaluate
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,20 @@ class Evaluate:
     split: Annotated[Path | None, arg(metavar="FILE")] = None
     """File that lists the frames to evaluate, such as KITTI/ImageSets/val.txt; without it, all of GT."""
 
+    overlaps: Overlaps = "official"
+    """How much a detection must overlap an object. official: Car 0.7, others 0.5. loose: in 3D and from above
+    Car 0.5, others 0.25; it tells apart what the official limits all give 0 (small data, early models)."""
+
     out: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder to write evaluation.json and curves.png (precision over recall) to."""
 
     def run(self) -> None:
         """Evaluate, print the tables and write the files."""
         frames = None if self.split is None else read_split(self.split)
-        result = evaluate(self.gt, self.pred, frames=frames)
-        print(report.format_table(result, "R40"))
+        result = evaluate(self.gt, self.pred, frames=frames, overlaps=self.overlaps)
+        print(report.format_table(result, "R40", self.overlaps))
         print()
-        print(report.format_table(result, "R11"))
+        print(report.format_table(result, "R11", self.overlaps))
         if self.out is not None:
             report.write_json(self.out / "evaluation.json", result)
             report.write_curves(self.out / "curves.png", result)

@@ -5,25 +5,27 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rakd.evaluation.kitti import CLASSES, LEVELS, Result
+from rakd.evaluation.kitti import CLASSES, LEVELS, LIMITS, Overlaps, Result
 from rakd.files import replacing, write_text
 
 _TITLES = {"3d": "3D", "bev": "Bird's-eye view", "bbox": "2D box", "aos": "Orientation (AOS)"}
 _LEVEL_COLORS = {"easy": "#1b9e77", "moderate": "#d95f02", "hard": "#7570b3"}
-_LIMIT_NOTES = {"Car": "Car (0.7)", "Pedestrian": "Pedestrian (0.5)", "Cyclist": "Cyclist (0.5)"}
 
 
-def format_table(result: Result, average: str = "R40") -> str:
+def format_table(result: Result, average: str = "R40", overlaps: Overlaps = "official") -> str:
     """Average precision in percent: classes down, metrics and levels across.
 
     Args:
         result: What `rakd.evaluation.kitti.evaluate` gives.
         average: "R40" or "R11".
+        overlaps: What ``result`` was evaluated with.
 
     Returns:
-        Lines of text. What was not evaluated shows a dash. The overlap limit stands beside each class.
+        Lines of text. What was not evaluated shows a dash. The overlap limit of 3D boxes and of the view from
+        above stands beside each class; for "loose" a last line says what 2D boxes and orientation keep.
     """
-    width = max(map(len, _LIMIT_NOTES.values()))
+    notes = {name: f"{name} ({LIMITS[overlaps]['3d'][name]:g})" for name in CLASSES}
+    width = max(map(len, notes.values()))
     head, levels = " " * width, f"AP {average}, %".ljust(width)
     for title in _TITLES.values():
         head += f" | {title:^23}"
@@ -31,27 +33,31 @@ def format_table(result: Result, average: str = "R40") -> str:
     rule = "-" * width + ("-+-" + "-" * 23) * len(_TITLES)
     rows = []
     for name in CLASSES:
-        row = _LIMIT_NOTES[name].ljust(width)
+        row = notes[name].ljust(width)
         for metric in _TITLES:
             figures = result[name][metric]
             values = figures["R40"] if average == "R40" else figures["R11"]
             cells = [f"{value:7.2f}" if figures["evaluated"] else f"{'-':>7}" for value in values]
             row += " | " + " ".join(cells)
         rows.append(row)
+    if overlaps == "loose":
+        kept = ", ".join(f"{name} {LIMITS[overlaps]['bbox'][name]:g}" for name in CLASSES)
+        rows.append(f"Loose overlaps; 2D boxes and orientation keep the official ones: {kept}.")
     return "\n".join([head, levels, rule, *rows])
 
 
 def write_json(path: Path, result: Result) -> None:
     """Write all figures and curves as JSON, atomically; NaN, which JSON does not know, becomes null."""
-    write_text(path, json.dumps(_without_nan(result), indent=1) + "\n")
+    write_text(path, json.dumps(without_nan(result), indent=1) + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Nested dicts, lists and tuples with None for every float that is not finite, which JSON does not know."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_curves(path: Path, result: Result) -> None:

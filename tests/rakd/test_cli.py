@@ -97,6 +97,14 @@ def test_evaluate_a_split(scenes, results, capsys):
     assert capsys.readouterr().out != part
 
 
+def test_evaluate_with_loose_overlaps(scenes, results, capsys):
+    arguments = ["evaluate", str(scenes / "training" / "label_2"), str(results)]
+    assert main([*arguments, "--overlaps", "loose"]) == 0
+    assert capsys.readouterr().out.count("Pedestrian (0.25)") == 2
+    assert main([*arguments, "--overlaps", "tight"]) == 2
+    assert "--overlaps" in capsys.readouterr().err
+
+
 def test_warnings_are_one_line(scenes, results, tmp_path, capsys):
     for path in results.iterdir():
         (tmp_path / path.name).write_text(path.read_text())

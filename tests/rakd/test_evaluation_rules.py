@@ -42,6 +42,18 @@ def test_perfect_results(tmp_path):
     }
 
 
+def test_loose_overlaps_loosen_3d_and_above_but_not_2d(tmp_path):
+    # Moved by 1 of 4 metres along its length: overlap 3 / 5 from above and in space; 2D: 70 / 130.
+    truth = CAR.replace("20 0.6", "20 0")
+    moved = truth.replace("1 1.7 20", "2 1.7 20").replace("100 100 200 200", "130 100 230 200")
+    gt, pred = write(tmp_path / "gt", [[truth]] * 5), write(tmp_path / "pred", [[f"{moved} 0.5"]] * 5)
+    official, loose = (evaluate(gt, pred, overlaps=name, progress=False)["Car"] for name in ("official", "loose"))
+    assert [official[metric]["R40"][0] for metric in ("bbox", "bev", "3d")] == [0, 0, 0]
+    assert [loose[metric]["R40"][0] for metric in ("bbox", "bev", "3d")] == pytest.approx([0, 10, 10])
+    with pytest.raises(ValueError, match="overlaps must be one of official, loose, got 'tight'"):
+        evaluate(gt, pred, overlaps="tight")
+
+
 def test_precision_without_detections_is_nan(tmp_path):
     # Recall pass: the van, ignored, takes the row of score 0.9, so the car takes the one of 0.8. Precision
     # pass at 0.8: the van takes the row that fits it better, the other one does not reach the car and lies in

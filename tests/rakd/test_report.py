@@ -46,6 +46,12 @@ def test_table(result):
     assert "50.00" in format_table(result, "R11").splitlines()[3]
 
 
+def test_table_says_which_overlaps(result):
+    *_, car, pedestrian, _, note = format_table(result, overlaps="loose").splitlines()
+    assert car.startswith("Car (0.5)") and pedestrian.startswith("Pedestrian (0.25)")
+    assert "2D boxes and orientation keep" in note and "Car 0.7" in note
+
+
 def test_json_is_valid_without_nan(result, tmp_path):
     write_json(tmp_path / "deep" / "evaluation.json", result)
 

@@ -10,7 +10,9 @@ from rakd.data.frames import find_frames
 from rakd.visualize import (
     PREDICTION_COLOR,
     TRUTH_COLOR,
+    Compared,
     Layer,
+    compare_frames,
     draw_boxes_2d,
     draw_boxes_3d,
     draw_frame,
@@ -93,6 +95,46 @@ def test_view_from_above_has_a_scale_and_the_boxes(frame, results):
     polygons = [patch for patch in axis.patches if type(patch).__name__ == "Polygon"]
     centers = np.array([polygon.get_xy()[:4].mean(axis=0) for polygon in polygons])
     np.testing.assert_allclose(centers, results.location[:, [0, 2]], atol=1e-9)
+
+
+def test_view_from_above_can_be_wider(frame, results):
+    axis = Figure().add_subplot()
+    draw_from_above(axis, frame.read_calibration(), 414, [prediction_layer(results)], 50.0, side=40.0)
+    assert axis.get_xlim() == (-40, 40)
+
+
+def test_models_side_by_side(frame, results, tmp_path):
+    image, calibration, labels = frame.read_image(), frame.read_calibration(), frame.read_labels()
+    nothing = results.select(np.zeros(0, dtype=np.int64))
+
+    def draw(name, *predictions):
+        frames = [Compared("one", image, calibration, labels, entry) for entry in predictions]
+        compare_frames(tmp_path / name, frames, title="models", reach=50)
+        with Image.open(tmp_path / name) as picture:
+            return picture.size
+
+    one = draw("one.png", {"expert": results})
+    two = draw("two.png", {"expert": nothing, "apprentice": results})
+    four = draw("four.png", *[{"expert": nothing, "apprentice": nothing}] * 2)
+    assert two == (2 * one[0], one[1])
+    assert four[0] == two[0] and 1.7 * two[1] < four[1] < 2 * two[1]
+    # Only the legend is in the colour of predictions where there are none.
+    assert pixels_of(tmp_path / "two.png", PREDICTION_COLOR) > pixels_of(tmp_path / "four.png", PREDICTION_COLOR) + 300
+    assert pixels_of(tmp_path / "four.png", TRUTH_COLOR) > 3 * pixels_of(tmp_path / "one.png", TRUTH_COLOR)
+
+
+def test_models_side_by_side_need_the_same_models(frame, results, tmp_path):
+    def compared(**predictions):
+        return Compared("one", frame.read_image(), frame.read_calibration(), frame.read_labels(), predictions)
+
+    for frames, message in (
+        ([], "at least one frame"),
+        ([compared()], "at least one"),
+        ([compared(a=results), compared(b=results)], r"the models \['a'\].*got \['b'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_frames(tmp_path / "no.png", frames)
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_texts_do_not_cover_each_other(frame):

@@ -1,0 +1,121 @@
+"""How far off the distances of found objects are: the error that monocular 3D detection lives or dies by.
+
+Average precision at strict overlaps says 0 for a detector that is nearly right; this says how nearly.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from rakd.data.labels import Objects, concatenate
+from rakd.evaluation.kitti import CLASSES, LEVELS, read_folders, truth_flags
+from rakd.evaluation.matching import DROPPED, VALID
+from rakd.evaluation.overlaps import find_pairs
+from rakd.geometry import FloatArray
+
+LEAST_OVERLAP = 0.5
+"""Intersection over union of 2D boxes from which on a detection is taken to mean an object."""
+
+ALL = "all"
+_NO_PLACE = -1000.0
+_HARDEST = len(LEVELS) - 1
+
+
+@dataclass(frozen=True)
+class DepthFigures:
+    """How well distances were told.
+
+    Attributes:
+        error: Mean over the objects found of ``|z_predicted - z_labelled| / z_labelled``; NaN when none was found.
+        found: Share of the objects that were found, 0..1; NaN when there are none. An error means little
+            without it: who reports only the easy objects has a small one.
+        objects: Number of objects to be found.
+    """
+
+    error: float
+    found: float
+    objects: int
+
+
+def depth_errors(
+    gt_dir: Path | str, pred_dir: Path | str, *, frames: Sequence[str] | None = None, progress: bool = True
+) -> dict[str, DepthFigures]:
+    """Relative depth error of the objects found, and the share of objects found.
+
+    Detections of a class choose objects in order of their score (file order on ties): each takes the free one
+    that its 2D box overlaps most, if intersection over union is at least `LEAST_OVERLAP`. To be found are the
+    objects that the official kit counts at level hard. Those that it ignores there (smaller, more occluded,
+    Van for Car, Person_sitting for Pedestrian) can be taken too, which then counts neither way. Detections
+    without a place (x or z of -1000) do not take part.
+
+    Args:
+        gt_dir: As in `rakd.evaluation.kitti.evaluate`, and so are the other arguments, the errors and the
+            warnings.
+        pred_dir: See there.
+        frames: See there.
+        progress: See there.
+
+    Returns:
+        Figures of Car, Pedestrian, Cyclist, and of all their objects together as "all".
+    """
+    truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
+    truth, detection = concatenate(truths), concatenate(detections)
+    truth_frames = np.repeat(np.arange(len(truths)), [len(objects) for objects in truths])
+    detection_frames = np.repeat(np.arange(len(detections)), [len(objects) for objects in detections])
+    placed = (detection.location[:, [0, 2]] != _NO_PLACE).all(axis=1)
+    errors, counts = {}, {}
+    for name in CLASSES:
+        flags = truth_flags(truth, name, _HARDEST)
+        # Relative to a depth that is not positive, nothing can be said.
+        flags[truth.location[:, 2] <= 0] = DROPPED
+        rows, own = np.flatnonzero(flags != DROPPED), np.flatnonzero(detection.is_type(name) & placed)
+        errors[name] = _errors(
+            *(truth.select(rows), truth_frames[rows], flags[rows] == VALID),
+            *(detection.select(own), detection_frames[own]),
+        )
+        counts[name] = int(np.count_nonzero(flags == VALID))
+    result = {name: _figures(errors[name], counts[name]) for name in CLASSES}
+    result[ALL] = _figures(np.concatenate(list(errors.values())), sum(counts.values()))
+    return result
+
+
+def _errors(
+    truth: Objects,
+    truth_frames: npt.NDArray[np.int64],
+    valid: npt.NDArray[np.bool_],
+    detections: Objects,
+    detection_frames: npt.NDArray[np.int64],
+) -> FloatArray:
+    """Relative errors of the valid objects found, in the order of the scores that found them."""
+    pairs = find_pairs(truth, truth_frames, detections, detection_frames, 0.0, over="union")
+    overlap = pairs.overlap["bbox"]
+    if detections.scores is None:
+        raise AssertionError("read_results gives scores")
+    # By score, then detection in file order; each detection's objects by overlap, then in file order.
+    order = np.lexsort((pairs.truth, -overlap, pairs.detection, -detections.scores[pairs.detection]))
+    order = order[overlap[order] >= LEAST_OVERLAP]
+    found: list[int] = []
+    meant: list[int] = []
+    taken, spent = set(), set()
+    for g, d in zip(pairs.truth[order].tolist(), pairs.detection[order].tolist(), strict=True):
+        if g in taken or d in spent:
+            continue
+        taken.add(g)
+        spent.add(d)
+        if valid[g]:
+            found.append(g)
+            meant.append(d)
+    depth = truth.location[found, 2]
+    return np.asarray(np.abs(detections.location[meant, 2] - depth) / depth)
+
+
+def _figures(errors: FloatArray, objects: int) -> DepthFigures:
+    return DepthFigures(
+        error=float(errors.mean()) if len(errors) else math.nan,
+        found=len(errors) / objects if objects else math.nan,
+        objects=objects,
+    )

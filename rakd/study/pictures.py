@@ -1,0 +1,177 @@
+"""A study as pictures: bars of methods with their seeds as dots, curves of training losses."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogFormatter
+
+from rakd.evaluation.depth import ALL
+from rakd.evaluation.kitti import CLASSES
+from rakd.geometry import FloatArray
+from rakd.study.measures import MEAN, METHOD_NAMES, Measure, summarise, values_by_seed
+from rakd.study.results import METHODS, StudyResult, TrainingLog
+
+# Told apart by lightness as well, so that no kind of colour blindness merges them.
+COLORS = {
+    "expert": "#22272e",
+    "none": "#8b95a1",
+    "pkd": "#d3702c",
+    "semckd": "#f0bf7d",
+    "l_roi": "#a9c1e6",
+    "hfa": "#17877a",
+    "rakd": "#1f5fbf",
+}
+INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
+
+
+def draw_bars(study: StudyResult) -> Figure:
+    """Bars of the mean over seeds, a method each, every seed a dot: AP 3D (loose, moderate), depth error, found.
+
+    Args:
+        study: Methods without any run are left out.
+
+    Returns:
+        The figure: a row for each measure, a column for each class and one for all.
+    """
+    methods = [method for method in METHODS if any(run.method == method for run in study.runs)]
+    rows = (
+        ("AP 3D, moderate, loose overlaps, %", [Measure("3d", name, "moderate", "loose") for name in (*CLASSES, MEAN)]),
+        ("Relative depth error of objects found, %: less is better", [Measure("depth_error", n) for n in _GROUPS]),
+        ("Share of objects found, %", [Measure("found", name) for name in _GROUPS]),
+    )
+    head, panel = 0.75, 0.75 + 0.24 * len(methods)
+    height = head + panel * len(rows)
+    figure = Figure(figsize=(11.5, height))
+    axes = figure.subplots(len(rows), len(_GROUPS), sharey=True, sharex="row", squeeze=False)
+    for line, (title, measures) in zip(axes, rows, strict=True):
+        for axis, measure in zip(line, measures, strict=True):
+            _draw_bar_panel(axis, study, measure, methods)
+            axis.set_title({MEAN: "average", ALL: "all"}.get(measure.name, measure.name), loc="left", size=9, color=INK)
+        line[0].annotate(
+            title, (0, 1), (-84, 20), "axes fraction", textcoords="offset points", size=10, color=INK, weight="bold"
+        )
+    figure.subplots_adjust(left=0.12, right=0.985, top=1 - (head + 0.42) / height, bottom=0.3 / height)
+    figure.subplots_adjust(wspace=0.1, hspace=0.75 / (panel - 0.6))
+    _write_title(figure, "Ways to distil: bars are means, dots single seeds", study)
+    return figure
+
+
+_GROUPS = (*CLASSES, ALL)
+
+
+def _draw_bar_panel(axis: Axes, study: StudyResult, measure: Measure, methods: Sequence[str]) -> None:
+    for place, method in enumerate(methods):
+        values = list(values_by_seed(study, method, measure).values())
+        if not values:
+            axis.annotate("–", (0, place), (4, 0), textcoords="offset points", va="center", size=9, color=MUTED)
+            continue
+        mean = summarise(values).mean
+        axis.barh(place, mean, height=0.72, color=COLORS[method])
+        axis.plot(values, [place] * len(values), "o", ms=4.5, mfc="white", mec=INK, mew=0.9, clip_on=False, zorder=3)
+        end = max(*values, mean)
+        axis.annotate(f"{mean:.1f}", (end, place), (7, 0), textcoords="offset points", va="center", size=8.5, color=INK)
+    axis.set_yticks(range(len(methods)), [METHOD_NAMES[method] for method in methods])
+    axis.set_ylim(len(methods) - 0.45, -0.55)
+    axis.margins(x=0.25)
+    _clean(axis, "x")
+    axis.tick_params(axis="y", labelsize=9.5, labelcolor=INK)
+
+
+def draw_training(study: StudyResult, logs: Sequence[TrainingLog]) -> Figure:
+    """Draw how the losses fell: a panel for each loss, a colour for each method, a line for each seed.
+
+    Lines are running means over a twenty-fifth of the steps.
+
+    Args:
+        study: What the logs belong to, for the title.
+        logs: At least one, with at least one loss.
+
+    Raises:
+        ValueError: There is no loss to draw.
+    """
+    names = list(dict.fromkeys(name for log in logs for row in log.rows for name in row if name != "step"))
+    if not names:
+        raise ValueError("logs must hold at least one loss, got none")
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    height = 1.15 + 2.9 * lines
+    figure = Figure(figsize=(max(7.5, 4.2 * columns), height))
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis, name in zip(panels, names, strict=False):
+        _draw_loss_panel(axis, name, logs)
+    for axis in panels[len(names) :]:
+        axis.set_axis_off()
+    methods = [method for method in METHODS if any(log.method == method for log in logs)]
+    figure.legend(
+        handles=[Line2D([], [], color=COLORS[method], lw=2.5, label=METHOD_NAMES[method]) for method in methods],
+        loc="upper left",
+        bbox_to_anchor=(0.004, 1 - 0.5 / height),
+        ncols=len(methods),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=1.5,
+    )
+    figure.subplots_adjust(left=0.07, right=0.985, top=1 - 1.15 / height, bottom=0.5 / height)
+    figure.subplots_adjust(wspace=0.2, hspace=0.4)
+    _write_title(figure, "Losses while training (running means)", study)
+    return figure
+
+
+def _draw_loss_panel(axis: Axes, name: str, logs: Sequence[TrainingLog]) -> None:
+    smooth = []
+    for log in logs:
+        steps, values = log.series(name)
+        if not len(steps):
+            continue
+        means = running_mean(values, len(values) // 50)
+        axis.plot(steps, means, color=COLORS[log.method], lw=1.3)
+        smooth.append(means)
+    axis.set_title(name, loc="left", size=10, color=INK)
+    axis.set_xlabel("step", size=9, color=MUTED)
+    axis.margins(x=0.02)
+    _clean(axis, "both")
+    if not smooth:
+        return
+    drawn = np.concatenate(smooth)
+    if drawn.min() > 0 and drawn.max() > 10 * drawn.min():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5), labelOnlyBase=False))
+        axis.tick_params(axis="y", which="both", colors=MUTED, labelsize=8.5, length=0)
+        axis.set_ylim(drawn.min() / 1.2, drawn.max() * 1.2)
+        return
+    # The first steps of a loss that is far off would flatten all the rest.
+    low, high = np.quantile(drawn, [0.0, 0.99])
+    margin = 0.08 * (high - low) or 0.5
+    axis.set_ylim(low - margin, high + margin)
+
+
+def running_mean(values: FloatArray, reach: int) -> FloatArray:
+    """Mean over each value and its ``reach`` neighbours on both sides, fewer at the ends; ``[n]`` to ``[n]``."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    return np.asarray((sums[end] - sums[first]) / (end - first))
+
+
+def _clean(axis: Axes, grid: Literal["both", "x"]) -> None:
+    """Leave of the frame only what is read, and a light grid."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GRID)
+    axis.tick_params(colors=MUTED, labelsize=8.5, length=0)
+    axis.grid(axis=grid, color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _write_title(figure: Figure, title: str, study: StudyResult) -> None:
+    """Write the title, and under it where the figures come from."""
+    height = figure.get_size_inches()[1]
+    versions = ", ".join(f"{name} {version}" for name, version in study.versions.items())
+    source = " · ".join(part for part in (study.data, versions) if part)
+    figure.text(0.012, 1 - 0.10 / height, title, va="top", size=13, weight="bold", color=INK)
+    figure.text(0.012, 1 - 0.37 / height, source, va="top", size=8.5, color=MUTED)

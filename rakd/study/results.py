@@ -1,0 +1,251 @@
+"""The figures of a comparison of distillation methods, as plain data that survives a trip through JSON."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rakd.evaluation.depth import DepthFigures
+from rakd.evaluation.kitti import CLASSES, LEVELS, Result
+from rakd.evaluation.report import without_nan
+from rakd.files import write_text
+from rakd.geometry import FloatArray
+
+METHODS = ("expert", "none", "pkd", "semckd", "l_roi", "hfa", "rakd")
+"""How a model was trained: the expert on its own, or the apprentice without or with a kind of distillation.
+
+"l_roi", "hfa" and "rakd" are the paper's three terms: levels weighted uniformly, one level, softly (SFA).
+"""
+
+Precisions = dict[str, dict[str, dict[str, tuple[float, ...]]]]
+"""Average precision (R40, percent) ``[overlaps][metric][class]``, each for easy, moderate and hard."""
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What a model costs. None stands for what was not measured.
+
+    Attributes:
+        name: "expert" or "apprentice".
+        backbone: Such as "resnet50".
+        parameters: Their number.
+        gflops: Of one image, 10⁹ operations.
+        latency_ms: Median time for one image, milliseconds.
+        latency_p90_ms: The time that nine of ten images stay under.
+    """
+
+    name: str
+    backbone: str
+    parameters: int | None = None
+    gflops: float | None = None
+    latency_ms: float | None = None
+    latency_p90_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one training run came to.
+
+    Attributes:
+        method: One of `METHODS`.
+        seed: Of the run. Runs of different methods with the same seed are compared with each other.
+        precisions: See `Precisions`; overlaps are "official" and "loose", metrics "3d" and "bev". What is not
+            there counts as not measured. `precisions_of` makes it.
+        depth: By class and for "all", as `rakd.evaluation.depth.depth_errors` gives it.
+        seconds: Training time; None if unknown.
+        losses: Last values of the losses, by name.
+
+    Raises:
+        ValueError: The method is not known, or a class does not have three levels.
+    """
+
+    method: str
+    seed: int
+    precisions: Precisions
+    depth: dict[str, DepthFigures] = field(default_factory=dict)
+    seconds: float | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for overlaps, metrics in self.precisions.items():
+            for metric, classes in metrics.items():
+                for name, values in classes.items():
+                    if len(values) != len(LEVELS):
+                        where = f"precisions[{overlaps!r}][{metric!r}][{name!r}]"
+                        raise ValueError(f"{where} must hold {len(LEVELS)} levels, got {len(values)}")
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """All runs of a comparison, and what they ran on.
+
+    Attributes:
+        runs: In any order; at most one for each method and seed.
+        models: Costs of "expert" and "apprentice", as far as measured.
+        config: Settings of the study; anything that JSON can hold.
+        versions: Version of each package and device that mattered, by name.
+        seeds: The seeds planned; runs may be missing.
+        data: What was trained and evaluated on, in a few words.
+
+    Raises:
+        ValueError: There are two runs of one method and seed, or two models of one name.
+    """
+
+    runs: tuple[RunResult, ...]
+    models: tuple[ModelFigures, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    data: str = ""
+
+    def __post_init__(self) -> None:
+        runs = [(run.method, run.seed) for run in self.runs]
+        models = [model.name for model in self.models]
+        for twice in (run for run in runs if runs.count(run) > 1):
+            raise ValueError(f"runs must hold one run a method and seed, got several of {twice[0]}, seed {twice[1]}")
+        for name in (name for name in models if models.count(name) > 1):
+            raise ValueError(f"models must hold one model a name, got several of {name!r}")
+
+    def model(self, name: str) -> ModelFigures | None:
+        """The model of that name, if it is there."""
+        return next((model for model in self.models if model.name == name), None)
+
+    def to_json(self) -> str:
+        """Text that `from_json` reads; NaN and infinities, which JSON does not know, become null."""
+        return json.dumps(without_nan(asdict(self)), indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "StudyResult":
+        """Read what `to_json` wrote; null in the place of a figure becomes NaN.
+
+        Raises:
+            ValueError: The text is not JSON, or does not hold what a study does; says where.
+        """
+        content = _record(StudyResult, json.loads(text), "study")
+        for name, cls in (("runs", _run), ("models", _model)):
+            entries = content.get(name, [])
+            content[name] = tuple(cls(entry, f"{name}[{i}]") for i, entry in enumerate(entries))
+        content["seeds"] = tuple(content.get("seeds", ()))
+        return StudyResult(**content)
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """Losses of a run as they came.
+
+    Attributes:
+        method: One of `METHODS`.
+        seed: Of the run.
+        rows: ``{"step": ..., name of a loss: value, ...}``, steps ascending.
+
+    Raises:
+        ValueError: The method is not known, or a row has no step.
+    """
+
+    method: str
+    seed: int
+    rows: Sequence[Mapping[str, float]]
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for i, row in enumerate(self.rows):
+            if "step" not in row:
+                raise ValueError(f"rows must all have a step, row {i} has {', '.join(row) or 'nothing'}")
+
+    def series(self, name: str) -> tuple[FloatArray, FloatArray]:
+        """Steps and finite values of a loss, from the rows that have it."""
+        there = [(row["step"], row[name]) for row in self.rows if math.isfinite(row.get(name, math.nan))]
+        table = np.array(there, dtype=np.float64).reshape(-1, 2)
+        return table[:, 0], table[:, 1]
+
+
+def precisions_of(**results: Result) -> Precisions:
+    """Gather what tables need from evaluations: ``precisions_of(official=..., loose=...)``.
+
+    Args:
+        results: What `rakd.evaluation.kitti.evaluate` gave for each kind of overlaps.
+
+    Returns:
+        R40 in 3D and from above. A class without objects at a level is NaN: nothing was to be found. A class
+        with objects but without detections is 0.
+    """
+    return {
+        overlaps: {
+            metric: {
+                name: tuple(
+                    value if objects else math.nan
+                    for value, objects in zip(result[name][metric]["R40"], result[name][metric]["objects"], strict=True)
+                )
+                for name in CLASSES
+            }
+            for metric in ("3d", "bev")
+        }
+        for overlaps, result in results.items()
+    }
+
+
+def write_study(path: Path, study: StudyResult) -> None:
+    """Write a study as JSON, atomically."""
+    write_text(path, study.to_json())
+
+
+def read_study(path: Path) -> StudyResult:
+    """Read a study that `write_study` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It does not hold a study; names the file.
+    """
+    try:
+        return StudyResult.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _record(cls: type, content: Any, where: str) -> dict[str, Any]:
+    """A copy of a JSON object, after checking that it has no fields that the class lacks."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must be a JSON object, got {type(content).__name__}")
+    unknown = set(content) - {entry.name for entry in fields(cls)}
+    if unknown:
+        raise ValueError(f"{where} has the unknown field {min(unknown)!r}")
+    return dict(content)
+
+
+def _construct(cls: Callable[..., Any], content: dict[str, Any], where: str) -> Any:
+    try:
+        return cls(**content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _model(content: Any, where: str) -> Any:
+    return _construct(ModelFigures, _record(ModelFigures, content, where), where)
+
+
+def _run(content: Any, where: str) -> Any:
+    content = _record(RunResult, content, where)
+    content["precisions"] = {
+        overlaps: {
+            metric: {name: tuple(map(_number, values)) for name, values in classes.items()}
+            for metric, classes in metrics.items()
+        }
+        for overlaps, metrics in content.get("precisions", {}).items()
+    }
+    content["depth"] = {
+        name: DepthFigures(_number(figures["error"]), _number(figures["found"]), figures["objects"])
+        for name, figures in content.get("depth", {}).items()
+    }
+    content["losses"] = {name: _number(value) for name, value in content.get("losses", {}).items()}
+    return _construct(RunResult, content, where)

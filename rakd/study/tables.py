@@ -1,0 +1,244 @@
+"""The paper's tables from a study's figures, and their forms: Markdown, CSV, lines for a terminal."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rakd.evaluation.depth import ALL
+from rakd.evaluation.kitti import CLASSES, LEVELS, Overlaps
+from rakd.study.measures import (
+    CLASS_NAMES,
+    LEVEL_NAMES,
+    MEAN,
+    METHOD_NAMES,
+    Measure,
+    Summary,
+    summarise,
+    values_by_seed,
+)
+from rakd.study.results import METHODS, StudyResult
+
+Mark = Literal["", "best", "second"]
+
+COMPARED = ("none", "pkd", "semckd", "rakd")
+ABLATED = ("none", "l_roi", "hfa", "rakd")
+_NOTES = {"rakd": "RAKD", "l_roi": "L_RoI (uniform)", "hfa": "HFA (hard)", "none": "No distillation"}
+_COSTS = (("latency_ms", "ms"), ("latency_p90_ms", "ms, p90"), ("gflops", "GFLOPs"), ("parameters", "Params, M"))
+_COST_DIGITS = {"latency_ms": 1, "latency_p90_ms": 1, "gflops": 1, "parameters": 2}
+_DASH = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, rounded when it is shown.
+
+    Attributes:
+        measure: What it is a figure of; for costs of a model, only the metric is set.
+        summary: Over seeds; the count is 0 for costs of a model, which no seed changes.
+        digits: Digits after the point.
+        mark: Its rank in its column.
+    """
+
+    measure: Measure
+    summary: Summary
+    digits: int
+    mark: Mark = ""
+
+    @property
+    def rounded(self) -> float:
+        """The mean as shown. Ranks go by it, so that equal-looking figures have equal marks."""
+        return round(self.summary.mean, self.digits)
+
+    def text(self, runs: int) -> str:
+        """Mean and, with several seeds, spread; a dash when there is none.
+
+        Args:
+            runs: Runs of the row; a figure from fewer says from how many.
+        """
+        if not math.isfinite(self.summary.mean):
+            return _DASH
+        text = f"{self.summary.mean:.{self.digits}f}"
+        if math.isfinite(self.summary.spread):
+            text += f" ± {self.summary.spread:.{self.digits}f}"
+        return text if self.summary.count in (0, runs) else f"{text} (of {self.summary.count})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's figures; ``runs`` is the number of its runs."""
+
+    method: str
+    name: str
+    runs: int
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: methods down, measures across.
+
+    Attributes:
+        key: Short name, for files.
+        title: Above the table.
+        heads: One for each column.
+        rows: All with as many cells as there are heads.
+    """
+
+    key: str
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def make_tables(study: StudyResult) -> list[Table]:
+    """All tables of a study: expert and apprentice, methods compared, terms ablated."""
+    tables = [
+        _overview(study, "table2", "official", "Table 2. Expert and apprentice"),
+        _overview(study, "table2_loose", "loose", "Table 2, loose overlaps. Expert and apprentice"),
+    ]
+    comparison = {name: METHOD_NAMES[name] for name in COMPARED}
+    ablation = {name: _NOTES[name] for name in ABLATED} | {"rakd": "SFA (soft) = RAKD"}
+    precisions: tuple[tuple[str, str, dict[str, str], str, Overlaps], ...] = (
+        ("table3", "Table 3. Ways to distil: AP 3D", comparison, "3d", "official"),
+        ("table3_loose", "Table 3, loose overlaps. Ways to distil: AP 3D", comparison, "3d", "loose"),
+        ("table3_bev_loose", "Table 3, loose overlaps. Ways to distil: AP BEV", comparison, "bev", "loose"),
+    )
+    for key, title, methods, metric, overlaps in precisions:
+        tables.append(_precisions(study, key, title, methods, metric, overlaps))
+    tables.append(_depths(study, "table3_depth", "Table 3, distances. Ways to distil", comparison))
+    for overlaps, key, more in (("official", "ablation", ""), ("loose", "ablation_loose", ", loose overlaps")):
+        title = f"Ablation{more}. Terms of the loss: AP 3D"
+        tables.append(_precisions(study, key, title, ablation, "3d", overlaps))
+    tables.append(_depths(study, "ablation_depth", "Ablation, distances. Terms of the loss", ablation))
+    tables.append(_training(study))
+    return tables
+
+
+def _overview(study: StudyResult, key: str, overlaps: Overlaps, title: str) -> Table:
+    """AP of cars, and what the models cost."""
+    measures = [Measure(metric, "Car", level, overlaps) for metric in ("3d", "bev") for level in LEVELS]
+    heads = [f"{'3D' if m.metric == '3d' else 'BEV'} {LEVEL_NAMES[m.level]}" for m in measures]
+    rows = []
+    methods = {"expert": "Expert", "none": "Apprentice", "rakd": "Apprentice + RAKD"}
+    for method, name in methods.items():
+        model = study.model("expert" if method == "expert" else "apprentice")
+        row = _row(study, method, name if model is None else f"{name} ({model.backbone})", measures)
+        costs = []
+        for cost, _ in _COSTS:
+            value = None if model is None else getattr(model, cost)
+            scale = 1e-6 if cost == "parameters" else 1
+            mean = math.nan if value is None else scale * value
+            costs.append(Cell(Measure(cost), Summary(mean, math.nan, 0), _COST_DIGITS[cost]))
+        rows.append(replace(row, cells=(*row.cells, *costs)))
+    heads += [head for _, head in _COSTS]
+    return Table(key, f"{title} (Car, AP R40, %)", tuple(heads), tuple(rows))
+
+
+def _precisions(
+    study: StudyResult, key: str, title: str, methods: dict[str, str], metric: str, overlaps: Overlaps
+) -> Table:
+    measures = [Measure(metric, name, level, overlaps) for name in CLASSES for level in LEVELS]
+    measures.append(Measure(metric, MEAN, MEAN, overlaps))
+    heads = [f"{CLASS_NAMES[m.name]} {LEVEL_NAMES[m.level]}".strip() for m in measures]
+    return _ranked(study, key, f"{title} (R40, %)", methods, measures, heads)
+
+
+def _depths(study: StudyResult, key: str, title: str, methods: dict[str, str]) -> Table:
+    measures = [Measure(metric, name) for metric in ("depth_error", "found") for name in (*CLASSES, ALL)]
+    kinds = {"depth_error": "error", "found": "found"}
+    heads = [f"{CLASS_NAMES[m.name]} {kinds[m.metric]}" for m in measures]
+    full = f"{title}: relative depth error of the objects found (less is better), share of objects found (%)"
+    return _ranked(study, key, full, methods, measures, heads)
+
+
+def _training(study: StudyResult) -> Table:
+    """Time and last losses of every method; not ranked, for losses of different methods are different things."""
+    losses = list(dict.fromkeys(name for run in study.runs for name in run.losses))
+    measures = [Measure("minutes"), *(Measure("loss", name) for name in losses)]
+    rows = [_row(study, method, METHOD_NAMES[method], measures) for method in METHODS]
+    return Table("training", "Training: time and last losses", ("minutes", *losses), tuple(rows))
+
+
+def _row(study: StudyResult, method: str, name: str, measures: Sequence[Measure]) -> Row:
+    cells = [Cell(m, summarise(values_by_seed(study, method, m).values()), digits=2) for m in measures]
+    return Row(method, name, sum(run.method == method for run in study.runs), tuple(cells))
+
+
+def _ranked(
+    study: StudyResult,
+    key: str,
+    title: str,
+    methods: dict[str, str],
+    measures: Sequence[Measure],
+    heads: Sequence[str],
+) -> Table:
+    """A table whose best and second figures are marked; the expert stands above as a reference, unmarked."""
+    expert = _row(study, "expert", "Expert (reference)", measures)
+    rows = [_row(study, method, name, measures) for method, name in methods.items()]
+    columns = [_marked([row.cells[i] for row in rows]) for i in range(len(measures))]
+    marked = [replace(row, cells=tuple(column[i] for column in columns)) for i, row in enumerate(rows)]
+    return Table(key, title, tuple(heads), (expert, *marked))
+
+
+def _marked(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of a column with marks; equal figures share one, and a column of equal figures has none."""
+    values = {cell.rounded for cell in cells if math.isfinite(cell.summary.mean)}
+    ranks = sorted(values, reverse=not cells[0].measure.lower_is_better)
+    if len(ranks) < 2:
+        return list(cells)
+    marks: dict[float, Mark] = {ranks[0]: "best", ranks[1]: "second"}
+    return [replace(cell, mark=marks.get(cell.rounded, "")) for cell in cells]
+
+
+def format_markdown(table: Table) -> str:
+    """A Markdown table under its title; best bold, second underlined."""
+    wrap = {"": "{}", "best": "**{}**", "second": "<u>{}</u>"}
+    lines = [
+        f"### {table.title}\n",
+        "| Method | Seeds | " + " | ".join(table.heads) + " |",
+        "|---|---:|" + "---:|" * len(table.heads),
+    ]
+    for row in table.rows:
+        texts = [wrap[cell.mark].format(cell.text(row.runs)) for cell in row.cells]
+        lines.append(f"| {row.name} | {row.runs or _DASH} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def format_lines(table: Table) -> str:
+    """Lines for a terminal, turned round so that they fit: measures down, methods across; best *, second '."""
+    marks = {"": " ", "best": "*", "second": "'"}
+    first = ["", "seeds", *table.heads]
+    columns = [first]
+    for row in table.rows:
+        texts = [cell.text(row.runs) + marks[cell.mark] for cell in row.cells]
+        columns.append([f"{row.name} ", f"{row.runs or _DASH} ", *texts])
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for entries in zip(*columns, strict=True):
+        cells = [entries[0].ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(entries[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([table.title, "", lines[0], rule, *lines[1:]]) + "\n"
+
+
+def format_csv(tables: Sequence[Table]) -> str:
+    """All figures in long form, a row each; columns table, method, class, metric, level, overlap, mean, spread, seeds.
+
+    What is missing is an empty field; so are the seeds of a model's costs.
+    """
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["table", "method", "class", "metric", "level", "overlap", "mean", "spread", "seeds"])
+    for table in tables:
+        for row in table.rows:
+            for cell in row.cells:
+                measure, summary = cell.measure, cell.summary
+                figures = [f"{x:.6g}" if math.isfinite(x) else "" for x in (summary.mean, summary.spread)]
+                where = [measure.name, measure.metric, measure.level, measure.overlaps]
+                count = summary.count or ("" if measure.name == "" else 0)
+                writer.writerow([table.key, row.method, *where, *figures, count])
+    return lines.getvalue()

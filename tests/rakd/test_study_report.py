@@ -1,0 +1,363 @@
+"""Tables, findings and pictures of a study, from figures made by hand."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from rakd.evaluation.depth import DepthFigures
+from rakd.evaluation.kitti import CLASSES
+from rakd.study.findings import describe
+from rakd.study.measures import MEAN, Measure, summarise, values_by_seed
+from rakd.study.pictures import COLORS, draw_bars, draw_training, running_mean
+from rakd.study.report import format_tables, write_report
+from rakd.study.results import (
+    METHODS,
+    ModelFigures,
+    RunResult,
+    StudyResult,
+    TrainingLog,
+    precisions_of,
+    read_study,
+    write_study,
+)
+from rakd.study.tables import format_csv, format_lines, format_markdown, make_tables
+
+LOOSE = Measure("3d", MEAN, MEAN, "loose")
+
+
+def run(method, seed, ap, *, error=0.1, found=0.5, **more):
+    """A run with one AP throughout; ``ap`` may also be a dict by class of three levels."""
+    by_class = ap if isinstance(ap, dict) else dict.fromkeys(CLASSES, (ap,) * 3)
+    precisions = {overlaps: dict.fromkeys(("3d", "bev"), by_class) for overlaps in ("official", "loose")}
+    depth = {name: DepthFigures(error, found, 8) for name in (*CLASSES, "all")}
+    return RunResult(method, seed, precisions, depth, **more)
+
+
+def study_of(*runs, **more):
+    return StudyResult(runs, **more)
+
+
+@pytest.fixture
+def study():
+    return study_of(
+        run("expert", 0, 30.0, error=0.04, found=0.9),
+        *(run("none", seed, value) for seed, value in enumerate((10.0, 11.0, 12.0))),
+        *(run("rakd", seed, value, error=0.08) for seed, value in enumerate((12.0, 14.0, 13.0))),
+        run("pkd", 0, 10.5, seconds=90.0, losses={"task": 1.5, "distill": math.nan}),
+        models=(
+            ModelFigures("expert", "resnet50", 44_123_456, 410.25, 38.21, 40.0),
+            ModelFigures("apprentice", "resnet18", latency_ms=17.0),
+        ),
+        config={"steps": 100, "levels": [2, 3]},
+        versions={"torch": "2.13"},
+        seeds=(0, 1, 2),
+        data="made by hand",
+    )
+
+
+def table(study, key):
+    return next(table for table in make_tables(study) if table.key == key)
+
+
+def column(study, key, head):
+    """Texts and marks of a column by method."""
+    chosen = table(study, key)
+    place = chosen.heads.index(head)
+    return {row.method: (row.cells[place].text(row.runs), row.cells[place].mark) for row in chosen.rows}
+
+
+# ---- Results. ----
+
+
+def test_a_study_survives_json(study, tmp_path):
+    write_study(tmp_path / "study.json", study)
+    back = read_study(tmp_path / "study.json")
+    assert math.isnan(back.runs[-1].losses["distill"])
+    finite = dataclasses.replace(study.runs[-1], losses={})
+    for one in (study, back):
+        object.__setattr__(one, "runs", (*one.runs[:-1], dataclasses.replace(one.runs[-1], losses={})))
+    assert back == study
+    assert back.runs[-1] == finite
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=3, max_size=3), st.none() | st.floats(0, 1e6))
+def test_json_keeps_every_finite_figure_and_stays_json(values, seconds):
+    study = study_of(run("none", 0, {"Car": tuple(values)}, error=values[0], seconds=seconds))
+
+    def refuse(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    json.loads(study.to_json(), parse_constant=refuse)
+    back = StudyResult.from_json(study.to_json()).runs[0]
+    for got, wanted in zip(back.precisions["loose"]["3d"]["Car"], values, strict=True):
+        assert got == wanted if math.isfinite(wanted) else math.isnan(got)
+    assert back.seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(colour=1), "study has the unknown field 'colour'"),
+        (lambda c: c["runs"][0].update(method="magic"), r"runs\[0\]: method must be one of expert, .*got 'magic'"),
+        (lambda c: c["runs"][1].pop("seed"), r"runs\[1\]: .*seed"),
+        (lambda c: c["runs"].append(c["runs"][0]), "several of expert, seed 0"),
+        (lambda c: c["models"].append(c["models"][0]), "several of 'expert'"),
+        (lambda c: c["runs"][0]["precisions"]["loose"]["3d"].update(Car=[1]), "must hold 3 levels, got 1"),
+        (lambda c: c["runs"].insert(0, 5), r"runs\[0\] must be a JSON object, got int"),
+    ],
+)
+def test_a_file_that_holds_no_study_is_an_error_that_names_it(study, tmp_path, change, message):
+    content = json.loads(study.to_json())
+    change(content)
+    (tmp_path / "study.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"study.json: .*{message}"):
+        read_study(tmp_path / "study.json")
+
+
+def test_text_that_is_not_json_is_an_error(tmp_path):
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(ValueError, match=r"study\.json: "):
+        read_study(tmp_path / "study.json")
+
+
+def test_precisions_of_an_evaluation():
+    def metric(evaluated, values, objects):
+        return {"evaluated": evaluated, "R40": values, "R11": [], "precision": [], "objects": objects}
+
+    none = metric(False, [0.0] * 3, [0, 0, 4])
+    result = {name: {"3d": none, "bev": none} for name in CLASSES}
+    result["Car"] = {"3d": metric(True, [3.0, 2.0, 1.0], [5, 6, 7]), "bev": none}
+    precisions = precisions_of(official=result, loose=result)
+    assert precisions["loose"]["3d"]["Car"] == (3.0, 2.0, 1.0)
+    # Nothing to be found is no figure; something to be found and nothing detected is 0.
+    easy, moderate, hard = precisions["official"]["bev"]["Car"]
+    assert math.isnan(easy) and math.isnan(moderate) and hard == 0.0
+
+
+# ---- Measures. ----
+
+
+def test_averages_leave_out_what_the_data_lacks_but_not_what_a_run_lacks():
+    nan = math.nan
+    whole = {"Car": (9.0, 6.0, 3.0), "Pedestrian": (1.0, 1.0, nan), "Cyclist": (nan,) * 3}
+    part = whole | {"Pedestrian": (1.0, nan, nan)}
+    study = study_of(run("none", 0, whole), run("none", 1, part))
+    assert values_by_seed(study, "none", LOOSE) == {0: 4.0}
+    assert values_by_seed(study, "none", Measure("3d", MEAN, "easy", "loose")) == {0: 5.0, 1: 5.0}
+
+
+def test_spread_is_the_sample_standard_deviation():
+    summary = summarise([1.0, 2.0, 4.0])
+    assert (summary.mean, summary.spread, summary.count) == pytest.approx((7 / 3, np.std([1, 2, 4], ddof=1), 3))
+    assert math.isnan(summarise([5.0]).spread)
+    assert math.isnan(summarise([]).mean)
+
+
+# ---- Tables. ----
+
+
+def test_overview_has_accuracy_and_costs(study):
+    assert column(study, "table2", "3D easy") == {
+        "expert": ("30.00", ""),
+        "none": ("11.00 ± 1.00", ""),
+        "rakd": ("13.00 ± 1.00", ""),
+    }
+    assert [text for text, _ in column(study, "table2_loose", "ms").values()] == ["38.2", "17.0", "17.0"]
+    assert [text for text, _ in column(study, "table2", "Params, M").values()] == ["44.12", "–", "–"]
+    assert [row.name for row in table(study, "table2").rows][2] == "Apprentice + RAKD (resnet18)"
+
+
+def test_best_and_second_are_marked_and_the_expert_is_not(study):
+    for key, head in (("table3", "Average"), ("table3_loose", "Car mod."), ("table3_bev_loose", "Cyc. hard")):
+        assert column(study, key, head) == {
+            "expert": ("30.00", ""),
+            "none": ("11.00 ± 1.00", "second"),
+            "pkd": ("10.50", ""),
+            "semckd": ("–", ""),
+            "rakd": ("13.00 ± 1.00", "best"),
+        }
+
+
+def test_less_is_better_for_errors_and_equal_columns_have_no_marks(study):
+    errors = column(study, "table3_depth", "All error")
+    assert errors["rakd"] == ("8.00 ± 0.00", "best")
+    assert errors["none"] == ("10.00 ± 0.00", "second")
+    assert errors["pkd"] == ("10.00", "second")
+    assert {mark for _, mark in column(study, "table3_depth", "Car found").values()} == {""}
+
+
+def test_figures_that_look_equal_share_their_mark():
+    study = study_of(run("none", 0, 1.0), run("pkd", 0, 5.001), run("semckd", 0, 4.999), run("rakd", 0, 3.0))
+    marks = {method: mark for method, (_, mark) in column(study, "table3", "Average").items()}
+    assert marks == {"expert": "", "none": "", "pkd": "best", "semckd": "best", "rakd": "second"}
+
+
+def test_ablation_has_the_terms_of_the_loss():
+    values = {"none": 1.0, "l_roi": 2.0, "hfa": 3.0, "rakd": 4.0, "pkd": 9.0}
+    study = study_of(*(run(method, 0, value) for method, value in values.items()))
+    marks = {method: mark for method, (_, mark) in column(study, "ablation_loose", "Average").items()}
+    assert marks == {"expert": "", "none": "", "l_roi": "", "hfa": "second", "rakd": "best"}
+
+
+def test_a_figure_from_fewer_seeds_says_so():
+    gap = dict.fromkeys(CLASSES, (math.nan, 1.0, 1.0))
+    study = study_of(run("none", 0, 2.0), run("none", 1, gap))
+    assert column(study, "table3", "Car easy")["none"][0] == "2.00 (of 1)"
+    assert column(study, "table3", "Car hard")["none"][0] == "1.50 ± 0.71"
+
+
+def test_training_time_and_losses(study):
+    assert column(study, "training", "minutes")["pkd"] == ("1.50", "")
+    assert column(study, "training", "task")["pkd"][0] == "1.50"
+    assert column(study, "training", "distill")["pkd"][0] == "–"
+
+
+def test_markdown_rows_agree_with_their_head(study):
+    for one in make_tables(study):
+        lines = format_markdown(one).splitlines()[2:]
+        assert len({line.count("|") for line in lines}) == 1
+    text = format_markdown(table(study, "table3"))
+    assert "| RAKD | 3 | **13.00 ± 1.00** |" in text
+    assert "<u>11.00 ± 1.00</u>" in text
+    assert "| SemCKD | – | – |" in text
+
+
+def test_lines_for_a_terminal_are_aligned(study):
+    title, _, head, rule, seeds, *rows = format_lines(table(study, "table3")).splitlines()
+    assert title.startswith("Table 3")
+    assert all(len(line) <= len(rule) for line in (head, *rows))
+    assert seeds.split() == ["seeds", "1", "3", "1", "–", "3"]
+    end = head.index("RAKD") + len("RAKD")
+    assert all(row[:end].endswith("13.00 ± 1.00") and row[end:] == "*" for row in rows)
+
+
+def test_csv_is_long_form(study):
+    rows = list(csv.DictReader(format_csv(make_tables(study)).splitlines()))
+    assert list(rows[0]) == ["table", "method", "class", "metric", "level", "overlap", "mean", "spread", "seeds"]
+    (row,) = (r for r in rows if (r["table"], r["method"], r["class"]) == ("table3_loose", "rakd", "mean"))
+    assert list(row.values())[3:] == ["3d", "mean", "loose", "13", "1", "3"]
+    (cost,) = (r for r in rows if (r["table"], r["method"], r["metric"]) == ("table2", "none", "latency_ms"))
+    assert (cost["mean"], cost["spread"], cost["seeds"]) == ("17", "", "")
+    assert {r["mean"] for r in rows if r["method"] == "semckd"} == {""}
+
+
+# ---- Findings. ----
+
+
+def compared(none, rakd, *more):
+    """The sentence on RAKD and no distillation in the loose average."""
+    runs = [run("none", seed, value) for seed, value in enumerate(none)]
+    runs += [run("rakd", seed, value) for seed, value in enumerate(rakd)]
+    (sentence,) = (
+        line
+        for line in describe(study_of(*runs, *more))
+        if line.startswith("AP 3D, average at loose overlaps (%): RAKD − no")
+    )
+    return sentence.partition("no distillation ")[2]
+
+
+@pytest.mark.parametrize(
+    ("none", "rakd", "told"),
+    [
+        ((1, 2, 3), (2, 3.5, 5), "+1.50 ± 0.50 over 3 seeds (all better)."),
+        ((2, 3, 4), (1, 2, 2), "−1.33 ± 0.58 over 3 seeds (all worse)."),
+        ((1, 2), (2, 1), "+0.00 ± 1.41 over 2 seeds (1 better, 1 worse): no difference beyond the seeds' spread."),
+        ((1, 1), (1.1, 4), "+1.55 ± 2.05 over 2 seeds (all better): no difference beyond the seeds' spread."),
+        ((1, 1), (1, 1), "+0.00 ± 0.00 over 2 seeds (all equal): no difference beyond the seeds' spread."),
+        ((1, 2, 3), (3,), "+2.00 (better); one seed, so it may be chance."),
+    ],
+)
+def test_differences_are_told_as_they_are(none, rakd, told):
+    assert compared(none, rakd) == told
+
+
+def test_smaller_errors_are_better_and_the_rest_is_told(study):
+    text = "\n".join(describe(study))
+    assert "Depth error, all classes (%): RAKD − no distillation −2.00 ± 0.00 over 3 seeds (all better)." in text
+    assert "AP 3D, average at loose overlaps (%): RAKD − PKD +1.50 (better); one seed" in text
+    assert "expert 30.00 (1 run), no distillation 11.00 ± 1.00 (3 runs)." in text
+    assert "Not run: SemCKD, L_RoI, HFA." in text
+    assert "3 seeds still point one way by chance once in 4." in text
+
+
+def test_what_a_study_cannot_show_is_said():
+    weak = study_of(run("expert", 5, 0.0, error=0.3), run("none", 0, 0.0), run("rakd", 0, 0.0, error=0.2))
+    text = "\n".join(describe(weak))
+    assert text.count("AP") == 3
+    assert "AP 3D, average at official overlaps (%): 0 in every run, which tells nothing apart." in text
+    assert "expert 30.00 (1 run), no distillation 10.00 (1 run): the expert has nothing to teach here." in text
+    assert describe(study_of(run("none", 0, 1.0), run("rakd", 1, 1.0)))[0].startswith("Nothing to compare yet")
+    assert describe(study_of())[0].startswith("Nothing to compare yet")
+
+
+# ---- Pictures and files. ----
+
+
+def test_bars_stand_for_means_and_dots_for_seeds(study):
+    figure = draw_bars(study)
+    axis = figure.axes[3]  # the average of the first row
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        *("Expert", "No distillation", "PKD", "RAKD")
+    ]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([30, 11, 10.5, 13])
+    assert [sorted(line.get_xdata()) for line in axis.lines] == [[30], [10, 11, 12], [10.5], [12, 13, 14]]
+
+
+def test_training_curves_have_a_panel_for_each_loss(study):
+    rows = [{"step": step, "task": 5 - step / 100} for step in range(100)]
+    logs = [
+        TrainingLog("none", 0, rows),
+        TrainingLog("rakd", 0, [row | {"distill": math.nan if row["step"] == 3 else 1.0} for row in rows]),
+    ]
+    figure = draw_training(study, logs)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["task", "distill"]
+    assert [line.get_color() for line in figure.axes[0].lines] == [COLORS["none"], COLORS["rakd"]]
+    (line,) = figure.axes[1].lines
+    assert len(line.get_xdata()) == 99
+    with pytest.raises(ValueError, match="at least one loss"):
+        draw_training(study, [])
+    with pytest.raises(ValueError, match="row 1 has task"):
+        TrainingLog("none", 0, [{"step": 1}, {"task": 1.0}])
+    with pytest.raises(ValueError, match="method must be one of"):
+        TrainingLog("magic", 0, [])
+
+
+def test_running_mean():
+    np.testing.assert_allclose(running_mean(np.array([1.0, 2, 6, 0]), 1), [1.5, 3, 8 / 3, 3])
+    np.testing.assert_allclose(running_mean(np.array([1.0, 2, 6]), 0), [1, 2, 6])
+
+
+def test_methods_have_names_and_colours():
+    assert set(COLORS) == set(METHODS)
+    assert len(set(COLORS.values())) == len(METHODS)
+
+
+def test_report_writes_everything_and_the_same_twice(study, tmp_path):
+    logs = [TrainingLog("none", 0, [{"step": step, "task": 1.0 + step} for step in range(9)])]
+    paths = write_report(study, tmp_path / "a", logs)
+    assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "a").iterdir())
+    text = (tmp_path / "a" / "tables.md").read_text()
+    assert all(f"### {one.title}" in text for one in make_tables(study))
+    assert "Data: made by hand. Seeds: 0, 1, 2." in text
+    assert "![training](training.png)" in text
+    assert read_study(tmp_path / "a" / "study.json").models == study.models
+    for path in paths:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert image.size[0] > 900
+    for path in write_report(study, tmp_path / "b", logs):
+        assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
+    assert all(sentence in format_tables(study) for sentence in describe(study))
+
+
+def test_report_of_an_empty_study(tmp_path):
+    paths = write_report(study_of(), tmp_path)
+    assert [path.name for path in paths] == ["study.json", "tables.md", "tables.csv"]
+    assert "Nothing to compare yet" in format_tables(study_of())
