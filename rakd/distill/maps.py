@@ -1,0 +1,130 @@
+"""Feature maps as distillation takes them: checked, named, and in one order for both networks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_maps(argument: str, maps: Any) -> list[Tensor]:
+    """Return the values of a dict of feature maps, in its order.
+
+    Args:
+        argument: Name of the argument, for errors.
+        maps: What came.
+
+    Returns:
+        Maps ``[B, C, H, W]`` of one batch size and device.
+
+    Raises:
+        ValueError: A shape, batch size or device is wrong.
+        TypeError: This is no dict of floating-point tensors.
+    """
+    if not isinstance(maps, Mapping):
+        raise TypeError(f"{argument}: expected a dict of maps by name, got {type(maps).__name__}")
+    if not maps:
+        raise ValueError(f"{argument}: expected at least one map, got none")
+    first_name, first = next(iter(maps.items()))
+    for name, feature in maps.items():
+        label = f"{argument}[{name!r}]"
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"{label}: expected a tensor, got {type(feature).__name__}")
+        if not feature.is_floating_point():
+            raise TypeError(f"{label}: expected floating-point numbers, got {feature.dtype}")
+        if feature.dim() != 4 or 0 in feature.shape[1:]:
+            raise ValueError(f"{label}: expected shape [B, C, H, W] without zeros, got {list(feature.shape)}")
+        if feature.shape[0] != first.shape[0]:
+            expected = f"{first.shape[0]} images as in {argument}[{first_name!r}]"
+            raise ValueError(f"{label}: expected {expected}, got shape {list(feature.shape)}")
+        if feature.device != first.device:
+            expected = f"device {first.device} as in {argument}[{first_name!r}]"
+            raise ValueError(f"{label}: expected {expected}, got {feature.device}")
+    return list(maps.values())
+
+
+def check_both(expert: Any, apprentice: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Check the maps of two networks: the same images, on one device.
+
+    Returns:
+        The expert's maps, cut from their graph since it only teaches, and the apprentice's.
+
+    Raises:
+        ValueError, TypeError: As `check_maps`; or batch size or device differ.
+    """
+    teachers, learners = check_maps("expert", expert), check_maps("apprentice", apprentice)
+    if teachers[0].shape[0] != learners[0].shape[0]:
+        raise ValueError(
+            f"expert: expected maps of {learners[0].shape[0]} images as in apprentice, got {teachers[0].shape[0]}"
+        )
+    if teachers[0].device != learners[0].device:
+        raise ValueError(
+            f"expert: expected maps on {learners[0].device} as in apprentice, got them on {teachers[0].device}"
+        )
+    return [feature.detach() for feature in teachers], learners
+
+
+def check_pairs(expert: Any, apprentice: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """`check_both` for methods that compare level with level: the expert's maps come in the apprentice's order.
+
+    Raises:
+        ValueError, TypeError: As `check_both`; or the levels' names differ.
+    """
+    if isinstance(expert, Mapping) and isinstance(apprentice, Mapping):
+        missing = [name for name in apprentice if name not in expert]
+        extra = [name for name in expert if name not in apprentice]
+        if missing or extra:
+            told = [f"{what} {names}" for what, names in (("lacks", missing), ("has besides", extra)) if names]
+            raise ValueError(f"expert: expected the maps {list(apprentice)} as in apprentice; it {' and '.join(told)}")
+        expert = {name: expert[name] for name in apprentice}
+    return check_both(expert, apprentice)
+
+
+def name_maps(argument: str, maps: Any, names: Sequence[str] | None = None) -> Mapping[str, Tensor]:
+    """Give a sequence of maps names; a dict has its own.
+
+    Args:
+        argument: Name of the argument, for errors.
+        maps: A dict or sequence of maps, fine to coarse.
+        names: The names a sequence gets; default "0", "1", ...
+
+    Raises:
+        ValueError: There are more or fewer maps than names.
+        TypeError: This is neither a dict nor a sequence of tensors.
+    """
+    if isinstance(maps, Mapping):
+        return maps
+    if isinstance(maps, Tensor) or not isinstance(maps, Sequence):
+        raise TypeError(f"{argument}: expected a dict or sequence of maps, got {type(maps).__name__}")
+    for i, feature in enumerate(maps):
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"{argument}[{i}]: expected a tensor, got {type(feature).__name__}")
+    if names is None:
+        names = [str(i) for i in range(len(maps))]
+    if len(maps) != len(names):
+        raise ValueError(f"{argument}: expected {len(names)} maps for the levels {list(names)}, got {len(maps)}")
+    return dict(zip(names, maps, strict=True))
+
+
+def check_channels(argument: str, channels: Any) -> tuple[int, ...]:
+    """Check the numbers of channels of a network's levels.
+
+    Raises:
+        ValueError: There are none, or one is not positive.
+        TypeError: They are no sequence of integers.
+    """
+    if isinstance(channels, (str, bytes)) or not isinstance(channels, Sequence):
+        raise TypeError(f"{argument}: expected a sequence of integers, one per level, got {type(channels).__name__}")
+    if not channels:
+        raise ValueError(f"{argument}: expected at least one level, got none")
+    for i, count in enumerate(channels):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{argument}[{i}]: expected an integer, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{argument}[{i}]: expected 1 or more channels, got {count}")
+    return tuple(channels)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Bring half types to float32, where sums over whole maps neither overflow nor lose what is small."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
