@@ -1,0 +1,275 @@
+"""Runs a comparison of distillation methods: trains the expert and the apprentices, evaluates them, reports.
+
+Each training has a folder of its own in the run's folder. What is finished there is not done again, so that an
+interrupted run is continued by starting it again.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from rakd.data.augment import Augmentation
+from rakd.data.kitti import KittiDataset
+from rakd.data.labels import Objects, read_results
+from rakd.detector.configs import DETECTORS
+from rakd.detector.detector import Detector
+from rakd.detector.files import load_detector, save_detector
+from rakd.detector.inference import write_detections
+from rakd.detector.latency import measure
+from rakd.distill.learner import make_learner
+from rakd.distill.methods import make_method
+from rakd.evaluation.depth import depth_errors
+from rakd.evaluation.kitti import evaluate
+from rakd.study.report import write_report
+from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog, precisions_of, read_run, write_run
+from rakd.study.settings import StudySettings
+from rakd.training.processes import Processes, wait_for_all
+from rakd.training.settings import TrainSettings
+from rakd.training.trainer import Trainer
+from rakd.visualize import Compared, compare_frames
+
+_PICTURED = 2  # frames drawn as the models see them
+_SHOWN_SHARE = 0.3  # of a model's highest score in a frame: pictures leave out what scores less
+
+
+class Study:
+    """A comparison in a folder.
+
+    Args:
+        settings: What to do.
+        data: Folder in KITTI's layout, with the lists ``train`` and ``val``.
+        out: The run's folder.
+        processes: Where to compute, see `rakd.training.processes.start_processes`.
+        expert: File of a trained expert (`rakd.detector.files.save_detector`); None: one is trained.
+        splits: Names of the lists to train on and to evaluate on.
+        quiet: Show no progress bars.
+
+    Raises:
+        FileNotFoundError: The data or the expert's file are not there.
+        ValueError: The folder holds a run with other settings, or a file does not hold what it should.
+    """
+
+    def __init__(
+        self,
+        settings: StudySettings,
+        data: Path,
+        out: Path,
+        processes: Processes,
+        *,
+        expert: Path | None = None,
+        splits: tuple[str, str] = ("train", "val"),
+        quiet: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.data = data
+        self.out = out
+        self.processes = processes
+        self.expert_file = expert
+        self.splits = splits
+        self.quiet = quiet or not processes.main
+        self.logs: list[TrainingLog] = []
+
+    def run(self) -> StudyResult:
+        """Train, evaluate and report what is not done yet.
+
+        Returns:
+            All figures; in the main process only are they complete.
+        """
+        settings = self.settings
+        expert, runs = self._expert()
+        for seed in settings.seeds:
+            for method in settings.methods:
+                runs.append(self._apprentice(method, seed, expert))
+        models: tuple[ModelFigures, ...] = ()
+        if self.processes.main:
+            models = self._models(expert)
+        study = StudyResult(
+            runs=tuple(run for run in runs if run is not None),
+            models=models,
+            config=asdict(settings),
+            versions=versions(self.processes.device),
+            seeds=settings.seeds,
+            data=f"{self.data.name}: {self._sizes()}",
+        )
+        if self.processes.main:
+            write_report(study, self.out, self.logs)
+            self._picture()
+        wait_for_all(self.processes)
+        return study
+
+    def _expert(self) -> tuple[Detector, list[RunResult | None]]:
+        seed = self.settings.seeds[0]
+        if self.expert_file is not None:
+            expert = load_detector(self.expert_file).to(self.processes.device)
+            return expert, [self._evaluate("expert", seed, expert, "expert", None)]
+        expert = Detector(DETECTORS[self.settings.expert], seed=1000 + seed)
+        self._say(f"expert {self.settings.expert}: {expert.loaded}")
+        return expert, [self._train("expert", seed, expert, None, self.settings.expert_training)]
+
+    def _apprentice(self, method: str, seed: int, expert: Detector) -> RunResult | None:
+        apprentice = Detector(DETECTORS[self.settings.apprentice], seed=2000 + seed)
+        self._say(f"apprentice {self.settings.apprentice}, {method}, seed {seed}: {apprentice.loaded}")
+        return self._train(method, seed, apprentice, expert, self.settings.training)
+
+    def _train(
+        self, method: str, seed: int, detector: Detector, expert: Detector | None, training: TrainSettings
+    ) -> RunResult | None:
+        """Train a detector in its folder, and evaluate it."""
+        training = replace(training, seed=seed)
+        weight = self.settings.weights.get(method, 0.0)
+        term = None
+        if expert is not None:
+            term = make_method(
+                method,  # type: ignore[arg-type]  # the settings have checked it
+                strides=detector.strides,
+                expert_channels=expert.channels,
+                apprentice_channels=detector.channels,
+                batch_size=training.batch_size // self.processes.count,
+                seed=seed,
+                canonical_size=detector.config.heads.canonical_size,
+            )
+        name = "expert" if expert is None else f"{method}-seed{seed}"
+        learner = make_learner(detector, expert, term, weight, self.settings.regions)
+        config = detector.config
+        trainer = Trainer(
+            learner,
+            self._dataset(training=True, height=config.height),
+            training,
+            self.out / name,
+            self.processes.device,
+            name=name,
+            fingerprint={"detector": asdict(config), "method": method, "weight": weight, "regions": self.settings.regions},
+            image_size=None if config.width is None else (config.width, config.height),
+            quiet=self.quiet,
+        )
+        rows = trainer.run()
+        self.logs.append(TrainingLog(method, seed, rows))
+        seconds = sum(row["seconds"] for row in rows)
+        detector.eval()
+        return self._evaluate(method, seed, detector, name, seconds, rows[-1] if rows else {})
+
+    def _evaluate(
+        self,
+        method: str,
+        seed: int,
+        detector: Detector,
+        name: str,
+        seconds: float | None,
+        losses: dict[str, float] | None = None,
+    ) -> RunResult | None:
+        """Evaluate a detector, unless that is done; in the main process."""
+        if not self.processes.main:
+            return None
+        folder = self.out / name
+        result = folder / "result.json"
+        if result.exists():
+            return read_run(result)
+        save_detector(folder / "detector.pt", detector)
+        dataset = self._dataset(training=False, height=detector.config.height)
+        write_detections(detector, dataset, folder / "detections", self.processes.device, progress=not self.quiet)
+        truth = self.data / "training" / "label_2"
+        frames = [frame.id for frame in dataset.frames]
+        run = RunResult(
+            method=method,
+            seed=seed,
+            precisions=precisions_of(
+                official=evaluate(truth, folder / "detections", frames=frames, progress=False),
+                loose=evaluate(truth, folder / "detections", frames=frames, overlaps="loose", progress=False),
+            ),
+            depth=depth_errors(truth, folder / "detections", frames=frames, progress=False),
+            seconds=seconds,
+            losses={key: value for key, value in (losses or {}).items() if key not in _NOT_LOSSES},
+        )
+        write_run(result, run)
+        return run
+
+    def _dataset(self, *, training: bool, height: int) -> KittiDataset:
+        if not training:
+            return KittiDataset(self.data, self.splits[1], height=height)
+        settings = self.settings
+        augmentation = Augmentation(flip=settings.flip, photometric=settings.photometric)
+        small = len(KittiDataset(self.data, self.splits[0])) <= _KEPT_IN_MEMORY
+        return KittiDataset(
+            self.data, self.splits[0], height=height, augmentation=augmentation, seed=settings.seeds[0], cache=small
+        )
+
+    def _sizes(self) -> str:
+        train, val = (len(KittiDataset(self.data, split)) for split in self.splits)
+        return f"{train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
+
+    def _models(self, expert: Detector) -> tuple[ModelFigures, ...]:
+        apprentice = load_detector(self._folder(self.settings.methods[0]) / "detector.pt")
+        costs = measure([expert, apprentice], self.processes.device, progress=not self.quiet)
+        return tuple(
+            ModelFigures(
+                name=name,
+                backbone=detector.config.backbone.name,
+                parameters=cost.parameters,
+                gflops=cost.gflops,
+                latency_ms=cost.median_ms,
+                latency_p90_ms=cost.p90_ms,
+            )
+            for name, detector, cost in zip(("expert", "apprentice"), (expert, apprentice), costs, strict=True)
+        )
+
+    def _folder(self, method: str) -> Path:
+        return self.out / ("expert" if method == "expert" else f"{method}-seed{self.settings.seeds[0]}")
+
+    def _picture(self) -> None:
+        """Draw the frames with most objects as expert, apprentice and distilled apprentice see them."""
+        titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}
+        models = {title: self._folder(method) / "detections" for method, title in titles.items()}
+        models = {title: folder for title, folder in models.items() if folder.is_dir()}
+        dataset = self._dataset(training=False, height=32)
+        by_objects = sorted(dataset.frames, key=lambda frame: -int(frame.read_labels().is_type("Car").sum()))
+        frames = [
+            Compared(
+                frame.id,
+                frame.read_image(),
+                frame.read_calibration(),
+                frame.read_labels(),
+                {title: _best(read_results(folder / f"{frame.id}.txt")) for title, folder in models.items()},
+            )
+            for frame in by_objects[:_PICTURED]
+        ]
+        compare_frames(self.out / "frames.png", frames, title="The same frames, three models")
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+
+_NOT_LOSSES = ("step", "lr", "grad_norm", "seconds", "images_per_second")
+_KEPT_IN_MEMORY = 400  # frames; of KITTI's size they take 560 MB
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What figures depend on besides settings and data."""
+    return {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _best(objects: Objects) -> Objects:
+    scores: Sequence[float] | np.ndarray = objects.scores if objects.scores is not None else []
+    if not len(scores):
+        return objects
+    return objects.select(np.asarray(scores) >= _SHOWN_SHARE * np.max(scores))

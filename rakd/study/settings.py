@@ -1,0 +1,101 @@
+"""Settings of a comparison of distillation methods, and the comparisons that have a name. Imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rakd.detector.configs import DETECTORS
+from rakd.distill import MethodName
+from rakd.training.settings import TrainSettings
+
+Regions = Literal["proposals", "objects"]
+"""Where features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
+
+ALL_METHODS: tuple[MethodName, ...] = ("none", "pkd", "semckd", "rakd", "hfa", "l_roi")
+"""What an apprentice is trained with: alone, the two rivals, RAKD and its ablations."""
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What to train, and how.
+
+    Attributes:
+        expert: Name of the expert's detector, one of `rakd.detector.configs.DETECTORS`.
+        apprentice: Name of the apprentice's.
+        methods: What apprentices are trained with, in this order.
+        seeds: Each method is run with each of these; a seed is that of the apprentice's weights and of its training.
+            There is one expert, with the first seed.
+        expert_training: How the expert is trained; its seed is replaced.
+        training: How apprentices are trained; its seed is replaced.
+        weights: What each method's loss is multiplied with.
+        regions: Where RAKD and its ablations compare features.
+        flip: Probability of mirroring a training image.
+        photometric: Probability of each distortion of light and colour.
+
+    Raises:
+        ValueError: A name is not known, or nothing is to be done.
+    """
+
+    expert: str
+    apprentice: str
+    expert_training: TrainSettings
+    training: TrainSettings
+    weights: dict[str, float] = field(default_factory=dict)
+    methods: tuple[MethodName, ...] = ALL_METHODS
+    seeds: tuple[int, ...] = (0,)
+    regions: Regions = "proposals"
+    flip: float = 0.5
+    photometric: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("expert", "apprentice"):
+            if getattr(self, name) not in DETECTORS:
+                raise ValueError(f"{name} must be one of {', '.join(DETECTORS)}, got {getattr(self, name)!r}")
+        for name, known in (("methods", ALL_METHODS), ("seeds", None)):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must hold at least one and none twice, got {values}")
+            if known is not None and not set(values) <= set(known):
+                raise ValueError(f"{name} must be of {', '.join(known)}, got {', '.join(values)}")
+        missing = [name for name in self.methods if name != "none" and name not in self.weights]
+        if missing:
+            raise ValueError(f"weights must hold one for each method, {', '.join(missing)} lack one")
+
+
+_WEIGHTS = {"rakd": 1.0, "hfa": 1.0, "l_roi": 1.0, "pkd": 1.0, "semckd": 1.0}
+
+STUDIES = {
+    "tiny": StudySettings(
+        expert="tiny-expert",
+        apprentice="tiny",
+        expert_training=TrainSettings(
+            steps=400,
+            batch_size=4,
+            learning_rate=1e-3,
+            optimizer="adamw",
+            warm_up=30,
+            schedule="cosine",
+            checkpoint_every=50,
+            log_every=1,
+        ),
+        training=TrainSettings(
+            steps=250,
+            batch_size=4,
+            learning_rate=1e-3,
+            optimizer="adamw",
+            warm_up=30,
+            schedule="cosine",
+            checkpoint_every=50,
+            log_every=1,
+        ),
+        weights=_WEIGHTS,
+        photometric=0.0,
+    ),
+    "kitti": StudySettings(
+        expert="kitti-r50",
+        apprentice="kitti-r18",
+        expert_training=TrainSettings(steps=60_000, workers=4),
+        training=TrainSettings(steps=30_000, workers=4),
+        weights=_WEIGHTS,
+    ),
+}
+"""Comparisons by name: ``tiny`` runs on two processor cores in minutes; ``kitti`` has the paper's settings."""
