@@ -45,5 +45,5 @@ class Evaluate:
         print(report.format_table(result, "R11", self.overlaps))
         if self.out is not None:
             report.write_json(self.out / "evaluation.json", result)
-            report.write_curves(self.out / "curves.png", result)
+            report.write_curves(self.out / "curves.png", result, self.overlaps)
             print(f"\nwritten: {self.out / 'evaluation.json'}, {self.out / 'curves.png'}")

@@ -50,7 +50,8 @@ def depth_errors(
     that its 2D box overlaps most, if intersection over union is at least `LEAST_OVERLAP`. To be found are the
     objects that the official kit counts at level hard. Those that it ignores there (smaller, more occluded,
     Van for Car, Person_sitting for Pedestrian) can be taken too, which then counts neither way. Detections
-    without a place (x or z of -1000) do not take part.
+    without a place (x or z of -1000) do not take part. Scores have no threshold: what should not count as found
+    must not be in the files.
 
     Args:
         gt_dir: As in `rakd.evaluation.kitti.evaluate`, and so are the other arguments, the errors and the

@@ -60,17 +60,18 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_curves(path: Path, result: Result) -> None:
+def write_curves(path: Path, result: Result, overlaps: Overlaps = "official") -> None:
     """Draw the precision-recall curves of all classes and metrics as one picture, atomically.
 
     Args:
         path: A picture file; the suffix says which kind (.png, .pdf, .svg).
         result: What `rakd.evaluation.kitti.evaluate` gives.
+        overlaps: What ``result`` was evaluated with.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(_TITLES), 3.3 * len(CLASSES)), layout="constrained")
-    figure.suptitle("KITTI precision over recall", fontsize=15)
+    figure.suptitle(f"KITTI precision over recall, {overlaps} overlaps", fontsize=15)
     axes = figure.subplots(len(CLASSES), len(_TITLES), sharex=True, sharey=True, squeeze=False)
     for row, name in zip(axes, CLASSES, strict=True):
         for axis, metric in zip(row, _TITLES, strict=True):

@@ -136,6 +136,8 @@ def _draw_loss_panel(axis: Axes, name: str, logs: Sequence[TrainingLog]) -> None
     axis.margins(x=0.02)
     _clean(axis, "both")
     if not smooth:
+        axis.set(xticks=[], yticks=[])
+        axis.text(0.5, 0.5, "no finite values", transform=axis.transAxes, ha="center", color=MUTED)
         return
     drawn = np.concatenate(smooth)
     if drawn.min() > 0 and drawn.max() > 10 * drawn.min():

@@ -23,11 +23,21 @@ from rakd.study.results import METHODS, StudyResult
 
 Mark = Literal["", "best", "second"]
 
-COMPARED = ("none", "pkd", "semckd", "rakd")
-ABLATED = ("none", "l_roi", "hfa", "rakd")
-_NOTES = {"rakd": "RAKD", "l_roi": "L_RoI (uniform)", "hfa": "HFA (hard)", "none": "No distillation"}
-_COSTS = (("latency_ms", "ms"), ("latency_p90_ms", "ms, p90"), ("gflops", "GFLOPs"), ("parameters", "Params, M"))
-_COST_DIGITS = {"latency_ms": 1, "latency_p90_ms": 1, "gflops": 1, "parameters": 2}
+_OVERVIEW = {"expert": "Expert", "none": "Apprentice", "rakd": "Apprentice + RAKD"}
+_COMPARED = {method: METHOD_NAMES[method] for method in ("none", "pkd", "semckd", "rakd")}
+_ABLATED = {
+    "none": METHOD_NAMES["none"],
+    "l_roi": "L_RoI (uniform)",
+    "hfa": "HFA (hard)",
+    "rakd": "SFA (soft) = RAKD",
+}
+# Of a model: field, head, digits after the point.
+_COSTS = (
+    ("latency_ms", "Latency, ms", 1),
+    ("latency_p90_ms", "p90, ms", 1),
+    ("gflops", "GFLOPs", 1),
+    ("parameters", "Params, M", 2),
+)
 _DASH = "–"
 
 
@@ -95,45 +105,37 @@ class Table:
 
 def make_tables(study: StudyResult) -> list[Table]:
     """All tables of a study: expert and apprentice, methods compared, terms ablated."""
-    tables = [
-        _overview(study, "table2", "official", "Table 2. Expert and apprentice"),
-        _overview(study, "table2_loose", "loose", "Table 2, loose overlaps. Expert and apprentice"),
+    ways, terms = "Ways to distil", "Terms of the loss"
+    return [
+        _overview(study, "table2", "Table 2. Expert and apprentice", "official"),
+        _overview(study, "table2_loose", "Table 2, loose overlaps. Expert and apprentice", "loose"),
+        _precisions(study, "table3", f"Table 3. {ways}", _COMPARED, "3d", "official"),
+        _precisions(study, "table3_loose", f"Table 3, loose overlaps. {ways}", _COMPARED, "3d", "loose"),
+        _precisions(study, "table3_bev_loose", f"Table 3, loose overlaps. {ways}", _COMPARED, "bev", "loose"),
+        _depths(study, "table3_depth", f"Table 3, distances. {ways}", _COMPARED),
+        _precisions(study, "ablation", f"Ablation. {terms}", _ABLATED, "3d", "official"),
+        _precisions(study, "ablation_loose", f"Ablation, loose overlaps. {terms}", _ABLATED, "3d", "loose"),
+        _depths(study, "ablation_depth", f"Ablation, distances. {terms}", _ABLATED),
+        _training(study),
     ]
-    comparison = {name: METHOD_NAMES[name] for name in COMPARED}
-    ablation = {name: _NOTES[name] for name in ABLATED} | {"rakd": "SFA (soft) = RAKD"}
-    precisions: tuple[tuple[str, str, dict[str, str], str, Overlaps], ...] = (
-        ("table3", "Table 3. Ways to distil: AP 3D", comparison, "3d", "official"),
-        ("table3_loose", "Table 3, loose overlaps. Ways to distil: AP 3D", comparison, "3d", "loose"),
-        ("table3_bev_loose", "Table 3, loose overlaps. Ways to distil: AP BEV", comparison, "bev", "loose"),
-    )
-    for key, title, methods, metric, overlaps in precisions:
-        tables.append(_precisions(study, key, title, methods, metric, overlaps))
-    tables.append(_depths(study, "table3_depth", "Table 3, distances. Ways to distil", comparison))
-    for overlaps, key, more in (("official", "ablation", ""), ("loose", "ablation_loose", ", loose overlaps")):
-        title = f"Ablation{more}. Terms of the loss: AP 3D"
-        tables.append(_precisions(study, key, title, ablation, "3d", overlaps))
-    tables.append(_depths(study, "ablation_depth", "Ablation, distances. Terms of the loss", ablation))
-    tables.append(_training(study))
-    return tables
 
 
-def _overview(study: StudyResult, key: str, overlaps: Overlaps, title: str) -> Table:
+def _overview(study: StudyResult, key: str, title: str, overlaps: Overlaps) -> Table:
     """AP of cars, and what the models cost."""
     measures = [Measure(metric, "Car", level, overlaps) for metric in ("3d", "bev") for level in LEVELS]
     heads = [f"{'3D' if m.metric == '3d' else 'BEV'} {LEVEL_NAMES[m.level]}" for m in measures]
     rows = []
-    methods = {"expert": "Expert", "none": "Apprentice", "rakd": "Apprentice + RAKD"}
-    for method, name in methods.items():
+    for method, name in _OVERVIEW.items():
         model = study.model("expert" if method == "expert" else "apprentice")
         row = _row(study, method, name if model is None else f"{name} ({model.backbone})", measures)
         costs = []
-        for cost, _ in _COSTS:
+        for cost, _, digits in _COSTS:
             value = None if model is None else getattr(model, cost)
             scale = 1e-6 if cost == "parameters" else 1
             mean = math.nan if value is None else scale * value
-            costs.append(Cell(Measure(cost), Summary(mean, math.nan, 0), _COST_DIGITS[cost]))
+            costs.append(Cell(Measure(cost), Summary(mean, math.nan, 0), digits))
         rows.append(replace(row, cells=(*row.cells, *costs)))
-    heads += [head for _, head in _COSTS]
+    heads += [head for _, head, _ in _COSTS]
     return Table(key, f"{title} (Car, AP R40, %)", tuple(heads), tuple(rows))
 
 
@@ -143,7 +145,7 @@ def _precisions(
     measures = [Measure(metric, name, level, overlaps) for name in CLASSES for level in LEVELS]
     measures.append(Measure(metric, MEAN, MEAN, overlaps))
     heads = [f"{CLASS_NAMES[m.name]} {LEVEL_NAMES[m.level]}".strip() for m in measures]
-    return _ranked(study, key, f"{title} (R40, %)", methods, measures, heads)
+    return _ranked(study, key, f"{title}: AP {'3D' if metric == '3d' else 'BEV'} (R40, %)", methods, measures, heads)
 
 
 def _depths(study: StudyResult, key: str, title: str, methods: dict[str, str]) -> Table:

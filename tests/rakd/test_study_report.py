@@ -169,7 +169,7 @@ def test_overview_has_accuracy_and_costs(study):
         "none": ("11.00 ± 1.00", ""),
         "rakd": ("13.00 ± 1.00", ""),
     }
-    assert [text for text, _ in column(study, "table2_loose", "ms").values()] == ["38.2", "17.0", "17.0"]
+    assert [text for text, _ in column(study, "table2_loose", "Latency, ms").values()] == ["38.2", "17.0", "17.0"]
     assert [text for text, _ in column(study, "table2", "Params, M").values()] == ["44.12", "–", "–"]
     assert [row.name for row in table(study, "table2").rows][2] == "Apprentice + RAKD (resnet18)"
 
@@ -321,6 +321,8 @@ def test_training_curves_have_a_panel_for_each_loss(study):
     assert [line.get_color() for line in figure.axes[0].lines] == [COLORS["none"], COLORS["rakd"]]
     (line,) = figure.axes[1].lines
     assert len(line.get_xdata()) == 99
+    (axis,) = draw_training(study, [TrainingLog("none", 0, [{"step": 1, "task": math.nan}])]).axes
+    assert [text.get_text() for text in axis.texts] == ["no finite values"]
     with pytest.raises(ValueError, match="at least one loss"):
         draw_training(study, [])
     with pytest.raises(ValueError, match="row 1 has task"):
