@@ -22,18 +22,26 @@ class Command(Protocol):
 
 
 def _commands() -> dict[str, Any]:
+    from rakd.commands.distill import Distill
     from rakd.commands.distill_features import DistillFeatures
     from rakd.commands.evaluate import Evaluate
     from rakd.commands.inspect import Inspect
+    from rakd.commands.latency import Latency
     from rakd.commands.make_scenes import MakeScenes
+    from rakd.commands.predict import Predict
     from rakd.commands.show import Show
+    from rakd.commands.train import Train
 
     return {
-        "distill-features": DistillFeatures,
-        "inspect": Inspect,
-        "make-scenes": MakeScenes,
+        "distill": Distill,
+        "train": Train,
+        "predict": Predict,
         "evaluate": Evaluate,
         "show": Show,
+        "latency": Latency,
+        "inspect": Inspect,
+        "make-scenes": MakeScenes,
+        "distill-features": DistillFeatures,
     }
 
 
@@ -95,8 +103,8 @@ def _first_paragraph(page: str) -> str:
 
 
 _DESCRIPTION = (
-    "Region-aware knowledge distillation for monocular 3D detection: KITTI data, rendered scenes, "
-    "official evaluation, pictures."
+    "Region-aware knowledge distillation for monocular 3D detection: an expert teaches a light apprentice, on KITTI "
+    "or on rendered scenes; training, official evaluation, pictures."
 )
 
 

@@ -95,22 +95,29 @@ class DetectorConfig:
             raise ValueError(f"anchor_sizes must hold 4 or 5 sizes, got {self.proposals.anchor_sizes}")
 
 
-def _tiny(backbone: str, channels: int) -> DetectorConfig:
-    """A quarter of the paper's image height, and everything that is measured in pixels with it."""
+def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: int, hidden: int) -> DetectorConfig:
+    """A lighter detector for smaller images, with everything that is measured in pixels made smaller with them."""
+    scale = height / 512
     return DetectorConfig(
         BackboneConfig(backbone, channels, weights="random", frozen_norm=False),
-        ProposalConfig(anchor_sizes=(8, 16, 32, 64), sampled=128, candidates=(500, 300), kept=(300, 100)),
-        HeadConfig(sampled=64, width=256, canonical_size=56.0, detections=30),
-        height=128,
-        width=448,
+        ProposalConfig(
+            anchor_sizes=tuple(round(size * scale) for size in (32, 64, 128, 256)),
+            sampled=2 * sampled,
+            candidates=(500, 300),
+            kept=(300, 100),
+        ),
+        HeadConfig(sampled=sampled, width=hidden, canonical_size=224.0 * scale, detections=30),
+        height=height,
+        width=width,
     )
 
 
 DETECTORS = {
-    "tiny": _tiny("mobilenet_v3_small", 64),
-    "tiny-expert": _tiny("resnet18", 64),
+    "tiny": _scaled(128, 448, "mobilenet_v3_small", 64, sampled=64, hidden=256),
+    "tiny-expert": _scaled(128, 448, "resnet18", 64, sampled=64, hidden=256),
+    "small": _scaled(192, 640, "resnet18", 64, sampled=128, hidden=512),
     "kitti-r18": DetectorConfig(BackboneConfig("resnet18")),
     "kitti-r50": DetectorConfig(BackboneConfig("resnet50")),
 }
-"""Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings; ``tiny`` and
-``tiny-expert`` are for two processor cores and minutes."""
+"""Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings; ``tiny``,
+``tiny-expert`` and ``small`` are for a processor and minutes: they start from random weights."""

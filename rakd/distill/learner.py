@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from rakd.data.kitti import Batch
@@ -23,9 +22,7 @@ class Learner(nn.Module):
         regions: Where features are compared.
     """
 
-    def __init__(
-        self, detector: Detector, distiller: Distiller | None = None, regions: Regions = "proposals"
-    ) -> None:
+    def __init__(self, detector: Detector, distiller: Distiller | None = None, regions: Regions = "proposals") -> None:
         super().__init__()
         self.detector = detector
         self.distiller = distiller

@@ -209,6 +209,25 @@ def read_study(path: Path) -> StudyResult:
         raise ValueError(f"{path}: {error}") from None
 
 
+def write_run(path: Path, run: RunResult) -> None:
+    """Write one run as JSON, atomically."""
+    write_text(path, json.dumps(without_nan(asdict(run)), indent=1, allow_nan=False) + "\n")
+
+
+def read_run(path: Path) -> RunResult:
+    """Read a run that `write_run` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It does not hold a run; names the file.
+    """
+    try:
+        run: RunResult = _run(json.loads(path.read_text(encoding="utf-8")), "run")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return run
+
+
 def _record(cls: type, content: Any, where: str) -> dict[str, Any]:
     """A copy of a JSON object, after checking that it has no fields that the class lacks."""
     if not isinstance(content, Mapping):

@@ -4,14 +4,11 @@ Each training has a folder of its own in the run's folder. What is finished ther
 interrupted run is continued by starting it again.
 """
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-import torchvision
 
 from rakd.data.augment import Augmentation
 from rakd.data.kitti import KittiDataset
@@ -28,6 +25,8 @@ from rakd.evaluation.kitti import evaluate
 from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog, precisions_of, read_run, write_run
 from rakd.study.settings import StudySettings
+from rakd.study.versions import versions
+from rakd.training.log import RESERVED
 from rakd.training.processes import Processes, wait_for_all
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
@@ -143,15 +142,21 @@ class Study:
             self.out / name,
             self.processes.device,
             name=name,
-            fingerprint={"detector": asdict(config), "method": method, "weight": weight, "regions": self.settings.regions},
+            fingerprint={
+                "detector": asdict(config),
+                "method": method,
+                "weight": weight,
+                "regions": self.settings.regions,
+            },
             image_size=None if config.width is None else (config.width, config.height),
             quiet=self.quiet,
         )
         rows = trainer.run()
         self.logs.append(TrainingLog(method, seed, rows))
-        seconds = sum(row["seconds"] for row in rows)
         detector.eval()
-        return self._evaluate(method, seed, detector, name, seconds, rows[-1] if rows else {})
+        last = rows[-1]
+        losses = {key: value for key, value in last.items() if key not in RESERVED}
+        return self._evaluate(method, seed, detector, name, last["seconds"], losses)
 
     def _evaluate(
         self,
@@ -183,7 +188,7 @@ class Study:
             ),
             depth=depth_errors(truth, folder / "detections", frames=frames, progress=False),
             seconds=seconds,
-            losses={key: value for key, value in (losses or {}).items() if key not in _NOT_LOSSES},
+            losses=losses or {},
         )
         write_run(result, run)
         return run
@@ -244,28 +249,7 @@ class Study:
             print(text, flush=True)
 
 
-_NOT_LOSSES = ("step", "lr", "grad_norm", "seconds", "images_per_second")
 _KEPT_IN_MEMORY = 400  # frames; of KITTI's size they take 560 MB
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What figures depend on besides settings and data."""
-    return {
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _best(objects: Objects) -> Objects:

@@ -1,0 +1,16 @@
+"""The choice of a device on the command line. Loads torch: commands import it when they run."""
+
+from typing import Literal
+
+import torch
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of that name; "auto" takes a GPU if there is one.
+
+    Raises:
+        ValueError: A GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

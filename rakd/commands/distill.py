@@ -1,0 +1,97 @@
+"""``rakd distill``, the main job: an expert teaches apprentices by several methods, which are then compared."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from rakd.distill import MethodName
+from rakd.scenes import make_scenes
+from rakd.study.settings import ALL_METHODS, STUDIES, Regions
+
+_SCENES = 200  # frames rendered where no data are given
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Train an expert and apprentices, alone and taught by several methods; compare them as the paper does.
+
+    Without arguments it renders street scenes and runs on two processor cores in minutes. Writes tables (Markdown,
+    CSV, JSON), training curves, pictures of detections and all weights to the run's folder, and prints the tables.
+    An interrupted run is continued by repeating the command. On several GPUs or machines start it with torchrun:
+    ``torchrun --nproc-per-node 8 -m rakd distill --study kitti --data KITTI``.
+    """
+
+    study: Literal["tiny", "kitti"] = "tiny"
+    """Settings to start from. tiny: MobileNetV3 learns from ResNet-18 on images 128 px high. kitti: the paper's,
+    ResNet-18 learns from ResNet-50 on images 512 px high."""
+
+    data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder in KITTI's layout. Without it street scenes are rendered into the run's folder."""
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
+    """Folder of the run."""
+
+    splits: Annotated[tuple[str, str], arg(metavar="TRAIN VAL")] = ("train", "val")
+    """Names of the frame lists in ImageSets to learn from and to evaluate on."""
+
+    methods: Annotated[tuple[MethodName, ...], arg(metavar="METHOD...")] = ALL_METHODS
+    """What apprentices are trained with."""
+
+    seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
+    """Each method is run with each seed; tables give mean and spread."""
+
+    expert: Annotated[Path | None, arg(metavar="FILE")] = None
+    """File of a trained expert (detector.pt of a run); without it one is trained."""
+
+    expert_steps: Annotated[int | None, arg(metavar="N")] = None
+    """Training steps of the expert instead of the study's."""
+
+    steps: Annotated[int | None, arg(metavar="N")] = None
+    """Training steps of each apprentice instead of the study's."""
+
+    weight: Annotated[float | None, arg(metavar="W")] = None
+    """Weight of the distillation loss, for all methods, instead of the study's."""
+
+    regions: Regions = "proposals"
+    """Where RAKD and its ablations compare features: proposals that lie on objects, or the labelled boxes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes GPUs if there are any."""
+
+    def run(self) -> None:
+        """Render, train, evaluate, report."""
+        from rakd.study.report import format_tables
+        from rakd.study.run import Study
+        from rakd.training.processes import start_processes, wait_for_all
+
+        base = STUDIES[self.study]
+        weights = base.weights if self.weight is None else dict.fromkeys(base.weights, self.weight)
+        settings = replace(
+            base,
+            methods=tuple(self.methods),
+            seeds=tuple(self.seeds),
+            regions=self.regions,
+            weights=weights,
+            training=base.training if self.steps is None else replace(base.training, steps=self.steps),
+            expert_training=(
+                base.expert_training
+                if self.expert_steps is None
+                else replace(base.expert_training, steps=self.expert_steps)
+            ),
+        )
+        with start_processes(self.device) as processes:
+            data = self.data
+            if data is None:
+                data = self.out / "scenes"
+                if processes.main:
+                    print(f"no data given: rendering {_SCENES} street scenes into {data}", flush=True)
+                    make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
+                wait_for_all(processes)
+            study = Study(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
+            if processes.main:
+                print()
+                print(format_tables(study))
+                print(f"tables, curves and pictures are in {self.out}")

@@ -1,0 +1,63 @@
+"""``rakd predict``: what a trained detector sees in any image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Find cars, pedestrians and cyclists in images: KITTI result files and pictures.
+
+    For each image NAME.png writes NAME.txt and NAME.png (the image with 3D boxes, and from above).
+    """
+
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
+    """Images, PNG or JPEG."""
+
+    calib: Annotated[Path, arg(metavar="FILE")]
+    """KITTI calibration file (its P2 is used) for all images, or a folder with one NAME.txt for each."""
+
+    checkpoint: Annotated[Path, arg(metavar="FILE")]
+    """detector.pt of a run of rakd distill or rakd train."""
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("predictions")
+    """Folder to write to."""
+
+    min_score: float = 0.1
+    """Pictures leave out what scores less; result files hold everything."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+    def run(self) -> None:
+        """Detect, write and draw."""
+        from PIL import Image
+
+        from rakd.commands.devices import choose_device
+        from rakd.data.frames import read_calibration, read_image
+        from rakd.data.kitti import make_sample
+        from rakd.data.labels import write_objects
+        from rakd.detector.files import load_detector
+        from rakd.detector.inference import detect
+        from rakd.visualize import draw_frame, prediction_layer
+
+        names = [image.stem for image in self.images]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"images must have different names, {', '.join(twice)} stands for several")
+        device = choose_device(self.device)
+        detector = load_detector(self.checkpoint).to(device)
+        for path in self.images:
+            pixels = read_image(path)
+            calibration = read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib)
+            sample = make_sample(path.stem, Image.fromarray(pixels), calibration, None, detector.config.height)
+            objects = detect(detector, sample, device)
+            write_objects(self.out / f"{path.stem}.txt", objects)
+            scores = objects.scores
+            shown = objects if scores is None else objects.select(scores >= self.min_score)
+            draw_frame(self.out / f"{path.stem}.png", pixels, calibration, [prediction_layer(shown)], title=path.stem)
+            print(f"{path}: {len(objects)} objects, {len(shown)} of them with a score of {self.min_score:g} or more")
+        print(f"results and pictures are in {self.out}")

@@ -1,0 +1,121 @@
+"""``rakd train``: a detector on its own."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from rakd.detector.configs import DETECTORS
+from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a detector, such as an expert, and write its weights and its detections.
+
+    Writes detector.pt, log.csv and detections/NNNNNN.txt to the run's folder, and prints the evaluation. An
+    interrupted run is continued by repeating the command; on several GPUs or machines start it with torchrun.
+    """
+
+    data: Annotated[Path, arg(metavar="DIR")]
+    """Folder in KITTI's layout."""
+
+    out: Annotated[Path, arg(metavar="DIR")]
+    """Folder of the run."""
+
+    detector: Literal["tiny", "tiny-expert", "small", "kitti-r18", "kitti-r50"] = "kitti-r50"
+    """Which detector."""
+
+    splits: Annotated[tuple[str, str], arg(metavar="TRAIN VAL")] = ("train", "val")
+    """Names of the frame lists in ImageSets to learn from and to evaluate on."""
+
+    steps: int = 60_000
+    """Training steps."""
+
+    batch_size: int = 8
+    """Frames a step, over all processes."""
+
+    learning_rate: float = 0.02
+    """After the warm-up."""
+
+    optimizer: Optimizer = "sgd"
+    """sgd (momentum 0.9) or adamw."""
+
+    schedule: Schedule = "steps"
+    """steps: the rate falls to a tenth after 2/3 and 8/9 of the steps. cosine: it falls along a half cosine."""
+
+    warm_up: int = 500
+    """Steps over which the learning rate rises."""
+
+    amp: Precision = "off"
+    """Mixed precision."""
+
+    augment: bool = True
+    """Mirror images and distort light and colour."""
+
+    workers: int = 0
+    """Processes that load frames."""
+
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes GPUs if there are any."""
+
+    def run(self) -> None:
+        """Train, write and evaluate."""
+        from rakd.data.augment import Augmentation
+        from rakd.data.kitti import KittiDataset
+        from rakd.detector.detector import Detector
+        from rakd.detector.files import save_detector
+        from rakd.detector.inference import write_detections
+        from rakd.distill.learner import Learner
+        from rakd.evaluation.kitti import evaluate
+        from rakd.evaluation.report import format_table
+        from rakd.training.processes import start_processes
+        from rakd.training.trainer import Trainer
+
+        config = DETECTORS[self.detector]
+        settings = TrainSettings(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            warm_up=self.warm_up,
+            amp=self.amp,
+            workers=self.workers,
+            seed=self.seed,
+        )
+        dataset = KittiDataset(
+            self.data,
+            self.splits[0],
+            height=config.height,
+            augmentation=Augmentation() if self.augment else None,
+            seed=self.seed,
+        )
+        val = KittiDataset(self.data, self.splits[1], height=config.height)
+        with start_processes(self.device) as processes:
+            detector = Detector(config, seed=self.seed)
+            if processes.main:
+                print(f"{self.detector}: {detector.loaded}", flush=True)
+            Trainer(
+                Learner(detector),
+                dataset,
+                settings,
+                self.out,
+                processes.device,
+                name=self.detector,
+                fingerprint={"detector": asdict(config)},
+                image_size=None if config.width is None else (config.width, config.height),
+            ).run()
+            if not processes.main:
+                return
+            save_detector(self.out / "detector.pt", detector)
+            write_detections(detector.eval(), val, self.out / "detections", processes.device)
+            frames = [frame.id for frame in val.frames]
+            result = evaluate(self.data / "training" / "label_2", self.out / "detections", frames=frames)
+            for average in ("R40", "R11"):
+                print(f"\n{format_table(result, average)}")
+            print(f"\nweights: {self.out / 'detector.pt'}; detections: {self.out / 'detections'}")

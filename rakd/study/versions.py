@@ -1,0 +1,32 @@
+"""What figures depend on besides settings and data: versions and the machine."""
+
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions and machine, by name.
+
+    Args:
+        device: Where things were computed.
+    """
+    return {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
