@@ -111,13 +111,18 @@ class Timing:
         median: Median over the repeats.
         p20: 20th percentile.
         p80: 80th percentile.
-        repeats: How many runs these come from.
+        samples: The runs these come from, in their order.
     """
 
     median: float
     p20: float
     p80: float
-    repeats: int
+    samples: tuple[float, ...]
+
+    @property
+    def repeats(self) -> int:
+        """How many runs there were."""
+        return len(self.samples)
 
 
 def _timing_event() -> torch.cuda.Event:
@@ -169,7 +174,7 @@ def time_interleaved(
     timings = {}
     for name, taken in samples.items():
         low, middle, high = (float(value) for value in np.percentile(taken, [20, 50, 80]))
-        timings[name] = Timing(middle, low, high, len(taken))
+        timings[name] = Timing(middle, low, high, tuple(taken))
     return timings
 
 

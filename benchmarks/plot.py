@@ -1,7 +1,8 @@
 """``python -m benchmarks.plot CSV... --out DIR``: figures drawn from benchmark CSV files and nothing else.
 
 Bars: time (with the floor) and peak memory by workload, a panel for each layout. Curves: time over each axis
-that ``python -m benchmarks.scaling`` measured.
+that ``python -m benchmarks.scaling`` measured. Files of ``python -m benchmarks.training_cost`` give the bars of
+`benchmarks.steps_figure`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from matplotlib.ticker import NullLocator
 
 from benchmarks import style
 from benchmarks.measure import TRAINING
-from benchmarks.records import Row, read_all
+from benchmarks.records import Row, StepRow, holds_rows, read_all, read_rows
 from benchmarks.report import format_ratio
 from benchmarks.scaling import AXES, PREFIX
 from benchmarks.session import exit_with_errors
+from benchmarks.steps_figure import draw_runs
 
 FORMATS = ("png", "svg", "pdf")
 BAR_INCHES = 0.22
@@ -283,8 +285,8 @@ class Options:
     """Draw figures from benchmark CSV files.
 
     Attributes:
-        csv: Files written by python -m benchmarks and python -m benchmarks.scaling; of the same measurement
-            in several, the last one counts.
+        csv: Files written by python -m benchmarks, python -m benchmarks.scaling and
+            python -m benchmarks.training_cost; of the same measurement in several, the last one counts.
         out: Folder of the figures.
         format: png, svg or pdf.
     """
@@ -299,7 +301,11 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.plot")
     if options.format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {options.format!r}")
-    figures = draw_all(read_all(options.csv))
+    steps = [path for path in options.csv if holds_rows(path, StepRow)]
+    others = [path for path in options.csv if path not in steps]
+    figures = draw_runs([row for path in steps for row in read_rows(path, StepRow)])
+    if others or not steps:
+        figures |= draw_all(read_all(others))
     options.out.mkdir(parents=True, exist_ok=True)
     for stem, figure in figures.items():
         path = options.out / f"{stem}.{options.format}"

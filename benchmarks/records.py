@@ -7,8 +7,9 @@ import datetime
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torchvision  # type: ignore[import-untyped, unused-ignore]
@@ -98,6 +99,66 @@ class Row:
 
 
 @dataclass(frozen=True)
+class StepRow:
+    """One kind of training step, as ``python -m benchmarks.training_cost`` measures it.
+
+    Attributes:
+        pair: Name of expert and apprentice together.
+        expert: The expert's name.
+        apprentice: The apprentice's name.
+        batch: Images.
+        boxes: Boxes of the whole batch in which features are compared.
+        height: Image height, pixels.
+        width: Image width, pixels.
+        contender: ``"alone"``, ``"expert"``, ``"rakd:<backend>"`` or ``"torchvision"``.
+        median_ms: Median time of a step, milliseconds.
+        p20_ms: 20th percentile.
+        p80_ms: 80th percentile.
+        repeats: Steps these come from.
+        ratio: This step's median over that of ``"alone"``, in the same interleaved run.
+        share: What the distillation loss adds to a step in which the expert runs for nothing, as a part of that
+            step: median over the rounds of ``(this - expert) / expert``; None where there is no such loss.
+        share_p20: 20th percentile.
+        share_p80: 80th percentile.
+        device: As all that follow: see :class:`Row`.
+        cpu: Same.
+        threads: Same.
+        torch: Same.
+        torchvision: Same.
+        rakd: Same.
+        commit: Same.
+        dirty: Same.
+        date: Same.
+    """
+
+    pair: str
+    expert: str
+    apprentice: str
+    batch: int
+    boxes: int
+    height: int
+    width: int
+    contender: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+    ratio: float
+    share: float | None
+    share_p20: float | None
+    share_p80: float | None
+    device: str
+    cpu: str
+    threads: int
+    torch: str
+    torchvision: str
+    rakd: str
+    commit: str
+    dirty: bool
+    date: str
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where and with what a run was measured; the fields are those of :class:`Row`."""
 
@@ -109,6 +170,9 @@ class Machine:
     commit: str
     dirty: bool
     date: str
+
+
+Kind = TypeVar("Kind", Row, StepRow)
 
 
 def _cpu_model() -> str:
@@ -160,16 +224,23 @@ def _from_text(kind: str, text: str) -> object:
     return {"int": int, "float": float, "str": str}[kind](text)
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows to a CSV file, whole or not at all."""
+def write_rows(path: Path, kind: type[Kind], rows: Iterable[Kind]) -> None:
+    """Write rows, which are dataclasses of one kind, to a CSV file, whole or not at all."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Row))
-        writer.writerows([_to_text(value) for value in asdict(row).values()] for row in rows)
+        writer.writerow(field.name for field in fields(kind))
+        writer.writerows([_to_text(getattr(row, field.name)) for field in fields(kind)] for row in rows)
 
 
-def read_csv(path: Path) -> list[Row]:
-    """Read rows back.
+def read_rows(path: Path, kind: type[Kind]) -> list[Kind]:
+    """Read back what :func:`write_rows` wrote.
+
+    Args:
+        path: The CSV.
+        kind: The rows' dataclass.
+
+    Returns:
+        The rows.
 
     Raises:
         ValueError: The file is missing, has other columns, or a cell does not parse; the message names it.
@@ -178,20 +249,43 @@ def read_csv(path: Path) -> list[Row]:
         raise ValueError(f"{path}: no such file")
     with path.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
-        missing = [field.name for field in fields(Row) if field.name not in (reader.fieldnames or [])]
+        missing = [field.name for field in fields(kind) if field.name not in (reader.fieldnames or [])]
         if missing:
             raise ValueError(f"{path}: not a benchmark CSV, lacks the columns {', '.join(missing)}")
-        return [_parse_row(path, number, cells) for number, cells in enumerate(reader, start=2)]
+        return [_parse_row(path, number, cells, kind) for number, cells in enumerate(reader, start=2)]
 
 
-def _parse_row(path: Path, number: int, cells: dict[str, str]) -> Row:
+def _parse_row(path: Path, number: int, cells: dict[str, str], kind: type[Kind]) -> Kind:
     values = {}
-    for field in fields(Row):
+    for field in fields(kind):
         try:
             values[field.name] = _from_text(str(field.type), cells[field.name])
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{path}, line {number}: {field.name} is {cells[field.name]!r}") from None
-    return Row(**values)  # type: ignore[arg-type]
+    return kind(**values)  # type: ignore[arg-type]
+
+
+def holds_rows(path: Path, kind: type[Row] | type[StepRow]) -> bool:
+    """Whether a file is a CSV with the columns of a kind of rows."""
+    if not path.is_file():
+        return False
+    with path.open(newline="", encoding="utf-8") as stream:
+        header = next(csv.reader(stream), [])
+    return all(field.name in header for field in fields(kind))
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows of an op's measurements to a CSV file, whole or not at all."""
+    write_rows(path, Row, rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Read rows of an op's measurements back.
+
+    Raises:
+        ValueError: As :func:`read_rows`.
+    """
+    return read_rows(path, Row)
 
 
 def read_all(paths: Sequence[Path]) -> list[Row]:

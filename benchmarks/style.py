@@ -11,10 +11,12 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.measure import FORWARD, TRAINING
-from benchmarks.records import Row
+from benchmarks.records import Row, StepRow
 from benchmarks.scaling import PREFIX
 
 COLOURS = {
+    "alone": "#9aa3ad",
+    "expert": "#6b7480",
     "rakd:cuda": "#1f5fbf",
     "rakd:cpu": "#1f5fbf",
     "rakd:triton": "#17877a",
@@ -25,6 +27,8 @@ COLOURS = {
     "difference-compiled": "#c98d7f",
 }
 NAMES = {
+    "alone": "apprentice alone",
+    "expert": "expert's forward as well",
     "rakd:cuda": "rakd_ops, CUDA",
     "rakd:cpu": "rakd_ops, C++",
     "rakd:triton": "rakd_ops, Triton",
@@ -50,11 +54,11 @@ def show_time(milliseconds: float) -> str:
     return f"{value:,.0f} {unit}" if value >= 99.5 else f"{value:.3g} {unit}"
 
 
-def write_title(figure: Figure, title: str, row: Row) -> None:
+def write_title(figure: Figure, title: str, row: Row | StepRow) -> None:
     """Write the title, and under it where the figures come from."""
     commit = f", commit {row.commit[:10]}{'+' if row.dirty else ''}" if row.commit else ""
     machine = row.device if row.device != "cpu" else f"{row.cpu}, {row.threads} threads"
-    if row.workload == PREFIX + "threads":
+    if isinstance(row, Row) and row.workload == PREFIX + "threads":
         machine = row.cpu
     versions = f"torch {row.torch}, torchvision {row.torchvision}, rakd {row.rakd}{commit}"
     source = f"{machine} · {versions} · {row.date[:10]}"

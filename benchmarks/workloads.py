@@ -90,8 +90,12 @@ def draw_objects(count: int, workload: Workload, generator: torch.Generator) -> 
 
 def draw_proposals(count: int, workload: Workload, generator: torch.Generator) -> Tensor:
     """Draw boxes ``[count, 4]`` jittered around a few objects; as a detector's, they may leave the image."""
-    objects = draw_objects(OBJECTS_PER_IMAGE, workload, generator)
-    copies = objects[torch.arange(count) % OBJECTS_PER_IMAGE]
+    return jitter_boxes(draw_objects(OBJECTS_PER_IMAGE, workload, generator), count, generator)
+
+
+def jitter_boxes(objects: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw boxes ``[count, 4]``, float64, around objects ``[N, 4]``, N > 0: each in turn, moved and resized."""
+    copies = objects.double()[torch.arange(count) % len(objects)]
     noise = torch.randn(count, 4, generator=generator, dtype=torch.float64)
     noise = noise.clamp(-LARGEST_JITTER, LARGEST_JITTER)
     size = copies[:, 2:] - copies[:, :2]

@@ -1,0 +1,334 @@
+"""``python -m benchmarks.training_cost``: what distillation costs in a training step of a real detector.
+
+A step is what `rakd.training.trainer.Trainer` does with a batch in memory: forward, losses, backward, clipping,
+optimiser. Steps of these kinds take turns in one run, on the same images and boxes:
+
+- ``alone``: the apprentice learns alone;
+- ``expert``: the expert runs as well, and its features are dropped;
+- ``rakd:<backend>``: RAKD through `rakd_ops.soft_roi_distill`, as ``rakd distill`` trains;
+- ``torchvision``: the same loss as people write it, RoIAlign per level and network and the rest in eager PyTorch.
+
+Features are compared in boxes jittered around each image's objects, as many as the detector's losses may draw:
+a trained proposal network finds that many, the random weights measured here would not.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from benchmarks import cases
+from benchmarks.contenders import Contender, torchvision_loss
+from benchmarks.measure import Timing, check_agreement, time_interleaved
+from benchmarks.records import Machine, StepRow, describe_machine, write_rows
+from benchmarks.report import format_ratio, format_time
+from benchmarks.session import csv_path, exit_with_errors
+from benchmarks.workloads import Inputs, Workload, jitter_boxes
+from rakd.data.kitti import Batch, KittiDataset, collate
+from rakd.data.targets import Targets
+from rakd.detector.configs import DETECTORS
+from rakd.detector.detector import Detector
+from rakd.distill.distiller import Distiller
+from rakd.distill.methods import RegionDistillation
+from rakd.scenes import make_scenes
+from rakd.training.optimizing import make_optimizer
+from rakd.training.settings import Optimizer, TrainSettings
+
+ALONE, EXPERT, TORCHVISION = "alone", "expert", "torchvision"
+
+Features = dict[str, Tensor]
+Term = Callable[[Features], Tensor | None]
+"""What a kind of step adds to the apprentice's own losses, given its feature maps; None: nothing."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Who learns from whom.
+
+    Attributes:
+        expert: Name of the expert's detector.
+        apprentice: Name of the apprentice's.
+        batch: Images a step.
+        optimizer: The one that the pair's study uses.
+    """
+
+    expert: str
+    apprentice: str
+    batch: int
+    optimizer: Optimizer
+
+
+PAIRS = {"tiny": Pair("tiny-expert", "tiny", 4, "adamw"), "kitti": Pair("kitti-r50", "kitti-r18", 2, "sgd")}
+
+
+class Steps:
+    """Training steps of one apprentice on one batch, all alike but for the term that is added.
+
+    The learning rate is 0: the optimiser works as ever, but every step starts from the same weights, so that each
+    draws the same anchors and proposals and does the same work besides its term.
+
+    Args:
+        pair: Who learns from whom.
+        device: A torch device.
+        seed: Seed of weights, scenes and boxes.
+    """
+
+    def __init__(self, pair: Pair, device: str, seed: int) -> None:
+        self.apprentice = _make_detector(pair.apprentice, seed + 1).to(device)
+        self.expert = _make_detector(pair.expert, seed).to(device)
+        config = self.apprentice.config
+        batch = _render_batch(pair.batch, config.height, config.width, seed)
+        self.images = batch.images.to(device)
+        self.sizes = batch.sizes
+        self.targets = batch.targets(device)
+        self.seeds = range(pair.batch)
+        count = int(config.heads.sampled * config.heads.positive_share)
+        self.boxes = _draw_boxes(batch.targets("cpu"), count, device, seed)
+        height, width = self.images.shape[2:]
+        self.workload = Workload(pair.batch, count, 7, "proposals", self.apprentice.channels, height, width)
+        for detector in (self.expert, self.apprentice):
+            detector.pyramid.calibrate([self.images])  # random weights would give maps of absurd scales
+        self.expert.eval().requires_grad_(False)
+        self.apprentice.train()
+        if config.backbone.frozen_norm:
+            _freeze_norm(self.apprentice)
+        self.settings = TrainSettings(optimizer=pair.optimizer)
+        self.optimizer = make_optimizer(self.apprentice, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+
+    def run(self, term: Term) -> float:
+        """Do one step as the trainer does, and give the loss.
+
+        Args:
+            term: What is added to the apprentice's own losses.
+
+        Returns:
+            The sum of all losses.
+        """
+        self.optimizer.zero_grad()
+        features = self.apprentice.extract_features(self.images)
+        losses, _ = self.apprentice.losses(features, self.sizes, self.targets, self.seeds)
+        added = term(features)
+        terms = [*losses.values(), *([] if added is None else [added])]
+        total = torch.stack(terms).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        assert self.settings.clip is not None
+        nn.utils.clip_grad_norm_(self.apprentice.parameters(), self.settings.clip)
+        self.optimizer.step()
+        return total.item()
+
+    def terms(self, backends: tuple[str, ...]) -> dict[str, Term]:
+        """The kinds of step, by name."""
+        rakd: dict[str, Term] = {f"rakd:{name}": self._distillation(name) for name in backends}
+        return {ALONE: lambda _: None, EXPERT: self._run_expert, **rakd, TORCHVISION: self._distill_eagerly}
+
+    def check(self, terms: dict[str, Term]) -> None:
+        """See that all distillation terms compute the same loss and gradients.
+
+        Raises:
+            DisagreementError: They do not.
+        """
+        with torch.no_grad():
+            found = self.apprentice.extract_features(self.images)
+        features = {name: feature.requires_grad_() for name, feature in found.items()}
+        contenders = [
+            Contender(name, functools.partial(_value, term, features))
+            for name, term in terms.items()
+            if name not in (ALONE, EXPERT)
+        ]
+        upstream = torch.ones((), device=self.images.device)
+        check_agreement(contenders, list(features.values()), upstream, "float32", lambda _: None)
+
+    @torch.no_grad()
+    def _teach(self) -> Features:
+        return self.expert.extract_features(self.images)
+
+    def _run_expert(self, _: Features) -> None:
+        self._teach()
+
+    def _distillation(self, backend: str) -> Term:
+        distiller = Distiller(self.expert, RegionDistillation("soft", self.apprentice.strides, backend=backend))
+        return lambda features: distiller(self.images, features, self.boxes)
+
+    def _distill_eagerly(self, features: Features) -> Tensor:
+        expert = self._teach()
+        rows = [torch.cat([boxes.new_full((len(boxes), 1), i), boxes], dim=1) for i, boxes in enumerate(self.boxes)]
+        inputs = Inputs(list(features.values()), [expert[name] for name in features], torch.cat(rows))
+        return torchvision_loss(inputs, self.workload)
+
+
+def _value(term: Term, features: Features) -> Tensor:
+    value = term(features)
+    assert value is not None
+    return value
+
+
+def _make_detector(name: str, seed: int) -> Detector:
+    config = DETECTORS[name]
+    # Time does not depend on the weights, so nothing is downloaded.
+    return Detector(replace(config, backbone=replace(config.backbone, weights="random")), seed)
+
+
+def _freeze_norm(detector: Detector) -> None:
+    """Keep batch normalisation as ImageNet weights have it kept: its gradients would lengthen the step."""
+    for module in detector.pyramid.body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+
+
+def _render_batch(count: int, height: int, width: int | None, seed: int) -> Batch:
+    """Render street scenes and take the first with something to learn."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_scenes(Path(folder) / "scenes", 2 * count + 2, seed)
+        dataset = KittiDataset(Path(folder) / "scenes", height=height)
+        samples = []
+        for index in range(len(dataset)):
+            sample = dataset[index]
+            if sample.targets is not None and len(sample.targets):
+                samples.append(sample)
+            if len(samples) == count:
+                return collate(samples, size=None if width is None else (width, height))
+    raise ValueError(f"seed: too few of its scenes hold objects to learn from, got {seed}; choose another")
+
+
+def _draw_boxes(targets: list[Targets], count: int, device: str, seed: int) -> list[Tensor]:
+    """Draw ``[count, 4]`` float32 boxes around each image's objects."""
+    generator = torch.Generator().manual_seed(seed)
+    return [jitter_boxes(target.boxes, count, generator).float().to(device) for target in targets]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time training steps with and without distillation, interleaved, on the same batch.
+
+    Attributes:
+        pair: tiny (tiny-expert teaches tiny, 128 x 448) or kitti (kitti-r50 teaches kitti-r18, 512 x 1760: many
+            seconds a step on a CPU).
+        backends: Backends of rakd_ops: cpu, cuda, triton, reference (default: the first that runs on the device).
+        device: cpu, cuda, or auto.
+        threads: Torch's threads on the CPU; 0 leaves torch's own number.
+        repeats: Interleaved rounds, after one that is not timed.
+        seed: Seed of weights, scenes and boxes.
+        out: Folder of the CSV.
+    """
+
+    pair: str = "tiny"
+    backends: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    device: str = "auto"
+    threads: int = 0
+    repeats: int = 21
+    seed: int = 0
+    out: Path = Path("runs/benchmarks")
+
+
+def measure(options: Options, machine: Machine, device: str, backends: tuple[str, ...]) -> list[StepRow]:
+    """Measure the kinds of step.
+
+    Args:
+        options: Pair, repeats and seed.
+        machine: Where; copied into the rows.
+        device: A torch device.
+        backends: Backends of ``rakd_ops`` that run there.
+
+    Returns:
+        A row for each kind.
+
+    Raises:
+        DisagreementError: The distillation terms do not compute the same.
+    """
+    pair = PAIRS[options.pair]
+    steps = Steps(pair, device, options.seed)
+    terms = steps.terms(backends)
+    steps.check(terms)
+    runs: dict[str, Callable[[], object]] = {name: functools.partial(steps.run, term) for name, term in terms.items()}
+    total = len(runs) * (1 + options.repeats)
+    with tqdm(total=total, unit="step", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+        cuda = torch.device(device).type == "cuda"
+        timings = time_interleaved(runs, cuda, options.repeats, math.inf, bar.update)
+    rows = []
+    for name, timing in timings.items():
+        low, middle, high = (None, None, None) if name in (ALONE, EXPERT) else added_share(timing, timings[EXPERT])
+        row = StepRow(
+            pair=options.pair,
+            expert=pair.expert,
+            apprentice=pair.apprentice,
+            batch=pair.batch,
+            boxes=steps.workload.boxes,
+            height=steps.workload.height,
+            width=steps.workload.width,
+            contender=name,
+            median_ms=timing.median,
+            p20_ms=timing.p20,
+            p80_ms=timing.p80,
+            repeats=timing.repeats,
+            ratio=timing.median / timings[ALONE].median,
+            share=middle,
+            share_p20=low,
+            share_p80=high,
+            threads=torch.get_num_threads(),
+            **asdict(machine),
+        )
+        rows.append(row)
+    return rows
+
+
+def added_share(timing: Timing, base: Timing) -> tuple[float, float, float]:
+    """What a step takes more than another, as a part of that other: 20th, 50th and 80th percentile over the rounds.
+
+    Rounds are compared one by one: what slows the whole machine down for a while slows both steps of a round.
+    """
+    differences = np.array(timing.samples) / np.array(base.samples) - 1.0
+    low, middle, high = (float(value) for value in np.percentile(differences, [20, 50, 80]))
+    return low, middle, high
+
+
+def format_rows(rows: list[StepRow]) -> str:
+    """Lay out the rows for the terminal."""
+    first = rows[0]
+    lines = [
+        f"{first.pair}: {first.apprentice} learns from {first.expert}, {first.batch} images "
+        f"{first.height}×{first.width}, {first.boxes} boxes, {first.threads} threads, {first.repeats} rounds",
+        f"{'step':16} {'ms':>8}  {'20-80 %':>15}  {'ratio':>6}  {'loss adds':>9}  {'20-80 %':>15}",
+    ]
+    for row in rows:
+        spread = f"{format_time(row.p20_ms)}-{format_time(row.p80_ms)}"
+        line = f"{row.contender:16} {format_time(row.median_ms):>8}  {spread:>15}  {format_ratio(row.ratio):>6}"
+        if row.share is not None and row.share_p20 is not None and row.share_p80 is not None:
+            line += f"  {100 * row.share:>7.1f} %  {f'{100 * row.share_p20:.1f} to {100 * row.share_p80:.1f} %':>15}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    options = tyro.cli(Options, prog="python -m benchmarks.training_cost")
+    cases.check_choices("pair", [options.pair], list(PAIRS))
+    if options.repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {options.repeats}")
+    if options.seed < 0:
+        raise ValueError(f"seed: expected 0 or more, got {options.seed}")
+    device = cases.check_device(options.device)
+    backends = cases.check_backends(options.backends, device)[: len(options.backends) or 1]
+    torch.set_num_threads(cases.check_threads(options.threads))
+    path = csv_path(options.out, f"training-{options.pair}", device)
+    rows = measure(options, describe_machine(device), device, backends)
+    write_rows(path, StepRow, rows)
+    print(format_rows(rows))
+    print(f"{len(rows)} rows in {path}")
+
+
+if __name__ == "__main__":
+    exit_with_errors(main)
