@@ -1,6 +1,7 @@
-# Two commands for a fresh machine, both of which set everything up first (in .venv):
+# Commands for a fresh machine, all of which set everything up first (in .venv):
 #   make run     render a few street scenes and distil an expert's features into an apprentice
 #   make test    run all tests
+#   make docs    build the API reference, build/docs/index.html
 # Others: make lint, make clean. PYTHON chooses the interpreter (3.10 or newer), TORCH the torch to install.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: run test lint clean env
+.PHONY: run test lint docs clean env
 
 run: env
 	$(BIN)/rakd distill-features
@@ -23,13 +24,16 @@ lint: env
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+docs: env
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky --fresh-env docs build/docs
+
 env: $(VENV)/.installed
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools numpy
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev]'
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev,docs]'
 	$(BIN)/python -m rakd_ops
 	touch $@
 

@@ -1,7 +1,7 @@
 """The detector: MonoRCNN++ in outline (arXiv 2104.03775 and its successor), on torchvision's parts.
 
-Images → `Pyramid` → p2 .. p5 → `ProposalNetwork` → pooling by `rakd_ops.multilevel_roi_align` → box head →
-suppression → pooling of what is left → attribute and distance heads → `decode`.
+Images → `rakd.detector.pyramid` → p2 .. p5 → `rakd.detector.proposals` → pooling by `rakd_ops.multilevel_roi_align` →
+box head → suppression → pooling of what is left → attribute and distance heads → `rakd.detector.decode`.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ class Detector(nn.Module):
         return self.pyramid.loaded
 
     def extract_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the maps p2 .. p5, see `Pyramid.extract_features`.
+        """Compute the maps p2 .. p5, see `rakd.detector.pyramid.Pyramid.extract_features`.
 
         Args:
             images: ``[B, 3, H, W]`` in 0..1, RGB, padded to multiples of 32.

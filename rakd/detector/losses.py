@@ -1,6 +1,6 @@
 """Losses of the 3D box: what the attribute and distance heads shall say of an object, and how far off they are.
 
-Each loss gives one value a box; whoever calls averages. ``e`` is an error, ``u`` a predicted log-uncertainty:
+Each loss gives one value a box; whoever calls averages. ``e`` is an error, ``u`` a predicted log-uncertainty::
 
     Laplace                  |e| exp(-u) + u                 (negative log-likelihood, up to a constant)
     distance (bivariate)     sqrt(eᵀ L Lᵀ e) - a - b         with L = [[exp(a), 0], [c, exp(b)]]

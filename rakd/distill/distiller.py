@@ -18,16 +18,16 @@ class Distiller(nn.Module):
     """Gives the weighted distillation loss of an apprentice's features against a frozen expert's.
 
     The expert runs in eval mode and without gradients, and training leaves its parameters and buffers as they are to
-    the bit. It is no submodule: `parameters`, `state_dict` and `train` know nothing of it, so that optimizers,
-    checkpoints and DistributedDataParallel carry only what the method learns (adapters); `to`, `cuda` and the like
+    the bit. It is no submodule: ``parameters``, ``state_dict`` and ``train`` know nothing of it, so that optimizers,
+    checkpoints and DistributedDataParallel carry only what the method learns (adapters); ``to``, ``cuda`` and the like
     take it along.
 
-    What the method learns must be trained: give `parameters` to the optimizer, and where there are any, let
+    What the method learns must be trained: give ``parameters`` to the optimizer, and where there are any, let
     DistributedDataParallel wrap the distiller or a module that holds it and the apprentice.
 
     Args:
         expert: Maps a batch of images to feature maps, a dict or a sequence, fine to coarse: a module, an object with
-            `extract_features`, or a function. A module, also one whose method this is, is frozen in place. None where
+            ``extract_features``, or a function. A module, also one whose method this is, is frozen in place. None where
             all calls bring ``expert_features``.
         method: The loss, such as `rakd.distill.methods.make_method` gives: called with the expert's maps, the
             apprentice's and the boxes.
@@ -97,7 +97,7 @@ class Distiller(nn.Module):
             module.eval().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
-        """Take the expert along in `to`, `cuda`, `double` and all that nn.Module builds on this."""
+        """Take the expert along in ``to``, ``cuda``, ``double`` and all that nn.Module builds on this."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         module = self._expert_module()
         if module is not None:
@@ -195,7 +195,7 @@ def tap(module: nn.Module) -> Iterator[Tap]:
         module: Any part of a network.
 
     Yields:
-        A `Tap`; its `output` can be read during and after the block. It holds the output, and with it the graph, for
+        A `Tap`; its ``output`` can be read during and after the block. It holds the output, and with it the graph, for
         as long as it lives itself.
 
     Raises:

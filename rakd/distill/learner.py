@@ -33,7 +33,7 @@ class Learner(nn.Module):
 
         Args:
             batch: Images and targets, on any device.
-            seeds: One for each image, see `Detector.losses`.
+            seeds: One for each image, see `rakd.detector.detector.Detector.losses`.
 
         Returns:
             The terms, to be summed; "distillation" is the distiller's.

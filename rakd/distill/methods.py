@@ -191,7 +191,7 @@ def make_method(
 
     Args:
         name: "rakd", "hfa", "l_roi" (`RegionDistillation`), "pkd" (`PearsonDistillation`), "semckd"
-            (`SemanticCalibration`) or "none".
+            (`rakd.distill.semckd.SemanticCalibration`) or "none".
         strides: Pixels per cell of the apprentice's maps, fine to coarse.
         expert_channels: Channels of the expert's maps: per level, or one number for all.
         apprentice_channels: Of the apprentice's.

@@ -248,7 +248,7 @@ def _problem(data: _Data, name: str, metric: str, level: int) -> Problem:
 
 
 def truth_flags(truth: Objects, name: str, level: int) -> npt.NDArray[np.int8]:
-    """What each labelled object counts as for a class: `VALID`, `IGNORED` or `DROPPED`.
+    """What each labelled object counts as for a class: valid, ignored or dropped, see `rakd.evaluation.matching`.
 
     Args:
         truth: ``[G]`` labels.

@@ -27,7 +27,7 @@ class Problem:
     """The objects, detections and overlaps of one class, level and metric, over all frames.
 
     Attributes:
-        truth_flags: ``[G]`` `VALID`, `IGNORED` or `DROPPED`.
+        truth_flags: ``[G]`` ``VALID``, ``IGNORED`` or ``DROPPED``.
         truth_frames: ``[G]`` frame of each object, ascending.
         detection_flags: ``[D]``.
         scores: ``[D]``.

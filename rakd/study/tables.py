@@ -210,7 +210,7 @@ def format_markdown(table: Table) -> str:
 
 
 def format_lines(table: Table) -> str:
-    """Lines for a terminal, turned round so that they fit: measures down, methods across; best *, second '."""
+    """Lines for a terminal, turned round so that they fit: measures down, methods across; best ``*``, second ``'``."""
     marks = {"": " ", "best": "*", "second": "'"}
     first = ["", "seeds", *table.heads]
     columns = [first]
