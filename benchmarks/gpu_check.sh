@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is wanted on a machine with a GPU, in one go and within about 8 minutes: build, all tests, compute-sanitizer on
-# small shapes, the benchmark with all peers, ncu on the two hottest kernels.
+# small shapes, the benchmarks with all peers, ncu on the two hottest kernels.
 #
 #   benchmarks/gpu_check.sh OUT [PYTHON]
 #
@@ -61,6 +61,7 @@ fi
 for dtype in float32 bfloat16 float16; do
   step "benchmark-$dtype" 120 "$python" -m benchmarks --backends cuda triton --dtypes "$dtype" --out "$out/$dtype"
 done
+step training-step 90 "$python" -m benchmarks.training_cost --pair kitti --backends cuda triton --out "$out/training"
 
 hot='import torch; from benchmarks.workloads import WORKLOADS, make_inputs
 from rakd_ops import soft_roi_distill
