@@ -317,3 +317,30 @@ def test_the_bar_can_be_silent_and_nothing_warns(
     Trainer(ToyLearner(), dataset, settings(steps=2), tmp_path / "loud", CPU, name="teaching").run()
     shown = capfd.readouterr().err
     assert "teaching" in shown and "2/2" in shown and "count=" in shown
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+def test_on_a_gpu(scenes: Path, tmp_path: Path, amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    device = torch.device("cuda")
+    pinned = []
+
+    class Watching(Interrupted):
+        def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+            pinned.append(batch.images.is_pinned())
+            return super().forward(batch, seeds)
+
+    whole = make_trainer(scenes, tmp_path / "whole", Watching(99), device, amp=amp, workers=1)
+    rows = whole.run()
+    assert all(pinned)
+    assert all(value.is_cuda for value in weights(whole).values())
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(scenes, tmp_path / "again", Interrupted(5), device, amp=amp).run()
+    again = make_trainer(scenes, tmp_path / "again", device=device, amp=amp)
+    again.run()
+    assert_same_bits(weights(again), weights(whole))
+    if amp == "off":
+        on_cpu = make_trainer(scenes, tmp_path / "cpu").run()
+        assert rows[0]["total"] == pytest.approx(on_cpu[0]["total"], rel=1e-4)

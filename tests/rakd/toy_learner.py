@@ -53,7 +53,9 @@ def settings(**options: Any) -> TrainSettings:
     return TrainSettings(**{**small, **options})
 
 
-def make_trainer(scenes: Path | str, out: Path | str, learner: nn.Module | None = None, **options: Any) -> Trainer:
+def make_trainer(
+    scenes: Path | str, out: Path | str, learner: nn.Module | None = None, device: torch.device = CPU, **options: Any
+) -> Trainer:
     """A trainer on the 8 training frames, with augmentation."""
     dataset = KittiDataset(scenes, "train", height=64, augmentation=Augmentation())
     return Trainer(
@@ -61,7 +63,7 @@ def make_trainer(scenes: Path | str, out: Path | str, learner: nn.Module | None 
         dataset,
         settings(**options),
         Path(out),
-        CPU,
+        device,
         fingerprint={"model": {"name": "toy"}},
         image_size=(224, 64),
         quiet=True,
