@@ -303,7 +303,13 @@ def test_terms_must_stay_the_same(scenes: Path, tmp_path: Path) -> None:
             return losses if len(self.seen) < 3 else {"count": losses["count"]}
 
     with pytest.raises(ValueError, match=r"the same terms in every step, \('count', 'height'\), got \('count',\)"):
-        make_trainer(scenes, tmp_path, Changing()).run()
+        make_trainer(scenes, tmp_path / "one", Changing()).run()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(scenes, tmp_path / "resumed", Interrupted(4)).run()
+    changed = Changing()
+    changed.seen = [[]] * 2
+    with pytest.raises(ValueError, match="the same terms in every step"):
+        make_trainer(scenes, tmp_path / "resumed", changed).run()
 
 
 def test_the_bar_can_be_silent_and_nothing_warns(
