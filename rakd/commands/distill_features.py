@@ -54,13 +54,10 @@ class DistillFeatures:
 
     def run(self) -> None:
         """Train and report."""
-        import torch
+        from rakd.commands.devices import choose_device
+        from rakd.distill.features import FeatureDistillation, FeatureRun
 
-        from rakd.distill.features import FeatureDistillation, FeatureTrainer
-
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device")
-        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        device = choose_device(self.device)
         data, split = self.data, self.split
         if data is None:
             data = self.out / "scenes"
@@ -76,14 +73,12 @@ class DistillFeatures:
             learning_rate=self.learning_rate,
             seed=self.seed,
         )
-        trainer = FeatureTrainer(settings, self.out, device)
-        print(f"expert: {settings.expert}, {trainer.expert.loaded}")
-        print(f"apprentice: {settings.apprentice}, {trainer.apprentice.loaded}")
-        if trainer.resumed:
-            print(f"continuing after step {len(trainer.losses)}")
-        outcome = trainer.run()
+        run = FeatureRun(settings, self.out, device)
+        print(f"expert: {settings.expert}, {run.expert.loaded}")
+        print(f"apprentice: {settings.apprentice}, {run.apprentice.loaded}")
+        outcome = run.run()
         print(
-            f"loss over {len(trainer.frames)} frames: {outcome.before:.4g} before, {outcome.after:.4g} after "
+            f"loss over {len(run.dataset)} frames: {outcome.before:.4g} before, {outcome.after:.4g} after "
             f"{settings.steps} steps: {outcome.ratio:.1f} times lower"
         )
-        print(f"curve: {self.out / 'loss.png'} and {self.out / 'loss.csv'}; weights: {self.out / 'apprentice.pt'}")
+        print(f"curve: {self.out / 'loss.png'} and {self.out / 'log.csv'}; weights: {self.out / 'apprentice.pt'}")

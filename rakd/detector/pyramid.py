@@ -18,6 +18,7 @@ STRIDES = (4, 8, 16, 32)
 
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which torchvision's weights expect
 _PATIENCE = 10.0  # seconds to wait for a server that does not answer
+_MOMENTUM = 0.1  # of batch normalisation, torch's default
 _LEVELS = ("p2", "p3", "p4", "p5")
 _RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -69,6 +70,10 @@ class Pyramid(nn.Module):
             self.body, widths = _body(backbone, name)
             self.fpn = FeaturePyramidNetwork(widths, channels)
         self._frozen_norm = frozen_norm and loaded
+        if not loaded:
+            # Some networks average over a hundred steps and more, which lags behind weights that start anywhere.
+            for norm in _norms(self.body):
+                norm.momentum = _MOMENTUM
         self.train()
 
     def extract_features(self, images: Tensor) -> dict[str, Tensor]:

@@ -260,6 +260,8 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.log.load_state_dict(state["log"])
         self.step = int(state["step"])
+        if self.log.rows:
+            self._terms = tuple(name for name in self.log.rows[-1] if name not in RESERVED)
 
     def _read(self) -> dict[str, Any] | None:
         remove_leftovers(self._checkpoint)

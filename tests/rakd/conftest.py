@@ -1,12 +1,15 @@
-"""Data that several test files use."""
+"""Data that several test files use; makes the helpers of this folder importable."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from rakd.scenes import make_scenes
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 # The same examples in every run, however slow or busy the machine.
 settings.register_profile("rakd", deadline=None, derandomize=True)

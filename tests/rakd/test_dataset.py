@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rakd.data.augment import Augmentation, distort
+from rakd.data.frames import Frame, read_image
 from rakd.data.kitti import KittiDataset, collate
 from rakd.geometry import box_corners, box_iou, project_boxes
 
@@ -83,6 +84,27 @@ def test_living_workers_see_the_epoch_change(scenes):
     assert sums[0] == sums[2] != sums[1]
 
 
+def test_load_takes_the_epoch_it_is_told(scenes):
+    dataset = KittiDataset(scenes, "train", height=64, augmentation=Augmentation())
+    dataset.set_epoch(2)
+    second = dataset[3].image
+    dataset.set_epoch(0)
+    assert torch.equal(dataset.load(3, 2).image, second)
+    assert torch.equal(dataset.load(-5, 2).image, second)
+    assert not torch.equal(dataset.load(3, 1).image, second)
+
+
+def test_cached_frames_are_the_same(scenes, monkeypatch):
+    options = {"height": 64, "augmentation": Augmentation(photometric=1)}
+    plain, cached = KittiDataset(scenes, "train", **options), KittiDataset(scenes, "train", cache=True, **options)
+    reads = []
+    monkeypatch.setattr(Frame, "read_image", lambda frame: (reads.append(frame.id), read_image(frame.image))[1])
+    for epoch in range(6):
+        assert torch.equal(cached.load(1, epoch).image, plain.load(1, epoch).image)
+    assert torch.equal(cached.load(-7, 1).image, plain.load(1, 1).image)
+    assert len(reads) == 1 + 7  # the cached one's, and the other's
+
+
 def test_distortion_changes_with_the_draws(plain):
     image = Image.fromarray(plain.frames[0].read_image())
     options = Augmentation(photometric=1)
@@ -102,6 +124,9 @@ def test_collate_pads_images_of_different_sizes(scenes, plain):
     assert batch.images.shape == (2, 3, 128, 416)
     assert batch.sizes == [(414, 125), (199, 60)]
     torch.testing.assert_close(batch.images[1, :, :60, :199], small.image)
+    for place, sample in enumerate((plain[0], small)):
+        assert torch.equal(batch.samples[place].image, sample.image)
+        assert batch.samples[place].image.data_ptr() == batch.images[place].data_ptr()
     assert batch.images[1, :, 60:].abs().sum() == batch.images[1, :, :, 199:].abs().sum() == 0
     assert [len(targets) for targets in batch.targets("cpu")] == [len(plain[0].targets), len(small.targets)]
     assert collate([small], size=(512, 256)).images.shape == (1, 3, 256, 512)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from rakd.cli import main
+from rakd.data.kitti import collate
 from rakd.detector.pyramid import Pyramid
-from rakd.distill.features import FeatureDistillation, FeatureTrainer, Outcome, object_boxes
+from rakd.distill.features import FeatureDistillation, FeatureLearner, FeatureRun, Outcome, object_boxes
 
 CPU = torch.device("cpu")
 
@@ -22,10 +23,10 @@ def settings(scenes: Path, **options: Any) -> FeatureDistillation:
 
 
 def test_the_loss_falls(scenes: Path, tmp_path: Path) -> None:
-    outcome = FeatureTrainer(settings(scenes, steps=15), tmp_path, CPU).run()
+    outcome = FeatureRun(settings(scenes, steps=15), tmp_path, CPU).run()
     assert len(outcome.steps) == 15
     assert outcome.ratio > 2
-    rows = list(csv.DictReader((tmp_path / "loss.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert [float(row["loss"]) for row in rows] == pytest.approx(outcome.steps, rel=1e-6)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["times_fallen"] == outcome.ratio
@@ -36,59 +37,31 @@ def test_the_loss_falls(scenes: Path, tmp_path: Path) -> None:
     Pyramid("resnet18", "random", 9).load_state_dict(state)
 
 
-def test_the_expert_never_changes(scenes: Path, tmp_path: Path) -> None:
-    trainer = FeatureTrainer(settings(scenes), tmp_path, CPU)
-    trainer.run()
-    after = {k: v.clone() for k, v in trainer.expert.state_dict().items()}
-    longer = FeatureTrainer(settings(scenes, steps=4), tmp_path / "again", CPU)
-    longer.expert.load_state_dict(after)
-    assert all(not p.requires_grad for p in trainer.expert.parameters())
-    trainer._step(0)
-    assert all(torch.equal(v, after[k]) for k, v in trainer.expert.state_dict().items())
+def test_the_expert_learns_nothing(scenes: Path, tmp_path: Path) -> None:
+    run = FeatureRun(settings(scenes, steps=1), tmp_path, CPU)
+    run.run()
+    after = {k: v.clone() for k, v in run.expert.state_dict().items()}
+    learner = FeatureLearner(run.apprentice, run.expert).train()
+    learner(collate([run.dataset[0]]))["loss"].backward()
+    assert all(p.grad is None for p in run.expert.parameters())
+    assert all(torch.equal(v, after[k]) for k, v in run.expert.state_dict().items())
+    assert any(p.grad is not None for p in run.apprentice.parameters())
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = FeatureTrainer(settings(scenes), tmp_path / "whole", CPU, checkpoint_every=2)
-    expected = whole.run()
-
-    original = FeatureTrainer._step
-
-    def killed(self: FeatureTrainer, step: int) -> float:
-        if step == 3:
-            raise KeyboardInterrupt
-        return original(self, step)
-
-    monkeypatch.setattr(FeatureTrainer, "_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        FeatureTrainer(settings(scenes), tmp_path / "killed", CPU, checkpoint_every=2).run()
-    monkeypatch.undo()
-    trainer = FeatureTrainer(settings(scenes), tmp_path / "killed", CPU, checkpoint_every=2)
-    assert trainer.resumed
-    assert len(trainer.losses) == 2
-    outcome = trainer.run()
-    assert outcome == expected
-    state, other = trainer.apprentice.state_dict(), whole.apprentice.state_dict()
-    assert all(torch.equal(state[k], other[k]) for k in other)
-    assert not [p for p in (tmp_path / "killed").iterdir() if p.name.startswith(".")]
+def test_a_finished_run_gives_the_same_again(scenes: Path, tmp_path: Path) -> None:
+    outcome = FeatureRun(settings(scenes), tmp_path, CPU).run()
+    assert FeatureRun(settings(scenes), tmp_path, CPU).run() == outcome
 
 
 def test_another_run_in_the_folder_is_refused(scenes: Path, tmp_path: Path) -> None:
-    FeatureTrainer(settings(scenes, steps=1), tmp_path, CPU).run()
-    with pytest.raises(ValueError, match=r"other settings: \{'steps': 1\}"):
-        FeatureTrainer(settings(scenes, steps=2), tmp_path, CPU)
-
-
-def test_nan_stops_and_names_the_frames(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FeatureTrainer, "_loss", lambda self, batch: torch.tensor(float("nan")))
-    with pytest.raises(ValueError, match=r"the loss is nan in step 0: frames \d{6}, \d{6}"):
-        FeatureTrainer(settings(scenes), tmp_path, CPU).run()
+    FeatureRun(settings(scenes, steps=1), tmp_path, CPU).run()
+    with pytest.raises(ValueError, match=r"other settings: settings.steps is 1 there and 2 here"):
+        FeatureRun(settings(scenes, steps=2), tmp_path, CPU).run()
 
 
 def test_dontcare_regions_are_no_objects(scenes: Path, tmp_path: Path) -> None:
-    trainer = FeatureTrainer(settings(scenes), tmp_path, CPU)
-    batch = trainer._batch(trainer.frames[:2])
+    run = FeatureRun(settings(scenes), tmp_path, CPU)
+    batch = collate([run.dataset[0], run.dataset[1]])
     boxes = object_boxes(batch)
     for rows, sample in zip(boxes, batch.samples, strict=True):
         assert sample.objects is not None

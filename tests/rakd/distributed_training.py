@@ -1,0 +1,91 @@
+"""Trainings in several processes, for ``torchrun distributed_training.py SCENES OUT``; tests look at what they leave.
+
+``OUT/one_to_two`` holds a checkpoint of one process to go on from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from toy_learner import ToyLearner, make_trainer
+
+from rakd.data.kitti import Batch
+from rakd.training.processes import Processes, start_processes
+
+SCENES, OUT = Path(sys.argv[1]), Path(sys.argv[2])
+
+
+class Copying(ToyLearner):
+    """Keeps the checkpoint that stands before its 6th step."""
+
+    def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+        if len(self.seen) == 5 and dist.get_rank() == 0:
+            for name in ("two_to_two", "two_to_one"):
+                shutil.copytree(OUT / "two", OUT / name)
+        return super().forward(batch, seeds)
+
+
+class Unlucky(ToyLearner):
+    """Loses its way in the second process alone."""
+
+    def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+        losses = super().forward(batch, seeds)
+        if len(self.seen) == 3 and dist.get_rank() == 1:
+            losses["height"] = losses["height"] * float("nan")
+        return losses
+
+
+class Uneven(ToyLearner):
+    """Has a part that the second process never uses, as a head is not used in images without objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+        losses = super().forward(batch, seeds)
+        if dist.get_rank() == 0:
+            losses["count"] = losses["count"] + self.extra.square().sum()
+        return losses
+
+
+def failure(learner: nn.Module, name: str, **options: int) -> str:
+    try:
+        make_trainer(SCENES, OUT / name, learner, **options).run()
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def main(processes: Processes) -> None:
+    learner = Copying(torch.float64)
+    rows = make_trainer(SCENES, OUT / "two", learner).run()
+    resumed = make_trainer(SCENES, OUT / "two_to_two", ToyLearner(torch.float64))
+    at = resumed.step
+    resumed.run()
+    make_trainer(SCENES, OUT / "one_to_two", ToyLearner(torch.float64)).run()
+    uneven = Uneven()
+    make_trainer(SCENES, OUT / "uneven", uneven, steps=3).run()
+    report = {
+        "count": processes.count,
+        "rows": rows,
+        "seen": learner.seen,
+        "resumed_at": at,
+        "not_finite": failure(Unlucky(), "unlucky"),
+        "odd": failure(ToyLearner(), "odd", batch_size=3),
+        "other": failure(ToyLearner(torch.float64), "two", steps=11),
+        "extra": uneven.extra.tolist(),
+    }
+    (OUT / f"report-{processes.rank}.json").write_text(json.dumps(report))
+
+
+with start_processes("cpu") as joined:
+    main(joined)
+assert not dist.is_initialized()

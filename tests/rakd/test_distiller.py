@@ -1,0 +1,264 @@
+"""The distiller: an expert that stays as it is, and a training loop that is not ours (torchvision's detectors)."""
+
+import doctest
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from rakd.distill.distiller import Distiller, tap
+from rakd.distill.methods import make_method
+from rakd_ops import soft_roi_distill
+
+BOXES = [torch.tensor([[2.0, 3.0, 20.0, 14.0]]), torch.tensor([[0.0, 0.0, 32.0, 16.0]])]
+
+
+class Network(nn.Module):
+    """Two maps, with batch normalisation, whose buffers change in train mode."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.p2 = nn.Conv2d(3, channels, 4, stride=4)
+        self.p3 = nn.Conv2d(3, channels, 8, stride=8)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        images = self.norm(images)
+        return {"p2": self.p2(images), "p3": self.p3(images)}
+
+
+class Detector(nn.Module):
+    """A module whose forward gives no features, but which has a method that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Network(3)
+
+    def extract_features(self, images: Tensor) -> dict[str, Tensor]:
+        return self.network(images)  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor) -> None:
+        raise AssertionError("only extract_features shall run")
+
+
+def make_distiller(expert: Any, channels: int = 3, **options: Any) -> Distiller:
+    method = make_method("rakd", strides=(4, 8), expert_channels=3, apprentice_channels=channels)
+    assert method is not None
+    return Distiller(expert, method, **options)
+
+
+def images() -> Tensor:
+    return torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(module: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_training_leaves_the_expert_as_it_is() -> None:
+    expert, apprentice = Network(3), Network(2)
+    distiller = make_distiller(expert, channels=2)
+    before, adapters = snapshot(expert), snapshot(distiller)
+    optimizer = torch.optim.SGD([*apprentice.parameters(), *distiller.parameters()], lr=0.1, weight_decay=0.1)
+    losses = []
+    for _ in range(8):
+        distiller.train()
+        expert.train()  # by someone who holds it as well
+        loss = distiller(images(), apprentice(images()), BOXES)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert same(expert, before)
+    assert not expert.training
+    assert all(not p.requires_grad and p.grad is None for p in expert.parameters())
+    assert not same(distiller, adapters)
+
+
+def test_the_expert_is_no_part_of_the_module() -> None:
+    distiller = make_distiller(Network(3), channels=2)
+    names = ["method.adapter.levels.0.weight", "method.adapter.levels.0.bias"]
+    names += [name.replace(".0.", ".1.") for name in names]
+    assert list(distiller.state_dict()) == names
+    assert [name for name, _ in distiller.named_parameters()] == names
+    assert not list(distiller.buffers())
+    assert not list(make_distiller(Network(3)).parameters())
+
+
+def test_the_expert_follows_to_device_and_dtype() -> None:
+    expert = Network(3)
+    distiller = make_distiller(expert, channels=2)
+    assert distiller.double() is distiller
+    assert {t.dtype for t in expert.state_dict().values()} == {torch.float64, torch.int64}
+    distiller.to("meta")
+    assert {t.device.type for t in [*expert.state_dict().values(), *distiller.parameters()]} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", ["module", "extract_features", "method", "function", "list", "ordered dict"])
+def test_kinds_of_experts(kind: str) -> None:
+    torch.manual_seed(0)
+    detector = Detector()
+    experts: dict[str, Any] = {
+        "module": detector.network,
+        "extract_features": detector,
+        "method": detector.extract_features,
+        "function": lambda images: detector.network(images),
+        "list": lambda images: list(detector.network(images).values()),
+        "ordered dict": lambda images: OrderedDict(detector.network(images)),
+    }
+    frozen = kind in ("module", "extract_features", "method")
+    if not frozen:
+        detector.eval()
+    distiller = make_distiller(experts[kind])
+    assert distiller.expert is experts[kind]
+    assert all(p.requires_grad != frozen for p in detector.network.parameters())
+    taught = distiller.teach(images())
+    assert not any(m.requires_grad for m in (taught.values() if isinstance(taught, Mapping) else taught))
+    apprentice = Network(3)
+    features = apprentice(images())
+    loss = distiller(images(), features, BOXES)
+    expected = soft_roi_distill(features, detector.network(images()), BOXES, strides=(4, 8))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is None for p in detector.parameters())
+    assert apprentice.p2.weight.grad is not None
+
+
+def test_cached_features_and_sequences_give_the_same() -> None:
+    expert = Network(3)
+    distiller = make_distiller(expert)
+    features = Network(3)(images())
+    cached = distiller.teach(images())
+    assert isinstance(cached, dict)
+    expected = distiller(images(), features, BOXES)
+    assert torch.equal(distiller(None, features, BOXES, expert_features=cached), expected)
+    assert torch.equal(distiller(None, features, BOXES, expert_features=list(cached.values())), expected)
+    without = make_distiller(None)
+    assert torch.equal(without(None, list(features.values()), BOXES, list(cached.values())), expected)
+
+
+def test_weight() -> None:
+    expert, features = Network(3), Network(3)(images())
+    plain = make_distiller(expert)(images(), features, BOXES)
+    torch.testing.assert_close(make_distiller(expert, weight=2.5)(images(), features, BOXES), 2.5 * plain)
+    assert make_distiller(expert, weight=0)(images(), features, BOXES) == 0
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(TypeError, match="method: expected a module, got NoneType"):
+        Distiller(Network(3), None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expert: expected a module, an object with extract_features or a function"):
+        make_distiller(3)
+    with pytest.raises(TypeError, match="weight: expected a number, got str"):
+        make_distiller(None, weight="1")
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weight: expected a finite number of 0 or more"):
+            make_distiller(None, weight=weight)
+    features = Network(3)(images())
+    with pytest.raises(ValueError, match="expert_features: expected the expert's maps"):
+        make_distiller(None)(images(), features, BOXES)
+    distiller = make_distiller(Network(3))
+    with pytest.raises(ValueError, match="images: expected images for the expert, or expert_features"):
+        distiller(None, features, BOXES)
+    with pytest.raises(TypeError, match="apprentice_features: expected a dict or sequence of maps, got Tensor"):
+        distiller(images(), features["p2"], BOXES)
+    with pytest.raises(ValueError, match=r"expert_features: expected 2 maps for the levels \['p2', 'p3'\], got 1"):
+        distiller(None, features, BOXES, [features["p2"]])
+    with pytest.raises(TypeError, match=r"expert's output\[0\]: expected a tensor, got dict"):  # a detector's results
+        make_distiller(lambda images: [{"boxes": images}])(images(), features, BOXES)
+
+
+def test_tap() -> None:
+    layer = nn.Conv2d(3, 2, 1)
+    network = nn.Sequential(layer, nn.ReLU())
+    with tap(layer) as tapped:
+        with pytest.raises(RuntimeError, match="did not run inside the with block"):
+            _ = tapped.output
+        network(torch.zeros(1, 3, 2, 2))
+        network(images())
+    last = tapped.output
+    assert torch.equal(last, layer(images()))
+    assert last.requires_grad
+    network(torch.zeros(1, 3, 2, 2))
+    assert tapped.output is last
+    with pytest.raises(KeyError), tap(layer):
+        raise KeyError
+    assert not layer._forward_hooks
+    with pytest.raises(TypeError, match="module: expected a module, got function"), tap(lambda: None):  # type: ignore[arg-type]
+        pass
+
+
+def make_retinanet(backbone: str, seed: int) -> RetinaNet:
+    torch.manual_seed(seed)
+    body = resnet_fpn_backbone(
+        backbone_name=backbone,
+        weights=None,
+        norm_layer=nn.BatchNorm2d,
+        trainable_layers=5,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    return RetinaNet(body, num_classes=4, min_size=64, max_size=128)
+
+
+def loader(steps: int) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+    """Images half as large as the detector makes them, so that boxes left in their pixels would be wrong."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = [torch.rand(3, 32, 48, generator=generator), torch.rand(3, 32, 40, generator=generator)]
+    boxes = [torch.tensor([[4.0, 5.0, 30.0, 28.0]]), torch.tensor([[1.0, 2.0, 12.0, 20.0], [8.0, 8.0, 39.0, 31.0]])]
+    for _ in range(steps):
+        yield pictures, [{"boxes": b.clone(), "labels": torch.ones(len(b), dtype=torch.int64)} for b in boxes]
+
+
+class Recorder(nn.Module):
+    """Passes calls on, and keeps what came and what was given."""
+
+    def __init__(self, method: nn.Module, calls: list[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.method = method
+        self.calls = calls
+
+    def forward(self, expert: Any, apprentice: Any, boxes: Any) -> Tensor:
+        loss: Tensor = self.method(expert, apprentice, boxes)
+        self.calls.append((expert, apprentice, [b.clone() for b in boxes], loss.item()))
+        return loss
+
+
+def test_the_docstrings_training_loop_with_torchvision() -> None:
+    expert, apprentice = make_retinanet("resnet34", 0), make_retinanet("resnet18", 1)
+    before = snapshot(expert)
+    calls: list[tuple[Any, ...]] = []
+    runs: list[Any] = []
+    apprentice.backbone.register_forward_hook(lambda *_: runs.append(1))
+
+    def recorded(*arguments: Any, **options: Any) -> nn.Module:
+        method = make_method(*arguments, **options)
+        assert method is not None
+        return Recorder(method, calls)
+
+    names: dict[str, Callable[..., Any] | Any] = {"make_method": recorded, "Distiller": Distiller, "tap": tap}
+    names |= {"torch": torch, "expert": expert, "apprentice": apprentice, "loader": loader(6)}
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(Distiller) or "", names, "Distiller", None, None)
+    assert len(example.examples) == 4
+    assert doctest.DocTestRunner().run(example) == doctest.TestResults(failed=0, attempted=4)
+
+    losses = [call[3] for call in calls]
+    assert len(losses) == len(runs) == 6  # one pass of the backbone a step
+    assert losses[-1] < 0.9 * losses[0]
+    expert_maps, maps, boxes, _ = calls[0]
+    assert [m.shape[3] for m in maps.values()] == [12, 6, 3, 2, 1]  # of 96 pixels
+    assert [m.shape for m in maps.values()] == [m.shape for m in expert_maps.values()]
+    torch.testing.assert_close(boxes[0], 2 * torch.tensor([[4.0, 5.0, 30.0, 28.0]]))  # 32 rows became 64
+    assert same(expert.backbone, {k.removeprefix("backbone."): v for k, v in before.items() if "backbone." in k})

@@ -1,0 +1,110 @@
+"""Counts shared by processes: alone, and with two on gloo, which must give the gradients of one on the whole batch."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rakd.distributed import shared_mean_count
+
+CPU = torch.device("cpu")
+
+CODE = """
+import os, torch
+import torch.distributed as dist
+from torch import nn
+from rakd.distill.distiller import Distiller
+from rakd.distill.methods import make_method
+from rakd.distributed import shared_mean_count
+
+class Network(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.ModuleDict({f"p{i}": nn.Conv2d(3, channels, 2**i, stride=2**i) for i in (2, 3)})
+    def forward(self, images):
+        return {name: layer(images) for name, layer in self.layers.items()}
+
+class Learner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.apprentice = Network(2)
+        method = make_method("rakd", strides=(4, 8), expert_channels=3, apprentice_channels=2)
+        self.distiller = Distiller(Network(3), method)
+    def forward(self, images, boxes):
+        return self.distiller(images, self.apprentice(images), boxes)
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+learner = Learner().double()
+images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
+three = torch.tensor([[4.0, 4.0, 40.0, 30.0], [30.0, 8.0, 45.0, 30.0], [0.0, 0.0, 20.0, 20.0]])
+
+def gradients(network, images, boxes):
+    learner.zero_grad()
+    network(images, boxes).backward()
+    return [p.grad.clone() for p in learner.parameters()]
+
+cases = [[three, three[:1]], [three, three[:0]], [three[:0], three[:0]]]
+alone = [gradients(learner, images, boxes) for boxes in cases]
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", rank=rank, world_size=2)
+assert shared_mean_count(3 * rank, torch.device("cpu")) == 1.5
+assert shared_mean_count(torch.tensor(0.5 * rank), torch.device("cpu")) == 0.25
+assert shared_mean_count(0, torch.device("cpu")) == 1
+
+def compare():
+    parallel = nn.parallel.DistributedDataParallel(learner)
+    for boxes, expected in zip(cases, alone):
+        shared = gradients(parallel, images[rank : rank + 1], boxes[rank : rank + 1])
+        assert len(shared) == len(expected) == 8
+        for a, b in zip(shared, expected):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+compare()  # a function: DDP holds the group, and a group that lives on at exit may abort the process
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradients_of_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CODE], env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+
+
+def test_alone_it_is_the_count() -> None:
+    assert shared_mean_count(7, CPU).item() == 7
+    assert shared_mean_count(torch.tensor(2.5), CPU).item() == 2.5
+    for nothing in (0, torch.tensor(0), torch.tensor(0.0)):
+        assert shared_mean_count(nothing, CPU).item() == 1
+    assert (torch.zeros(3, dtype=torch.bfloat16) / shared_mean_count(2, CPU)).dtype == torch.bfloat16
+
+
+def test_the_count_given_stays_as_it_is() -> None:
+    count = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    shared = shared_mean_count(count, CPU)
+    assert not shared.requires_grad
+    shared.add_(1)
+    assert count.item() == 4
+
+
+def test_wrong_counts() -> None:
+    with pytest.raises(ValueError, match="count: expected 0 or more, got -1"):
+        shared_mean_count(-1, CPU)
+    with pytest.raises(ValueError, match=r"count: expected a tensor without dimensions, got shape \[1\]"):
+        shared_mean_count(torch.ones(1), CPU)
+    with pytest.raises(TypeError, match="count: expected an integer or a tensor, got float"):
+        shared_mean_count(1.5, CPU)  # type: ignore[arg-type]

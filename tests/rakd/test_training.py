@@ -1,0 +1,352 @@
+"""The trainer in one process: it learns, resumes to the same bits, stops at what is not finite, says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_learner import CPU, ToyLearner, assert_same_bits, make_trainer, settings, weights
+
+from rakd.data.kitti import Batch, KittiDataset, Sample
+from rakd.training.log import Row
+from rakd.training.trainer import Trainer
+
+
+class Interrupted(ToyLearner):
+    """Stops in one step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.left = step
+
+    def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().forward(batch, seeds)
+
+
+class Spoiled(ToyLearner):
+    """Multiplies the first loss of one step by a factor, in the value or in the gradient alone."""
+
+    def __init__(self, step: int, factor: float, *, gradient_only: bool = False) -> None:
+        super().__init__()
+        self.left = step
+        self.factor = factor
+        self.gradient_only = gradient_only
+
+    def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+        losses = super().forward(batch, seeds)
+        self.left -= 1
+        if self.left == -1:
+            if self.gradient_only:
+                losses["count"].register_hook(lambda gradient: gradient * self.factor)
+            else:
+                losses["count"] = losses["count"] * self.factor
+        return losses
+
+
+def without_times(rows: list[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def resume(scenes: Path, out: Path, step: int, **options: Any) -> Trainer:
+    """Interrupt a run in a step, then run it to the end."""
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(scenes, out, Interrupted(step), **options).run()
+    trainer = make_trainer(scenes, out, **options)
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_loss_falls(scenes: Path, tmp_path: Path, optimizer: str) -> None:
+    rows = make_trainer(scenes, tmp_path, optimizer=optimizer, steps=40, learning_rate=0.05).run()
+    assert [row["step"] for row in rows] == list(range(2, 41, 2))
+    assert rows[-1]["total"] < 0.5 * rows[0]["total"]
+    written = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert list(written[0]) == ["step", "lr", "count", "height", "total", "grad_norm", "seconds", "images_per_second"]
+    assert [float(row["total"]) for row in written] == pytest.approx([row["total"] for row in rows], rel=1e-7)
+
+
+def test_each_step_has_its_frames_and_seeds(scenes: Path, tmp_path: Path) -> None:
+    learner = ToyLearner()
+    make_trainer(scenes, tmp_path, learner, batch_size=6).run()
+    ids = list(chain(*learner.seen))
+    for epoch in range(len(ids) // 8):
+        assert len(set(ids[8 * epoch : 8 * epoch + 8])) == 8
+    seeds = list(chain(*learner.seeds))
+    assert len(set(seeds)) == len(seeds) == 60
+
+
+def test_a_batch_across_epochs_is_augmented_by_each_frames_own(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = KittiDataset.load
+
+    def told(self: KittiDataset, index: int, epoch: int) -> Sample:
+        loaded.append(epoch)
+        return load(self, index, epoch)
+
+    monkeypatch.setattr(KittiDataset, "load", told)
+    make_trainer(scenes, tmp_path, batch_size=6, steps=4).run()
+    assert loaded == [0] * 8 + [1] * 8 + [2] * 8
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 9])
+def test_an_interrupted_run_resumes_to_the_same_bits(scenes: Path, tmp_path: Path, step: int) -> None:
+    whole = make_trainer(scenes, tmp_path / "whole", optimizer="adamw", log_every=4)
+    rows = whole.run()
+    again = resume(scenes, tmp_path / "again", step, optimizer="adamw", log_every=4)
+    assert_same_bits(weights(again), weights(whole))
+    assert without_times(again.log.rows) == without_times(rows)
+    assert [row["step"] for row in rows] == [4, 8, 10]
+
+
+def test_float16_resumes_to_the_same_bits(scenes: Path, tmp_path: Path) -> None:
+    whole = make_trainer(scenes, tmp_path / "whole", amp="float16")
+    whole.run()
+    again = resume(scenes, tmp_path / "again", 7, amp="float16")
+    assert_same_bits(weights(again), weights(whole))
+    assert again.scaler.state_dict() == whole.scaler.state_dict()
+
+
+def test_draws_from_global_generators_are_repeated_and_leave_no_trace(scenes: Path, tmp_path: Path) -> None:
+    class Dropping(Interrupted):
+        def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+            return {name: loss * torch.rand(()) for name, loss in super().forward(batch, seeds).items()}
+
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    whole = make_trainer(scenes, tmp_path / "whole", Dropping(99))
+    whole.run()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(2)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(scenes, tmp_path / "again", Dropping(5)).run()
+    again = make_trainer(scenes, tmp_path / "again", Dropping(99))
+    again.run()
+    assert_same_bits(weights(again), weights(whole))
+
+
+def test_workers_change_nothing(scenes: Path, tmp_path: Path) -> None:
+    alone, helped = (make_trainer(scenes, tmp_path / str(n), workers=n, steps=4) for n in (0, 2))
+    assert without_times(alone.run()) == without_times(helped.run())
+    assert_same_bits(weights(alone), weights(helped))
+
+
+def test_workers_need_few_open_files(scenes: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    now = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (now + 40, hard))  # a batch has more tensors than that
+    try:
+        make_trainer(scenes, tmp_path, workers=1, steps=3, batch_size=8).run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_checkpoints_run_no_code_on_loading(scenes: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(scenes, tmp_path, amp="float16", optimizer="adamw")
+    trainer.run()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert_same_bits(state["learner"], weights(trainer))
+    assert state["step"] == 10
+    assert state["fingerprint"]["model"] == {"name": "toy"}
+
+
+def test_a_finished_run_stays_finished(scenes: Path, tmp_path: Path) -> None:
+    first = make_trainer(scenes, tmp_path)
+    rows = first.run()
+    (tmp_path / "log.csv").unlink()
+    again = make_trainer(scenes, tmp_path, Interrupted(0), workers=2)
+    assert again.run() == rows
+    assert_same_bits(weights(again), weights(first))
+    assert (tmp_path / "log.csv").exists()
+
+
+def test_other_settings_are_refused(scenes: Path, tmp_path: Path) -> None:
+    make_trainer(scenes, tmp_path, steps=3).run()
+    with pytest.raises(
+        ValueError, match=r"settings\.seed is 0 there and 7 here; settings\.steps is 3 there and 9 here"
+    ):
+        make_trainer(scenes, tmp_path, steps=9, seed=7)
+    dataset = KittiDataset(scenes, "val", height=64)
+    with pytest.raises(ValueError, match=r"data\.augmentation is .* data\.frames is 8 there and 2 here; data\.ids"):
+        Trainer(ToyLearner(), dataset, settings(steps=3), tmp_path, CPU)
+    make_trainer(scenes, tmp_path, steps=3, workers=1, checkpoint_every=1)  # these change nothing that is learned
+
+
+def test_another_model_is_refused(scenes: Path, tmp_path: Path) -> None:
+    make_trainer(scenes, tmp_path, steps=3).run()
+    with pytest.raises(ValueError, match=r"(?s)checkpoint\.pt holds another model: .*head\.weight"):
+        make_trainer(scenes, tmp_path, nn.Linear(2, 2), steps=3)
+
+
+def test_fingerprint_is_checked(scenes: Path, tmp_path: Path) -> None:
+    dataset = KittiDataset(scenes, "train")
+    with pytest.raises(TypeError, match="fingerprint must hold numbers, text"):
+        Trainer(ToyLearner(), dataset, settings(), tmp_path, CPU, fingerprint={"model": ToyLearner()})
+    with pytest.raises(ValueError, match="fingerprint must not have the key 'data'"):
+        Trainer(ToyLearner(), dataset, settings(), tmp_path, CPU, fingerprint={"data": 1})
+
+
+def test_clipping(scenes: Path, tmp_path: Path) -> None:
+    free = make_trainer(scenes, tmp_path / "free", clip=None, steps=1, warm_up=0, weight_decay=0.0)
+    before = weights(free)
+    (row,) = free.run()
+    clipped = make_trainer(scenes, tmp_path / "clipped", clip=0.01, steps=1, warm_up=0, weight_decay=0.0)
+    (other,) = clipped.run()
+    assert row["grad_norm"] == other["grad_norm"] > 1
+    lengths = [
+        torch.cat([(weights(trainer)[name] - before[name]).flatten() for name in before]).norm().item()
+        for trainer in (free, clipped)
+    ]
+    assert lengths == pytest.approx([0.02 * row["grad_norm"], 0.02 * 0.01], rel=1e-3)
+
+
+@pytest.mark.parametrize("amp", ["off", "float16"])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops(scenes: Path, tmp_path: Path, factor: float, amp: str) -> None:
+    learner = Spoiled(4, factor)
+    with pytest.raises(
+        ValueError, match=r"the loss of step 5 is not finite: count (nan|inf), height [\d.]+; "
+    ) as caught:
+        make_trainer(scenes, tmp_path, learner, amp=amp).run()
+    assert str(caught.value).endswith("frames " + ", ".join(learner.seen[-1]))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3
+    assert all(value.isfinite().all() for value in state["learner"].values())
+    again = make_trainer(scenes, tmp_path, amp=amp)
+    assert again.step == 3
+    again.run()
+
+
+def test_a_gradient_that_is_not_finite_stops(scenes: Path, tmp_path: Path) -> None:
+    learner = Spoiled(4, float("inf"), gradient_only=True)
+    with pytest.raises(ValueError, match=r"the gradient of step 5 is not finite: count .* gradient norm (nan|inf)"):
+        make_trainer(scenes, tmp_path, learner).run()
+    assert all(value.isfinite().all() for value in learner.state_dict().values())
+
+
+def test_float16_gradients_that_overflow_are_skipped(scenes: Path, tmp_path: Path) -> None:
+    learner = Spoiled(4, float("inf"), gradient_only=True)
+    trainer = make_trainer(scenes, tmp_path, learner, amp="float16", log_every=1, checkpoint_every=1, clip=None)
+    scales = []
+    update = trainer.scaler.update
+    trainer.scaler.update = lambda: (update(), scales.append(trainer.scaler.get_scale()))
+    rows = trainer.run()
+    assert len(rows) == 10
+    skipped = [row["step"] for row in rows if row["grad_norm"] == float("inf")]
+    assert 5 in skipped and len(skipped) < 6
+    assert scales[4] == scales[3] / 2
+    assert all(value.isfinite().all() for value in learner.state_dict().values())
+
+
+def test_float16_gradients_that_never_become_finite_stop(scenes: Path, tmp_path: Path) -> None:
+    class Endless(ToyLearner):
+        def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+            losses = super().forward(batch, seeds)
+            losses["count"].register_hook(lambda gradient: gradient * float("nan"))
+            return losses
+
+    with pytest.raises(ValueError, match="the gradient of step 28 is not finite"):  # 65536 halved 27 times is 2⁻¹¹
+        make_trainer(scenes, tmp_path, Endless(), amp="float16", steps=40).run()
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_forward_runs_in_the_dtype_asked_for(scenes: Path, tmp_path: Path, amp: str) -> None:
+    dtypes = set()
+    learner = ToyLearner()
+    learner.conv.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    (row,) = make_trainer(scenes, tmp_path, learner, amp=amp, steps=1).run()
+    assert dtypes == {getattr(torch, amp)}
+    assert all(value.dtype == torch.float32 for value in learner.state_dict().values())
+    (full,) = make_trainer(scenes, tmp_path / "full", steps=1).run()
+    assert row["total"] == pytest.approx(full["total"], rel=0.02)
+    assert row["total"] != full["total"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        ([], TypeError, r"give a dict of loss terms, got \[\]"),
+        ({}, TypeError, r"give a dict of loss terms, got \{\}"),
+        ({"a": 1.0}, TypeError, "give scalar tensors as loss terms, got 1.0 for 'a'"),
+        ({"a": torch.ones(1)}, TypeError, r"got shape \(1,\) for 'a'"),
+        ({"total": torch.ones(())}, ValueError, "not name a loss term 'total'"),
+    ],
+)
+def test_what_learners_give_is_checked(
+    scenes: Path, tmp_path: Path, losses: Any, error: type[Exception], message: str
+) -> None:
+    class Wrong(ToyLearner):
+        def forward(self, batch: Batch, seeds: Sequence[int]) -> Any:
+            return losses
+
+    with pytest.raises(error, match=f"learner must .*{message}"):
+        make_trainer(scenes, tmp_path, Wrong()).run()
+
+
+def test_terms_must_stay_the_same(scenes: Path, tmp_path: Path) -> None:
+    class Changing(ToyLearner):
+        def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+            losses = super().forward(batch, seeds)
+            return losses if len(self.seen) < 3 else {"count": losses["count"]}
+
+    with pytest.raises(ValueError, match=r"the same terms in every step, \('count', 'height'\), got \('count',\)"):
+        make_trainer(scenes, tmp_path / "one", Changing()).run()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(scenes, tmp_path / "resumed", Interrupted(4)).run()
+    changed = Changing()
+    changed.seen = [[]] * 2
+    with pytest.raises(ValueError, match="the same terms in every step"):
+        make_trainer(scenes, tmp_path / "resumed", changed).run()
+
+
+def test_the_bar_can_be_silent_and_nothing_warns(
+    scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(scenes, tmp_path / "quiet", steps=2).run()
+    assert capfd.readouterr() == ("", "")
+    dataset = KittiDataset(scenes, "train", height=64)
+    Trainer(ToyLearner(), dataset, settings(steps=2), tmp_path / "loud", CPU, name="teaching").run()
+    shown = capfd.readouterr().err
+    assert "teaching" in shown and "2/2" in shown and "count=" in shown
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+def test_on_a_gpu(scenes: Path, tmp_path: Path, amp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    device = torch.device("cuda")
+    pinned = []
+
+    class Watching(Interrupted):
+        def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+            pinned.append(batch.images.is_pinned())
+            return super().forward(batch, seeds)
+
+    whole = make_trainer(scenes, tmp_path / "whole", Watching(99), device, amp=amp, workers=1)
+    rows = whole.run()
+    assert all(pinned)
+    assert all(value.is_cuda for value in weights(whole).values())
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(scenes, tmp_path / "again", Interrupted(5), device, amp=amp).run()
+    again = make_trainer(scenes, tmp_path / "again", device=device, amp=amp)
+    again.run()
+    assert_same_bits(weights(again), weights(whole))
+    if amp == "off":
+        on_cpu = make_trainer(scenes, tmp_path / "cpu").run()
+        assert rows[0]["total"] == pytest.approx(on_cpu[0]["total"], rel=1e-4)

@@ -1,0 +1,123 @@
+"""Two processes started by ``torchrun`` train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_learner import ToyLearner, assert_same_bits, make_trainer
+
+from rakd.training.checkpoints import load_checkpoint
+
+SCRIPT = Path(__file__).with_name("distributed_training.py")
+
+
+class Outcome:
+    """What one process and two made of the same training."""
+
+    def __init__(self, scenes: Path, out: Path) -> None:
+        self.out = out
+        halfway = make_trainer(scenes, out / "half", ToyLearner(torch.float64), checkpoint_every=5)
+        save = halfway._save
+
+        def save_and_copy() -> None:
+            save()
+            if halfway.step == 5:
+                shutil.copytree(out / "half", out / "one_to_two")
+
+        halfway._save = save_and_copy
+        self.rows = halfway.run()
+        self.learner = halfway.learner
+        self.state = load_checkpoint(out / "half" / "checkpoint.pt")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*command, str(SCRIPT), str(scenes), str(out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        self.reports: list[dict[str, Any]] = [json.loads((out / f"report-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def outcome(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return Outcome(scenes, tmp_path_factory.mktemp("processes"))
+
+
+def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Equal to the rounding of float64, which ten steps multiply a little."""
+    assert a["learner"].keys() == b["learner"].keys()
+    for name, value in a["learner"].items():
+        torch.testing.assert_close(value, b["learner"][name], rtol=1e-11, atol=1e-13)
+    for place, state in a["optimizer"]["state"].items():
+        other = b["optimizer"]["state"][place]
+        torch.testing.assert_close(state["momentum_buffer"], other["momentum_buffer"], rtol=1e-10, atol=1e-12)
+
+
+def test_two_processes_train_as_one(outcome: Outcome) -> None:
+    state = load_checkpoint(outcome.out / "two" / "checkpoint.pt")
+    assert_close(state, outcome.state)
+    assert state.keys() == outcome.state.keys()
+    assert state["fingerprint"] == outcome.state["fingerprint"]
+    assert [report["count"] for report in outcome.reports] == [2, 2]
+    for report in outcome.reports:
+        for row, other in zip(report["rows"], outcome.rows, strict=True):
+            assert row.keys() == other.keys()
+            for name in ("step", "lr", "count", "height", "total", "grad_norm"):
+                assert row[name] == pytest.approx(other[name], rel=1e-11), name
+
+
+def test_the_processes_share_each_batch(outcome: Outcome) -> None:
+    first, second = (report["seen"] for report in outcome.reports)
+    assert [[*a, *b] for a, b in zip(first, second, strict=True)] == outcome.learner.seen
+
+
+def test_runs_go_on_with_another_number_of_processes(outcome: Outcome, scenes: Path) -> None:
+    assert_close(load_checkpoint(outcome.out / "one_to_two" / "checkpoint.pt"), outcome.state)
+    trainer = make_trainer(scenes, outcome.out / "two_to_one", ToyLearner(torch.float64))
+    assert trainer.step == 3
+    trainer.run()
+    assert_close(load_checkpoint(outcome.out / "two_to_one" / "checkpoint.pt"), outcome.state)
+
+
+def test_two_processes_resume_to_the_same_bits(outcome: Outcome) -> None:
+    assert [report["resumed_at"] for report in outcome.reports] == [3, 3]
+    whole, resumed = (load_checkpoint(outcome.out / name / "checkpoint.pt") for name in ("two", "two_to_two"))
+    assert_same_bits(resumed["learner"], whole["learner"])
+
+
+def test_all_processes_say_what_is_not_finite_in_one(outcome: Outcome) -> None:
+    messages = {report["not_finite"] for report in outcome.reports}
+    assert len(messages) == 1
+    (message,) = messages
+    assert message.startswith("the loss of step 3 is not finite: count ")
+    assert "height nan" in message
+    assert message.endswith("frames " + ", ".join(outcome.learner.seen[2]))
+
+
+def test_a_part_unused_in_one_process_learns_from_the_others(outcome: Outcome) -> None:
+    first, second = (torch.tensor(report["extra"]) for report in outcome.reports)
+    assert torch.equal(first, second)
+    assert (first < 1).all()
+
+
+def test_all_processes_refuse_wrong_settings(outcome: Outcome) -> None:
+    for report in outcome.reports:
+        assert report["odd"] == "batch_size must be a multiple of the number of processes, 2, got 3"
+        assert "settings.steps is 10 there and 11 here" in report["other"]
+
+
+def test_only_the_first_process_writes(outcome: Outcome) -> None:
+    assert sorted(file.name for file in (outcome.out / "two").iterdir()) == ["checkpoint.pt", "log.csv"]
+    assert [line.split(",")[0] for line in (outcome.out / "two" / "log.csv").read_text().splitlines()[1:]] == [
+        "2", "4", "6", "8", "10",
+    ]  # fmt: skip
