@@ -1,5 +1,5 @@
 # Commands for a fresh machine, all of which set everything up first (in .venv):
-#   make run     render a few street scenes and distil an expert's features into an apprentice
+#   make run     render street scenes, train an expert and apprentices, compare them (runs/distill)
 #   make test    run all tests
 #   make docs    build the API reference, build/docs/index.html
 # Others: make lint, make clean. PYTHON chooses the interpreter (3.10 or newer), TORCH the torch to install.
@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 .PHONY: run test lint docs clean env
 
 run: env
-	$(BIN)/rakd distill-features
+	$(BIN)/rakd distill
 
 test: env
 	$(BIN)/python -m pytest -q

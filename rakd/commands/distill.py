@@ -20,8 +20,9 @@ class Distill:
 
     Without arguments it renders street scenes and runs on two processor cores in minutes. Writes tables (Markdown,
     CSV, JSON), training curves, pictures of detections and all weights to the run's folder, and prints the tables.
-    An interrupted run is continued by repeating the command. On several GPUs or machines start it with torchrun:
-    ``torchrun --nproc-per-node 8 -m rakd distill --study kitti --data KITTI``.
+    An interrupted run is continued by repeating the command; runs of one folder can be shared out over commands by
+    methods or seeds, once the expert is trained. On several GPUs or machines start it with torchrun, such as:
+    torchrun --nproc-per-node 8 -m rakd distill --study kitti --data KITTI
     """
 
     study: Literal["tiny", "kitti"] = "tiny"

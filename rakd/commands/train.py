@@ -57,6 +57,9 @@ class Train:
     workers: int = 0
     """Processes that load frames."""
 
+    cache: bool = False
+    """Keep images in memory (1.4 MB each), for small data sets."""
+
     seed: int = 0
     """Seed of weights, order and augmentation."""
 
@@ -94,6 +97,7 @@ class Train:
             height=config.height,
             augmentation=Augmentation() if self.augment else None,
             seed=self.seed,
+            cache=self.cache,
         )
         val = KittiDataset(self.data, self.splits[1], height=config.height)
         with start_processes(self.device) as processes:
