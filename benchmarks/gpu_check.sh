@@ -70,7 +70,7 @@ for _ in range(2):
     torch.autograd.grad(soft_roi_distill(i.apprentice, i.expert, i.boxes), i.apprentice)
 torch.cuda.synchronize()'
 if profiler=$(command -v ncu); then
-  step ncu 60 "$profiler" --clock-control none --set full --launch-skip 4 --launch-count 4 \
+  step ncu 60 "$profiler" --clock-control none --set full --launch-skip 2 --launch-count 2 \
     --kernel-name 'regex:distill_pool|spread' "$python" -c "$hot"
 else
   echo "ncu is not here: passed over" | tee "$out/ncu.log"

@@ -69,6 +69,8 @@ def plain_name(mangled: str) -> str:
     Examples:
         >>> plain_name("_ZN4rakd3gpu6spreadIfEEvNS0_6SpreadIT_EE")
         'spread<float>'
+        >>> plain_name("_ZN4rakd3gpu12distill_poolIfLb1EEEvNS0_11DistillPoolIT_EE")
+        'distill_pool<float, true>'
     """
     match = re.match(r"_ZN4rakd3gpu(\d+)", mangled)
     if not match:
@@ -77,8 +79,10 @@ def plain_name(mangled: str) -> str:
     name = mangled[start : start + int(match[1])]
     rest = mangled[start + int(match[1]) :]
     types = {"If": "float", "Id": "double", "I6__half": "half", "I13__nv_bfloat16": "bfloat16"}
-    element = next((text for code, text in types.items() if rest.startswith(code)), "?")
-    return f"{name}<{element}>"
+    code, element = next(((code, text) for code, text in types.items() if rest.startswith(code)), ("", "?"))
+    flag = re.match(r"Lb([01])E", rest[len(code) :])
+    option = "" if flag is None else f", {'true' if flag[1] == '1' else 'false'}"
+    return f"{name}<{element}{option}>"
 
 
 def parse(dump: str) -> list[Usage]:

@@ -1,5 +1,8 @@
-// RoIAlign along one axis as a sparse matrix R (bins x touched cells), by bin and by cell: the one builder of both the
-// CPU plans and the device's tables.
+// RoIAlign along one axis as a sparse matrix R (bins x touched cells): the one builder of both the CPU plans and the
+// device's tables.
+//
+// Three steps: count_cells() of every bin, link_bins() once, fill_bin() of every bin. The first and the last treat each
+// bin on its own, so a device gives each to a thread of its own.
 #pragma once
 
 #include "geometry.h"
@@ -9,14 +12,19 @@ namespace rakd {
 // Arrays are the caller's. Capacities: see axis_capacity().
 template <class T>
 struct AxisTable {
-  int32_t* count;        // touched cells
-  int32_t* cell;         // [cells] their positions, increasing
-  int32_t* cell_bin;     // [cells] first bin each feeds
-  int32_t* cell_offset;  // [cells + 1] into spread
-  int32_t* bin_cell;     // [bins] first touched cell of each bin
-  int32_t* bin_offset;   // [bins + 1] into pool
-  T* pool;               // [weights] R, bin by bin
-  T* spread;             // [weights] R, cell by cell
+  int32_t* count;       // touched cells
+  int32_t* cell;        // [cells] their positions, increasing
+  int32_t* cell_bin;    // [cells] first bin each feeds
+  int32_t* bin_cell;    // [bins] first touched cell of each bin, never decreasing
+  int32_t* bin_offset;  // [bins + 1] into pool
+  int32_t* bin_new;     // [bins] first touched cell that no earlier bin touches
+  T* pool;              // [weights] R, bin by bin; a bin's cells are neighbours among the touched ones
+
+  // Weight of touched cell t in a bin with bin_cell[bin] <= t; 0 past the bin's last cell.
+  RAKD_HD T weight(int32_t bin, int32_t t) const {
+    const int32_t at = bin_offset[bin] + t - bin_cell[bin];
+    return at < bin_offset[bin + 1] ? pool[at] : T(0);
+  }
 };
 
 struct AxisCapacity {
@@ -32,53 +40,89 @@ RAKD_HD AxisCapacity axis_capacity(int64_t size, int64_t bins, int64_t sampling_
   return AxisCapacity{weights < size ? weights : size, weights};
 }
 
-// R by bin. Positions never decrease from sample to sample but for the last bit's rounding (boxes of no extent on a
-// cell's border), so a sample's cells are new ones or the last two.
+// Calls f(tap) for the samples of one bin that lie on the map, in order.
+//
+// Within a bin, and from bin to bin, rounding keeps the order of positions, but a bin's last sample may be rounded past
+// the start of the next bin (boxes of hardly any extent on a cell's border). Its weight then goes to the same cell, as
+// the upper of two, so that lower cells never decrease from sample to sample.
+template <class F>
+RAKD_HD void for_each_tap(const AxisSamples& samples, int64_t size, int32_t bin, const F& f) {
+  const double next = add(samples.start, mul(static_cast<double>(bin) + 1.0, samples.bin));
+  int64_t first, last;
+  sample_range(samples, bin, size, &first, &last);
+  for (int64_t i = first; i < last; ++i) {
+    Tap tap = bilinear_tap(sample_position(samples, bin, i), size);
+    if (!tap.valid) continue;
+    if (tap.low > 0 && next < static_cast<double>(tap.low)) tap = Tap{true, tap.low - 1, tap.low, 0.0, 1.0};
+    f(tap);
+  }
+}
+
+// Step 1, for each bin: leaves the number of its cells in bin_offset, the first in bin_cell, the last lower one in
+// bin_new.
 template <class T>
-RAKD_HD void fill_pool(const AxisSamples& samples, int64_t size, int32_t bins, const AxisTable<T>& table) {
-  const double share = static_cast<double>(samples.samples);
-  int32_t count = 0, offset = 0, low = -1;
+RAKD_HD void count_cells(const AxisSamples& samples, int64_t size, int32_t bin, const AxisTable<T>& table) {
+  int32_t count = 0, first = -1, low = -1, high = -1;
+  for_each_tap(samples, size, bin, [&](const Tap& tap) {
+    low = static_cast<int32_t>(tap.low);
+    if (count == 0) first = low;
+    if (low > high) ++count, high = low;
+    if (tap.high > high) ++count, high = static_cast<int32_t>(tap.high);
+  });
+  table.bin_offset[bin] = count;
+  table.bin_cell[bin] = first;
+  table.bin_new[bin] = low;
+}
+
+// Step 2, once. The cells of a bin are new ones or the last two.
+template <class T>
+RAKD_HD void link_bins(int64_t size, int32_t bins, const AxisTable<T>& table) {
+  int32_t count = 0, offset = 0, begin = 0, high = -1;
   for (int32_t bin = 0; bin < bins; ++bin) {
+    const int32_t cells = table.bin_offset[bin], first = table.bin_cell[bin], low = table.bin_new[bin];
+    const int32_t repeated = first > high ? 0 : first == high ? 1 : 2;
+    // A bin without samples on the map may stand between two that share a cell.
+    const int32_t at = cells > 0 ? count - repeated : count - 2;
+    begin = at > begin ? at : begin;
+    table.bin_cell[bin] = begin;
     table.bin_offset[bin] = offset;
-    table.bin_cell[bin] = count;
-    int64_t first, last;
-    sample_range(samples, bin, size, &first, &last);
-    int32_t filled = 0;
-    for (int64_t i = first; i < last; ++i) {
-      Tap tap = bilinear_tap(sample_position(samples, bin, i), size);
-      if (!tap.valid) continue;
-      if (tap.low < low) tap = Tap{true, low, low, 1.0, 0.0};
-      low = static_cast<int32_t>(tap.low);
-      if (count == 0 || low > table.cell[count - 1]) table.cell[count++] = low;
-      const int32_t local = low == table.cell[count - 1] ? count - 1 : count - 2;
-      if (tap.high > table.cell[count - 1]) table.cell[count++] = static_cast<int32_t>(tap.high);
-      if (filled == 0) table.bin_cell[bin] = local;
-      const int32_t at = local - table.bin_cell[bin];
-      const int32_t needed = tap.high == tap.low ? at + 1 : at + 2;
-      for (; filled < needed; ++filled) table.pool[offset + filled] = T(0);
-      table.pool[offset + at] += T(tap.weight_low / share);
-      if (tap.high != tap.low) table.pool[offset + at + 1] += T(tap.weight_high / share);
-    }
-    offset += filled;
+    table.bin_new[bin] = count;
+    if (cells == 0) continue;
+    count += cells - repeated;
+    offset += cells;
+    high = low < size - 1 ? low + 1 : low;
   }
   table.bin_offset[bins] = offset;
   *table.count = count;
+  // The last bins without samples follow all cells.
+  for (int32_t bin = bins - 1; bin >= 0 && table.bin_offset[bin] == offset; --bin) table.bin_cell[bin] = count;
 }
 
-// R transposed. The bins of one cell are neighbours, because bins' cells never go back.
+// Step 3, for each bin.
 template <class T>
-RAKD_HD void fill_spread(int32_t bins, const AxisTable<T>& table) {
-  int32_t offset = 0, first = 0;
-  const auto end = [&](int32_t bin) { return table.bin_cell[bin] + table.bin_offset[bin + 1] - table.bin_offset[bin]; };
-  for (int32_t t = 0; t < *table.count; ++t) {
-    while (first < bins && end(first) <= t) ++first;
-    table.cell_bin[t] = first;
-    table.cell_offset[t] = offset;
-    for (int32_t bin = first; bin < bins && table.bin_cell[bin] <= t && end(bin) > t; ++bin) {
-      table.spread[offset++] = table.pool[table.bin_offset[bin] + t - table.bin_cell[bin]];
+RAKD_HD void fill_bin(const AxisSamples& samples, int64_t size, int32_t bin, const AxisTable<T>& table) {
+  const double share = static_cast<double>(samples.samples);
+  const int32_t begin = table.bin_cell[bin], fresh = table.bin_new[bin];
+  T* weight = table.pool + table.bin_offset[bin];
+  int32_t filled = 0, high = -1;
+  const auto place = [&](int64_t cell) {
+    high = static_cast<int32_t>(cell);
+    weight[filled] = T(0);
+    const int32_t t = begin + filled++;
+    if (t < fresh) return;  // an earlier bin's
+    table.cell[t] = high;
+    table.cell_bin[t] = bin;
+  };
+  for_each_tap(samples, size, bin, [&](const Tap& tap) {
+    if (tap.low > high) place(tap.low);
+    if (tap.high > high) place(tap.high);
+    if (tap.high == tap.low) {
+      weight[filled - 1] += T(tap.weight_low / share);
+    } else {
+      weight[filled - 2] += T(tap.weight_low / share);
+      weight[filled - 1] += T(tap.weight_high / share);
     }
-  }
-  table.cell_offset[*table.count] = offset;
+  });
 }
 
 }  // namespace rakd

@@ -18,6 +18,9 @@
 
 namespace rakd {
 
+// More pyramid levels than any detector has; the ops refuse more.
+constexpr int kMaxLevels = 16;
+
 #if defined(__CUDA_ARCH__)
 RAKD_HD double mul(double a, double b) { return __dmul_rn(a, b); }
 RAKD_HD double add(double a, double b) { return __dadd_rn(a, b); }

@@ -19,7 +19,7 @@ from rakd_ops.levels import ASSIGNMENTS
 
 REDUCTIONS = ("mean", "sum", "none")
 MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-MAX_LEVELS = 16  # csrc/cpu/kernels.h, kMaxLevels
+MAX_LEVELS = 16  # csrc/geometry.h, kMaxLevels
 MAX_COUNT = 10_000  # bins and samples along one axis; kernels count in 32 bits
 MAX_CELLS = 2**31 - 2  # rows or columns of one map; likewise
 

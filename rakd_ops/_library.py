@@ -64,7 +64,7 @@ def _op(name: str, backend: str) -> Any:
 
 
 def _is_channels_last(feature: Tensor) -> bool:
-    """Layout that a map's gradient takes (``csrc/cpu/tensors.h`` states the same rule)."""
+    """Layout that a map's gradient takes (``csrc/maps.h`` states the same rule)."""
     return feature.stride(1) == 1 and feature.size(1) > 1 and not feature.is_contiguous()
 
 

@@ -62,9 +62,8 @@ def soft_roi_distill(
             boxes and weights on a GPU are not looked at, since that would wait for the device: there, a box whose
             batch index is no image's, or that is not finite or turned around, counts zero (and counts in the mean).
         TypeError: An argument has the wrong type or dtype.
-        RuntimeError: The backend asked for cannot run; a box on the CPU is invalid under ``torch.compile``, where only
-            the op can look at it; or ``output_size`` is beyond what the CUDA kernels can hold (39 x 39 bins, 27 x 27
-            for float64).
+        RuntimeError: The backend asked for cannot run; or a box on the CPU is invalid under ``torch.compile``, where
+            only the op can look at it.
 
     Source:
         Cheon, Shin, Bae: Region-aware knowledge distillation between monocular camera-based 3D object detectors, ICT

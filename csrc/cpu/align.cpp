@@ -125,10 +125,9 @@ std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList
   STD_TORCH_CHECK(shapes.size() == 4 * strides.size() && channels_last.size() == strides.size() && !strides.empty(),
                   "shapes: expected four numbers per map");
   std::vector<Tensor> gradients;
-  const ScalarType type = output_gradient.scalar_type();
   for (size_t l = 0; l < strides.size(); ++l) {
-    const int64_t shape[4] = {shapes[4 * l], shapes[4 * l + 1], shapes[4 * l + 2], shapes[4 * l + 3]};
-    gradients.push_back(empty_map(shape, type, channels_last[l]));
+    const std::vector<int64_t> shape(shapes.begin() + 4 * l, shapes.begin() + 4 * l + 4);
+    gradients.push_back(empty_gradient(output_gradient, shape, channels_last[l]));
   }
   const auto maps = map_batches(gradients, "shapes");
   const Boxes rows(boxes, maps[0].batch);
@@ -137,6 +136,7 @@ std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList
                       dense.size(1) == maps[0].channels && dense.size(2) == options.bins_y &&
                       dense.size(3) == options.bins_x,
                   "output_gradient: expected CPU [K, C, ", options.bins_y, ", ", options.bins_x, "]");
+  const ScalarType type = output_gradient.scalar_type();
   const Element element = element_of(type);
   if (type == ScalarType::Double) {
     align_gradient<double>(maps, rows, strides, options, element, dense.data_ptr());

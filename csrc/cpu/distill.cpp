@@ -97,8 +97,8 @@ class Job {
       if (!call_.gradient[side]) continue;
       for (int64_t l = 0; l < levels_; ++l) {
         const MapBatch& map = maps_[side][l];
-        const int64_t shape[4] = {map.batch, map.channels, map.height, map.width};
-        result.gradients.push_back(empty_map(shape, call_.apprentice[0].scalar_type(), map.channels_last));
+        const std::vector<int64_t> shape{map.batch, map.channels, map.height, map.width};
+        result.gradients.push_back(empty_gradient(call_.apprentice[0], shape, map.channels_last));
         gradients_[side].push_back(map_batch(result.gradients.back(), "gradient"));
       }
     }

@@ -81,9 +81,6 @@ struct Kernels {
 // Spare scratch pixels after the last one: vector tiles may spill past a segment's end.
 constexpr int64_t kSlack = 8;
 
-// More pyramid levels than any detector has; the ops refuse more.
-constexpr int64_t kMaxLevels = 16;
-
 namespace baseline {
 const Kernels& kernels();
 }

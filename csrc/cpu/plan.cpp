@@ -12,13 +12,15 @@ class AxisBuilder {
   void build(const AxisSamples& samples, int64_t bins, int64_t size, int64_t sampling_ratio) {
     const AxisCapacity capacity = axis_capacity(size, bins, sampling_ratio);
     for (auto* array : {&cell_, &cell_bin_, &cell_offset_, &gram_begin_, &gram_end_}) grow(*array, capacity.cells + 1);
-    for (auto* array : {&bin_cell_, &bin_offset_}) grow(*array, bins + 1);
+    for (auto* array : {&bin_cell_, &bin_offset_, &bin_new_}) grow(*array, bins + 1);
     for (auto* array : {&pool_, &spread_}) grow(*array, capacity.weights);
-    table = AxisTable<double>{&count,           cell_.data(),       cell_bin_.data(), cell_offset_.data(),
-                              bin_cell_.data(), bin_offset_.data(), pool_.data(),     spread_.data()};
+    table = AxisTable<double>{&count,          cell_.data(), cell_bin_.data(), bin_cell_.data(), bin_offset_.data(),
+                              bin_new_.data(), pool_.data()};
     this->bins = static_cast<int32_t>(bins);
-    fill_pool(samples, size, this->bins, table);
-    fill_spread(this->bins, table);
+    for (int32_t bin = 0; bin < this->bins; ++bin) count_cells(samples, size, bin, table);
+    link_bins(size, this->bins, table);
+    for (int32_t bin = 0; bin < this->bins; ++bin) fill_bin(samples, size, bin, table);
+    transpose();
     measure_gram();
   }
   void clear() { build(AxisSamples{0.0, 0.0, 0}, bins, 1, 1); }
@@ -27,6 +29,10 @@ class AxisBuilder {
   int32_t gram_begin(int32_t t) const { return gram_begin_[t]; }
   int32_t gram_end(int32_t t) const { return gram_end_[t]; }
   int64_t pool_values() const { return table.bin_offset[bins]; }
+
+  // R transposed: the bins of touched cell t follow on its first one; their weights begin at cell_offset()[t].
+  const int32_t* cell_offset() const { return cell_offset_.data(); }
+  const double* spread() const { return spread_.data(); }
 
   AxisTable<double> table{};
   int32_t count = 0, bins = 0;
@@ -38,17 +44,31 @@ class AxisBuilder {
     if (static_cast<int64_t>(array.size()) < count) array.resize(count);
   }
 
+  void transpose() {
+    int32_t offset = 0;
+    for (int32_t t = 0; t < count; ++t) {
+      cell_offset_[t] = offset;
+      for (int32_t bin = table.cell_bin[t]; bin < bins && table.bin_cell[bin] <= t; ++bin) {
+        spread_[offset++] = table.weight(bin, t);
+      }
+    }
+    cell_offset_[count] = offset;
+  }
+
   void measure_gram() {
     gram_values = 0;
     for (int32_t t = 0; t < count; ++t) {
-      const int32_t first = table.cell_bin[t], last = first + table.cell_offset[t + 1] - table.cell_offset[t] - 1;
+      const int32_t first = table.cell_bin[t], last = first + cell_offset_[t + 1] - cell_offset_[t] - 1;
       gram_begin_[t] = table.bin_cell[first];
-      gram_end_[t] = table.bin_cell[last] + table.bin_offset[last + 1] - table.bin_offset[last];
+      gram_end_[t] = t + 1;
+      for (int32_t bin = first; bin <= last; ++bin) {
+        gram_end_[t] = std::max(gram_end_[t], table.bin_cell[bin] + table.bin_offset[bin + 1] - table.bin_offset[bin]);
+      }
       gram_values += gram_end_[t] - gram_begin_[t];
     }
   }
 
-  std::vector<int32_t> cell_, cell_bin_, cell_offset_, bin_cell_, bin_offset_, gram_begin_, gram_end_;
+  std::vector<int32_t> cell_, cell_bin_, cell_offset_, bin_cell_, bin_offset_, bin_new_, gram_begin_, gram_end_;
   std::vector<double> pool_, spread_;
 };
 
@@ -77,10 +97,11 @@ Axis<T> store_axis(Arena& arena, const AxisBuilder& built) {
   std::copy_n(built.table.bin_offset, built.bins + 1, offset);
   std::copy_n(built.table.pool, values, value);
 
-  axis.spread = make_banded<T>(arena, axis.count, values, &begin, &offset, &value);
+  const int64_t spread_values = built.cell_offset()[axis.count];
+  axis.spread = make_banded<T>(arena, axis.count, spread_values, &begin, &offset, &value);
   std::copy_n(built.table.cell_bin, axis.count, begin);
-  std::copy_n(built.table.cell_offset, axis.count + 1, offset);
-  std::copy_n(built.table.spread, values, value);
+  std::copy_n(built.cell_offset(), axis.count + 1, offset);
+  std::copy_n(built.spread(), spread_values, value);
   return axis;
 }
 
@@ -92,7 +113,7 @@ Banded<T> store_gram(Arena& arena, const AxisBuilder& built, double factor) {
   Banded<T> gram = make_banded<T>(arena, built.count, built.gram_values, &begin, &offset, &value);
   for (int32_t t = 0, at = 0; t < built.count; ++t) {
     begin[t] = built.gram_begin(t);
-    const int32_t first = table.cell_bin[t], last = first + table.cell_offset[t + 1] - table.cell_offset[t];
+    const int32_t first = table.cell_bin[t], last = first + built.cell_offset()[t + 1] - built.cell_offset()[t];
     for (int32_t u = built.gram_begin(t); u < built.gram_end(t); ++u) {
       double sum = 0.0;
       for (int32_t bin = first; bin < last; ++bin) {

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../maps.h"
 #include "kernels.h"
 
 namespace rakd {
@@ -33,9 +34,6 @@ struct MapBatch {
     return ImageView{data + b * stride[0] * element_size, stride[1], stride[2], stride[3]};
   }
 };
-
-// The layout that gradients take after their map. `_library.py` states the same rule for fake tensors.
-inline bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.size(1) > 1 && !t.is_contiguous(); }
 
 inline MapBatch map_batch(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4 && t.is_cpu(), name, ": expected CPU maps [B, C, H, W]");
@@ -57,8 +55,7 @@ inline std::vector<MapBatch> map_batches(const std::vector<Tensor>& maps, const 
     STD_TORCH_CHECK(result.back().batch == result[0].batch && result.back().channels == result[0].channels, name,
                     ": expected maps of one batch size and channel count");
   }
-  STD_TORCH_CHECK(!result.empty() && static_cast<int64_t>(result.size()) <= kMaxLevels, name, ": expected 1 to ",
-                  kMaxLevels, " maps");
+  STD_TORCH_CHECK(!result.empty() && result.size() <= kMaxLevels, name, ": expected 1 to ", kMaxLevels, " maps");
   return result;
 }
 
@@ -91,11 +88,8 @@ inline void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
-inline Tensor empty_map(const int64_t (&shape)[4], ScalarType type, bool channels_last) {
-  const auto format =
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  Tensor t = torch::stable::empty({shape, 4}, type, std::nullopt,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), std::nullopt, format);
+inline Tensor empty_gradient(const Tensor& like, const std::vector<int64_t>& shape, bool channels_last) {
+  Tensor t = empty_map(like, shape, channels_last);
   advise_huge_pages(t);
   return t;
 }

@@ -10,6 +10,7 @@
 
 #include <vector>
 
+#include "../maps.h"
 #include "launch.h"
 
 namespace rakd {
@@ -21,27 +22,16 @@ using torch::stable::Tensor;
 using DoubleList = std::vector<double>;
 using IntList = std::vector<int64_t>;
 
-constexpr size_t kPoolLimit = 99 << 10;    // what the architectures give a block when asked (8.6 and 8.9 give least)
-constexpr size_t kSpreadLimit = 48 << 10;  // what they give unasked; fewer rows a tile always do
-
 cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
-bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.size(1) > 1 && !t.is_contiguous(); }
-
-Tensor empty_like_map(const Tensor& like, const std::vector<int64_t>& shape, bool channels_last) {
-  const auto format =
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
-}
-
 template <class U>
 Tensor buffer(const Tensor& like, int64_t count, ScalarType type, U** pointer) {
   Tensor t = torch::stable::empty({count}, type, std::nullopt, like.device());
-  *pointer = static_cast<U*>(t.data_ptr());
+  *pointer = count > 0 ? static_cast<U*>(t.data_ptr()) : nullptr;
   return t;
 }
 
@@ -96,9 +86,11 @@ struct Workspace {
   WorkspaceSizes sizes;
   std::vector<Tensor> memory;
 
+  // `other_shapes` and `other_strides`: the expert's where they differ, else nullptr. `all_levels`: see
+  // plan_workspace().
   Workspace(const Tensor& like, const Tensor& boxes, const IntList& shapes, const IntList* other_shapes,
             const DoubleList& strides, const DoubleList* other_strides, const Options& options, double factor,
-            const double* coefficients, cudaStream_t stream) {
+            const double* coefficients, Keep keep, bool all_levels) {
     STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5 && boxes.scalar_type() == ScalarType::Double &&
                         boxes.is_contiguous() && boxes.is_cuda() && boxes.get_device_index() == like.get_device_index(),
                     "boxes: expected contiguous float64 [K, 5] on the maps' device");
@@ -125,35 +117,20 @@ struct Workspace {
     }
     tables.rows = static_cast<const double*>(boxes.data_ptr());
     tables.coefficients = coefficients;
-    sizes = plan_workspace(tables, shapes[1]);
-    const int64_t bins = int64_t(tables.bins[0]) * tables.bins[1];
-    STD_TORCH_CHECK(pool_shared_bytes<T>(bins, BlockSizes{}.pool) <= kPoolLimit &&
-                        spread_shared_bytes<T>(tables.bins[1], spread_threads()) <= kSpreadLimit,
-                    "output_size: too large for the CUDA kernels (", tables.bins[0], " x ", tables.bins[1],
-                    "); use backend='reference'");
+    sizes = plan_workspace(tables, keep, all_levels, BlockSizes{});
+    STD_TORCH_CHECK(sizes.room <= kMaxRoom, "maps: too many rows and columns for the tables of one box");
     memory.push_back(buffer(like, sizes.ints, ScalarType::Int, &tables.ints));
     memory.push_back(buffer(like, sizes.weights, scalar_type_of<T>(), &tables.weights));
+    memory.push_back(buffer(like, sizes.extents, ScalarType::Int, &tables.extents));
     memory.push_back(buffer(like, sizes.scales, ScalarType::Double, &tables.scales));
-    memory.push_back(buffer(like, tables.boxes, ScalarType::Int, &tables.image));
-    if (tables.boxes == 0) return;
-    launch_tables(tables, BlockSizes{}, stream);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
-  // Fewer rows a tile where many bins need much shared memory.
-  int spread_threads() const {
-    int threads = BlockSizes{}.spread;
-    while (threads > kTileColumns && spread_shared_bytes<T>(tables.bins[1], threads) > kSpreadLimit) threads /= 2;
-    return threads;
   }
 };
 
-template <class E>
-void run_spread(Spread<E>& call, int threads, cudaStream_t stream) {
-  BlockSizes blocks;
-  blocks.spread = threads;
-  launch_spread(call, blocks, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+// Refuses gradients of more tiles than a grid has blocks.
+void check_tiles(const IntList& shapes) {
+  int64_t tiles = 0;
+  for (size_t i = 0; i < shapes.size(); i += 4) tiles += tile_count(shapes[i], shapes[i + 2], shapes[i + 3], {});
+  STD_TORCH_CHECK(tiles <= kMaxTiles, "maps: too many images, rows and columns for one call");
 }
 
 // Calls f<E>(arguments) for the dtype's element type.
@@ -197,49 +174,51 @@ void distill_as(const Distillation& call, const IntList& shapes, const IntList& 
   for (size_t i = 0; i < shapes.size(); ++i) shared = shared && shapes[i] == expert_shapes[i];
   const double bins = static_cast<double>(call.options.output_size[0] * call.options.output_size[1]);
   const double factor = 1.0 / (static_cast<double>(shapes[1]) * bins);
+  const bool gradients = call.gradient[0] || call.gradient[1];
   Workspace<T> workspace(like, call.boxes, shapes, shared ? nullptr : &expert_shapes, call.strides,
                          &call.expert_strides, call.options, factor,
-                         static_cast<const double*>(call.coefficients.data_ptr()), stream);
+                         static_cast<const double*>(call.coefficients.data_ptr()),
+                         gradients ? Keep::kForGradients : Keep::kNone, false);
+  const Tables<T>& tables = workspace.tables;
+  const int64_t entries = tables.boxes * tables.levels;
+  const Division division = divide(tables, entries, shapes[1]);
   DistillPool<E> pool{};
-  pool.tables = workspace.tables;
+  pool.tables = tables;
   pool.map[0] = pyramid<const E>(call.apprentice);
   pool.map[1] = pyramid<const E>(call.expert);
   pool.channels = static_cast<int32_t>(shapes[1]);
-  Tensor partial = buffer(like, workspace.sizes.partial, ScalarType::Double, &pool.partial);
-  const bool gradients = call.gradient[0] || call.gradient[1];
-  Tensor pooled = buffer(like, gradients ? workspace.sizes.pooled : 0, scalar_type_of<T>(), &pool.pooled);
-  if (!gradients) pool.pooled = nullptr;
-  if (workspace.tables.boxes > 0) {
-    launch_distill_pool(pool, BlockSizes{}, stream);
+  const Tensor partial = buffer(like, entries * division.groups, ScalarType::Double, &pool.partial);
+  const int64_t values = entries * slabs_of(shapes[1]) * kSlab * tables.bins[0] * tables.bins[1];
+  const Tensor pooled = buffer(like, gradients ? values : 0, scalar_type_of<T>(), &pool.pooled);
+  if (entries > 0) {
+    launch_distill_pool(pool, division, BlockSizes{}, stream);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  SumLosses<double> sum{pool.partial, workspace.tables.boxes, workspace.tables.levels * slabs_of(pool.channels),
-                        static_cast<double*>(out.per_box.data_ptr()), static_cast<double*>(out.total.data_ptr())};
-  launch_sum_losses(sum, BlockSizes{}, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (!gradients) return;
-
-  std::vector<Tensor> written[2];
+  const SumLosses<double> sum{pool.partial, tables.boxes, tables.levels * division.groups,
+                              static_cast<double*>(out.per_box.data_ptr()), static_cast<double*>(out.total.data_ptr())};
+  if (!gradients) {
+    launch_sum_losses(sum, BlockSizes{}, stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
+  check_tiles(shapes);
+  if (!shared) check_tiles(expert_shapes);
+  Spread<E> spread{};
+  spread.tables = tables;
   for (int side = 0; side < 2; ++side) {
     if (!call.gradient[side]) continue;
+    std::vector<Tensor> written;
     for (const Tensor& map : side == 0 ? call.apprentice : call.expert) {
-      const std::vector<int64_t> shape{map.size(0), map.size(1), map.size(2), map.size(3)};
-      written[side].push_back(empty_like_map(map, shape, is_channels_last(map)));
-      out.gradients.push_back(written[side].back());
+      written.push_back(empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, is_channels_last(map)));
+      out.gradients.push_back(written.back());
     }
+    spread.gradient[side] = pyramid<E>(written);
   }
-  Spread<E> spread{};
-  spread.tables = workspace.tables;
   spread.channels = pool.channels;
   spread.pooled = pool.pooled;
-  for (int side = 0; side < (shared ? 1 : 2); ++side) {
-    if (!shared && !call.gradient[side]) continue;
-    spread.side = side;
-    spread.sign = side == 0 ? T(1) : T(-1);
-    spread.gradient[0] = pyramid<E>(written[side]);
-    spread.gradient[1] = shared ? pyramid<E>(written[1]) : Pyramid<E>{};
-    run_spread(spread, workspace.spread_threads(), stream);
-  }
+  spread.sum = sum;
+  launch_spread(spread, BlockSizes{}, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Losses distill(const Distillation& call) {
@@ -292,7 +271,8 @@ template <class E>
 void align_as(const std::vector<Tensor>& features, const IntList& shapes, const Tensor& boxes,
               const DoubleList& strides, const Options& options, const Tensor& output, cudaStream_t stream) {
   typedef typename Accumulator<E>::type T;
-  Workspace<T> workspace(features[0], boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr, stream);
+  Workspace<T> workspace(features[0], boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr, Keep::kNone,
+                         true);
   if (workspace.tables.boxes == 0) return;
   AlignPool<E> pool{};
   pool.tables = workspace.tables;
@@ -307,14 +287,20 @@ template <class E>
 void align_backward_as(const Tensor& output_gradient, const std::vector<Tensor>& gradients, const IntList& shapes,
                        const Tensor& boxes, const DoubleList& strides, const Options& options, cudaStream_t stream) {
   typedef typename Accumulator<E>::type T;
-  Workspace<T> workspace(output_gradient, boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr, stream);
+  Workspace<T> workspace(output_gradient, boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr,
+                         Keep::kForGradients, false);
+  check_tiles(shapes);
+  if (workspace.tables.boxes > 0) {
+    launch_tables(workspace.tables, BlockSizes{}, stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   Spread<E> spread{};
   spread.tables = workspace.tables;
   spread.gradient[0] = pyramid<E>(gradients);
   spread.channels = static_cast<int32_t>(shapes[1]);
-  spread.sign = T(1);
   spread.output_gradient = static_cast<const E*>(output_gradient.data_ptr());
-  run_spread(spread, workspace.spread_threads(), stream);
+  launch_spread(spread, BlockSizes{}, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor align(std::vector<Tensor> features, Tensor boxes, DoubleList strides, IntList output_size,
@@ -324,7 +310,7 @@ Tensor align(std::vector<Tensor> features, Tensor boxes, DoubleList strides, Int
   const IntList shapes = shapes_of(features, "features", like);
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const cudaStream_t stream = current_stream(like.get_device_index());
-  Tensor output = empty_like_map(like, {boxes.size(0), shapes[1], output_size[0], output_size[1]}, false);
+  Tensor output = empty_map(like, {boxes.size(0), shapes[1], output_size[0], output_size[1]}, false);
   RAKD_DISPATCH(like.scalar_type(), align_as, features, shapes, boxes, strides, options, output, stream);
   return output;
 }
@@ -345,7 +331,7 @@ std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList
                   "output_gradient: expected CUDA [K, C, ", output_size[0], ", ", output_size[1], "]");
   std::vector<Tensor> gradients;
   for (size_t l = 0; l < strides.size(); ++l) {
-    gradients.push_back(empty_like_map(dense, {shapes.begin() + 4 * l, shapes.begin() + 4 * l + 4}, channels_last[l]));
+    gradients.push_back(empty_map(dense, {shapes.begin() + 4 * l, shapes.begin() + 4 * l + 4}, channels_last[l]));
   }
   RAKD_DISPATCH(dense.scalar_type(), align_backward_as, dense, gradients, shapes, boxes, strides, options, stream);
   return gradients;

@@ -1,8 +1,8 @@
 // The few things device code needs from its platform: nvcc, or a C++ compiler with an emulator that runs the same
 // kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
-//   __syncthreads(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double); atomicAdd(int*, int);
-//   dynamic shared memory by RAKD_SHARED; RAKD_ALLOW_SHARED; launches by RAKD_LAUNCH; RAKD_UNROLL.
+//   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
+//   atomicAdd(int*, int); dynamic shared memory by RAKD_SHARED, at most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL.
 #pragma once
 
 #if defined(RAKD_EMULATE)
@@ -10,19 +10,12 @@
 #include "emulator.h"
 
 #define RAKD_UNROLL
-#define RAKD_ALLOW_SHARED(kernel, bytes)
 
 #else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-// More than 48 KiB of dynamic shared memory must be asked for.
-#define RAKD_ALLOW_SHARED(kernel, bytes)                                                                \
-  if ((bytes) > size_t(48 << 10)) {                                                                     \
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)); \
-  }
 
 // Before a loop whose array must stay in registers.
 #define RAKD_UNROLL _Pragma("unroll")

@@ -1,8 +1,9 @@
-// Step 2 on the GPU: pooling. A block owns one box, one slab of channels and (for the loss) one level.
+// Pooling on the GPU: RoIAlign of one box by a block, which makes the box's tables itself.
 //
-// A thread owns whole columns (bin p of x, channel c) of the pooled patch: it walks the touched rows in order, pools
-// each row into one number and adds it to the bins of y that the row feeds. No thread needs another's numbers, so the
-// pooling itself has no barrier, and each sum has a fixed order. The difference of the maps is taken at load.
+// A thread owns whole columns (bin p of x, channel c) of the pooled patch and walks them down, bin by bin: it sums each
+// touched row once, over the cells of its bin of x, and keeps the last two rows' sums, which are all that a further bin
+// may want again. Values stay in registers: no thread needs another's numbers, and each sum has a fixed order. Where
+// they go to memory, a few bins at a time pass through shared memory, so that neighbours are written by neighbours.
 #pragma once
 
 #include "elements.cuh"
@@ -10,66 +11,129 @@
 namespace rakd {
 namespace gpu {
 
-constexpr int kSlab = 16;  // channels of a block; the innermost dimension of pooled differences in memory
-
-// Adds sign * RoIAlign of one box to pooled[bins_y * bins_x][kSlab] for the block's channels; `b`, where there is one,
-// is taken off `a` at load and has the same shape.
-template <class E, class T>
-__device__ void pool_box(const Tables<T>& tables, int side, int level, int64_t box, int image, MapView<const E> a,
-                         MapView<const E> b, int channel, int channels, T sign, T* pooled) {
-  const AxisTable<T> y = axis_table(tables, side, level, 0, box), x = axis_table(tables, side, level, 1, box);
-  const int32_t bins_x = tables.bins[1], rows = *y.count;
-  if (*x.count == 0) return;
-  const E* from_a = a.data + image * a.stride[0];
-  const E* from_b = b.data ? b.data + image * b.stride[0] : nullptr;
-  const bool channels_inner = a.stride[1] == 1;
-  for (int32_t item = threadIdx.x; item < bins_x * channels; item += blockDim.x) {
-    // Neighbouring threads read neighbouring addresses: channels in one layout, cells in the other.
-    const int32_t p = channels_inner ? item / channels : item % bins_x;
-    const int32_t c = channels_inner ? item % channels : item / bins_x;
-    const E* plane_a = from_a + (channel + c) * a.stride[1];
-    const E* plane_b = from_b ? from_b + (channel + c) * b.stride[1] : nullptr;
-    const int32_t* cell = x.cell + x.bin_cell[p];
-    const T* weight = x.pool + x.bin_offset[p];
-    const int32_t taps = x.bin_offset[p + 1] - x.bin_offset[p];
-    for (int32_t i = 0; i < rows; ++i) {
-      const E* row_a = plane_a + y.cell[i] * a.stride[2];
-      const E* row_b = plane_b ? plane_b + y.cell[i] * b.stride[2] : nullptr;
-      T sum = T(0);
-      for (int32_t t = 0; t < taps; ++t) {
-        T value = widen(row_a[cell[t] * a.stride[3]]);
-        if (row_b) value -= widen(row_b[cell[t] * b.stride[3]]);
-        sum += weight[t] * value;
-      }
-      sum *= sign;
-      for (int32_t j = y.cell_offset[i]; j < y.cell_offset[i + 1]; ++j) {
-        const int32_t q = y.cell_bin[i] + j - y.cell_offset[i];
-        pooled[(q * bins_x + p) * kSlab + c] += y.spread[j] * sum;
-      }
-    }
-  }
-}
-
-// Sum over the block in a fixed order; the result is thread 0's.
-__device__ __forceinline__ double block_sum(double value, double* shared) {
-  const int tid = int(threadIdx.x), count = int(blockDim.x);
-  shared[tid] = value;
-  __syncthreads();
-  int half = 1;
-  while (2 * half < count) half *= 2;
-  for (; half > 0; half /= 2) {
-    if (tid < half && tid + half < count) shared[tid] += shared[tid + half];
-    __syncthreads();
-  }
-  return shared[0];
-}
+constexpr int kSlab = 16;          // channels worked on together; the innermost dimension of pooled differences
+constexpr int kPitch = kSlab + 1;  // of the stage: threads side by side in bins meet different banks
+constexpr int kStageBins = 8;      // bins of y in the stage
+constexpr int kMaxThreads = 1024;  // of a block
 
 RAKD_HD int64_t slabs_of(int64_t channels) { return (channels + kSlab - 1) / kSlab; }
 
-// Bytes of shared memory of the pooling kernels.
+// Columns (bins of x) that a block's threads take at a time, with a slab of channels each.
+RAKD_HD int32_t columns_of(int threads, int32_t bins_x) {
+  const int32_t most = threads / kSlab;
+  return most < bins_x ? most : bins_x;
+}
+
+// The block's shared memory, in this order.
 template <class T>
-RAKD_HD size_t pool_shared_bytes(int64_t bins, int threads) {
-  return size_t(bins) * kSlab * sizeof(T) + size_t(threads) * sizeof(double);
+struct PoolMemory {
+  double* sums;    // [kMaxThreads / 32]
+  double* scales;  // [kMaxLevels]
+  T* stage;        // [kStageBins, columns, kPitch]
+  T* weights;      // the rooms of the block's levels, where tables are in shared memory
+  int32_t* ints;
+};
+
+// Bytes of shared memory, with rooms of so many elements.
+template <class T>
+RAKD_HD size_t pool_shared_bytes(int threads, int32_t bins_x, int64_t room_ints, int64_t room_weights) {
+  const size_t stage = size_t(kStageBins) * size_t(columns_of(threads, bins_x)) * kPitch;
+  return (kMaxThreads / 32 + kMaxLevels) * sizeof(double) + (stage + size_t(room_weights)) * sizeof(T) +
+         size_t(room_ints) * sizeof(int32_t);
+}
+
+template <class T>
+__device__ PoolMemory<T> pool_memory(unsigned char* shared, int32_t columns, int64_t room_weights) {
+  PoolMemory<T> memory;
+  memory.sums = reinterpret_cast<double*>(shared);
+  memory.scales = memory.sums + kMaxThreads / 32;
+  memory.stage = reinterpret_cast<T*>(memory.scales + kMaxLevels);
+  memory.weights = memory.stage + kStageBins * columns * kPitch;
+  memory.ints = reinterpret_cast<int32_t*>(memory.weights + room_weights);
+  return memory;
+}
+
+// What a thread owns: bins of x by channels of a slab, such that neighbouring threads read neighbouring addresses.
+struct Owner {
+  int32_t column, channel;
+  bool mine;  // whether there is such a place among `columns` by kSlab
+
+  __device__ Owner(int32_t columns, bool channels_inner) {
+    const int32_t tid = int32_t(threadIdx.x);
+    column = channels_inner ? tid / kSlab : tid % columns;
+    channel = channels_inner ? tid % kSlab : tid / columns;
+    mine = column < columns && channel < kSlab;
+  }
+};
+
+// One column of RoIAlign of one box, channel and bin of x, read bin by bin downwards. Where there is a second map, of
+// the same shape, it is taken off the first at load.
+template <class E>
+class Column {
+ public:
+  typedef typename Accumulator<E>::type T;
+
+  __device__ Column(const AxisTable<T>& y, const AxisTable<T>& x, int32_t bin_x, int64_t image, int64_t channel,
+                    const MapView<const E>& a, const MapView<const E>& b)
+      : y_(y),
+        cell_(x.cell + x.bin_cell[bin_x]),
+        weight_(x.pool + x.bin_offset[bin_x]),
+        taps_(x.bin_offset[bin_x + 1] - x.bin_offset[bin_x]),
+        a_(a.data + image * a.stride[0] + channel * a.stride[1]),
+        b_(b.data ? b.data + image * b.stride[0] + channel * b.stride[1] : nullptr),
+        a_stride_{a.stride[2], a.stride[3]},
+        b_stride_{b.stride[2], b.stride[3]} {}
+
+  // The value of bin q. Bins are asked for in order.
+  __device__ T operator()(int32_t q) {
+    T sum = T(0);
+    const int32_t begin = y_.bin_offset[q], end = y_.bin_offset[q + 1];
+    for (int32_t j = begin; j < end; ++j) {
+      const int32_t row = y_.bin_cell[q] + j - begin;
+      if (row > row_) {
+        before_ = value_;
+        value_ = row_sum(y_.cell[row]);
+        row_ = row;
+      }
+      sum += y_.pool[j] * (row == row_ ? value_ : before_);
+    }
+    return sum;
+  }
+
+ private:
+  __device__ T row_sum(int64_t y) const {
+    const E* a = a_ + y * a_stride_[0];
+    const E* b = b_ ? b_ + y * b_stride_[0] : nullptr;
+    T sum = T(0);
+    for (int32_t t = 0; t < taps_; ++t) {
+      const int64_t x = cell_[t];
+      T value = widen(a[x * a_stride_[1]]);
+      if (b) value -= widen(b[x * b_stride_[1]]);
+      sum += weight_[t] * value;
+    }
+    return sum;
+  }
+
+  AxisTable<T> y_;
+  const int32_t* cell_;
+  const T* weight_;
+  int32_t taps_;
+  const E *a_, *b_;
+  int64_t a_stride_[2], b_stride_[2];
+  int32_t row_ = -1;  // among the touched ones; its sum and that of the one before it
+  T value_ = T(0), before_ = T(0);
+};
+
+// Sum over the block in a fixed order; the result is thread 0's. blockDim is a multiple of 32.
+__device__ __forceinline__ double block_sum(double value, double* sums) {
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  double total = 0.0;
+  if (threadIdx.x == 0) {
+    for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) total += sums[warp];
+  }
+  return total;
 }
 
 template <class E>
@@ -78,55 +142,80 @@ struct DistillPool {
   Tables<T> tables;
   Pyramid<const E> map[2];
   int32_t channels;
-  double* partial;  // out [boxes, levels, slabs]: losses
+  int32_t group;    // slabs of a block
+  double* partial;  // out [boxes, levels, groups]: losses
   T* pooled;        // out [levels, boxes, slabs, bins, kSlab]: 2 * scale * difference; nullptr: not wanted
 };
 
-// Block (slab, box, level).
-template <class E>
+// Block (group of slabs, box, level). Leaves losses, and for gradients the pooled differences and the box's tables.
+// kTwoSides: the maps have tables of their own, so they are pooled apart.
+template <class E, bool kTwoSides>
 __global__ void distill_pool(DistillPool<E> call) {
   typedef typename Accumulator<E>::type T;
   RAKD_SHARED(shared);
   const Tables<T>& tables = call.tables;
-  const int32_t bins = tables.bins[0] * tables.bins[1];
-  double* sums = reinterpret_cast<double*>(shared);
-  T* pooled = reinterpret_cast<T*>(sums + blockDim.x);
-  const int64_t slab = blockIdx.x, box = blockIdx.y + int64_t(blockIdx.z / tables.levels) * gridDim.y;
+  const int64_t box = blockIdx.y + int64_t(blockIdx.z / tables.levels) * gridDim.y;
   const int level = int(blockIdx.z % tables.levels);
   if (box >= tables.boxes) return;
-  const int64_t slabs = slabs_of(call.channels);
-  const int64_t entry = (level * tables.boxes + box) * slabs + slab;
-  const double scale = tables.scales[level * tables.boxes + box];
-  double* partial = call.partial + (box * tables.levels + level) * slabs + slab;
-  if (scale == 0.0) {  // the spreading step skips this box as well
+  const int32_t bins_y = tables.bins[0], bins_x = tables.bins[1], columns = columns_of(int(blockDim.x), bins_x);
+  const PoolMemory<T> memory = pool_memory<T>(shared, columns, tables.in_shared ? tables.level[level].weights : 0);
+  const Room<T> room = tables.in_shared ? Room<T>{memory.ints, memory.weights} : workspace_room(tables, level, box);
+  make_box_tables(tables, level, level + 1, box, [&](int) { return room; }, memory.scales);
+  const double scale = memory.scales[level];
+  if (tables.extents && blockIdx.x == 0) publish(tables, level, box, room, scale);
+  double* partial = call.partial + (box * tables.levels + level) * gridDim.x + blockIdx.x;
+  if (scale == 0.0) {  // the gradient kernel skips this box as well
     if (threadIdx.x == 0) *partial = 0.0;
     return;
   }
-  for (int32_t i = threadIdx.x; i < bins * kSlab; i += blockDim.x) pooled[i] = T(0);
-  __syncthreads();
-  const int image = tables.image[box];
-  const int channel = int(slab) * kSlab;
-  const int count = call.channels - channel < kSlab ? call.channels - channel : kSlab;
-  const MapView<const E>&a = call.map[0].level[level], &e = call.map[1].level[level];
-  if (tables.sides == 1) {
-    pool_box<E, T>(tables, 0, level, box, image, a, e, channel, count, T(1), pooled);
-  } else {
-    const MapView<const E> none{};
-    pool_box<E, T>(tables, 0, level, box, image, a, none, channel, count, T(1), pooled);
-    __syncthreads();  // the two sides may hand a column to different threads
-    pool_box<E, T>(tables, 1, level, box, image, e, none, channel, count, T(-1), pooled);
-  }
-  __syncthreads();
+
+  const MapView<const E>&a = call.map[0].level[level], &e = call.map[1].level[level], none{};
+  const Owner owner(columns, a.stride[1] == 1);
+  const AxisTable<T> y = axis_table(tables, 0, level, 0, room), x = axis_table(tables, 0, level, 1, room);
+  const int side = kTwoSides ? 1 : 0;
+  const AxisTable<T> ey = axis_table(tables, side, level, 0, room), ex = axis_table(tables, side, level, 1, room);
+  const int64_t image = int64_t(tables.rows[5 * box]), slabs = slabs_of(call.channels);
+  const int64_t first_slab = int64_t(blockIdx.x) * call.group;
   double sum = 0.0;
-  for (int32_t i = threadIdx.x; i < bins * kSlab; i += blockDim.x) {
-    sum += double(pooled[i]) * double(pooled[i]);
-    if (call.pooled) call.pooled[entry * bins * kSlab + i] = T(2.0 * scale) * pooled[i];
+  for (int64_t slab = first_slab; slab < first_slab + call.group && slab < slabs; ++slab) {
+    const int64_t channel = slab * kSlab + owner.channel;
+    const int64_t entry = (level * tables.boxes + box) * slabs + slab;
+    for (int32_t left = 0; left < bins_x; left += columns) {
+      const int32_t p = left + owner.column, width = bins_x - left < columns ? bins_x - left : columns;
+      const bool mine = owner.mine && owner.column < width, real = mine && channel < call.channels;
+      // Threads without a column read along with the first.
+      const int32_t bin = real ? p : 0;
+      const int64_t plane = real ? channel : 0;
+      Column<E> one(y, x, bin, image, plane, a, kTwoSides ? none : e), other(ey, ex, bin, image, plane, e, none);
+      for (int32_t top = 0; top < bins_y; top += kStageBins) {
+        const int32_t height = bins_y - top < kStageBins ? bins_y - top : kStageBins;
+        for (int32_t q = 0; q < height; ++q) {
+          T difference = T(0);
+          if (real) {
+            difference = one(top + q);
+            if (kTwoSides) difference -= other(top + q);
+          }
+          sum += double(difference) * double(difference);
+          if (call.pooled && mine) {
+            memory.stage[(q * columns + owner.column) * kPitch + owner.channel] = T(2.0 * scale) * difference;
+          }
+        }
+        if (!call.pooled) continue;
+        __syncthreads();
+        for (int32_t i = threadIdx.x; i < height * width * kSlab; i += blockDim.x) {
+          const int32_t c = i % kSlab, from = i / kSlab % width, q = i / kSlab / width;
+          const int64_t to = (entry * bins_y + top + q) * bins_x + left + from;
+          call.pooled[to * kSlab + c] = memory.stage[(q * columns + from) * kPitch + c];
+        }
+        __syncthreads();
+      }
+    }
   }
-  sum = block_sum(sum, sums);
+  sum = block_sum(sum, memory.sums);
   if (threadIdx.x == 0) *partial = scale * sum;
 }
 
-// By one block. losses[k] = Σ partial, total = Σ losses; both in a fixed order.
+// losses[k] = Σ partial, total = Σ losses; both in a fixed order.
 template <class T>
 struct SumLosses {
   const T* partial;
@@ -135,9 +224,9 @@ struct SumLosses {
   double* total;
 };
 
+// By one block; `sums` is shared memory of a number a warp.
 template <class T>
-__global__ void sum_losses(SumLosses<T> call) {
-  RAKD_SHARED(shared);
+__device__ void add_losses(const SumLosses<T>& call, double* sums) {
   double sum = 0.0;
   for (int64_t box = threadIdx.x; box < call.boxes; box += blockDim.x) {
     double loss = 0.0;
@@ -145,8 +234,15 @@ __global__ void sum_losses(SumLosses<T> call) {
     call.losses[box] = loss;
     sum += loss;
   }
-  sum = block_sum(sum, reinterpret_cast<double*>(shared));
+  sum = block_sum(sum, sums);
   if (threadIdx.x == 0) *call.total = sum;
+}
+
+// The sum by itself, where there is no gradient kernel to do it.
+template <class T>
+__global__ void sum_losses(SumLosses<T> call) {
+  RAKD_SHARED(shared);
+  add_losses(call, reinterpret_cast<double*>(shared));
 }
 
 template <class E>
@@ -155,34 +251,61 @@ struct AlignPool {
   Tables<T> tables;
   Pyramid<const E> map;
   int32_t channels;
-  E* output;  // [boxes, channels, bins_y, bins_x]
+  int32_t group;  // slabs of a block
+  E* output;      // [boxes, channels, bins_y, bins_x]
 };
 
-// Block (slab, box).
+// Block (group of slabs, box).
 template <class E>
 __global__ void align_pool(AlignPool<E> call) {
   typedef typename Accumulator<E>::type T;
   RAKD_SHARED(shared);
   const Tables<T>& tables = call.tables;
-  const int32_t bins = tables.bins[0] * tables.bins[1];
-  T* pooled = reinterpret_cast<T*>(shared);
-  const int64_t slab = blockIdx.x, box = blockIdx.y + int64_t(blockIdx.z) * gridDim.y;
+  const int64_t box = blockIdx.y + int64_t(blockIdx.z) * gridDim.y;
   if (box >= tables.boxes) return;
-  for (int32_t i = threadIdx.x; i < bins * kSlab; i += blockDim.x) pooled[i] = T(0);
-  __syncthreads();
-  const int image = tables.image[box];
-  const int channel = int(slab) * kSlab;
-  const int count = call.channels - channel < kSlab ? call.channels - channel : kSlab;
-  for (int level = 0; level < tables.levels; ++level) {
-    const double scale = tables.scales[level * tables.boxes + box];
-    if (scale == 0.0) continue;
-    const MapView<const E> none{};
-    pool_box<E, T>(tables, 0, level, box, image, call.map.level[level], none, channel, count, T(scale), pooled);
-    __syncthreads();
-  }
-  E* out = call.output + (box * call.channels + channel) * bins;
-  for (int32_t i = threadIdx.x; i < bins * count; i += blockDim.x) {
-    narrow(pooled[(i % bins) * kSlab + i / bins], out + i);
+  const int32_t bins_y = tables.bins[0], bins_x = tables.bins[1], columns = columns_of(int(blockDim.x), bins_x);
+  const LevelLayout& last = tables.level[tables.levels - 1];
+  const PoolMemory<T> memory =
+      pool_memory<T>(shared, columns, tables.in_shared ? last.weights_before + last.weights : 0);
+  const auto room_of = [&](int level) {
+    if (!tables.in_shared) return workspace_room(tables, level, box);
+    const LevelLayout& at = tables.level[level];
+    return Room<T>{memory.ints + at.ints_before, memory.weights + at.weights_before};
+  };
+  make_box_tables(tables, 0, tables.levels, box, room_of, memory.scales);
+
+  const Owner owner(columns, call.map.level[0].stride[1] == 1);
+  const int64_t slabs = slabs_of(call.channels), first_slab = int64_t(blockIdx.x) * call.group;
+  for (int64_t slab = first_slab; slab < first_slab + call.group && slab < slabs; ++slab) {
+    const int64_t channel = slab * kSlab + owner.channel;
+    const int32_t count = int32_t(call.channels - slab * kSlab < kSlab ? call.channels - slab * kSlab : kSlab);
+    for (int32_t left = 0; left < bins_x; left += columns) {
+      const int32_t width = bins_x - left < columns ? bins_x - left : columns;
+      const bool real = owner.mine && owner.column < width && owner.channel < count;
+      for (int32_t top = 0; top < bins_y; top += kStageBins) {
+        const int32_t height = bins_y - top < kStageBins ? bins_y - top : kStageBins;
+        T* mine = memory.stage + owner.column * kPitch + owner.channel;  // [kStageBins], columns * kPitch apart
+        if (real) {
+          for (int32_t q = 0; q < height; ++q) mine[q * columns * kPitch] = T(0);
+          for (int level = 0; level < tables.levels; ++level) {
+            const double scale = memory.scales[level];
+            if (scale == 0.0) continue;
+            const int64_t image = int64_t(tables.rows[5 * box]);
+            const Room<T> room = room_of(level);
+            Column<E> column(axis_table(tables, 0, level, 0, room), axis_table(tables, 0, level, 1, room),
+                             left + owner.column, image, channel, call.map.level[level], MapView<const E>{});
+            for (int32_t q = 0; q < height; ++q) mine[q * columns * kPitch] += T(scale) * column(top + q);
+          }
+        }
+        __syncthreads();
+        for (int32_t i = threadIdx.x; i < count * height * width; i += blockDim.x) {
+          const int32_t from = i % width, q = i / width % height, c = i / width / height;
+          E* to = call.output + ((box * call.channels + slab * kSlab + c) * bins_y + top + q) * bins_x + left + from;
+          narrow(memory.stage[(q * columns + from) * kPitch + c], to);
+        }
+        __syncthreads();
+      }
+    }
   }
 }
 

@@ -1,5 +1,8 @@
-// Step 3 on the GPU: gradients. A block owns a tile of one map's gradient and one slab of channels: it gathers what all
-// boxes put there and writes each element once, zeros included. No atomics, and boxes add up in their order.
+// Gradients on the GPU. A block owns a tile of one map's gradient and one slab of channels: it gathers what all boxes
+// put there and writes each element once, zeros included. No atomics, and boxes add up in their order.
+//
+// A warp owns a row of the tile. For each box that meets the tile it mixes the bins of y that feed its row into one row
+// of bins of x, in shared memory of its own, from which each lane then takes the bins that feed its cell.
 #pragma once
 
 #include "pool.cuh"
@@ -7,160 +10,228 @@
 namespace rakd {
 namespace gpu {
 
-constexpr int kTileColumns = 32;  // a warp's threads lie side by side in a row of the tile
+constexpr int kTileColumns = 32;      // a warp's lanes lie side by side in a row of the tile
+constexpr int kMixBins = 16;          // bins of x that a warp mixes at a time
+constexpr int kMixPitch = kSlab + 4;  // of the mixed row: whole Quads, and bins side by side meet different banks
 
 template <class E>
 struct Spread {
   typedef typename Accumulator<E>::type T;
   Tables<T> tables;
-  int32_t side;                        // whose tables
-  Pyramid<E> gradient[2];              // out; the second, where wanted, takes the negative
-  int64_t first_tile[kMaxLevels + 1];  // tiles of level l: first_tile[l] .. first_tile[l + 1], image-major
+  // Out: the gradients of the apprentice's and of the expert's maps, the latter with the opposite sign. Where the two
+  // share their tables, one block writes to both.
+  Pyramid<E> gradient[2];
+  int32_t first_tile[2 * kMaxLevels + 1];  // of side and level, then the end; image-major. One block more adds losses
   int32_t channels;
-  T sign;
   const T* pooled;           // [levels, boxes, slabs, bins, kSlab], scaled; or nullptr
   const E* output_gradient;  // [boxes, channels, bins_y, bins_x], not scaled
+  SumLosses<double> sum;     // total == nullptr: nothing to add
+};
+
+// A box that puts something into the tile.
+struct Meeting {
+  int32_t box;                 // from the first candidate
+  int32_t row, column;         // first touched row and column of the tile, by their numbers in the box's tables
+  int32_t first_bin, end_bin;  // of x: those that feed the tile
 };
 
 template <class T>
-RAKD_HD size_t spread_shared_bytes(int64_t bins_x, int threads) {
-  const size_t rows = size_t(threads) / kTileColumns;
-  return 2 * rows * size_t(bins_x) * kSlab * sizeof(T) + size_t(threads + 64) * sizeof(int32_t);
+RAKD_HD size_t spread_shared_bytes(int threads) {
+  const size_t warps = size_t(threads) / 32;
+  return warps * (kMixBins * kMixPitch * sizeof(T) + sizeof(double)) + size_t(threads) * sizeof(Meeting);
 }
 
-// Position of `cell` among the touched ones, or -1.
-RAKD_HD int32_t find_cell(const int32_t* cells, int32_t count, int32_t cell) {
-  int32_t low = 0, high = count;
+// Number of the first that is not less; values never decrease.
+RAKD_HD int32_t lower_bound(const int32_t* values, int32_t low, int32_t high, int32_t value) {
   while (low < high) {
     const int32_t middle = (low + high) / 2;
-    if (cells[middle] < cell) {
+    if (values[middle] < value) {
       low = middle + 1;
     } else {
       high = middle;
     }
   }
-  return low < count && cells[low] == cell ? low : -1;
+  return low;
 }
 
-// Keeps the numbers of threads whose flag is set, in order, in list[]; returns how many. Called by the whole block.
-__device__ __forceinline__ int32_t compact(bool flag, int32_t* list, int32_t* warp_counts) {
-  const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32, warps = int(blockDim.x) / 32;
+// Number of `cell` among the touched ones low .. high - 1, or -1.
+RAKD_HD int32_t find_cell(const int32_t* cells, int32_t low, int32_t high, int32_t cell) {
+  const int32_t found = lower_bound(cells, low, high, cell);
+  return found < high && cells[found] == cell ? found : -1;
+}
+
+// What a tile of one image of one level is about.
+struct Tile {
+  int32_t image, top, left, rows;
+};
+
+// Whether `box` puts something into the tile, and where to look for it.
+template <class T>
+__device__ bool meet(const Tables<T>& tables, int side, int level, int64_t box, const Tile& tile, Meeting* found) {
+  const int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
+  const int32_t bottom = tile.top + tile.rows, right = tile.left + kTileColumns;
+  if (extent[0] != tile.image) return false;
+  if (extent[tables.boxes] >= bottom || extent[2 * tables.boxes] < tile.top) return false;
+  if (extent[3 * tables.boxes] >= right || extent[4 * tables.boxes] < tile.left) return false;
+  const Room<T> room = workspace_room(tables, level, box);
+  const AxisTable<T> y = axis_table(tables, side, level, 0, room), x = axis_table(tables, side, level, 1, room);
+  // Between the cells that a large box touches there may be tiles without any.
+  found->row = lower_bound(y.cell, 0, *y.count, tile.top);
+  if (found->row == *y.count || y.cell[found->row] >= bottom) return false;
+  found->column = lower_bound(x.cell, 0, *x.count, tile.left);
+  const int32_t end = lower_bound(x.cell, found->column, *x.count, right);
+  if (found->column == end) return false;
+  found->first_bin = x.cell_bin[found->column];
+  found->end_bin = lower_bound(x.bin_cell, found->first_bin, tables.bins[1], end);
+  return true;
+}
+
+// The number of set flags of the threads before this one, and of all. Called by the whole block; has a barrier, and
+// counts[] must not be written before another one.
+__device__ __forceinline__ int32_t rank_in_block(bool flag, int32_t* counts, int32_t* total) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, warps = int(blockDim.x) / 32;
   int32_t sum = flag ? 1 : 0;
   for (int step = 1; step < 32; step *= 2) {
     const int32_t other = __shfl_sync(0xffffffffu, sum, lane >= step ? lane - step : lane);
     if (lane >= step) sum += other;
   }
-  if (lane == 31) warp_counts[warp] = sum;
+  if (lane == 31) counts[warp] = sum;
   __syncthreads();
-  int32_t before = 0, total = 0;
+  int32_t before = 0;
+  *total = 0;
   for (int w = 0; w < warps; ++w) {
-    if (w < warp) before += warp_counts[w];
-    total += warp_counts[w];
+    if (w < warp) before += counts[w];
+    *total += counts[w];
   }
-  if (flag) list[before + sum - 1] = tid;
-  __syncthreads();
-  return total;
+  return before + sum - (flag ? 1 : 0);
 }
 
-// One value of a box's gradient in pooled form, scaled.
+// Four values moved as one or two 16-byte words.
+template <class T>
+struct alignas(16) Quad {
+  T value[4];
+};
+
+// The channels of a slab, moved in 16-byte words where they lie together.
+template <class E>
+struct alignas(16) Slab {
+  E value[kSlab];
+};
+
+// Writes sign * sum for a pixel's channels of the slab.
 template <class E, class T>
-__device__ __forceinline__ T pooled_gradient(const Spread<E>& call, int level, int64_t box, int64_t slab, int32_t bin,
-                                             int32_t c) {
-  const Tables<T>& tables = call.tables;
-  const int32_t bins = tables.bins[0] * tables.bins[1];
-  if (call.pooled) {
-    return call.pooled[(((level * tables.boxes + box) * slabs_of(call.channels) + slab) * bins + bin) * kSlab + c];
+__device__ __forceinline__ void write_slab(const T* sum, T sign, E* out, int64_t stride, int32_t channels) {
+  if (stride == 1 && channels == kSlab && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+    Slab<E> slab;
+    RAKD_UNROLL
+    for (int c = 0; c < kSlab; ++c) narrow(sign * sum[c], &slab.value[c]);
+    *reinterpret_cast<Slab<E>*>(out) = slab;
+    return;
   }
-  const int64_t channel = slab * kSlab + c;
-  if (channel >= call.channels) return T(0);
-  const T scale = T(tables.scales[level * tables.boxes + box]);
-  return scale * widen(call.output_gradient[(box * call.channels + channel) * bins + bin]);
+  RAKD_UNROLL
+  for (int c = 0; c < kSlab; ++c) {
+    if (c < channels) narrow(sign * sum[c], out + c * stride);
+  }
 }
 
-// Block (tile of all levels and images, slab); blockDim.x is a multiple of 32.
+// Block (tile of all sides, levels and images, slab); blockDim.x is a multiple of 32.
 template <class E>
 __global__ void spread(Spread<E> call) {
   typedef typename Accumulator<E>::type T;
   RAKD_SHARED(shared);
   const Tables<T>& tables = call.tables;
-  const int32_t bins_x = tables.bins[1];
-  const int rows = int(blockDim.x) / kTileColumns;
-  const int32_t row_values = bins_x * kSlab;
-  T* buffers = reinterpret_cast<T*>(shared);  // two, of rows * row_values each
-  int32_t* list = reinterpret_cast<int32_t*>(buffers + 2 * rows * row_values);
-  int32_t* warp_counts = list + blockDim.x;
+  const int32_t bins_y = tables.bins[0], bins_x = tables.bins[1], bins = bins_y * bins_x;
+  const int warps = int(blockDim.x) / 32, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  T* mixed = reinterpret_cast<T*>(shared);  // [kMixBins, kMixPitch] a warp
+  double* sums = reinterpret_cast<double*>(mixed + warps * kMixBins * kMixPitch);
+  Meeting* meetings = reinterpret_cast<Meeting*>(sums + warps);
+  int32_t* counts = reinterpret_cast<int32_t*>(sums);
+  mixed += warp * kMixBins * kMixPitch;
 
-  const int64_t tile = blockIdx.x, slab = blockIdx.y;
-  if (tile >= call.first_tile[tables.levels]) return;
-  int level = 0;
-  while (tile >= call.first_tile[level + 1]) ++level;
-  const int32_t height = tables.size[call.side][level][0], width = tables.size[call.side][level][1];
-  const int64_t tiles_x = (width + kTileColumns - 1) / kTileColumns, tiles_y = (height + rows - 1) / rows;
-  const int64_t within = tile - call.first_tile[level];
-  const int32_t image = int32_t(within / (tiles_x * tiles_y));
-  const int32_t top = int32_t(within / tiles_x % tiles_y) * rows, left = int32_t(within % tiles_x) * kTileColumns;
-  const int32_t y = top + int32_t(threadIdx.x) / kTileColumns, x = left + int32_t(threadIdx.x) % kTileColumns;
+  const int32_t slab = int32_t(blockIdx.y), number = int32_t(blockIdx.x);
+  if (number == call.first_tile[tables.sides * tables.levels]) {
+    if (slab == 0 && call.sum.total) add_losses(call.sum, sums);
+    return;
+  }
+  int map = 0;
+  while (number >= call.first_tile[map + 1]) ++map;
+  const int side = map / tables.levels, level = map % tables.levels;
+  const int32_t height = tables.size[side][level][0], width = tables.size[side][level][1];
+  const int32_t tiles_x = (width + kTileColumns - 1) / kTileColumns, tiles_y = (height + warps - 1) / warps;
+  const int32_t within = number - call.first_tile[map];
+  const Tile tile{within / (tiles_x * tiles_y), within / tiles_x % tiles_y * warps, within % tiles_x * kTileColumns,
+                  warps};
+  const int32_t y = tile.top + warp, x = tile.left + lane;
+  const int64_t slabs = slabs_of(call.channels);
+  const int32_t channels = call.channels - slab * kSlab < kSlab ? call.channels - slab * kSlab : kSlab;
 
   T sum[kSlab];
   RAKD_UNROLL
   for (int c = 0; c < kSlab; ++c) sum[c] = T(0);
 
-  int parity = 0;
   for (int64_t begin = 0; begin < tables.boxes; begin += blockDim.x) {
+    Meeting own{int32_t(threadIdx.x), 0, 0, 0, 0};
     const int64_t candidate = begin + threadIdx.x;
-    bool meets = false;
-    if (candidate < tables.boxes && tables.image[candidate] == image &&
-        tables.scales[level * tables.boxes + candidate] != 0.0) {
-      const AxisTable<T> ay = axis_table(tables, call.side, level, 0, candidate);
-      const AxisTable<T> ax = axis_table(tables, call.side, level, 1, candidate);
-      meets = *ay.count > 0 && *ax.count > 0 && ay.cell[0] < top + rows && ay.cell[*ay.count - 1] >= top &&
-              ax.cell[0] < left + kTileColumns && ax.cell[*ax.count - 1] >= left;
-    }
-    const int32_t found = compact(meets, list, warp_counts);
-    for (int32_t n = 0; n < found; ++n, parity ^= 1) {
-      const int64_t box = begin + list[n];
-      const AxisTable<T> ay = axis_table(tables, call.side, level, 0, box);
-      const AxisTable<T> ax = axis_table(tables, call.side, level, 1, box);
-      T* mixed = buffers + parity * rows * row_values;
-      // mixed[row][p][c] = Σ_q Ry[q][row] pooled[q][p][c]. Two buffers, so that one barrier a box is enough.
-      for (int32_t i = threadIdx.x; i < rows * row_values; i += blockDim.x) {
-        const int32_t row = i / row_values, rest = i % row_values;
-        const int32_t t = find_cell(ay.cell, *ay.count, top + row);
-        T value = T(0);
-        if (t >= 0) {
-          for (int32_t j = ay.cell_offset[t]; j < ay.cell_offset[t + 1]; ++j) {
-            const int32_t bin = (ay.cell_bin[t] + j - ay.cell_offset[t]) * bins_x + rest / kSlab;
-            value += ay.spread[j] * pooled_gradient<E, T>(call, level, box, slab, bin, rest % kSlab);
+    const bool meets = candidate < tables.boxes && meet(tables, side, level, candidate, tile, &own);
+    int32_t found;
+    const int32_t place = rank_in_block(meets, counts, &found);
+    if (meets) meetings[place] = own;
+    __syncthreads();
+    for (int32_t n = 0; n < found; ++n) {
+      const Meeting at = meetings[n];
+      const int64_t box = begin + at.box;
+      const Room<T> room = workspace_room(tables, level, box);
+      const AxisTable<T> ay = axis_table(tables, side, level, 0, room), ax = axis_table(tables, side, level, 1, room);
+      // A tile's row number r is at most the r-th touched one from the first.
+      const int32_t rows = at.row + warp + 1 < *ay.count ? at.row + warp + 1 : *ay.count;
+      const int32_t ty = find_cell(ay.cell, at.row, rows, y);
+      if (ty < 0) continue;  // the whole warp
+      const int32_t columns = at.column + lane + 1 < *ax.count ? at.column + lane + 1 : *ax.count;
+      const int32_t tx = find_cell(ax.cell, at.column, columns, x), first_q = ay.cell_bin[ty];
+      int32_t p = tx < 0 ? bins_x : ax.cell_bin[tx];  // the lane's next bin
+      const int64_t entry = (level * tables.boxes + box) * slabs + slab;
+      const T* pooled = call.pooled ? call.pooled + entry * bins * kSlab : nullptr;
+      const E* gradient = pooled ? nullptr : call.output_gradient + (box * call.channels + slab * kSlab) * bins;
+      for (int32_t left = at.first_bin; left < at.end_bin; left += kMixBins) {
+        const int32_t width_x = at.end_bin - left < kMixBins ? at.end_bin - left : kMixBins;
+        for (int32_t i = lane; i < width_x * kSlab; i += 32) {
+          // Neighbouring lanes read neighbouring addresses of either.
+          const int32_t bin = pooled ? i / kSlab : i % width_x, c = pooled ? i % kSlab : i / width_x;
+          T value = T(0);
+          for (int32_t q = first_q; q < bins_y && ay.bin_cell[q] <= ty; ++q) {
+            const int64_t from = int64_t(q) * bins_x + left + bin;
+            if (pooled) {
+              value += ay.weight(q, ty) * pooled[from * kSlab + c];
+            } else if (c < channels) {
+              value += ay.weight(q, ty) * widen(gradient[int64_t(c) * bins + from]);
+            }
+          }
+          if (!pooled) value *= T(tables.scales[level * tables.boxes + box]);
+          mixed[bin * kMixPitch + c] = value;
+        }
+        __syncwarp();
+        for (; p < left + width_x && ax.bin_cell[p] <= tx; ++p) {
+          const T weight = ax.weight(p, tx);
+          const Quad<T>* from = reinterpret_cast<const Quad<T>*>(mixed + (p - left) * kMixPitch);
+          RAKD_UNROLL
+          for (int quad = 0; quad < kSlab / 4; ++quad) {
+            const Quad<T> values = from[quad];
+            RAKD_UNROLL
+            for (int c = 0; c < 4; ++c) sum[4 * quad + c] += weight * values.value[c];
           }
         }
-        mixed[i] = value;
-      }
-      __syncthreads();
-      const int32_t t = find_cell(ax.cell, *ax.count, x);
-      if (t >= 0) {
-        const T* row = mixed + (threadIdx.x / kTileColumns) * row_values;
-        for (int32_t j = ax.cell_offset[t]; j < ax.cell_offset[t + 1]; ++j) {
-          const T weight = ax.spread[j];
-          const T* from = row + (ax.cell_bin[t] + j - ax.cell_offset[t]) * kSlab;
-          RAKD_UNROLL
-          for (int c = 0; c < kSlab; ++c) sum[c] += weight * from[c];
-        }
+        __syncwarp();  // the mixed row is written anew
       }
     }
-    __syncthreads();  // list is written anew
   }
 
   if (y >= height || x >= width) return;
-  for (int side = 0; side < 2; ++side) {
-    const MapView<E>& view = call.gradient[side].level[level];
-    if (!view.data) continue;
-    E* out =
-        view.data + image * view.stride[0] + slab * kSlab * view.stride[1] + y * view.stride[2] + x * view.stride[3];
-    const T sign = side == 0 ? call.sign : -call.sign;
-    RAKD_UNROLL
-    for (int c = 0; c < kSlab; ++c) {
-      if (slab * kSlab + c < call.channels) narrow(sign * sum[c], out + c * view.stride[1]);
-    }
+  for (int output = 0; output < 2; ++output) {
+    const MapView<E>& view = call.gradient[output].level[level];
+    if (!view.data || (tables.sides == 2 && output != side)) continue;
+    E* out = view.data + tile.image * view.stride[0] + int64_t(slab) * kSlab * view.stride[1] + y * view.stride[2] +
+             x * view.stride[3];
+    write_slab(sum, output == 0 ? T(1) : T(-1), out, view.stride[1], channels);
   }
 }
 

@@ -141,6 +141,7 @@ inline void bind(py::module_& module) {
         result["blocks"] = taken.blocks;
         result["threads"] = taken.threads;
         result["barriers"] = taken.barriers;
+        result["warp_barriers"] = taken.warp_barriers;
         result["shuffles"] = taken.shuffles;
         return result;
       },

@@ -91,6 +91,11 @@ inline void __syncthreads(RAKD_EMULATED_PLACE) {
   emulator::engine_of_kernel("__syncthreads").wait({emulator::State::kBarrier, line, file, 0, 0});
 }
 
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, RAKD_EMULATED_PLACE) {
+  const emulator::Unobserved unobserved;
+  emulator::engine_of_kernel("__syncwarp").wait({emulator::State::kWarp, line, file, mask, 0});
+}
+
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, RAKD_EMULATED_PLACE) {
   return emulator::shuffle(emulator::State::kIndex, mask, value, source, width, line, file);

@@ -130,9 +130,9 @@ __attribute__((noinline, no_sanitize("thread"))) inline void switch_context(Cont
   arrive(from, to);
 }
 
-enum class State { kRunning, kReturned, kBarrier, kIndex, kUp, kDown, kXor };
-constexpr const char* kStateNames[] = {"running",        "returned",         "__syncthreads",  "__shfl_sync",
-                                       "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
+enum class State { kRunning, kReturned, kBarrier, kWarp, kIndex, kUp, kDown, kXor };
+constexpr const char* kStateNames[] = {"running",     "returned",       "__syncthreads",    "__syncwarp",
+                                       "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync"};
 
 // What a fiber does or waits for. Those that wait for each other must agree in all of it.
 struct Wait {
@@ -157,7 +157,9 @@ struct Fiber {
   Wait wait;
   uint64_t sent = 0, received = 0;  // by a shuffle
   int source = 0;                   // lane that a shuffle reads
-  unsigned barriers = 0;            // reached so far
+  unsigned barriers = 0;            // of the block, reached so far
+  unsigned warp_barriers = 0;       // of the warp
+  char warp_barrier[2] = {};        // of the warp's first fiber: only their addresses matter, to acquire and release
 };
 
 struct Launch {

@@ -25,7 +25,7 @@ struct Options {
 };
 
 struct Counts {
-  int64_t launches = 0, blocks = 0, threads = 0, barriers = 0, shuffles = 0;
+  int64_t launches = 0, blocks = 0, threads = 0, barriers = 0, warp_barriers = 0, shuffles = 0;
 };
 
 inline Options options;

@@ -46,7 +46,7 @@ BlockSizes block_sizes(const Problem& problem) {
 
 template <class T>
 Tables<T> make(const Problem& problem, const std::vector<Map>& maps, const std::vector<Map>* other, double factor,
-               Workspace& workspace, WorkspaceSizes& sizes) {
+               Workspace& workspace, Keep keep, bool all_levels) {
   Tables<T> tables{};
   tables.boxes = problem.boxes;
   tables.levels = static_cast<int32_t>(maps.size());
@@ -68,12 +68,11 @@ Tables<T> make(const Problem& problem, const std::vector<Map>& maps, const std::
   }
   tables.rows = problem.rows;
   tables.coefficients = problem.coefficients;
-  sizes = plan_workspace(tables, problem.channels);
-  tables.ints = workspace.take<int32_t>(sizes.ints);
-  tables.weights = workspace.take<T>(sizes.weights);
-  tables.scales = workspace.take<double>(sizes.scales);
-  tables.image = workspace.take<int32_t>(tables.boxes);
-  if (tables.boxes > 0) launch_tables(tables, block_sizes(problem), nullptr);
+  const WorkspaceSizes sizes = plan_workspace(tables, keep, all_levels, block_sizes(problem));
+  if (sizes.ints > 0) tables.ints = workspace.take<int32_t>(sizes.ints);
+  if (sizes.weights > 0) tables.weights = workspace.take<T>(sizes.weights);
+  if (sizes.extents > 0) tables.extents = workspace.take<int32_t>(sizes.extents);
+  if (sizes.scales > 0) tables.scales = workspace.take<double>(sizes.scales);
   return tables;
 }
 
@@ -90,31 +89,33 @@ void run_distill(const Problem& problem, const std::vector<Map>& apprentice, con
     for (int axis = 0; axis < 2; ++axis) shared = shared && apprentice[l].size[axis] == expert[l].size[axis];
   }
   Workspace workspace;
-  WorkspaceSizes sizes;
   const double factor = 1.0 / static_cast<double>(problem.channels * problem.bins[0] * problem.bins[1]);
+  const bool gradients = !apprentice_gradient.empty() || !expert_gradient.empty();
   DistillPool<E> pool{};
-  pool.tables = make<T>(problem, apprentice, shared ? nullptr : &expert, factor, workspace, sizes);
+  pool.tables = make<T>(problem, apprentice, shared ? nullptr : &expert, factor, workspace,
+                        gradients ? Keep::kForGradients : Keep::kNone, false);
+  const int64_t entries = problem.boxes * pool.tables.levels;
+  const Division division = divide(pool.tables, entries, problem.channels);
   pool.map[0] = pyramid<const E>(apprentice);
   pool.map[1] = pyramid<const E>(expert);
   pool.channels = static_cast<int32_t>(problem.channels);
-  pool.partial = workspace.take<double>(sizes.partial);
-  const bool gradients = !apprentice_gradient.empty() || !expert_gradient.empty();
-  if (gradients) pool.pooled = workspace.take<T>(sizes.pooled);
-  if (problem.boxes > 0) launch_distill_pool(pool, blocks, nullptr);
-  launch_sum_losses({pool.partial, problem.boxes, pool.tables.levels * slabs_of(pool.channels), losses, total}, blocks,
-                    nullptr);
-  Spread<E> spread{};
-  spread.tables = pool.tables;
-  spread.channels = pool.channels;
-  spread.pooled = pool.pooled;
-  const std::vector<Map>* wanted[2] = {&apprentice_gradient, &expert_gradient};
-  for (int side = 0; gradients && side < (shared ? 1 : 2); ++side) {
-    if (!shared && wanted[side]->empty()) continue;
-    spread.side = side;
-    spread.sign = side == 0 ? T(1) : T(-1);
-    spread.gradient[0] = pyramid<E>(*wanted[side]);
-    spread.gradient[1] = shared ? pyramid<E>(expert_gradient) : Pyramid<E>{};
+  pool.partial = workspace.take<double>(entries * division.groups);
+  if (gradients) {
+    pool.pooled = workspace.take<T>(entries * slabs_of(problem.channels) * kSlab * problem.bins[0] * problem.bins[1]);
+  }
+  if (entries > 0) launch_distill_pool(pool, division, blocks, nullptr);
+  const SumLosses<double> sum{pool.partial, problem.boxes, pool.tables.levels * division.groups, losses, total};
+  if (gradients) {
+    Spread<E> spread{};
+    spread.tables = pool.tables;
+    spread.gradient[0] = pyramid<E>(apprentice_gradient);
+    spread.gradient[1] = pyramid<E>(expert_gradient);
+    spread.channels = pool.channels;
+    spread.pooled = pool.pooled;
+    spread.sum = sum;
     launch_spread(spread, blocks, nullptr);
+  } else {
+    launch_sum_losses(sum, blocks, nullptr);
   }
   workspace.check();
 }
@@ -123,9 +124,8 @@ template <class E>
 void run_align(const Problem& problem, const std::vector<Map>& features, E* output) {
   typedef typename Accumulator<E>::type T;
   Workspace workspace;
-  WorkspaceSizes sizes;
   AlignPool<E> pool{};
-  pool.tables = make<T>(problem, features, nullptr, 1.0, workspace, sizes);
+  pool.tables = make<T>(problem, features, nullptr, 1.0, workspace, Keep::kNone, true);
   pool.map = pyramid<const E>(features);
   pool.channels = static_cast<int32_t>(problem.channels);
   pool.output = output;
@@ -137,12 +137,11 @@ template <class E>
 void run_align_backward(const Problem& problem, const E* output_gradient, const std::vector<Map>& gradients) {
   typedef typename Accumulator<E>::type T;
   Workspace workspace;
-  WorkspaceSizes sizes;
   Spread<E> spread{};
-  spread.tables = make<T>(problem, gradients, nullptr, 1.0, workspace, sizes);
+  spread.tables = make<T>(problem, gradients, nullptr, 1.0, workspace, Keep::kForGradients, false);
+  if (problem.boxes > 0) launch_tables(spread.tables, block_sizes(problem), nullptr);
   spread.gradient[0] = pyramid<E>(gradients);
   spread.channels = static_cast<int32_t>(problem.channels);
-  spread.sign = T(1);
   spread.output_gradient = output_gradient;
   launch_spread(spread, block_sizes(problem), nullptr);
   workspace.check();

@@ -108,7 +108,7 @@ inline void Engine::run_block(int64_t block) {
   counts.threads += threads_;
   head_ = ready_count_ = 0;
   for (int t = 0; t < threads_; ++t) {
-    fibers_[t]->barriers = 0;
+    fibers_[t]->barriers = fibers_[t]->warp_barriers = 0;
     make_ready(*fibers_[t]);
   }
   release(&begin_);
@@ -144,25 +144,29 @@ inline void Engine::make_ready(Fiber& fiber) {
 
 inline uint64_t Engine::wait(const Wait& wait, uint64_t sent, int source) {
   Fiber& fiber = *running;
-  const unsigned parity = fiber.barriers & 1;
-  if (wait.state == State::kBarrier) {
-    ++fiber.barriers;
-    // Of two addresses in turn: those early at the next barrier must not add to what the late acquire at this one.
-    release(&barrier_[parity]);
-  } else if ((wait.mask >> (fiber.thread % warpSize) & 1) == 0) {
+  if (wait.state != State::kBarrier && (wait.mask >> (fiber.thread % warpSize) & 1) == 0) {
     throw Error(std::string(kStateNames[static_cast<int>(wait.state)]) + ": lane not in its own mask");
   }
+  // Barriers order memory; shuffles do not. Of two addresses in turn: those early at the next barrier must not add to
+  // what the late acquire at this one.
+  char* order = nullptr;
+  if (wait.state == State::kBarrier) order = &barrier_[fiber.barriers++ & 1];
+  if (wait.state == State::kWarp) {
+    order = &fibers_[fiber.thread / warpSize * warpSize]->warp_barrier[fiber.warp_barriers++ & 1];
+  }
+  if (order != nullptr) release(order);
   fiber.wait = wait;
   fiber.sent = sent;
   fiber.source = source;
   switch_context(fiber.context, scheduler_);
   if (abandoning_) throw Abandoned();
-  if (wait.state == State::kBarrier) acquire(&barrier_[parity]);
+  if (order != nullptr) acquire(order);
   return fiber.received;
 }
 
-// Completes the shuffle that `last` waits for if it was the last to arrive. Lanes that the block does not have may
-// be in the mask, as they may in CUDA; lanes that returned may not, although CUDA lets that pass.
+// Completes the shuffle, or barrier of the warp, that `last` waits for if it was the last to arrive. Lanes that the
+// block does not have may be in the mask, as they may in CUDA; lanes that returned may not, although CUDA lets that
+// pass.
 inline void Engine::exchange(const Fiber& last) {
   const int warp = last.thread / warpSize, begin = warp * warpSize, lanes = std::min(threads_ - begin, warpSize);
   const unsigned existing = lanes == warpSize ? ~0u : (1u << lanes) - 1, mask = last.wait.mask & existing;
@@ -185,7 +189,7 @@ inline void Engine::exchange(const Fiber& last) {
     if ((mask >> lane & 1) != 0) make_ready(*fibers_[begin + lane]);
   }
   shuffling_[warp] -= needed;
-  ++counts.shuffles;
+  ++(wait.state == State::kWarp ? counts.warp_barriers : counts.shuffles);
 }
 
 // No fiber can go on: all must be at one barrier.
@@ -301,6 +305,7 @@ inline void run(const Launch& launch) {
     counts.blocks += of_worker.blocks;
     counts.threads += of_worker.threads;
     counts.barriers += of_worker.barriers;
+    counts.warp_barriers += of_worker.warp_barriers;
     counts.shuffles += of_worker.shuffles;
   }
   for (const auto& error : errors) {

@@ -172,7 +172,8 @@ def test_bfloat16(module: ModuleType) -> None:
 def test_counts(module: ModuleType) -> None:
     module.counts()
     assert prefix_sum(module, 64)
-    assert module.counts() == {"launches": 1, "blocks": 3, "threads": 192, "barriers": 3 * 13, "shuffles": 0}
+    counts = {"launches": 1, "blocks": 3, "threads": 192, "barriers": 3 * 13, "warp_barriers": 0, "shuffles": 0}
+    assert module.counts() == counts
     assert module.counts()["launches"] == 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import backend_params, pyramid, random_boxes
 
-from rakd_ops import multilevel_roi_align, soft_roi_distill
+from rakd_ops import multilevel_roi_align, reference, soft_roi_distill
 
 pytestmark = [param for backend in backend_params("cuda") for param in backend.marks]
 
@@ -58,6 +60,35 @@ def test_a_step_does_not_synchronise() -> None:
         step(*call)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def kernels(run: Callable[[], object]) -> list[str]:
+    """Names of this package's kernels that a call launches."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if "rakd::gpu" in event.name]
+
+
+def test_launches() -> None:
+    maps, expert, boxes = inputs()
+    assert len(kernels(lambda: soft_roi_distill(maps, expert, boxes, backend="cuda"))) == 2
+    with torch.no_grad():
+        assert len(kernels(lambda: soft_roi_distill(maps, expert, boxes, backend="cuda"))) == 2
+        assert len(kernels(lambda: multilevel_roi_align(maps, boxes, backend="cuda"))) == 1
+
+
+@pytest.mark.parametrize("output_size", [(41, 45), (2, 3000), (1500, 1)])
+def test_any_output_size(output_size: tuple[int, int]) -> None:
+    maps, expert, boxes = inputs()
+    boxes = boxes[:4]
+    loss = soft_roi_distill(maps, expert, boxes, output_size=output_size, backend="cuda")
+    exact = [m.detach().double().requires_grad_() for m in maps]
+    expected = reference.soft_roi_distill(exact, [e.double() for e in expert], boxes, output_size=output_size)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for got, wanted in zip(torch.autograd.grad(loss, maps), torch.autograd.grad(expected, exact), strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_another_stream() -> None:

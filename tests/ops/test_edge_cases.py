@@ -83,6 +83,26 @@ def test_boxes_outside_and_without_area(backend: str, sampling_ratio: int) -> No
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss.sum(), maps))
 
 
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda"))
+@pytest.mark.parametrize("sampling_ratio", [0, 2, 3, 5])
+def test_boxes_of_hardly_any_extent(backend: str, sampling_ratio: int) -> None:
+    """A few units in the last place around cells' borders: rounding may put a sample past the start of the next bin."""
+    steps = [(cell, low, extent) for cell in (1, 2, 6) for low in (-2, -1, 0) for extent in (0, 1, 2, 5, 9)]
+    spans = [[(4.0 * c + 2.0) * (1 + j * 2**-52) for j in (low, low + extent)] for c, low, extent in steps]
+    rows = [[0, x[0], y[0], x[1], y[1]] for x in spans for y in spans]
+    boxes = torch.tensor(rows, dtype=torch.float64)
+    options = {"strides": (4,), "sampling_ratio": sampling_ratio, "output_size": (7, 5)}
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(1, 3, 10, 12, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    expected = reference.soft_roi_distill(maps[:1], maps[1:], boxes, **options)
+    wanted = torch.autograd.grad(expected, maps)
+    moved = [m.detach().to(DEVICE_OF[backend]).requires_grad_() for m in maps]
+    loss = soft_roi_distill(moved[:1], moved[1:], boxes.to(DEVICE_OF[backend]), **options, backend=backend)
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=1e-14)
+    for got, gradient in zip(torch.autograd.grad(loss, moved), wanted, strict=True):
+        torch.testing.assert_close(got.cpu(), gradient, rtol=1e-11, atol=1e-14)
+
+
 @pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
 def test_huge_boxes_cost_what_the_map_costs(backend: str) -> None:
     """Adaptive sampling of a box a billion pixels wide visits the samples that can touch the map, not all."""

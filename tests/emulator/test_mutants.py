@@ -1,0 +1,125 @@
+"""Mutants of the CUDA kernels: each must be caught by a short run over what the kernels do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import build
+import pytest
+import test_kernels
+
+# Name: (file, text, what replaces it), ...
+MUTANTS: dict[str, list[tuple[str, str, str]]] = {
+    "barrier between mixing and spreading removed": [(
+        "cuda/spread.cuh", "__syncwarp();\n        for (; p", "for (; p",
+    )],
+    "barrier after spreading removed": [("cuda/spread.cuh", "__syncwarp();  // the mixed row is written anew", "")],
+    "barrier of the block sum removed": [(
+        "cuda/pool.cuh",
+        "sums[threadIdx.x / 32] = value;\n  __syncthreads();", "sums[threadIdx.x / 32] = value;",
+    )],
+    "barrier of the ranks removed": [(
+        "cuda/spread.cuh", "if (lane == 31) counts[warp] = sum;\n  __syncthreads();",
+        "if (lane == 31) counts[warp] = sum;",
+    )],
+    "barrier before the meetings are read removed": [(
+        "cuda/spread.cuh", "meetings[place] = own;\n    __syncthreads();", "meetings[place] = own;",
+    )],
+    "barrier before bins are linked removed": [(
+        "cuda/tables.cuh", "__syncthreads();\n  for (int32_t i = threadIdx.x; i < (last",
+        "for (int32_t i = threadIdx.x; i < (last",
+    )],
+    "barrier before bins are filled removed": [(
+        "cuda/tables.cuh", "__syncthreads();\n  for_each_bin([&]", "for_each_bin([&]",
+    )],
+    "barrier after tables removed": [("cuda/tables.cuh", "  });\n  __syncthreads();\n}", "  });\n}")],
+    "barrier before the stage is read removed": [(
+        "cuda/pool.cuh", "if (!call.pooled) continue;\n        __syncthreads();", "if (!call.pooled) continue;",
+    )],
+    "barrier after the stage is read removed": [(
+        "cuda/pool.cuh", "memory.stage[(q * columns + from) * kPitch + c];\n        }\n        __syncthreads();",
+        "memory.stage[(q * columns + from) * kPitch + c];\n        }",
+    )],
+    "a row's sum taken for another's": [("cuda/pool.cuh", "before_ = value_;", "")],
+    "off by one in the tile's overlap": [(
+        "cuda/spread.cuh", "extent[2 * tables.boxes] < tile.top", "extent[2 * tables.boxes] <= tile.top",
+    )],
+    "boxes of other images": [("cuda/spread.cuh", "if (extent[0] != tile.image) return false;", "")],
+    "bounds check of the tile missing": [("cuda/spread.cuh", "if (y >= height || x >= width) return;", "")],
+    "bounds check of channels missing": [("cuda/spread.cuh", "if (c < channels) narrow", "narrow")],
+    "a lane's last column missed": [("cuda/spread.cuh", "at.column + lane + 1 <", "at.column + lane <"), (
+        "cuda/spread.cuh", "at.column + lane + 1 :", "at.column + lane :",
+    )],
+    "wrong weight": [("axis_table.h", "+= T(tap.weight_high / share)", "+= T(tap.weight_low / share)")],
+    "a shared cell counted twice": [("axis_table.h", "count += cells - repeated;", "count += cells;")],
+    "reordered samples": [("axis_table.h", "if (tap.low > 0 && next", "if (false && next")],
+    "border rule": [("geometry.h", "position >= -1.0 &&", "position > -1.0 && position >= 0.0 &&")],
+    "unwritten output": [(
+        "cuda/spread.cuh", "if (!view.data ||", "if (!view.data || (tables.boxes > 0 && tile.top > 0) ||",
+    )],
+    "loss of one group lost": [("cuda/pool.cuh", "if (threadIdx.x == 0) *partial = scale * sum;",
+                                "if (threadIdx.x == 0) *partial = blockIdx.x == 0 ? scale * sum : 0.0;")],
+    "losses not added": [(
+        "cuda/spread.cuh", "if (slab == 0 && call.sum.total) add_losses", "if (slab == 1) add_losses",
+    )],
+    "batch index trusted": [("cuda/tables.cuh", "row[0] < static_cast<double>(tables.images)", "row[0] < 1e9")],
+    "tables of the other side": [("cuda/pool.cuh", "const int side = kTwoSides ? 1 : 0;", "const int side = 0;")],
+    "tables not kept": [("cuda/tables.cuh", "kept.weights[i] = room.weights[i];", "kept.weights[i] = T(0);")],
+}  # fmt: skip
+
+
+def battery(module: ModuleType) -> None:
+    """A short run over what the kernels do; raises where something is wrong."""
+    for seed in range(3):
+        module.schedule(seed, shuffle_blocks=True)
+        for options in (
+            {"boxes": 6},
+            {"expert_strides": (3.0, 7.0), "channels": 17},
+            {"threads": (32, 64, 64, 64)},
+            {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
+        ):
+            call = test_kernels.Call(**options)  # type: ignore[arg-type]
+            call.check(call.distill(module), call.expected_distill())
+            call.check(call.align(module), call.expected_align())
+    call = test_kernels.Call(boxes=3, channels=2)
+    call.boxes[1, 0] = 5.0
+    assert call.distill(module)[0][1] == 0.0
+    test_kernels.test_boxes_of_hardly_any_extent(module)
+
+
+CHILD = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(build.HERE)!r})
+import torch
+torch.set_num_threads(1)
+import build, test_kernels, test_mutants
+test_mutants.battery(build.load(test_kernels.BINDING, [test_kernels.KERNELS], include=[Path(sys.argv[1])]))
+"""
+
+
+def survives(source: Path) -> tuple[bool, str]:
+    """Run the battery on a folder of sources, in a process of its own: a mutant may well crash it."""
+    done = subprocess.run([sys.executable, "-c", CHILD, str(source)], capture_output=True, text=True, check=False)
+    return done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(build.SANITIZER), reason="mutants are judged without a sanitizer")
+def test_mutants_are_caught(tmp_path: Path) -> None:
+    sources = {"none": build.CSRC}
+    for number, (name, replacements) in enumerate(MUTANTS.items()):
+        sources[name] = build.mutate(build.CSRC, replacements, tmp_path / str(number))
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = dict(zip(sources, pool.map(survives, sources.values()), strict=True))
+    for name, (_, stderr) in verdicts.items():
+        assert "BuildError" not in stderr, (name, stderr)
+    assert [name for name, (survived, _) in verdicts.items() if survived] == ["none"]
+
+
+def test_the_battery_passes_without_mutation() -> None:
+    battery(build.load(test_kernels.BINDING, [test_kernels.KERNELS]))
