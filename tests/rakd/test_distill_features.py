@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from rakd.cli import main
-from rakd.distill.features import FeatureDistillation, FeatureTrainer, Outcome, object_boxes
 from rakd.detector.pyramid import Pyramid
+from rakd.distill.features import FeatureDistillation, FeatureTrainer, Outcome, object_boxes
 
 CPU = torch.device("cpu")
 
