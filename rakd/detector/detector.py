@@ -130,7 +130,7 @@ class Detector(nn.Module):
         positive = all_labels > 0
         foreground = [rows[label > 0] for rows, label in zip(boxes, labels, strict=True)]
         said = self.space_head(self._pool(features, foreground), all_labels[positive] - 1)
-        positives = shared_mean_count(positive.sum(), logits.device)
+        positives = shared_mean_count(positive.sum(), logits.device).to(logits.dtype)
         for name, values in space_losses(
             said, all_boxes[positive], target_rows(matches, positive), self.config.height
         ).items():
