@@ -31,7 +31,11 @@ def test_backbones(name: str) -> None:
     ("name", "options", "message"),
     [
         ("squeezenet1_1", {}, "name must be a network with maps of strides .* lacks"),
-        ("shufflenet_v2_x0_5", {}, "name must be a ResNet or a network with a sequence of features, got 'shufflenet_v2_x0_5'"),
+        (
+            "shufflenet_v2_x0_5",
+            {},
+            "name must be a ResNet or a network with a sequence of features, got",
+        ),
         ("resnet9000", {}, "resnet9000"),
         ("mobilenet_v3_small", {"deformable": True}, "deformable needs a ResNet, got 'mobilenet_v3_small'"),
     ],
