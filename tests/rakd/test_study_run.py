@@ -89,6 +89,14 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "write_detections", refused)
 
 
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of the time: pictures and timing."""
+    monkeypatch.setattr(module, "write_report", lambda *arguments: None)
+    monkeypatch.setattr(Study, "_picture", lambda self: None)
+    monkeypatch.setattr(Study, "_models", lambda self, expert: ())
+
+
 def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
     result, out = finished.result, finished.out
     assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 0), ("rakd", 0)]
@@ -130,14 +138,16 @@ def test_apprentices_of_a_seed_start_alike_and_learn_differently(finished: Finis
         assert first[0][heads[0].index(name)] == first[1][heads[1].index(name)]
 
 
-def test_starting_again_does_nothing_again(finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starting_again_does_nothing_again(
+    bare: None, finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forbid_work(monkeypatch)
     again = Study(settings(), scenes, finished.out, CPU, quiet=True).run()
     assert figures(again) == figures(finished.result)
 
 
 def test_an_interrupted_study_goes_on(
-    finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bare: None, finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = module.write_detections
 
@@ -150,7 +160,8 @@ def test_an_interrupted_study_goes_on(
         patch.setattr(module, "write_detections", killed)
         with pytest.raises(KeyboardInterrupt):
             Study(settings(), scenes, tmp_path, CPU, quiet=True).run()
-    assert not (tmp_path / "study.json").exists()
+    assert (tmp_path / "expert" / "result.json").exists()
+    assert not (tmp_path / "none-seed0" / "result.json").exists()
     result = Study(settings(), scenes, tmp_path, CPU, quiet=True).run()
     for ours, theirs in zip(figures(result)[0], figures(finished.result)[0], strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
@@ -188,7 +199,7 @@ def test_other_frames_and_other_experts_are_refused(finished: Finished, scenes: 
 
 
 def test_an_expert_from_a_file(
-    finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bare: None, finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = finished.out / "expert" / "detector.pt"
     result = Study(settings(), scenes, tmp_path, CPU, expert=file, quiet=True).run()
@@ -206,7 +217,7 @@ def test_an_expert_from_a_file(
 
 
 def test_more_seeds_join_those_that_are_there(
-    finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch
+    bare: None, finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []
     original = Trainer._step
@@ -225,7 +236,7 @@ def test_more_seeds_join_those_that_are_there(
 
 
 def test_expert_and_apprentice_must_see_images_of_one_height(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expert must be for images 64 pixels high .*, got one for 96"):
+    with pytest.raises(ValueError, match=r"expert must be for images 64 pixels high .*, got one for 96"):
         Study(settings(expert="mini-tall"), scenes, tmp_path, CPU, quiet=True).run()
 
 
