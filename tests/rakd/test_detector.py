@@ -1,4 +1,4 @@
-"""The detector as a whole: losses, their gradients, draws, processes, detections, settings."""
+"""The detector as a whole: features, losses, their gradients, draws, processes, settings."""
 
 import os
 import pickle
@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from rakd.data.kitti import KittiDataset
 from rakd.data.targets import Targets
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector, target_rows
-from rakd.detector.inference import detect, detect_all
-from rakd.detector.latency import measure
 from rakd.detector.proposals import IGNORED, covered
 from rakd.detector.pyramid import STRIDES
 from rakd.geometry import Calibration
@@ -99,6 +96,19 @@ def test_the_memory_layout_of_images_does_not_matter(detector: Detector) -> None
     assert all(torch.equal(plain[name], last[name]) for name in plain)
 
 
+def test_pooling_looks_where_the_box_is(detector: Detector) -> None:
+    # Maps whose cells hold the place of their centres in pixels, the first pixel's centre being 0.
+    maps = {}
+    for level, stride in zip(("p2", "p3", "p4", "p5"), STRIDES, strict=True):
+        x, y = (stride * (torch.arange(extent // stride) + 0.5) - 0.5 for extent in SIZE)
+        maps[level] = torch.stack(torch.meshgrid(y, x, indexing="ij"))[None]
+    # One box a level, none of which comes near the edge.
+    boxes = torch.tensor([[20.0, 20, 31, 27], [30.0, 20, 52, 45], [24.0, 12, 80, 44], [32.0, 16, 96, 48]])
+    pooled = detector._pool(maps, [boxes])
+    centers = pooled.mean(dim=(2, 3)).flip(1)
+    torch.testing.assert_close(centers, (boxes[:, :2] + boxes[:, 2:]) / 2)
+
+
 @pytest.mark.parametrize("anchor_sizes", [(8, 16, 32, 64), (8, 16, 32, 64, 128)])
 def test_every_parameter_gets_a_gradient(small_config: DetectorConfig, anchor_sizes: tuple[int, ...]) -> None:
     proposals = replace(small_config.proposals, anchor_sizes=anchor_sizes, sampled=2000)
@@ -163,6 +173,7 @@ def test_proposals_in_ignored_regions_are_not_drawn(detector: Detector) -> None:
     assert len(boxes) == detector.config.heads.sampled
     assert (labels >= 0).all()
     assert (labels[inside] > 0).all()
+    assert (boxes[inside] == target.boxes[1]).all(dim=1).any()  # an object in the region is still one
     assert (labels > 0).sum() <= detector.config.heads.positive_share * len(boxes)
     assert torch.equal(labels[labels > 0] - 1, target.classes[matched[labels > 0]])
     # Without the region, background is drawn from there, too.
@@ -266,44 +277,6 @@ def test_losses_leave_the_global_generator_alone(detector: Detector) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_predictions(detector: Detector) -> None:
-    detector.eval()
-    sizes = [(100, 60), (128, 64)]
-    found = detector.predict(images(2), sizes, [CAMERA] * 2)
-    assert all(0 < len(objects) <= detector.config.heads.detections for objects in found)
-    for objects, (width, height) in zip(found, sizes, strict=True):
-        assert objects.scores is not None
-        assert (np.diff(objects.scores) <= 0).all()
-        assert ((objects.scores > 0) & (objects.scores <= 1)).all()
-        assert (objects.boxes[:, :2] >= 0).all()
-        assert (objects.boxes[:, 2:] <= (width - 1, height - 1)).all()
-        assert (objects.boxes[:, 2:] >= objects.boxes[:, :2]).all()
-        assert (objects.location[:, 2] > 0).all()
-        assert set(objects.types) <= {"Car", "Pedestrian", "Cyclist"}
-        assert objects.has_box_3d.all()
-    again = detector(images(2), sizes, [CAMERA] * 2)
-    for a, b in zip(found, again, strict=True):
-        np.testing.assert_array_equal(a.location, b.location)
-
-
-def test_predictions_do_not_depend_on_the_other_images(detector: Detector) -> None:
-    detector.double().eval()
-    sizes = [(100, 60), (128, 64)]
-    together = detector.predict(images(2).double(), sizes, [CAMERA] * 2)
-    for i in range(2):
-        (alone,) = detector.predict(images(2)[i : i + 1].double(), sizes[i : i + 1], [CAMERA])
-        np.testing.assert_array_equal(alone.types, together[i].types)
-        np.testing.assert_allclose(alone.boxes, together[i].boxes, atol=1e-3)
-        np.testing.assert_allclose(alone.location, together[i].location, rtol=1e-4, atol=1e-4)
-
-
-def test_nothing_found(small_config: DetectorConfig) -> None:
-    shy = Detector(replace(small_config, heads=replace(small_config.heads, score_limit=0.999))).eval()
-    found = shy.predict(images(2), [SIZE] * 2, [CAMERA] * 2)
-    assert [len(objects) for objects in found] == [0, 0]
-    assert found[0].boxes.shape == (0, 4) and found[0].scores is not None
-
-
 def test_wrong_modes_and_lengths(detector: Detector) -> None:
     with pytest.raises(ValueError, match="evaluation mode"):
         detector.predict(images(), [SIZE], [CAMERA])
@@ -331,37 +304,6 @@ def test_rows_of_targets() -> None:
     nothing = target_rows(NONE, torch.tensor([-1, -1]))
     assert nothing.classes.tolist() == [0, 0]
     assert nothing.keypoints.shape == (2, 9, 2) and nothing.keypoints_seen.dtype == torch.bool
-
-
-def test_detections_of_frames_are_in_their_pixels(scenes: Path, small_config: DetectorConfig, tmp_path: Path) -> None:
-    # 414 x 125 pixels, resized to 212 x 64.
-    detector = Detector(replace(small_config, width=224)).eval()
-    dataset = KittiDataset(scenes, "val", height=64)
-    objects = detect(detector, dataset[0], torch.device("cpu"))
-    batch = dataset[0]
-    assert batch.image.shape[1:] == (64, 212)
-    padded = torch.zeros(1, 3, 64, 224)
-    padded[..., :212] = batch.image
-    (small,) = detector.predict(padded, [(212, 64)], [batch.calibration])
-    scale = np.array([414 / 212, 125 / 64] * 2)
-    np.testing.assert_allclose(objects.boxes, (small.boxes + 0.5) * scale - 0.5)
-    np.testing.assert_array_equal(objects.location, small.location)
-    found = dict(detect_all(detector, dataset, torch.device("cpu"), progress=False))
-    assert list(found) == [frame.id for frame in dataset.frames]
-    np.testing.assert_array_equal(found[dataset.frames[0].id].boxes, objects.boxes)
-    with pytest.raises(ValueError, match="size must hold every image"):
-        detect(Detector(small_config).eval(), dataset[0], torch.device("cpu"))
-
-
-def test_cost(detector: Detector, small_config: DetectorConfig) -> None:
-    wide = Detector(replace(small_config, width=None, backbone=replace(small_config.backbone, name="resnet18")))
-    small, large = measure([detector, wide], torch.device("cpu"), repeats=2, warm_up=0, progress=False)
-    assert small.size == SIZE and large.size == (224, 64)
-    assert small.parameters == sum(p.numel() for p in detector.parameters()) < large.parameters
-    assert 0 < small.gflops < large.gflops
-    assert 0 < small.median_ms <= small.p90_ms
-    with pytest.raises(ValueError, match="repeats must be 1 or more, got 0"):
-        measure([detector], torch.device("cpu"), repeats=0)
 
 
 @pytest.mark.parametrize("name", ["kitti-r18", "kitti-r50"])

@@ -226,9 +226,16 @@ def test_more_seeds_join_those_that_are_there(
         trained.append(self.name)
         return original(self, batch)
 
+    def make(config: DetectorConfig, seed: int) -> Detector:
+        seeds.append(seed)
+        return Detector(config, seed)
+
+    seeds: list[int] = []
+    monkeypatch.setattr(module, "Detector", make)
     monkeypatch.setattr(Trainer, "_step", noted)
     result = Study(settings(seeds=(0, 1), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
     assert trained == ["none-seed1"] * 2
+    assert len(set(seeds)) == 3  # of the expert's weights and the two apprentices'
     assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 0), ("none", 1)]
     assert without_nan(asdict(result.runs[1])) == without_nan(asdict(finished.result.runs[1]))
     first, second = (load_weights(finished.out / f"none-seed{seed}" / "detector.pt")[0] for seed in (0, 1))
