@@ -28,7 +28,7 @@ class DistillFeatures:
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill-features")
     """Folder of the run."""
 
-    split: str | None = None
+    split: Annotated[str | None, arg(metavar="NAME")] = None
     """Name of a frame list in ImageSets, such as train; without it all frames are used."""
 
     steps: int = 100

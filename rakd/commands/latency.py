@@ -45,6 +45,8 @@ class Latency:
         for name in self.detectors:
             config = DETECTORS.get(name)
             if config is None:
+                if not Path(name).is_file():
+                    raise ValueError(f"DETECTOR must be one of {', '.join(DETECTORS)} or a file, got {name!r}")
                 models.append(load_detector(Path(name)))
             else:
                 # Speed does not depend on the weights, so nothing is downloaded.

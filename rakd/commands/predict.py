@@ -44,10 +44,18 @@ class Predict:
         from rakd.detector.inference import detect
         from rakd.visualize import draw_frame, prediction_layer
 
+        if not self.images:
+            raise ValueError("IMAGE: expected at least one image, got none")
         names = [image.stem for image in self.images]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"images must have different names, {', '.join(twice)} stands for several")
+        calibrations = self.calib.iterdir() if self.calib.is_dir() else [self.calib]
+        inputs = {path.resolve() for path in (*self.images, *calibrations)}
+        for name in names:
+            for path in (self.out / f"{name}.txt", self.out / f"{name}.png"):
+                if path.resolve() in inputs:
+                    raise ValueError(f"out must be another folder: {path}, which is an input, would be overwritten")
         device = choose_device(self.device)
         detector = load_detector(self.checkpoint).to(device)
         for path in self.images:

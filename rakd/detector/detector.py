@@ -22,6 +22,7 @@ from rakd.detector.heads import BoxHead, SpaceHead
 from rakd.detector.losses import box_losses, space_losses
 from rakd.detector.proposals import IGNORED, ProposalNetwork, Sampler, covered
 from rakd.detector.pyramid import STRIDES, Pyramid
+from rakd.distill.adapters import seeded_modules
 from rakd.distributed import shared_mean_count
 from rakd.geometry import Calibration
 from rakd_ops import multilevel_roi_align
@@ -61,8 +62,7 @@ class Detector(nn.Module):
         # The layout in which convolutions are fastest, on CPUs and GPUs, and in which pooling reads whole vectors.
         self.pyramid.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.channels = backbone.channels
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
+        with seeded_modules(seed + 1):
             self.proposals = ProposalNetwork(self.channels, config.proposals)
             self.box_head = BoxHead(self.channels, _OUTPUT_SIZE, heads.width)
             self.space_head = SpaceHead(self.channels, _OUTPUT_SIZE, heads.width)
@@ -130,7 +130,7 @@ class Detector(nn.Module):
         positive = all_labels > 0
         foreground = [rows[label > 0] for rows, label in zip(boxes, labels, strict=True)]
         said = self.space_head(self._pool(features, foreground), all_labels[positive] - 1)
-        positives = shared_mean_count(positive.sum(), logits.device)
+        positives = shared_mean_count(positive.sum(), logits.device).to(logits.dtype)
         for name, values in space_losses(
             said, all_boxes[positive], target_rows(matches, positive), self.config.height
         ).items():

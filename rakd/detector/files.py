@@ -29,7 +29,7 @@ def load_detector(path: Path) -> Detector:
         detector = Detector(_without_download(config))
         detector.config = config
         detector.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a detector's weights and settings: {error}") from error
     return detector.eval()
 

@@ -10,6 +10,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_area
 
 from rakd.detector.configs import ProposalConfig
+from rakd.detector.pyramid import STRIDES
 
 IGNORED = -1.0
 """Label of an anchor or proposal that no loss looks at; 0 is background, more is an object."""
@@ -89,12 +90,31 @@ class _Head(RPNHead):  # type: ignore[misc]
         return [score.float() for score in scores], [delta.float() for delta in deltas]
 
 
+class _Anchors(AnchorGenerator):  # type: ignore[misc]
+    """torchvision's anchors, but at the maps' true strides, and in float32 whatever precision the maps are in.
+
+    bfloat16, which anchors would take over from maps under autocast, is off by up to 7 pixels at the right of a wide
+    image. And of p6, whose size is rounded up, the strides do not follow from the sizes.
+    """
+
+    def __init__(self, sizes: Sequence[int], aspect_ratios: tuple[float, ...]) -> None:
+        super().__init__(tuple((size,) for size in sizes), (aspect_ratios,) * len(sizes))
+        self.strides = (*STRIDES, 2 * STRIDES[-1])[: len(sizes)]
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().set_cell_anchors(torch.promote_types(dtype, torch.float32), device)
+
+    def grid_anchors(self, grid_sizes: list[list[int]], strides: list[list[Tensor]]) -> list[Tensor]:
+        anchors: list[Tensor] = super().grid_anchors(grid_sizes, [(stride, stride) for stride in self.strides])
+        return anchors
+
+
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's region proposal network.
 
-    Different are three things: anchors that lie in regions to ignore count nothing; anchors are drawn by `Sampler`;
-    and losses are divided by the number of anchors to be drawn, which is the same for every batch, so that
-    processes which share a batch can average their gradients.
+    Different are: anchors have the maps' strides and float32; those that lie in regions to ignore count nothing;
+    they are drawn by `Sampler`; and losses are divided by the number of anchors to be drawn, which is the same for
+    every batch, so that processes which share a batch can average their gradients.
 
     Args:
         channels: Channels of the feature maps.
@@ -102,10 +122,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     """
 
     def __init__(self, channels: int, config: ProposalConfig) -> None:
-        sizes = tuple((size,) for size in config.anchor_sizes)
-        anchors = AnchorGenerator(sizes, (config.aspect_ratios,) * len(sizes))
         super().__init__(
-            anchors,
+            _Anchors(config.anchor_sizes, config.aspect_ratios),
             _Head(channels, len(config.aspect_ratios)),
             fg_iou_thresh=config.positive_iou,
             bg_iou_thresh=config.negative_iou,

@@ -12,6 +12,8 @@ from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
 from torchvision.transforms.functional import normalize
 
 from rakd.distill import Weights
+from rakd.distill.adapters import seeded_modules
+from rakd.distill.maps import widen
 
 STRIDES = (4, 8, 16, 32)
 """Pixels per cell of the maps p2 .. p5."""
@@ -33,8 +35,8 @@ class Pyramid(nn.Module):
             and random ones where not; `loaded` tells which. The pyramid network itself always starts random.
         seed: Seed of the random weights.
         channels: Channels of every map.
-        deformable: Make the 3x3 convolutions of a ResNet's stages 3 to 5 deformable (modulated, as in DCNv2,
-            arXiv 1811.11168). They start as the plain convolutions they replace.
+        deformable: Make the second convolution (3x3) of each block of a ResNet's stages 3 to 5 deformable (modulated,
+            as in DCNv2, arXiv 1811.11168). They start as the plain convolutions they replace.
         frozen_norm: Keep batch normalisation as it was loaded, as is usual for ImageNet weights and small batches.
             Without effect on random weights, which have no statistics to keep.
 
@@ -58,8 +60,7 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded_modules(seed):
             backbone = get_model(name, weights=None)
             loaded = False
             self.loaded = "random weights"
@@ -147,8 +148,9 @@ class DeformableConv(nn.Module):
         offsets = self.offsets(x)
         # Twice the sigmoid: a mask of 1 at the start, so that the plain convolution is reproduced.
         mask = 2 * offsets[:, 2 * self.taps :].sigmoid()
-        # torchvision's operator has no autocast rule of its own for mixed types.
-        moved: Tensor = self.conv(x.to(offsets.dtype), offsets[:, : 2 * self.taps], mask)
+        # torchvision's operator knows no half types on the CPU, and no mixed ones without a rule for autocast.
+        with torch.autocast(x.device.type, enabled=False):
+            moved: Tensor = self.conv(widen(x), widen(offsets[:, : 2 * self.taps]), widen(mask))
         return moved
 
 
@@ -199,9 +201,9 @@ def _last_layers(backbone: nn.Module, name: str) -> dict[str, str]:
     """For each level the last layer with its stride, as `IntermediateLayerGetter` wants it."""
     x = torch.zeros(1, 3, 64, 64)
     last: dict[int, str] = {}
-    for index, layer in enumerate(_features(backbone, name).eval()):
+    for layer_name, layer in _features(backbone, name).eval().named_children():
         x = layer(x)
-        last[64 // x.shape[2]] = str(index)
+        last[64 // x.shape[2]] = layer_name
     missing = [stride for stride in STRIDES if stride not in last]
     if missing:
         raise ValueError(f"name must be a network with maps of strides {STRIDES}, {name!r} lacks {missing}")

@@ -45,8 +45,7 @@ class Learner(nn.Module):
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
-            # Distillation counts from pixel edges, boxes count from pixel centres. Without autocast: the expert's
-            # features are what they are in its own evaluation.
+            # Distillation counts from pixel edges, boxes count from pixel centres.
             losses["distillation"] = self.distiller(images, features, [rows + 0.5 for rows in boxes])
         return losses
 

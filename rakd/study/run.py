@@ -4,6 +4,8 @@ Each training has a folder of its own in the run's folder. What is finished ther
 interrupted run is continued by starting it again.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,12 +24,14 @@ from rakd.distill.learner import make_learner
 from rakd.distill.methods import make_method
 from rakd.evaluation.depth import depth_errors
 from rakd.evaluation.kitti import evaluate
+from rakd.files import write_text
 from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog, precisions_of, read_run, write_run
 from rakd.study.settings import StudySettings
 from rakd.study.versions import versions
+from rakd.training.checkpoints import differences
 from rakd.training.log import RESERVED
-from rakd.training.processes import Processes, wait_for_all
+from rakd.training.processes import Processes, from_main, wait_for_all
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 from rakd.visualize import Compared, compare_frames
@@ -50,7 +54,8 @@ class Study:
 
     Raises:
         FileNotFoundError: The data or the expert's file are not there.
-        ValueError: The folder holds a run with other settings, or a file does not hold what it should.
+        ValueError: The folder holds a run with other settings, a file does not hold what it should, or the expert
+            is for images of another height than the apprentice.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Study:
             All figures; in the main process only are they complete.
         """
         settings = self.settings
+        self._claim()
         expert, runs = self._expert()
         for seed in settings.seeds:
             for method in settings.methods:
@@ -101,12 +107,40 @@ class Study:
         wait_for_all(self.processes)
         return study
 
+    def _claim(self) -> None:
+        """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
+        frames = self._dataset(training=False, height=32).frames
+        here = {
+            "expert": "trained here" if self.expert_file is None else _digest(self.expert_file.read_bytes()),
+            "evaluated frames": _digest(" ".join(frame.id for frame in frames).encode()),
+        }
+        path = self.out / "basis.json"
+        there = from_main(
+            self.processes, lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
+        )
+        other = differences(there, here)
+        if other:
+            raise ValueError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
+        if self.processes.main:
+            write_text(path, json.dumps(here, indent=1) + "\n")
+
+    def _check_height(self, expert: Detector) -> None:
+        # Both get the same images, and a network sees only objects of the sizes that it was trained on.
+        wanted = DETECTORS[self.settings.apprentice].height
+        if expert.config.height != wanted:
+            raise ValueError(
+                f"expert must be for images {wanted} pixels high as the apprentice is, got one for "
+                f"{expert.config.height}"
+            )
+
     def _expert(self) -> tuple[Detector, list[RunResult | None]]:
         seed = self.settings.seeds[0]
         if self.expert_file is not None:
             expert = load_detector(self.expert_file).to(self.processes.device)
+            self._check_height(expert)
             return expert, [self._evaluate("expert", seed, expert, "expert", None)]
         expert = Detector(DETECTORS[self.settings.expert], seed=1000 + seed)
+        self._check_height(expert)
         self._say(f"expert {self.settings.expert}: {expert.loaded}")
         return expert, [self._train("expert", seed, expert, None, self.settings.expert_training)]
 
@@ -250,6 +284,10 @@ class Study:
 
 
 _KEPT_IN_MEMORY = 400  # frames; of KITTI's size they take 560 MB
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _best(objects: Objects) -> Objects:

@@ -56,6 +56,8 @@ class StudySettings:
                 raise ValueError(f"{name} must hold at least one and none twice, got {values}")
             if known is not None and not set(values) <= set(known):
                 raise ValueError(f"{name} must be of {', '.join(known)}, got {', '.join(values)}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must be 0 or more, got {self.seeds}")
         missing = [name for name in self.methods if name != "none" and name not in self.weights]
         if missing:
             raise ValueError(f"weights must hold one for each method, {', '.join(missing)} lack one")

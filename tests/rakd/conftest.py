@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.scenes import make_scenes
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,3 +32,15 @@ def kitti_root() -> Path:
     if not root:
         pytest.skip("RAKD_KITTI_ROOT is not set: it names a folder with real KITTI frames")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def small_config() -> DetectorConfig:
+    """A detector for images of 128 x 64 pixels that runs in milliseconds."""
+    return DetectorConfig(
+        BackboneConfig("mobilenet_v3_small", 16, weights="random"),
+        ProposalConfig(anchor_sizes=(8, 16, 32, 64), sampled=64, candidates=(60, 40), kept=(60, 30)),
+        HeadConfig(sampled=32, width=16, canonical_size=28.0, detections=12),
+        height=64,
+        width=128,
+    )

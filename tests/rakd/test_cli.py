@@ -16,7 +16,7 @@ from rakd.cli import main
 from rakd.data.frames import find_frames
 from rakd.data.labels import write_objects
 
-COMMANDS = ("inspect", "make-scenes", "evaluate", "show")
+COMMANDS = ("distill", "train", "predict", "evaluate", "show", "latency", "inspect", "make-scenes", "distill-features")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,29 @@ def test_help_lists_the_commands(capsys):
         (["show", "--data", "nowhere", "--count", "0"], "count must be at least 1"),
         (["show", "--data", "nowhere", "--reach", "-1"], "reach must be positive"),
         (["show", "--data", "nowhere", "--part", "moon"], "moon"),
+        (["distill", "--methods", "magic"], "magic"),
+        (["distill", "--methods", "none", "none"], "methods must hold at least one and none twice"),
+        (["distill", "--seeds", "1", "-1"], "seeds must be 0 or more, got (1, -1)"),
+        (["distill", "--steps", "0"], "steps must be 1 or more, got 0"),
+        (["distill", "--data", "nowhere"], "expected a KITTI folder"),
+        (["train", "--out", "x"], "--data"),
+        (["train", "--data", "nowhere", "--out", "x", "--steps", "-1"], "steps must be 1 or more, got -1"),
+        (["train", "--data", "nowhere", "--out", "x", "--detector", "huge"], "huge"),
+        (["train", "--data", "nowhere", "--out", "x"], "expected a KITTI folder"),
+        (
+            ["predict", "a.png", "--calib", "b.txt", "--checkpoint", "c.pt"],
+            "c.pt is not there: expected a file of weights",
+        ),
+        (["predict", "a.png"], "--calib"),
+        (["predict", "--calib", "b", "--checkpoint", "c"], "expected at least one image, got none"),
+        (
+            ["predict", "a.png", "b/a.jpg", "--calib", "b", "--checkpoint", "c"],
+            "images must have different names, a stands",
+        ),
+        (["predict", "a.png", "--out", ".", "--calib", "b", "--checkpoint", "c"], "a.png, which is an input"),
+        (["predict", "a.png", "--out", "b", "--calib", "b/a.txt", "--checkpoint", "c"], "a.txt, which is an input"),
+        (["latency", "huge"], "DETECTOR must be one of tiny"),
+        (["latency", "tiny", "--repeats", "0"], "repeats must be 1 or more, got 0"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -206,10 +229,10 @@ def test_python_dash_m():
     assert done.stderr == "rakd: error: gt_dir: no is not there\n"
 
 
-def test_evaluation_and_scenes_do_not_load_pytorch():
+def test_options_evaluation_and_scenes_do_not_load_pytorch():
     program = (
         "import sys; import rakd.cli, rakd.evaluation.kitti, rakd.evaluation.report, rakd.scenes; "
-        "import rakd.visualize; sys.exit('torch' in sys.modules)"
+        "import rakd.visualize; rakd.cli._commands(); sys.exit('torch' in sys.modules)"
     )
     env = os.environ | {"PYTHONPATH": str(Path(rakd.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", program], env=env).returncode == 0

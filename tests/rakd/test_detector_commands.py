@@ -1,0 +1,194 @@
+"""``rakd train``, ``predict``, ``latency`` and ``distill``: what they do with their options, and what they write."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import rakd.study.run
+from rakd.cli import main
+from rakd.commands import distill as distill_module
+from rakd.commands.devices import choose_device
+from rakd.data.frames import find_frames
+from rakd.data.labels import read_results
+from rakd.detector.configs import DETECTORS
+from rakd.detector.files import load_detector
+from rakd.study.results import StudyResult
+from rakd.study.settings import STUDIES, StudySettings
+
+
+@pytest.fixture(scope="module")
+def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short training."""
+    out = tmp_path_factory.mktemp("train") / "run"
+    assert main(train(scenes, out)) == 0
+    return out
+
+
+def train(scenes: Path, out: Path) -> list[str]:
+    options = {"data": scenes, "out": out, "detector": "tiny", "steps": 2, "batch-size": 2, "device": "cpu"}
+    options |= {"optimizer": "adamw", "learning-rate": 0.001}
+    return ["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def test_train(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {path.name for path in run.iterdir()} == {"checkpoint.pt", "log.csv", "detector.pt", "detections"}
+    assert load_detector(run / "detector.pt").config == DETECTORS["tiny"]
+    frames = [frame.id for frame in find_frames(scenes, "val")]
+    assert sorted(path.stem for path in (run / "detections").iterdir()) == sorted(frames)
+    before = (run / "log.csv").read_text()
+    # Done is done: the same again only evaluates.
+    assert main(train(scenes, run)) == 0
+    assert (run / "log.csv").read_text() == before
+    text = capsys.readouterr().out
+    assert "tiny: random weights" in text
+    assert "R40" in text and "R11" in text
+    assert main([*train(scenes, run), "--seed", "1"]) == 2
+    assert "settings.seed is 0 there and 1 here" in capsys.readouterr().err
+
+
+def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = find_frames(scenes, "val")
+    arguments = ["predict", *(str(frame.image) for frame in frames), "--checkpoint", str(run / "detector.pt")]
+    arguments += ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*arguments, "--calib", str(frames[0].calib.parent), "--min-score", "0"]) == 0
+    text = capsys.readouterr().out
+    expected = {f"{frame.id}{suffix}" for frame in frames for suffix in (".png", ".txt")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    for frame in frames:
+        # The same detections as after training, whose frames are read in another way.
+        written = (tmp_path / "out" / f"{frame.id}.txt").read_text()
+        assert written == (run / "detections" / f"{frame.id}.txt").read_text()
+        count = len(read_results(tmp_path / "out" / f"{frame.id}.txt"))
+        assert f"{frame.image}: {count} objects, {count} of them with a score of 0 or more" in text
+        with Image.open(tmp_path / "out" / f"{frame.id}.png") as picture:
+            assert picture.size[0] > 400
+    assert main([*arguments, "--calib", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_predict_overwrites_no_input(
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = find_frames(scenes)[0]
+    image, calib = shutil.copy(frame.image, tmp_path), shutil.copy(frame.calib, tmp_path)
+    before = [Path(path).read_bytes() for path in (image, calib)]
+    options = [
+        "--checkpoint",
+        str(run / "detector.pt"),
+        "--calib",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "x" / ".."),
+    ]
+    assert main(["predict", str(image), *options]) == 2
+    assert "out must be another folder" in capsys.readouterr().err
+    assert [Path(path).read_bytes() for path in (image, calib)] == before
+
+
+def test_predict_wants_a_detector(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = find_frames(scenes)[0]
+    arguments = ["predict", str(frame.image), "--calib", str(frame.calib), "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*arguments, "--checkpoint", str(run / "checkpoint.pt")]) == 2
+    assert "checkpoint.pt: expected the format 'rakd weights 1'" in capsys.readouterr().err
+    (tmp_path / "text.png").write_text("no image")
+    arguments[1] = str(tmp_path / "text.png")
+    assert main([*arguments[:-4], "--out", str(tmp_path / "o"), "--checkpoint", str(run / "detector.pt")]) == 2
+    assert "text.png: cannot be read as an image" in capsys.readouterr().err
+
+
+def test_latency(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "latency.csv"
+    names = ["tiny", str(run / "detector.pt")]
+    assert main(["latency", *names, "--repeats", "2", "--device", "cpu", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["detector", "image"]
+    assert [line.split()[0] for line in lines[1:3]] == names
+    assert "448 x 128" in lines[1]
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["detector"] for row in rows] == names
+    # One architecture, once with random weights and once from a file.
+    assert rows[0]["parameters"] == rows[1]["parameters"]
+    assert all(row["size"] == "448x128" and float(row["median_ms"]) > 0 for row in rows)
+    assert {row["torch"] for row in rows} == {torch.__version__}
+
+
+class FakeStudy:
+    """Notes what it was asked to do."""
+
+    asked: tuple[StudySettings, Path, Path, dict[str, Any]]
+
+    def __init__(self, settings: StudySettings, data: Path, out: Path, processes: Any, **options: Any) -> None:
+        FakeStudy.asked = (settings, data, out, options)
+
+    def run(self) -> StudyResult:
+        return StudyResult(runs=())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeStudy]:
+    monkeypatch.setattr(rakd.study.run, "Study", FakeStudy)
+    return FakeStudy
+
+
+def test_distill_hands_its_options_on(asked: type[FakeStudy], tmp_path: Path) -> None:
+    options = {
+        "--data": ["d"],
+        "--out": [str(tmp_path)],
+        "--splits": ["a", "b"],
+        "--methods": ["rakd", "none"],
+        "--seeds": ["3", "1"],
+        "--expert": ["e.pt"],
+        "--expert-steps": ["7"],
+        "--steps": ["5"],
+        "--weight": ["0.5"],
+        "--regions": ["objects"],
+        "--device": ["cpu"],
+    }
+    assert main(["distill", *(word for name, words in options.items() for word in (name, *words))]) == 0
+    settings, data, out, others = asked.asked
+    base = STUDIES["tiny"]
+    assert (data, out) == (Path("d"), tmp_path)
+    assert others == {"expert": Path("e.pt"), "splits": ("a", "b")}
+    assert (settings.methods, settings.seeds, settings.regions) == (("rakd", "none"), (3, 1), "objects")
+    assert (settings.expert_training.steps, settings.training.steps) == (7, 5)
+    assert settings.weights == dict.fromkeys(base.weights, 0.5)
+    assert settings.training.learning_rate == base.training.learning_rate
+
+
+def test_distill_without_options_is_the_named_study(asked: type[FakeStudy], tmp_path: Path) -> None:
+    for name, study in STUDIES.items():
+        assert main(["distill", "--study", name, "--data", "d", "--out", str(tmp_path), "--device", "cpu"]) == 0
+        assert asked.asked[0] == study
+
+
+def test_distill_renders_what_it_learns_from(
+    asked: type[FakeStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distill_module, "_SCENES", 2)
+    assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert "rendering 2 street scenes" in capsys.readouterr().out
+    assert asked.asked[1] == tmp_path / "scenes"
+    assert len(find_frames(tmp_path / "scenes", "train")) == 1
+    manifest = json.loads((tmp_path / "scenes" / "scenes.json").read_text())
+    # Again: nothing is rendered over.
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "scenes" / "training").rglob("*.png")}
+    assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert json.loads((tmp_path / "scenes" / "scenes.json").read_text()) == manifest
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda: torch finds no CUDA device"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")

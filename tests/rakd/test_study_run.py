@@ -1,0 +1,282 @@
+"""A comparison in miniature: it trains, evaluates, reports, goes on where it stopped, takes no other's results."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rakd.detector.configs import DETECTORS, DetectorConfig
+from rakd.detector.detector import Detector
+from rakd.evaluation.report import without_nan
+from rakd.study import run as module
+from rakd.study.results import StudyResult, read_study
+from rakd.study.run import Study
+from rakd.study.settings import ALL_METHODS, STUDIES, StudySettings
+from rakd.training.checkpoints import load_weights
+from rakd.training.processes import Processes
+from rakd.training.settings import TrainSettings
+from rakd.training.trainer import Trainer
+
+CPU = Processes(torch.device("cpu"))
+TRAINING = TrainSettings(steps=2, batch_size=2, learning_rate=1e-3, optimizer="adamw", warm_up=0, log_every=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def detectors(small_config: DetectorConfig) -> Iterator[None]:
+    """Detectors for the scenes' proportions, under names of their own."""
+    apprentice = replace(small_config, width=224)
+    expert = replace(apprentice, backbone=replace(apprentice.backbone, channels=24))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DETECTORS, "mini", apprentice)
+        patch.setitem(DETECTORS, "mini-expert", expert)
+        patch.setitem(DETECTORS, "mini-tall", replace(expert, height=96, width=320))
+        yield
+
+
+def settings(**options: Any) -> StudySettings:
+    given = {
+        "expert": "mini-expert",
+        "apprentice": "mini",
+        "expert_training": replace(TRAINING, steps=3),
+        "training": TRAINING,
+        "weights": {"rakd": 1.0, "pkd": 2.0, "semckd": 1.0},
+        "methods": ("none", "rakd"),
+        **options,
+    }
+    return StudySettings(**given)
+
+
+@dataclass
+class Finished:
+    """A study that is done: what it gave, its folder, and the expert as training left it."""
+
+    result: StudyResult
+    out: Path
+    expert: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def finished(detectors: None, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    out = tmp_path_factory.mktemp("study") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        experts: list[Detector] = []
+        original = Study._apprentice
+
+        def noted(self: Study, method: str, seed: int, expert: Detector) -> Any:
+            experts.append(expert)
+            return original(self, method, seed, expert)
+
+        patch.setattr(Study, "_apprentice", noted)
+        result = Study(settings(), scenes, out, CPU, quiet=True).run()
+    assert experts[0] is experts[1]
+    return Finished(result, out, experts[0].state_dict())
+
+
+def figures(result: StudyResult) -> Any:
+    """What a study found, without what a clock said."""
+    return [without_nan(asdict(run)) for run in result.runs], result.config, result.seeds, result.data
+
+
+def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("this has been done before")
+
+    monkeypatch.setattr(Trainer, "_step", refused)
+    monkeypatch.setattr(module, "write_detections", refused)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of the time: pictures and timing."""
+    monkeypatch.setattr(module, "write_report", lambda *arguments: None)
+    monkeypatch.setattr(Study, "_picture", lambda self: None)
+    monkeypatch.setattr(Study, "_models", lambda self, expert: ())
+
+
+def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
+    result, out = finished.result, finished.out
+    assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 0), ("rakd", 0)]
+    assert [run.losses.keys() >= {"objectness", "distance"} for run in result.runs] == [True] * 3
+    assert ["distillation" in run.losses for run in result.runs] == [False, False, True]
+    assert all(run.seconds is not None and run.seconds > 0 for run in result.runs)
+    assert all(set(run.precisions) == {"official", "loose"} for run in result.runs)
+    assert result.data == "small: 8 frames of train to learn from, 2 of val to evaluate on"
+    assert result.versions["torch"] == torch.__version__
+    assert result.config["apprentice"] == "mini"
+    expert, apprentice = result.models
+    assert (expert.name, apprentice.name) == ("expert", "apprentice")
+    assert expert.parameters is not None and apprentice.parameters is not None
+    assert expert.parameters > apprentice.parameters
+    assert read_study(out / "study.json").to_json() == result.to_json()
+    files = {"basis.json", "study.json", "tables.md", "tables.csv", "bars.png", "training.png", "frames.png"}
+    assert {path.name for path in out.iterdir()} == files | {"expert", "none-seed0", "rakd-seed0"}
+    for name in ("expert", "none-seed0", "rakd-seed0"):
+        inside = {path.name for path in (out / name).iterdir()}
+        assert inside == {"checkpoint.pt", "log.csv", "detector.pt", "detections", "result.json"}
+        frames = sorted(path.stem for path in (out / name / "detections").iterdir())
+        assert frames == sorted((scenes / "ImageSets" / "val.txt").read_text().split())
+
+
+def test_the_expert_never_changes(finished: Finished) -> None:
+    state, _ = load_weights(finished.out / "expert" / "detector.pt")  # written before the first apprentice
+    assert state.keys() == finished.expert.keys()
+    assert all(torch.equal(value, finished.expert[name]) for name, value in state.items())
+
+
+def test_apprentices_of_a_seed_start_alike_and_learn_differently(finished: Finished) -> None:
+    alone, taught = (load_weights(finished.out / f"{m}-seed0" / "detector.pt")[0] for m in ("none", "rakd"))
+    assert alone.keys() == taught.keys()
+    assert any(not torch.equal(value, taught[name]) for name, value in alone.items())
+    logs = [(finished.out / f"{m}-seed0" / "log.csv").read_text().splitlines() for m in ("none", "rakd")]
+    heads, first = ([log[i].split(",") for log in logs] for i in (0, 1))
+    for name in ("objectness", "class", "distance"):
+        # In the first step nothing but the distillation term tells them apart.
+        assert first[0][heads[0].index(name)] == first[1][heads[1].index(name)]
+
+
+def test_starting_again_does_nothing_again(
+    bare: None, finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_work(monkeypatch)
+    again = Study(settings(), scenes, finished.out, CPU, quiet=True).run()
+    assert figures(again) == figures(finished.result)
+
+
+def test_an_interrupted_study_goes_on(
+    bare: None, finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = module.write_detections
+
+    def killed(detector: Any, dataset: Any, folder: Path, *rest: Any, **options: Any) -> None:
+        if folder.parent.name == "none-seed0":
+            raise KeyboardInterrupt
+        original(detector, dataset, folder, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_detections", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Study(settings(), scenes, tmp_path, CPU, quiet=True).run()
+    assert (tmp_path / "expert" / "result.json").exists()
+    assert not (tmp_path / "none-seed0" / "result.json").exists()
+    result = Study(settings(), scenes, tmp_path, CPU, quiet=True).run()
+    for ours, theirs in zip(figures(result)[0], figures(finished.result)[0], strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"training": replace(TRAINING, learning_rate=2e-3)},
+            r"settings\.learning_rate is 0\.001 there and",
+        ),
+        ({"training": replace(TRAINING, steps=3)}, r"settings\.steps"),
+        ({"expert_training": TRAINING}, r"settings\.steps is 3 there and 2 here"),
+        ({"weights": {"rakd": 0.5}}, r"weight is 1\.0 there and 0\.5 here"),
+        ({"regions": "objects"}, "regions is 'proposals' there and 'objects' here"),
+        ({"photometric": 0.0}, r"data\.augmentation\.photometric"),
+        ({"apprentice": "mini-expert"}, r"detector\.backbone\.channels is 16 there and 24 here"),
+    ],
+)
+def test_other_settings_are_refused(
+    change: dict[str, Any], message: str, finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_work(monkeypatch)
+    with pytest.raises(ValueError, match=rf"holds a run with other settings: .*{message}"):
+        Study(settings(**change), scenes, finished.out, CPU, quiet=True).run()
+
+
+def test_other_frames_and_other_experts_are_refused(finished: Finished, scenes: Path) -> None:
+    with pytest.raises(ValueError, match="other settings: evaluated frames is"):
+        Study(settings(), scenes, finished.out, CPU, splits=("train", "train"), quiet=True).run()
+    file = finished.out / "expert" / "detector.pt"
+    with pytest.raises(ValueError, match="other settings: expert is 'trained here' there and"):
+        Study(settings(), scenes, finished.out, CPU, expert=file, quiet=True).run()
+
+
+def test_an_expert_from_a_file(
+    bare: None, finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = finished.out / "expert" / "detector.pt"
+    result = Study(settings(), scenes, tmp_path, CPU, expert=file, quiet=True).run()
+    for ours, theirs in zip(figures(result)[0], figures(finished.result)[0], strict=True):
+        for name in ("method", "seed", "precisions", "depth"):
+            assert ours[name] == theirs[name]
+    assert result.runs[0].seconds is None
+    taught = [load_weights(out / "rakd-seed0" / "detector.pt")[0] for out in (tmp_path, finished.out)]
+    assert all(torch.equal(value, taught[1][name]) for name, value in taught[0].items())
+    # Nor is another file's expert taken for this one's.
+    forbid_work(monkeypatch)
+    with pytest.raises(ValueError, match="other settings: expert is"):
+        other = finished.out / "none-seed0" / "detector.pt"
+        Study(settings(), scenes, tmp_path, CPU, expert=other, quiet=True).run()
+
+
+def test_more_seeds_join_those_that_are_there(
+    bare: None, finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    original = Trainer._step
+
+    def noted(self: Trainer, batch: Any) -> Any:
+        trained.append(self.name)
+        return original(self, batch)
+
+    def make(config: DetectorConfig, seed: int) -> Detector:
+        seeds.append(seed)
+        return Detector(config, seed)
+
+    seeds: list[int] = []
+    monkeypatch.setattr(module, "Detector", make)
+    monkeypatch.setattr(Trainer, "_step", noted)
+    result = Study(settings(seeds=(0, 1), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
+    assert trained == ["none-seed1"] * 2
+    assert len(set(seeds)) == 3  # of the expert's weights and the two apprentices'
+    assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 0), ("none", 1)]
+    assert without_nan(asdict(result.runs[1])) == without_nan(asdict(finished.result.runs[1]))
+    first, second = (load_weights(finished.out / f"none-seed{seed}" / "detector.pt")[0] for seed in (0, 1))
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_expert_and_apprentice_must_see_images_of_one_height(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expert must be for images 64 pixels high .*, got one for 96"):
+        Study(settings(expert="mini-tall"), scenes, tmp_path, CPU, quiet=True).run()
+
+
+def test_missing_files_are_told_before_anything_is_trained(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_work(monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"moon\.txt"):
+        Study(settings(), scenes, tmp_path, CPU, splits=("train", "moon"), quiet=True).run()
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        Study(settings(), scenes, tmp_path, CPU, expert=tmp_path / "none.pt", quiet=True).run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expert": "huge"}, "expert must be one of .*tiny.*, got 'huge'"),
+        ({"apprentice": ""}, "apprentice must be one of"),
+        ({"methods": ()}, "methods must hold at least one and none twice"),
+        ({"methods": ("none", "none")}, "methods must hold at least one and none twice"),
+        ({"methods": ("magic",)}, "methods must be of .*, got magic"),
+        ({"methods": ("hfa", "rakd")}, "weights must hold one for each method, hfa lack one"),
+        ({"seeds": ()}, "seeds must hold at least one"),
+        ({"seeds": (2, 2)}, "seeds must hold at least one and none twice"),
+        ({"seeds": (0, -1)}, "seeds must be 0 or more"),
+    ],
+)
+def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**change)
+
+
+def test_named_studies_can_run_every_method() -> None:
+    for study in STUDIES.values():
+        assert study.methods == ALL_METHODS
+        assert DETECTORS[study.expert].height == DETECTORS[study.apprentice].height
