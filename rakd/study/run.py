@@ -109,7 +109,7 @@ class Study:
 
     def _claim(self) -> None:
         """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
-        frames = self._dataset(training=False, height=32).frames
+        frames = self._evaluation_frames(32).frames
         here = {
             "expert": "trained here" if self.expert_file is None else _digest(self.expert_file.read_bytes()),
             "evaluated frames": _digest(" ".join(frame.id for frame in frames).encode()),
@@ -171,7 +171,7 @@ class Study:
         config = detector.config
         trainer = Trainer(
             learner,
-            self._dataset(training=True, height=config.height),
+            self._training_frames(config.height, seed),
             training,
             self.out / name,
             self.processes.device,
@@ -209,7 +209,7 @@ class Study:
         if result.exists():
             return read_run(result)
         save_detector(folder / "detector.pt", detector)
-        dataset = self._dataset(training=False, height=detector.config.height)
+        dataset = self._evaluation_frames(detector.config.height)
         write_detections(detector, dataset, folder / "detections", self.processes.device, progress=not self.quiet)
         truth = self.data / "training" / "label_2"
         frames = [frame.id for frame in dataset.frames]
@@ -227,15 +227,14 @@ class Study:
         write_run(result, run)
         return run
 
-    def _dataset(self, *, training: bool, height: int) -> KittiDataset:
-        if not training:
-            return KittiDataset(self.data, self.splits[1], height=height)
+    def _training_frames(self, height: int, seed: int) -> KittiDataset:
         settings = self.settings
         augmentation = Augmentation(flip=settings.flip, photometric=settings.photometric)
         small = len(KittiDataset(self.data, self.splits[0])) <= _KEPT_IN_MEMORY
-        return KittiDataset(
-            self.data, self.splits[0], height=height, augmentation=augmentation, seed=settings.seeds[0], cache=small
-        )
+        return KittiDataset(self.data, self.splits[0], height=height, augmentation=augmentation, seed=seed, cache=small)
+
+    def _evaluation_frames(self, height: int) -> KittiDataset:
+        return KittiDataset(self.data, self.splits[1], height=height)
 
     def _sizes(self) -> str:
         train, val = (len(KittiDataset(self.data, split)) for split in self.splits)
@@ -264,7 +263,7 @@ class Study:
         titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}
         models = {title: self._folder(method) / "detections" for method, title in titles.items()}
         models = {title: folder for title, folder in models.items() if folder.is_dir()}
-        dataset = self._dataset(training=False, height=32)
+        dataset = self._evaluation_frames(32)
         by_objects = sorted(dataset.frames, key=lambda frame: -int(frame.read_labels().is_type("Car").sum()))
         frames = [
             Compared(

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
@@ -20,6 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# The others wait while the first process evaluates and writes; torch's ten minutes would not do for a large data set.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ def start_processes(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator
             raise ValueError(f"LOCAL_RANK is {local}, but this machine has {torch.cuda.device_count()} CUDA devices")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=count, device_id=chosen if cuda else None)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", rank=rank, world_size=count, device_id=chosen if cuda else None, timeout=_PATIENCE
+    )
     try:
         yield Processes(chosen, rank, count)
     finally:
