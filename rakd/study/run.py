@@ -6,7 +6,7 @@ interrupted run is continued by starting it again.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from rakd.detector.latency import measure
 from rakd.distill.learner import make_learner
 from rakd.distill.methods import make_method
 from rakd.evaluation.depth import depth_errors
-from rakd.evaluation.kitti import evaluate
+from rakd.evaluation.kitti import DIFFICULTIES, evaluate
 from rakd.files import write_text
 from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog, precisions_of, read_run, write_run
@@ -37,7 +37,7 @@ from rakd.training.trainer import Trainer
 from rakd.visualize import Compared, compare_frames
 
 _PICTURED = 2  # frames drawn as the models see them
-_SHOWN_SHARE = 0.3  # of a model's highest score in a frame: pictures leave out what scores less
+_SHOWN_SHARE = 0.5  # of a model's highest score in a frame: pictures leave out what scores less
 
 
 class Study:
@@ -186,11 +186,10 @@ class Study:
             quiet=self.quiet,
         )
         rows = trainer.run()
-        self.logs.append(TrainingLog(method, seed, rows))
+        self.logs.append(TrainingLog(method, seed, [_losses(row, "step", "total") for row in rows]))
         detector.eval()
         last = rows[-1]
-        losses = {key: value for key, value in last.items() if key not in RESERVED}
-        return self._evaluate(method, seed, detector, name, last["seconds"], losses)
+        return self._evaluate(method, seed, detector, name, last["seconds"], _losses(last))
 
     def _evaluate(
         self,
@@ -259,12 +258,12 @@ class Study:
         return self.out / ("expert" if method == "expert" else f"{method}-seed{self.settings.seeds[0]}")
 
     def _picture(self) -> None:
-        """Draw the frames with most objects as expert, apprentice and distilled apprentice see them."""
+        """Draw the frames with most near cars as expert, apprentice and distilled apprentice see them."""
         titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}
         models = {title: self._folder(method) / "detections" for method, title in titles.items()}
         models = {title: folder for title, folder in models.items() if folder.is_dir()}
         dataset = self._evaluation_frames(32)
-        by_objects = sorted(dataset.frames, key=lambda frame: -int(frame.read_labels().is_type("Car").sum()))
+        by_objects = sorted(dataset.frames, key=lambda frame: -_large_cars(frame.read_labels()))
         frames = [
             Compared(
                 frame.id,
@@ -287,6 +286,16 @@ _KEPT_IN_MEMORY = 400  # frames; of KITTI's size they take 560 MB
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _losses(row: Mapping[str, float], *others: str) -> dict[str, float]:
+    """The loss terms of a row of a log, and what else is named."""
+    return {key: value for key, value in row.items() if key not in RESERVED or key in others}
+
+
+def _large_cars(objects: Objects) -> int:
+    height = objects.boxes[:, 3] - objects.boxes[:, 1]
+    return int((objects.is_type("Car") & (height >= DIFFICULTIES[0][0])).sum())
 
 
 def _best(objects: Objects) -> Objects:
