@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rakd.distill import MethodName
+from rakd.distill import MethodName, Regions
 from rakd.scenes import make_scenes
-from rakd.study.settings import ALL_METHODS, STUDIES, Regions
+from rakd.study.settings import ALL_METHODS, STUDIES
+from rakd.training.settings import TrainSettings
 
 _SCENES = 200  # frames rendered where no data are given
 
@@ -20,9 +21,9 @@ class Distill:
 
     Without arguments it renders street scenes and runs on two processor cores in minutes. Writes tables (Markdown,
     CSV, JSON), training curves, pictures of detections and all weights to the run's folder, and prints the tables.
-    An interrupted run is continued by repeating the command; runs of one folder can be shared out over commands by
-    methods or seeds, once the expert is trained. On several GPUs or machines start it with torchrun, such as:
-    torchrun --nproc-per-node 8 -m rakd distill --study kitti --data KITTI
+    An interrupted run is continued by repeating the command. Once the expert is trained, methods and seeds can be
+    shared out over commands with one folder; repeat it with all of them in the end for the tables. On several GPUs or
+    machines start it with torchrun: torchrun --nproc-per-node 4 -m rakd distill --study kitti --data KITTI
     """
 
     study: Literal["tiny", "kitti"] = "tiny"
@@ -53,6 +54,9 @@ class Distill:
     steps: Annotated[int | None, arg(metavar="N")] = None
     """Training steps of each apprentice instead of the study's."""
 
+    batch_size: Annotated[int | None, arg(metavar="N")] = None
+    """Frames a step over all processes, for expert and apprentices, instead of the study's."""
+
     weight: Annotated[float | None, arg(metavar="W")] = None
     """Weight of the distillation loss, for all methods, instead of the study's."""
 
@@ -76,13 +80,11 @@ class Distill:
             seeds=tuple(self.seeds),
             regions=self.regions,
             weights=weights,
-            training=base.training if self.steps is None else replace(base.training, steps=self.steps),
-            expert_training=(
-                base.expert_training
-                if self.expert_steps is None
-                else replace(base.expert_training, steps=self.expert_steps)
-            ),
+            training=_replaced(base.training, self.steps, self.batch_size),
+            expert_training=_replaced(base.expert_training, self.expert_steps, self.batch_size),
         )
+        if self.expert is not None and not self.expert.is_file():
+            raise ValueError(f"--expert: {self.expert} is not there")
         with start_processes(self.device) as processes:
             data = self.data
             if data is None:
@@ -96,3 +98,8 @@ class Distill:
                 print()
                 print(format_tables(study))
                 print(f"tables, curves and pictures are in {self.out}")
+
+
+def _replaced(training: TrainSettings, steps: int | None, batch_size: int | None) -> TrainSettings:
+    training = training if steps is None else replace(training, steps=steps)
+    return training if batch_size is None else replace(training, batch_size=batch_size)

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 class Latency:
     """Time detectors on one image, and count operations and parameters.
 
-    Detectors take turns on the same random image, batch 1, from pixels on the device to objects.
+    Detectors take turns on the same rendered street scene, batch 1, from pixels on the device to objects.
     """
 
     detectors: Annotated[Positional[tuple[str, ...]], arg(metavar="DETECTOR...")] = ("tiny-expert", "tiny")
@@ -31,13 +31,16 @@ class Latency:
         import csv
         import io
         from dataclasses import asdict, replace
+        from tempfile import TemporaryDirectory
 
         from rakd.commands.devices import choose_device
+        from rakd.data.frames import find_frames
         from rakd.detector.configs import DETECTORS
         from rakd.detector.detector import Detector
         from rakd.detector.files import load_detector
         from rakd.detector.latency import measure
         from rakd.files import write_text
+        from rakd.scenes import make_scenes
         from rakd.study.versions import versions
 
         device = choose_device(self.device)
@@ -49,9 +52,11 @@ class Latency:
                     raise ValueError(f"DETECTOR must be one of {', '.join(DETECTORS)} or a file, got {name!r}")
                 models.append(load_detector(Path(name)))
             else:
-                # Speed does not depend on the weights, so nothing is downloaded.
+                # Layers take the same time with any weights, so nothing is downloaded.
                 models.append(Detector(replace(config, backbone=replace(config.backbone, weights="random"))))
-        costs = measure(models, device, repeats=self.repeats)
+        with TemporaryDirectory() as folder:
+            make_scenes(Path(folder), 2, 0, workers=1, progress=False)
+            costs = measure(models, find_frames(Path(folder))[0], device, repeats=self.repeats)
         width = max(len(name) for name in (*self.detectors, "detector"))
         print(f"{'detector':<{width}}  {'image':>10}  {'median ms':>9}  {'p90 ms':>8}  {'GFLOPs':>8}  {'params M':>8}")
         for name, cost in zip(self.detectors, costs, strict=True):

@@ -51,7 +51,7 @@ class HeadConfig:
         positive_iou: A proposal that overlaps an object this much is positive.
         width: Of the two hidden layers of each head.
         canonical_size: Root of a box's area in pixels that is pooled from p4.
-        corner_weight: Of the loss of projected corners.
+        corner_weight: Of the L1 loss of projected corners. The centre's is weighed by its predicted uncertainty.
         score_limit: Detections below are dropped.
         nms_iou: Overlap at which the lesser detection of a class is suppressed.
         detections: Most an image.

@@ -18,8 +18,8 @@ def decode(
 
     The distance is ``z = fy · height / projected height``; the centre of the box is the point at that distance
     that projects to the predicted centre; ``rotation_y = alpha + atan2(x, z)``. The score is
-    ``class score / (1 + s)`` with ``s`` the standard deviation of the distance in metres that the predicted
-    covariance gives: a sure distance leaves the class score as it is.
+    ``class score / (1 + s)`` with ``s`` the scale of the distance's error in metres, see `distance_scale`: a sure
+    distance leaves the class score as it is.
 
     Args:
         said: Predictions.
@@ -32,7 +32,7 @@ def decode(
     fy = float(calibration.projection[1, 1])
     reciprocal = said.reciprocal / box_heights(boxes)
     distance = fy * said.height * reciprocal
-    scores = scores / (1 + distance_deviation(said, reciprocal, fy, image_height))
+    scores = scores / (1 + distance_scale(said, reciprocal, fy, image_height))
     order = scores.argsort(descending=True, stable=True)
     z = _numbers(distance[order])
     centers = calibration.back_project(_numbers(absolute_points(said.keypoints[:, 8], boxes)[order]), z)
@@ -55,11 +55,11 @@ def decode(
     )
 
 
-def distance_deviation(said: Attributes, reciprocal: Tensor, fy: float, image_height: float) -> Tensor:
-    """Standard deviation ``[N]`` of the distance in metres, by the first order of ``z = fy · height · reciprocal``.
+def distance_scale(said: Attributes, reciprocal: Tensor, fy: float, image_height: float) -> Tensor:
+    """Scale ``[N]`` of the distance's error in metres, by the first order of ``z = fy · height · reciprocal``.
 
-    With the gradient ``g`` of z with respect to height and scaled reciprocal, and the inverse covariance ``L Lᵀ``,
-    the variance is ``|L⁻¹ g|²``.
+    With the gradient ``g`` of z with respect to height and scaled reciprocal it is ``|L⁻¹ g|``. The errors' density
+    is proportional to ``exp(-|Lᵀ e|)``, whose covariance is ``3 (L Lᵀ)⁻¹``: the standard deviation is √3 times this.
     """
     scale = RECIPROCAL_SCALE * image_height / PAPER_HEIGHT
     a, b, c = said.factors.unbind(dim=1)

@@ -12,7 +12,7 @@ from rakd.training.checkpoints import load_weights, save_weights
 
 def save_detector(path: Path, detector: Detector) -> None:
     """Write a detector, atomically."""
-    save_weights(path, detector.state_dict(), {"detector": asdict(detector.config)})
+    save_weights(path, detector.state_dict(), {"detector": asdict(detector.config), "started_from": detector.loaded})
 
 
 def load_detector(path: Path) -> Detector:
@@ -29,6 +29,7 @@ def load_detector(path: Path) -> Detector:
         detector = Detector(_without_download(config))
         detector.config = config
         detector.load_state_dict(state)
+        detector.pyramid.take_over_start(settings["started_from"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a detector's weights and settings: {error}") from error
     return detector.eval()

@@ -20,6 +20,7 @@ STRIDES = (4, 8, 16, 32)
 
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which torchvision's weights expect
 _PATIENCE = 10.0  # seconds to wait for a server that does not answer
+_IMAGENET = "ImageNet weights"
 _MOMENTUM = 0.1  # of batch normalisation, torch's default
 _LEVELS = ("p2", "p3", "p4", "p5")
 _RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -70,6 +71,7 @@ class Pyramid(nn.Module):
                 _make_deformable(backbone, name)
             self.body, widths = _body(backbone, name)
             self.fpn = FeaturePyramidNetwork(widths, channels)
+        self._keeps_norm = frozen_norm
         self._frozen_norm = frozen_norm and loaded
         if not loaded:
             # Some networks average over a hundred steps and more, which lags behind weights that start anywhere.
@@ -99,6 +101,16 @@ class Pyramid(nn.Module):
             for norm in _norms(self.body):
                 norm.eval().requires_grad_(False)
         return self
+
+    def take_over_start(self, loaded: str) -> None:
+        """Take over what a trained pyramid started from, once its weights have been loaded here.
+
+        Args:
+            loaded: Its `loaded`.
+        """
+        self.loaded = loaded
+        self._frozen_norm = self._keeps_norm and loaded == _IMAGENET
+        self.train(self.training)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
@@ -165,7 +177,7 @@ def _load_pretrained(backbone: nn.Module, name: str) -> tuple[str, bool]:
     except (OSError, RuntimeError) as error:
         return f"random weights (ImageNet's cannot be loaded: {error})", False
     backbone.load_state_dict(state)
-    return "ImageNet weights", True
+    return _IMAGENET, True
 
 
 def _make_deformable(backbone: nn.Module, name: str) -> None:

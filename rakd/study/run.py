@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,10 @@ class Study:
         self.splits = splits
         self.quiet = quiet or not processes.main
         self.logs: list[TrainingLog] = []
+        self.started_from: dict[str, str] = {}
+        self._check_batches()
+        if expert is not None and not expert.is_file():
+            raise FileNotFoundError(f"expert: {expert} is not there")
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.
@@ -85,8 +90,9 @@ class Study:
             All figures; in the main process only are they complete.
         """
         settings = self.settings
+        expert = self._build_expert()
         self._claim()
-        expert, runs = self._expert()
+        runs = [self._teach_expert(expert)]
         for seed in settings.seeds:
             for method in settings.methods:
                 runs.append(self._apprentice(method, seed, expert))
@@ -96,7 +102,7 @@ class Study:
         study = StudyResult(
             runs=tuple(run for run in runs if run is not None),
             models=models,
-            config=asdict(settings),
+            config=self._config(expert),
             versions=versions(self.processes.device),
             seeds=settings.seeds,
             data=f"{self.data.name}: {self._sizes()}",
@@ -124,7 +130,28 @@ class Study:
         if self.processes.main:
             write_text(path, json.dumps(here, indent=1) + "\n")
 
-    def _check_height(self, expert: Detector) -> None:
+    def _check_batches(self) -> None:
+        """Say before anything is trained what would only fail hours later."""
+        settings, count = self.settings, self.processes.count
+        for name, training in (("expert_training", settings.expert_training), ("training", settings.training)):
+            if training.batch_size % count:
+                raise ValueError(
+                    f"{name}: batch_size must be a multiple of the number of processes, {count}, "
+                    f"got {training.batch_size}"
+                )
+        if "semckd" in settings.methods and settings.training.batch_size // count < 2:
+            raise ValueError(
+                f"training: SemCKD compares images of a batch and needs 2 or more in each of the {count} processes, "
+                f"got a batch_size of {settings.training.batch_size}: make it larger or leave semckd out"
+            )
+
+    def _build_expert(self) -> Detector:
+        """The expert as it is before training, or as its file has it."""
+        if self.expert_file is not None:
+            expert = load_detector(self.expert_file).to(self.processes.device)
+        else:
+            expert = Detector(DETECTORS[self.settings.expert], seed=1000 + self.settings.expert_seed)
+        self._note_start("expert", expert)
         # Both get the same images, and a network sees only objects of the sizes that it was trained on.
         wanted = DETECTORS[self.settings.apprentice].height
         if expert.config.height != wanted:
@@ -132,22 +159,36 @@ class Study:
                 f"expert must be for images {wanted} pixels high as the apprentice is, got one for "
                 f"{expert.config.height}"
             )
+        return expert
 
-    def _expert(self) -> tuple[Detector, list[RunResult | None]]:
-        seed = self.settings.seeds[0]
+    def _teach_expert(self, expert: Detector) -> RunResult | None:
+        seed = self.settings.expert_seed
         if self.expert_file is not None:
-            expert = load_detector(self.expert_file).to(self.processes.device)
-            self._check_height(expert)
-            return expert, [self._evaluate("expert", seed, expert, "expert", None)]
-        expert = Detector(DETECTORS[self.settings.expert], seed=1000 + seed)
-        self._check_height(expert)
-        self._say(f"expert {self.settings.expert}: {expert.loaded}")
-        return expert, [self._train("expert", seed, expert, None, self.settings.expert_training)]
+            return self._evaluate("expert", seed, expert, "expert", None)
+        return self._train("expert", seed, expert, None, self.settings.expert_training)
 
     def _apprentice(self, method: str, seed: int, expert: Detector) -> RunResult | None:
         apprentice = Detector(DETECTORS[self.settings.apprentice], seed=2000 + seed)
-        self._say(f"apprentice {self.settings.apprentice}, {method}, seed {seed}: {apprentice.loaded}")
+        self._note_start("apprentice", apprentice)
         return self._train(method, seed, apprentice, expert, self.settings.training)
+
+    def _note_start(self, name: str, detector: Detector) -> None:
+        """Note what a backbone started from; apprentices that started differently cannot be compared."""
+        start = _start(detector)
+        if name not in self.started_from:
+            self._say(f"{name}: {detector.config.backbone.name}, {detector.loaded}")
+        elif self.started_from[name] != start:
+            raise ValueError(
+                f"backbones of all apprentices must start alike: {self.started_from[name]} before, now "
+                f"{detector.loaded}; repeat the command when the weights can be loaded again"
+            )
+        self.started_from[name] = start
+
+    def _config(self, expert: Detector) -> dict[str, Any]:
+        config = {**asdict(self.settings), "started_from": self.started_from, "expert_file": None}
+        if self.expert_file is not None:
+            config |= {"expert": asdict(expert.config), "expert_training": None, "expert_file": self.expert_file.name}
+        return config
 
     def _train(
         self, method: str, seed: int, detector: Detector, expert: Detector | None, training: TrainSettings
@@ -181,6 +222,7 @@ class Study:
                 "method": method,
                 "weight": weight,
                 "regions": self.settings.regions,
+                "started_from": _start(detector),
             },
             image_size=None if config.width is None else (config.width, config.height),
             quiet=self.quiet,
@@ -188,8 +230,7 @@ class Study:
         rows = trainer.run()
         self.logs.append(TrainingLog(method, seed, [_losses(row, "step", "total") for row in rows]))
         detector.eval()
-        last = rows[-1]
-        return self._evaluate(method, seed, detector, name, last["seconds"], _losses(last))
+        return self._evaluate(method, seed, detector, name, rows[-1]["seconds"], _last_losses(rows))
 
     def _evaluate(
         self,
@@ -241,7 +282,8 @@ class Study:
 
     def _models(self, expert: Detector) -> tuple[ModelFigures, ...]:
         apprentice = load_detector(self._folder(self.settings.methods[0]) / "detector.pt")
-        costs = measure([expert, apprentice], self.processes.device, progress=not self.quiet)
+        frame = self._evaluation_frames(apprentice.config.height).frames[0]
+        costs = measure([expert, apprentice], frame, self.processes.device, progress=not self.quiet)
         return tuple(
             ModelFigures(
                 name=name,
@@ -261,7 +303,7 @@ class Study:
         """Draw the frames with most near cars as expert, apprentice and distilled apprentice see them."""
         titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}
         models = {title: self._folder(method) / "detections" for method, title in titles.items()}
-        models = {title: folder for title, folder in models.items() if folder.is_dir()}
+        models = {title: folder for title, folder in models.items() if (folder.parent / "result.json").exists()}
         dataset = self._evaluation_frames(32)
         by_objects = sorted(dataset.frames, key=lambda frame: -_large_cars(frame.read_labels()))
         frames = [
@@ -274,7 +316,8 @@ class Study:
             )
             for frame in by_objects[:_PICTURED]
         ]
-        compare_frames(self.out / "frames.png", frames, title="The same frames, three models")
+        title = f"The same frames, {len(models)} models: boxes that score at least half of a model's best in the frame"
+        compare_frames(self.out / "frames.png", frames, title=title)
 
     def _say(self, text: str) -> None:
         if not self.quiet:
@@ -291,6 +334,17 @@ def _digest(content: bytes) -> str:
 def _losses(row: Mapping[str, float], *others: str) -> dict[str, float]:
     """The loss terms of a row of a log, and what else is named."""
     return {key: value for key, value in row.items() if key not in RESERVED or key in others}
+
+
+def _last_losses(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each loss term over the last twentieth of the rows: single batches scatter."""
+    last = [_losses(row) for row in rows[-max(1, len(rows) // 20) :]]
+    return {name: sum(row[name] for row in last) / len(last) for name in last[0]}
+
+
+def _start(detector: Detector) -> str:
+    """What a backbone started from, without the reason."""
+    return detector.loaded.partition(" (")[0]
 
 
 def _large_cars(objects: Objects) -> int:

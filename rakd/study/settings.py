@@ -1,14 +1,11 @@
 """Settings of a comparison of distillation methods, and the comparisons that have a name. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from math import isfinite
 
 from rakd.detector.configs import DETECTORS
-from rakd.distill import MethodName
+from rakd.distill import MethodName, Regions
 from rakd.training.settings import TrainSettings
-
-Regions = Literal["proposals", "objects"]
-"""Where features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
 
 ALL_METHODS: tuple[MethodName, ...] = ("none", "pkd", "semckd", "rakd", "hfa", "l_roi")
 """What an apprentice is trained with: alone, the two rivals, RAKD and its ablations."""
@@ -23,7 +20,8 @@ class StudySettings:
         apprentice: Name of the apprentice's.
         methods: What apprentices are trained with, in this order.
         seeds: Each method is run with each of these; a seed is that of the apprentice's weights and of its training.
-            There is one expert, with the first seed.
+            There is one expert for all.
+        expert_seed: Of the expert's weights and training.
         expert_training: How the expert is trained; its seed is replaced.
         training: How apprentices are trained; its seed is replaced.
         weights: What each method's loss is multiplied with.
@@ -42,6 +40,7 @@ class StudySettings:
     weights: dict[str, float] = field(default_factory=dict)
     methods: tuple[MethodName, ...] = ALL_METHODS
     seeds: tuple[int, ...] = (0,)
+    expert_seed: int = 0
     regions: Regions = "proposals"
     flip: float = 0.5
     photometric: float = 0.5
@@ -56,8 +55,11 @@ class StudySettings:
                 raise ValueError(f"{name} must hold at least one and none twice, got {values}")
             if known is not None and not set(values) <= set(known):
                 raise ValueError(f"{name} must be of {', '.join(known)}, got {', '.join(values)}")
-        if min(self.seeds) < 0:
-            raise ValueError(f"seeds must be 0 or more, got {self.seeds}")
+        if min(*self.seeds, self.expert_seed) < 0:
+            raise ValueError(f"seeds and expert_seed must be 0 or more, got {self.seeds} and {self.expert_seed}")
+        for name, weight in self.weights.items():
+            if not (isfinite(weight) and weight > 0):
+                raise ValueError(f"weights must be positive, got {weight} for {name}")
         missing = [name for name in self.methods if name != "none" and name not in self.weights]
         if missing:
             raise ValueError(f"weights must hold one for each method, {', '.join(missing)} lack one")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rakd.data.frames import find_frames
 from rakd.data.kitti import KittiDataset
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
@@ -86,12 +87,14 @@ def test_detections_of_frames_are_in_their_pixels(scenes: Path, small_config: De
         detect(Detector(small_config).eval(), dataset[0], torch.device("cpu"))
 
 
-def test_cost(detector: Detector, small_config: DetectorConfig) -> None:
+def test_cost(small_config: DetectorConfig, scenes: Path) -> None:
+    frame = find_frames(scenes)[0]
+    detector = Detector(replace(small_config, width=256))
     wide = Detector(replace(small_config, width=None, backbone=replace(small_config.backbone, name="resnet18")))
-    small, large = measure([detector, wide], torch.device("cpu"), repeats=2, warm_up=0, progress=False)
-    assert small.size == SIZE and large.size == (224, 64)
+    small, large = measure([detector, wide], frame, torch.device("cpu"), repeats=2, warm_up=0, progress=False)
+    assert small.size == (256, 64) and large.size == (224, 64)
     assert small.parameters == sum(p.numel() for p in detector.parameters()) < large.parameters
     assert 0 < small.gflops < large.gflops
     assert 0 < small.median_ms <= small.p90_ms
     with pytest.raises(ValueError, match="repeats must be 1 or more, got 0"):
-        measure([detector], torch.device("cpu"), repeats=0)
+        measure([detector], frame, torch.device("cpu"), repeats=0)

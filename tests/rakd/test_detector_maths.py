@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rakd.data.labels import Objects
 from rakd.data.targets import CLASSES, Targets, make_targets
-from rakd.detector.decode import decode, distance_deviation
+from rakd.detector.decode import decode, distance_scale
 from rakd.detector.heads import KEYPOINTS, MEAN_DIMENSIONS, Attributes, SpaceHead
 from rakd.detector.losses import (
     absolute_points,
@@ -141,16 +141,16 @@ def test_decoding_sorts_by_score_and_keeps_rows_together():
     assert found.types.tolist() == ["Cyclist", "Car", "Pedestrian"]
     np.testing.assert_array_equal(found.boxes, boxes[[2, 0, 1]])
     np.testing.assert_array_equal(found.dimensions, said.dimensions[[2, 0, 1]])
-    deviation = distance_deviation(said, said.reciprocal / box_heights(boxes), 700.0, 512).numpy()
+    deviation = distance_scale(said, said.reciprocal / box_heights(boxes), 700.0, 512).numpy()
     np.testing.assert_allclose(found.scores, (scores.numpy() / (1 + deviation))[[2, 0, 1]])
     assert (np.diff(found.scores) <= 0).all()
 
 
 @pytest.mark.parametrize("image_height", [128.0, 512.0])
-def test_distance_deviation_is_that_of_the_covariance(image_height):
+def test_distance_scale_is_that_of_the_density(image_height):
     said = attributes(6, seed=3)
     reciprocal, fy = torch.rand(6, dtype=DOUBLE) / 50, 650.0
-    got = distance_deviation(said, reciprocal, fy, image_height)
+    got = distance_scale(said, reciprocal, fy, image_height)
     for i in range(6):
         a, b, c = said.factors[i].tolist()
         factor = np.array([[math.exp(a), 0], [c, math.exp(b)]])

@@ -242,6 +242,45 @@ def test_more_seeds_join_those_that_are_there(
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_commands_can_share_seeds(finished: Finished, scenes: Path) -> None:
+    result = Study(settings(seeds=(3,), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
+    assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 3)]
+
+
+def test_a_missing_expert_leaves_the_folder_alone(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expert: .*none\.pt is not there"):
+        Study(settings(), scenes, tmp_path, CPU, expert=tmp_path / "none.pt", quiet=True)
+    (tmp_path / "wrong.pt").write_bytes(b"not an expert")
+    with pytest.raises(ValueError, match=r"wrong\.pt"):
+        Study(settings(), scenes, tmp_path / "run", CPU, expert=tmp_path / "wrong.pt", quiet=True).run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_batches_that_cannot_be_shared_out_are_refused_at_once(scenes: Path, tmp_path: Path) -> None:
+    for count, methods, message in (
+        (2, ("none", "semckd"), "SemCKD .* needs 2 or more in each of the 2 processes, got a batch_size of 2"),
+        (4, ("none",), "batch_size must be a multiple of the number of processes, 4, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Study(settings(methods=methods), scenes, tmp_path, replace(CPU, count=count), quiet=True)
+
+
+def test_apprentices_that_start_differently_are_refused(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = iter(["random weights", "ImageNet weights", "random weights (ImageNet's cannot be loaded: no network)"])
+    monkeypatch.setattr(Detector, "loaded", property(lambda self: self._start))
+    original = Detector.__init__
+
+    def started(self: Detector, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        self._start = next(starts)
+
+    monkeypatch.setattr(Detector, "__init__", started)
+    with pytest.raises(ValueError, match="must start alike: ImageNet weights before, now random weights"):
+        Study(settings(methods=("none", "rakd")), scenes, tmp_path, CPU, quiet=True).run()
+
+
 def test_expert_and_apprentice_must_see_images_of_one_height(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expert must be for images 64 pixels high .*, got one for 96"):
         Study(settings(expert="mini-tall"), scenes, tmp_path, CPU, quiet=True).run()
@@ -268,7 +307,7 @@ def test_missing_files_are_told_before_anything_is_trained(
         ({"methods": ("hfa", "rakd")}, "weights must hold one for each method, hfa lack one"),
         ({"seeds": ()}, "seeds must hold at least one"),
         ({"seeds": (2, 2)}, "seeds must hold at least one and none twice"),
-        ({"seeds": (0, -1)}, "seeds must be 0 or more"),
+        ({"seeds": (0, -1)}, "seeds and expert_seed must be 0 or more"),
     ],
 )
 def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
