@@ -138,14 +138,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeStudy]:
 
 
 def test_distill_hands_its_options_on(asked: type[FakeStudy], tmp_path: Path) -> None:
+    expert = tmp_path / "e.pt"
+    expert.touch()
     options = {
         "--data": ["d"],
         "--out": [str(tmp_path)],
         "--splits": ["a", "b"],
         "--methods": ["rakd", "none"],
         "--seeds": ["3", "1"],
-        "--expert": ["e.pt"],
+        "--expert": [str(expert)],
         "--expert-steps": ["7"],
+        "--batch-size": ["6"],
         "--steps": ["5"],
         "--weight": ["0.5"],
         "--regions": ["objects"],
@@ -155,11 +158,18 @@ def test_distill_hands_its_options_on(asked: type[FakeStudy], tmp_path: Path) ->
     settings, data, out, others = asked.asked
     base = STUDIES["tiny"]
     assert (data, out) == (Path("d"), tmp_path)
-    assert others == {"expert": Path("e.pt"), "splits": ("a", "b")}
+    assert others == {"expert": expert, "splits": ("a", "b")}
     assert (settings.methods, settings.seeds, settings.regions) == (("rakd", "none"), (3, 1), "objects")
     assert (settings.expert_training.steps, settings.training.steps) == (7, 5)
+    assert (settings.expert_training.batch_size, settings.training.batch_size) == (6, 6)
     assert settings.weights == dict.fromkeys(base.weights, 0.5)
     assert settings.training.learning_rate == base.training.learning_rate
+
+
+def test_distill_looks_for_the_expert_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--out", str(tmp_path / "run"), "--expert", str(tmp_path / "none.pt")]) == 2
+    assert "--expert: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_distill_without_options_is_the_named_study(asked: type[FakeStudy], tmp_path: Path) -> None:
