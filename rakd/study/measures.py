@@ -32,7 +32,7 @@ class Measure:
 
     Attributes:
         metric: "3d" or "bev" (average precision, percent), "depth_error" (relative, percent), "found" (share
-            of the objects, percent), "minutes" (of training) or "loss" (the last one of training).
+            of the objects, percent), "minutes" (of training) or "loss" (at the end of training).
         name: Class, `MEAN` for the average over classes, or "all" objects (depth error and share found); of a
             loss, its own name.
         level: Of average precision: "easy", "moderate", "hard", or `MEAN`.

@@ -40,8 +40,11 @@ def draw_bars(study: StudyResult) -> Figure:
     methods = [method for method in METHODS if any(run.method == method for run in study.runs)]
     rows = (
         ("AP 3D, moderate, loose overlaps, %", [Measure("3d", name, "moderate", "loose") for name in (*CLASSES, MEAN)]),
-        ("Relative depth error of objects found, %: less is better", [Measure("depth_error", n) for n in _GROUPS]),
-        ("Share of objects found, %", [Measure("found", name) for name in _GROUPS]),
+        (
+            "Relative depth error of what each model found, %: less is better",
+            [Measure("depth_error", n) for n in _GROUPS],
+        ),
+        ("Share of objects found, at any score, %", [Measure("found", name) for name in _GROUPS]),
     )
     head, panel = 0.75, 0.75 + 0.24 * len(methods)
     height = head + panel * len(rows)

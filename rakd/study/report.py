@@ -1,25 +1,37 @@
 """A study written down: tables, findings in words, figures for other programs, pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rakd.detector.configs import DETECTORS
 from rakd.files import replacing, write_text
 from rakd.study.findings import describe
-from rakd.study.results import StudyResult, TrainingLog, write_study
+from rakd.study.measures import METHOD_NAMES
+from rakd.study.results import METHODS, StudyResult, TrainingLog, write_study
 from rakd.study.tables import format_csv, format_lines, format_markdown, make_tables
 
+_MARKS = "Marks go by the means alone: they ignore the spread, and a second best may be no worse than the best."
 _NOTES = (
-    "Figures are means over seeds ± the sample standard deviation. Average precision in percent, 40 recall "
-    "positions. Official overlaps: Car 0.7, others 0.5; loose: Car 0.5, others 0.25 in 3D and BEV. An object is "
-    "found when a detection of its class overlaps it by half in the image."
+    "Figures are means over the apprentice's seeds ± the sample standard deviation. One expert teaches all, and all "
+    "are evaluated on the same frames: what another expert or other frames would change is not in the spread.",
+    "Average precision in percent, 40 recall positions; averages are over classes and levels. Official overlaps: Car "
+    "0.7, others 0.5; loose: Car 0.5, others 0.25 in 3D and BEV.",
+    "An object is found when a detection of its class overlaps it by half in the image: scores have no threshold but "
+    "the detector's own, and false positives cost nothing.",
+    "Depth errors are means over the objects that each model itself found: compare them beside the share found, for "
+    "who finds only the easy objects has a small one.",
+    "Distillation losses of different methods are different quantities; they cannot be compared.",
 )
+_REGIONS = {"proposals": "the apprentice's proposals on objects", "objects": "labelled boxes"}
 
 
 def format_tables(study: StudyResult) -> str:
-    """All tables and findings as plain text for a terminal, measures down and methods across."""
+    """Tables, notes, provenance and findings as plain text for a terminal, measures down and methods across."""
     parts = [format_lines(table) for table in make_tables(study)]
-    findings = "\n".join(f"- {sentence}" for sentence in describe(study))
-    return "\n".join([*parts, f"* best, ' second. {_NOTES}", "", "What was found", findings]) + "\n"
+    notes, findings = (_bullets(sentences) for sentences in ((f"* best, ' second. {_MARKS}", *_NOTES), describe(study)))
+    parts += ["Notes", notes, "Where it comes from", f"{_provenance(study)}\n", "What was found", findings]
+    return "\n".join(parts)
 
 
 def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] = ()) -> list[Path]:
@@ -49,10 +61,12 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
         "# Ways to distil\n",
         f"{_provenance(study)}\n",
         "## What was found\n",
-        "\n".join(f"- {sentence}" for sentence in describe(study)) + "\n",
+        _bullets(describe(study)),
         "## Tables\n",
-        f"Best **bold**, second <u>underlined</u>. {_NOTES}\n",
+        f"Best **bold**, second <u>underlined</u>. {_MARKS}\n",
         *(format_markdown(table) for table in tables),
+        "## Notes\n",
+        _bullets(_NOTES),
         "## Pictures\n",
         *(f"![{name.partition('.')[0]}]({name})\n" for name in pictures),
     ]
@@ -60,14 +74,71 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
     return [folder / name for name in ("study.json", "tables.md", "tables.csv", *pictures)]
 
 
+def _bullets(sentences: Sequence[str]) -> str:
+    return "".join(f"- {sentence}\n" for sentence in sentences)
+
+
 def _provenance(study: StudyResult) -> str:
-    """What the figures come from, in one paragraph."""
-    versions = ", ".join(f"{name} {version}" for name, version in study.versions.items())
+    """What the figures come from, in one paragraph; what the study does not tell is left out."""
+    config = study.config
+    regions = config.get("regions")
+    machine = {name: study.versions[name] for name in ("device", "threads") if name in study.versions}
     done = sorted({run.seed for run in study.runs})
     parts = {
         "Data": study.data,
+        "Detectors": _detectors(study),
+        "Training": _training(config),
         "Seeds": ", ".join(map(str, study.seeds or done)),
         "Runs": str(len(study.runs)),
-        "Versions": versions,
+        "Regions that RAKD and its ablations compare": _REGIONS.get(str(regions), regions),
+        "Loss weights": _weights(config),
+        "Backbones started from": _starts(config),
+        "Versions": ", ".join(f"{name} {text}" for name, text in study.versions.items() if name not in machine),
+        "Device": ", ".join(text if name == "device" else f"{name} {text}" for name, text in machine.items()),
+        "Commit": config.get("commit"),
     }
     return " ".join(f"{name}: {text}." for name, text in parts.items() if text)
+
+
+def _detectors(study: StudyResult) -> str:
+    """Names or files, backbones, and the size of images: both detectors get the same."""
+    parts = []
+    for role in ("expert", "apprentice"):
+        name, model = study.config.get(role), study.model(role)
+        if role == "expert" and study.config.get("expert_file"):
+            name = f"of {study.config['expert_file']}"
+        words = (role, name if isinstance(name, str) else "", f"({model.backbone})" if model else "")
+        if any(words[1:]):
+            parts.append(" ".join(word for word in words if word))
+    config = DETECTORS.get(str(study.config.get("apprentice")))
+    if config is not None:
+        width = f", padded to a width of {config.width}" if config.width else ""
+        parts.append(f"images {config.height} pixels high{width}")
+    return ", ".join(parts)
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    parts = []
+    for role, key in (("expert", "expert_training"), ("apprentices", "training")):
+        settings = config.get(key)
+        if isinstance(settings, Mapping) and {"steps", "batch_size"} <= set(settings):
+            parts.append(f"{role} {settings['steps']} steps of {settings['batch_size']} images")
+    return ", ".join(parts)
+
+
+def _weights(config: Mapping[str, Any]) -> str:
+    """The loss weight of each method that was to be run, and what a reader must know to be fair to them."""
+    weights = config.get("weights") or {}
+    methods = config.get("methods") or weights
+    used = {method: weights[method] for method in METHODS if method in methods and method in weights}
+    if len(used) > 1 and len(set(used.values())) == 1:
+        weight = next(iter(used.values()))
+        return f"one loss weight ({weight:g}) for every method, not tuned: methods' losses have different scales"
+    return ", ".join(f"{METHOD_NAMES[method]} {weight:g}" for method, weight in used.items())
+
+
+def _starts(config: Mapping[str, Any]) -> str:
+    starts = config.get("started_from") or {}
+    # An expert from a file brings weights of its own: what lay under them does not matter.
+    roles = ("apprentice",) if config.get("expert_file") else ("expert", "apprentice")
+    return ", ".join(f"{role} {starts[role]}" for role in roles if role in starts)

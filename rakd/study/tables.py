@@ -157,11 +157,11 @@ def _depths(study: StudyResult, key: str, title: str, methods: dict[str, str]) -
 
 
 def _training(study: StudyResult) -> Table:
-    """Time and last losses of every method; not ranked, for losses of different methods are different things."""
+    """Time and losses at the end; not ranked, for losses of different methods are different things."""
     losses = list(dict.fromkeys(name for run in study.runs for name in run.losses))
     measures = [Measure("minutes"), *(Measure("loss", name) for name in losses)]
     rows = [_row(study, method, METHOD_NAMES[method], measures) for method in METHODS]
-    return Table("training", "Training: time and last losses", ("minutes", *losses), tuple(rows))
+    return Table("training", "Training: time, and losses at its end", ("minutes", *losses), tuple(rows))
 
 
 def _row(study: StudyResult, method: str, name: str, measures: Sequence[Measure]) -> Row:

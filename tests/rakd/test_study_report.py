@@ -13,7 +13,7 @@ from PIL import Image
 
 from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES
-from rakd.study.findings import describe
+from rakd.study.findings import HEADLINES, describe
 from rakd.study.measures import MEAN, Measure, summarise, values_by_seed
 from rakd.study.pictures import COLORS, draw_bars, draw_training, running_mean
 from rakd.study.report import format_tables, write_report
@@ -27,6 +27,7 @@ from rakd.study.results import (
     read_study,
     write_study,
 )
+from rakd.study.settings import STUDIES
 from rakd.study.tables import format_csv, format_lines, format_markdown, make_tables
 
 LOOSE = Measure("3d", MEAN, MEAN, "loose")
@@ -251,14 +252,14 @@ def test_csv_is_long_form(study):
 # ---- Findings. ----
 
 
-def compared(none, rakd, *more):
-    """The sentence on RAKD and no distillation in the loose average."""
+def compared(none, rakd):
+    """What is said on RAKD and no distillation in the loose average."""
     runs = [run("none", seed, value) for seed, value in enumerate(none)]
     runs += [run("rakd", seed, value) for seed, value in enumerate(rakd)]
     (sentence,) = (
         line
-        for line in describe(study_of(*runs, *more))
-        if line.startswith("AP 3D, average at loose overlaps (%): RAKD − no")
+        for line in describe(study_of(*runs))
+        if line.startswith("AP 3D, average at loose overlaps (%): Change from no distillation ")
     )
     return sentence.partition("no distillation ")[2]
 
@@ -266,12 +267,14 @@ def compared(none, rakd, *more):
 @pytest.mark.parametrize(
     ("none", "rakd", "told"),
     [
-        ((1, 2, 3), (2, 3.5, 5), "+1.50 ± 0.50 over 3 seeds (all better)."),
-        ((2, 3, 4), (1, 2, 2), "−1.33 ± 0.58 over 3 seeds (all worse)."),
-        ((1, 2), (2, 1), "+0.00 ± 1.41 over 2 seeds (1 better, 1 worse): no difference beyond the seeds' spread."),
-        ((1, 1), (1.1, 4), "+1.55 ± 2.05 over 2 seeds (all better): no difference beyond the seeds' spread."),
-        ((1, 1), (1, 1), "+0.00 ± 0.00 over 2 seeds (all equal): no difference beyond the seeds' spread."),
-        ((1, 2, 3), (3,), "+2.00 (better); one seed, so it may be chance."),
+        ((1, 2, 3), (2, 3.5, 5), "over 3 seeds: RAKD +1.50 ± 0.50 (all better: differs)."),
+        ((2, 3, 4), (1, 2, 2), "over 3 seeds: RAKD −1.33 ± 0.58 (all worse: differs)."),
+        # One way, but scattered; beyond the scatter, but not one way.
+        ((1, 1, 1), (1.1, 1.1, 4), "over 3 seeds: RAKD +1.07 ± 1.67 (all better)."),
+        ((1, 1, 1), (0.99, 2, 2), "over 3 seeds: RAKD +0.66 ± 0.58 (2 better, 1 worse)."),
+        ((1, 1, 1), (1, 1, 1), "over 3 seeds: RAKD +0.00 ± 0.00 (all equal)."),
+        ((1, 1), (2, 2.1), "over 2 seeds, which cannot tell: RAKD +1.05 ± 0.07 (all better)."),
+        ((1, 2, 3), (3,), "over 1 seed, which cannot tell: RAKD +2.00 (better)."),
     ],
 )
 def test_differences_are_told_as_they_are(none, rakd, told):
@@ -280,19 +283,50 @@ def test_differences_are_told_as_they_are(none, rakd, told):
 
 def test_smaller_errors_are_better_and_the_rest_is_told(study):
     text = "\n".join(describe(study))
-    assert "Depth error, all classes (%): RAKD − no distillation −2.00 ± 0.00 over 3 seeds (all better)." in text
-    assert "AP 3D, average at loose overlaps (%): RAKD − PKD +1.50 (better); one seed" in text
-    assert "expert 30.00 (1 run), no distillation 11.00 ± 1.00 (3 runs)." in text
+    assert "over 3 seeds: RAKD −2.00 ± 0.00 (all better: differs). Change from no distillation over 1 seed" in text
+    assert "expert 30.00 (1 run), no distillation 11.00 ± 1.00 (3 runs). Change" in text
     assert "Not run: SemCKD, L_RoI, HFA." in text
-    assert "3 seeds still point one way by chance once in 4." in text
+    assert len(describe(study)) <= 10
+
+
+def test_kittis_headline_comes_first_where_it_is_not_0(study):
+    assert describe(study)[0].startswith("AP 3D, Car, moderate at official overlaps (%): expert 30.00")
+    # Of another class, there is something to tell: it leads then, and RAKD meets its rivals in it.
+    no_car = {"Car": (0.0,) * 3, "Pedestrian": (3.0,) * 3, "Cyclist": (0.0,) * 3}
+    sentences = describe(study_of(*(run(method, 0, no_car) for method in ("none", "pkd", "rakd"))))
+    assert sentences[0].startswith("AP 3D, average at official overlaps (%): Change from no distillation")
+    assert any(line.startswith("AP 3D, average at official overlaps (%): Change to RAKD") for line in sentences)
+
+
+def test_every_method_is_compared_with_none_in_the_same_measures():
+    methods = ("none", "pkd", "semckd", "l_roi", "hfa", "rakd")
+    sentences = describe(study_of(*(run(method, seed, 1.0 + seed) for method in methods for seed in range(3))))
+    for sentence, measure in zip(sentences, HEADLINES, strict=False):
+        assert sentence.startswith(f"{measure.title}: Change from no distillation over 3 seeds: PKD ")
+        assert all(f"; {name} +0.00 ± 0.00 (all equal)" in sentence for name in ("SemCKD", "L_RoI", "HFA", "RAKD"))
+    # Five methods in five measures, and RAKD beside four.
+    assert sentences[-1].startswith("29 comparisons, 29 over 3 seeds or more, of which 0 point one way in all seeds.")
+
+
+def test_chance_is_counted(study):
+    # RAKD in five measures over three seeds, equal in what it found; PKD over one, and RAKD beside it.
+    assert describe(study)[-1].startswith(
+        "11 comparisons, 5 over 3 seeds or more, of which 4 point one way in all seeds. "
+        "Were all methods alike, about 1.2 would by chance"
+    )
+    few = describe(study_of(run("none", 0, 1.0), run("rakd", 0, 2.0)))
+    assert few[-1] == "5 comparisons, none over 3 seeds or more: none can tell a difference from chance."
+    assert not any("differs" in sentence for sentence in few)
 
 
 def test_what_a_study_cannot_show_is_said():
     weak = study_of(run("expert", 5, 0.0, error=0.3), run("none", 0, 0.0), run("rakd", 0, 0.0, error=0.2))
     text = "\n".join(describe(weak))
     assert text.count("AP") == 3
-    assert "AP 3D, average at official overlaps (%): 0 in every run, which tells nothing apart." in text
-    assert "expert 30.00 (1 run), no distillation 10.00 (1 run): the expert has nothing to teach here." in text
+    assert "0 in every run, which tells nothing apart: AP 3D, Car, moderate at official overlaps (%); AP" in text
+    assert "expert 30.00 (1 run), no distillation 10.00 (1 run): the expert is not ahead here." in text
+    lone = describe(study_of(run("expert", 0, 1.0), run("none", 0, 0.0), run("rakd", 0, 0.0)))
+    assert lone[0] == f"{HEADLINES[0].title}: expert 1.00 (1 run), no distillation 0.00 (1 run)."
     assert describe(study_of(run("none", 0, 1.0), run("rakd", 1, 1.0)))[0].startswith("Nothing to compare yet")
     assert describe(study_of())[0].startswith("Nothing to compare yet")
 
@@ -347,7 +381,7 @@ def test_report_writes_everything_and_the_same_twice(study, tmp_path):
     assert sorted(path.name for path in paths) == sorted(path.name for path in (tmp_path / "a").iterdir())
     text = (tmp_path / "a" / "tables.md").read_text()
     assert all(f"### {one.title}" in text for one in make_tables(study))
-    assert "Data: made by hand. Seeds: 0, 1, 2." in text
+    assert "Data: made by hand. Detectors: expert (resnet50), apprentice (resnet18). Seeds: 0, 1, 2. Runs: 8." in text
     assert "![training](training.png)" in text
     assert read_study(tmp_path / "a" / "study.json").models == study.models
     for path in paths:
@@ -357,6 +391,58 @@ def test_report_writes_everything_and_the_same_twice(study, tmp_path):
     for path in write_report(study, tmp_path / "b", logs):
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
     assert all(sentence in format_tables(study) for sentence in describe(study))
+
+
+def provenance(config, **more):
+    """The paragraph in the text for a terminal; the Markdown has the same."""
+    study = study_of(config=config, **more)
+    text = format_tables(study)
+    return text.partition("Where it comes from\n")[2].partition("\n")[0]
+
+
+def test_provenance_tells_what_a_reader_must_know(tmp_path):
+    config = dataclasses.asdict(STUDIES["tiny"]) | {
+        "started_from": {"expert": "ImageNet weights", "apprentice": "random weights"},
+        "commit": "abc1234",
+    }
+    more = {
+        "models": (ModelFigures("expert", "resnet18"),),
+        "versions": {"torch": "2.13", "device": "Xeon", "threads": "2"},
+        "seeds": (0, 1),
+    }
+    text = provenance(config, **more)
+    assert text == (
+        "Detectors: expert tiny-expert (resnet18), apprentice tiny, images 128 pixels high, padded to a width of 448. "
+        "Training: expert 400 steps of 4 images, apprentices 250 steps of 4 images. Seeds: 0, 1. Runs: 0. "
+        "Regions that RAKD and its ablations compare: the apprentice's proposals on objects. "
+        "Loss weights: one loss weight (1) for every method, not tuned: methods' losses have different scales. "
+        "Backbones started from: expert ImageNet weights, apprentice random weights. "
+        "Versions: torch 2.13. Device: Xeon, threads 2. Commit: abc1234."
+    )
+    write_report(study_of(config=config, **more), tmp_path)
+    assert f"\n{text}\n" in (tmp_path / "tables.md").read_text()
+
+
+def test_provenance_of_an_expert_from_a_file_and_of_other_weights():
+    config = dataclasses.asdict(STUDIES["tiny"]) | {
+        "expert": {"height": 128},
+        "expert_file": "teacher.pt",
+        "expert_training": None,
+        "started_from": {"expert": "random weights", "apprentice": "random weights"},
+        "weights": {"rakd": 1.0, "pkd": 0.5, "hfa": 1.0},
+        "methods": ("none", "pkd", "rakd"),
+    }
+    text = provenance(config)
+    assert "Detectors: expert of teacher.pt, apprentice tiny, images" in text
+    assert "Training: apprentices 250 steps" in text
+    assert "Loss weights: PKD 0.5, RAKD 1. Backbones started from: apprentice random weights." in text
+
+
+def test_notes_warn_of_what_figures_do_not_say(study, tmp_path):
+    write_report(study, tmp_path)
+    for text in (format_tables(study), (tmp_path / "tables.md").read_text()):
+        for words in ("they ignore the spread", "false positives cost nothing", "compare them beside the share found"):
+            assert words in text
 
 
 def test_report_of_an_empty_study(tmp_path):
