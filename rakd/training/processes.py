@@ -101,6 +101,15 @@ def from_main(processes: Processes, make: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def from_all(processes: Processes, value: T) -> list[T]:
+    """Give each process's value, which must be picklable, to all, in the order of their ranks."""
+    if processes.count == 1:
+        return [value]
+    box: list[T | None] = [None] * processes.count
+    dist.all_gather_object(box, value)
+    return box  # type: ignore[return-value]
+
+
 def mean_over(processes: Processes, values: Tensor) -> Tensor:
     """The mean of a tensor over the processes, in place; what is not finite in one is not finite in the mean."""
     if processes.count > 1:
