@@ -10,7 +10,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,6 +108,13 @@ def from_all(processes: Processes, value: T) -> list[T]:
     box: list[T | None] = [None] * processes.count
     dist.all_gather_object(box, value)
     return box  # type: ignore[return-value]
+
+
+def copy_from_main(processes: Processes, tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors, the same number and shapes in every process, with those of the main process."""
+    if processes.count > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def mean_over(processes: Processes, values: Tensor) -> Tensor:

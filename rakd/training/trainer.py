@@ -20,7 +20,7 @@ from rakd.training.loading import make_loader
 from rakd.training.log import RESERVED, Log, Row
 from rakd.training.optimizing import learning_rate, make_optimizer
 from rakd.training.order import EndlessOrder, StepSampler, image_seeds, process_seed
-from rakd.training.processes import current_processes, from_all, from_main, mean_over, wait_for_all
+from rakd.training.processes import copy_from_main, current_processes, from_all, from_main, mean_over, wait_for_all
 from rakd.training.settings import TrainSettings
 
 _AMP = {"off": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -141,6 +141,8 @@ class Trainer:
                 progress.update()
                 if done or self.step % self.settings.checkpoint_every == 0:
                     self._save()
+        # Running means of batch normalisation: each process has its own of the last step. The checkpoint has these.
+        copy_from_main(self.processes, self.learner.buffers())
         if self.processes.main:
             self.log.write(self.out / "log.csv")
         wait_for_all(self.processes)
