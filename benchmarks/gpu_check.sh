@@ -2,8 +2,8 @@
 # What is wanted on a machine with a GPU, in one go: build, all tests that need the GPU, compute-sanitizer on small
 # shapes, the benchmarks with all peers, ncu on the two hottest kernels.
 #
-# Meant to take about 8 minutes where all goes well. A step that hangs is cut off after the seconds that stand behind its name;
-# these allow for slower machines, and come to 20 minutes in all.
+# Meant to take about 8 minutes where all goes well. A step that hangs is cut off after the seconds that stand behind
+# its name; these allow for slower machines, and come to 20 minutes in all.
 #
 #   benchmarks/gpu_check.sh OUT [PYTHON]
 #
