@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# What is wanted on a machine with a GPU, in one go and within about 8 minutes: build, all tests, compute-sanitizer on
-# small shapes, the benchmarks with all peers, ncu on the two hottest kernels.
+# What is wanted on a machine with a GPU, in one go: build, all tests that need the GPU, compute-sanitizer on small
+# shapes, the benchmarks with all peers, ncu on the two hottest kernels.
+#
+# Meant to take about 8 minutes where all goes well. A step that hangs is cut off after the seconds that stand behind
+# its name; these allow for slower machines, and come to 20 minutes in all.
 #
 #   benchmarks/gpu_check.sh OUT [PYTHON]
 #
@@ -37,6 +40,7 @@ arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capabil
 step build 150 env RAKD_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py build_ext --inplace
 step backends 30 "$python" -c 'import rakd_ops; s = rakd_ops.available_backends(); print(s); assert s["cuda"] is True'
 step tests 170 "$python" -m pytest -q tests/ops -k 'cuda or triton'
+step tests-training 90 "$python" -m pytest -q tests/rakd/test_training.py -k test_on_a_gpu
 
 small='import torch, sys; sys.path.insert(0, "tests/ops"); from cases import pyramid, random_boxes
 from rakd_ops import soft_roi_distill, multilevel_roi_align

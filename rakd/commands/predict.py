@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from rakd.detector.configs import DetectorConfig
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,28 @@ class Predict:
         from rakd.detector.inference import detect
         from rakd.visualize import draw_frame, prediction_layer
 
+        self._check_names()
+        # What is wrong with the last image is said before the first detection.
+        calibrations = [
+            read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib)
+            for path in self.images
+        ]
+        device = choose_device(self.device)
+        detector = load_detector(self.checkpoint).to(device)
+        self._check_sizes(detector.config)
+        for path, calibration in zip(self.images, calibrations, strict=True):
+            pixels = read_image(path)
+            sample = make_sample(path.stem, Image.fromarray(pixels), calibration, None, detector.config.height)
+            objects = detect(detector, sample, device)
+            write_objects(self.out / f"{path.stem}.txt", objects)
+            scores = objects.scores
+            shown = objects if scores is None else objects.select(scores >= self.min_score)
+            draw_frame(self.out / f"{path.stem}.png", pixels, calibration, [prediction_layer(shown)], title=path.stem)
+            print(f"{path}: {len(objects)} objects, {len(shown)} of them with a score of {self.min_score:g} or more")
+        print(f"results and pictures are in {self.out}")
+
+    def _check_names(self) -> None:
+        """Refuse images of one name, and to write over what is read."""
         if not self.images:
             raise ValueError("IMAGE: expected at least one image, got none")
         names = [image.stem for image in self.images]
@@ -56,16 +81,17 @@ class Predict:
             for path in (self.out / f"{name}.txt", self.out / f"{name}.png"):
                 if path.resolve() in inputs:
                     raise ValueError(f"out must be another folder: {path}, which is an input, would be overwritten")
-        device = choose_device(self.device)
-        detector = load_detector(self.checkpoint).to(device)
+
+    def _check_sizes(self, config: "DetectorConfig") -> None:
+        """Refuse images that are wider than the detector's."""
+        from rakd.data.frames import read_image_size
+        from rakd.data.kitti import resized_width
+
         for path in self.images:
-            pixels = read_image(path)
-            calibration = read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib)
-            sample = make_sample(path.stem, Image.fromarray(pixels), calibration, None, detector.config.height)
-            objects = detect(detector, sample, device)
-            write_objects(self.out / f"{path.stem}.txt", objects)
-            scores = objects.scores
-            shown = objects if scores is None else objects.select(scores >= self.min_score)
-            draw_frame(self.out / f"{path.stem}.png", pixels, calibration, [prediction_layer(shown)], title=path.stem)
-            print(f"{path}: {len(objects)} objects, {len(shown)} of them with a score of {self.min_score:g} or more")
-        print(f"results and pictures are in {self.out}")
+            size = read_image_size(path)
+            width = resized_width(size, config.height)
+            if config.width is not None and width > config.width:
+                raise ValueError(
+                    f"{path}: too wide for the detector: resized from {size[0]} x {size[1]} pixels to its height, "
+                    f"{config.height}, it is {width} wide; expected at most {config.width}"
+                )

@@ -2,12 +2,18 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from rakd.detector.configs import DETECTORS
+from rakd.detector.configs import DETECTORS, DetectorName
 from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from rakd.data.kitti import KittiDataset
+    from rakd.detector.detector import Detector
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Train:
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder of the run."""
 
-    detector: Literal["tiny", "tiny-expert", "small", "kitti-r18", "kitti-r50"] = "kitti-r50"
+    detector: DetectorName = "kitti-r50"
     """Which detector."""
 
     splits: Annotated[tuple[str, str], arg(metavar="TRAIN VAL")] = ("train", "val")
@@ -71,12 +77,8 @@ class Train:
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
         from rakd.detector.detector import Detector
-        from rakd.detector.files import save_detector
-        from rakd.detector.inference import write_detections
         from rakd.distill.learner import Learner
-        from rakd.evaluation.kitti import evaluate
-        from rakd.evaluation.report import format_table
-        from rakd.training.processes import start_processes
+        from rakd.training.processes import start_processes, wait_for_all
         from rakd.training.trainer import Trainer
 
         config = DETECTORS[self.detector]
@@ -114,12 +116,22 @@ class Train:
                 fingerprint={"detector": asdict(config)},
                 image_size=None if config.width is None else (config.width, config.height),
             ).run()
-            if not processes.main:
-                return
-            save_detector(self.out / "detector.pt", detector)
-            write_detections(detector.eval(), val, self.out / "detections", processes.device)
-            frames = [frame.id for frame in val.frames]
-            result = evaluate(self.data / "training" / "label_2", self.out / "detections", frames=frames)
-            for average in ("R40", "R11"):
-                print(f"\n{format_table(result, average)}")
-            print(f"\nweights: {self.out / 'detector.pt'}; detections: {self.out / 'detections'}")
+            if processes.main:
+                self._finish(detector.eval(), val, processes.device)
+            # Who left the others earlier would take the connection with it.
+            wait_for_all(processes)
+
+    def _finish(self, detector: "Detector", val: "KittiDataset", device: "torch.device") -> None:
+        """Write weights and detections, and print their evaluation."""
+        from rakd.detector.files import save_detector
+        from rakd.detector.inference import write_detections
+        from rakd.evaluation.kitti import evaluate
+        from rakd.evaluation.report import format_table
+
+        save_detector(self.out / "detector.pt", detector)
+        write_detections(detector, val, self.out / "detections", device)
+        frames = [frame.id for frame in val.frames]
+        result = evaluate(self.data / "training" / "label_2", self.out / "detections", frames=frames)
+        for average in ("R40", "R11"):
+            print(f"\n{format_table(result, average)}")
+        print(f"\nweights: {self.out / 'detector.pt'}; detections: {self.out / 'detections'}")

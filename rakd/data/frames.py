@@ -7,6 +7,9 @@ The layout, as KITTI is distributed::
     ROOT/ImageSets/{train,val,...}.txt        one frame number a line
 """
 
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -97,17 +100,40 @@ def find_frames(root: Path, split: str | None = None, part: Part = "training") -
     return frames
 
 
+def digest(frames: Sequence[Frame]) -> str:
+    """What tells these frames from others, wherever their folder lies.
+
+    Ids, labels and calibrations count in full; of images, which would take minutes to read, the size of the file.
+
+    Args:
+        frames: In their order, which counts as well.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+    """
+    found = hashlib.sha256()
+    for frame in frames:
+        label = b"" if frame.label is None else frame.label.read_bytes()
+        for part in (frame.id.encode(), str(frame.image.stat().st_size).encode(), frame.calib.read_bytes(), label):
+            # With its length before it, no part can be taken for the end of the one before.
+            found.update(b"%d:" % len(part) + part)
+    return found.hexdigest()[:16]
+
+
 def read_split(path: Path) -> list[str]:
     """Read a list of frame numbers, one a line.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line is not a frame number, a frame is listed twice, or the list is empty.
+        ValueError: It is not a text file, a line is not a frame number, a frame is listed twice, or the list is empty.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not there: expected a list of frame numbers, one a line")
     lines: dict[str, int] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         id_ = line.strip()
         if not id_:
             continue
@@ -128,13 +154,19 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
         FileNotFoundError: There is no such file.
         ValueError: It is not an image, or a broken one.
     """
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+    with _open_image(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Read the (width, height) of an image in pixels, without its pixels.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not an image.
+    """
+    with _open_image(path) as image:
+        return image.size
 
 
 def read_calibration(path: Path, camera: str = "P2") -> Calibration:
@@ -146,9 +178,9 @@ def read_calibration(path: Path, camera: str = "P2") -> Calibration:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The matrix is missing or malformed; names file and line.
+        ValueError: It is not a text file, or the matrix is missing or malformed; names file and line.
     """
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         name, _, rest = line.partition(":")
         if name.strip() != camera:
             continue
@@ -177,3 +209,22 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     lines = [f"P{camera}: {matrix}" for camera in range(4)]
     lines += [f"R0_rect: {rotation}", f"Tr_velo_to_cam: {transform}", f"Tr_imu_to_velo: {transform}"]
     write_text(path, "\n".join(lines) + "\n")
+
+
+@contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image; what goes wrong in the block, too, is said of the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from None

@@ -164,6 +164,11 @@ class KittiDataset(Dataset[Sample]):
         return image
 
 
+def resized_width(size: tuple[int, int], height: int) -> int:
+    """The width in pixels that an image of ``size``, (width, height), has when it is resized to a height."""
+    return round(size[0] * height / size[1])
+
+
 def make_sample(
     name: str, image: Image.Image, calibration: Calibration, objects: Objects | None, height: int | None
 ) -> Sample:
@@ -179,7 +184,7 @@ def make_sample(
     original = image.size
     scale_y = 1.0
     if height is not None:
-        width = round(original[0] * height / original[1])
+        width = resized_width(original, height)
         scale_x, scale_y = width / original[0], height / original[1]
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         calibration = calibration.resized(scale_x, scale_y)

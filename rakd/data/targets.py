@@ -1,5 +1,6 @@
 """Training targets of a frame: which objects to learn from, which to ignore, and what to predict for them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -97,6 +98,21 @@ def make_targets(
         projected_height=_tensor(calibration.projection[1, 1] * used.dimensions[:, 0] / used.location[:, 2]),
         ignored=_tensor(objects.boxes[~wanted]),
     )
+
+
+def pooling_boxes(boxes: Sequence[Tensor]) -> list[Tensor]:
+    """Turn boxes of a data set into boxes to pool features from.
+
+    KITTI's coordinates are 0 at the centre of the first pixel; those of pooled boxes are 0 at its outer edge, half a
+    pixel before (`rakd_ops.multilevel_roi_align`, and torchvision's RoIAlign with ``aligned``).
+
+    Args:
+        boxes: Per image ``[K_b, 4]`` (x1, y1, x2, y2), pixels.
+
+    Returns:
+        New tensors of the same shapes and types.
+    """
+    return [rows + 0.5 for rows in boxes]
 
 
 def visible_shares(boxes: FloatArray, distance: FloatArray) -> FloatArray:

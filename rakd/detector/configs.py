@@ -1,6 +1,7 @@
 """Settings of detectors, and the detectors that have a name."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rakd.distill import Weights
 
@@ -111,6 +112,9 @@ def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: i
         width=width,
     )
 
+
+DetectorName = Literal["tiny", "tiny-expert", "small", "kitti-r18", "kitti-r50"]
+"""Names of `DETECTORS`, as the command line reads them."""
 
 DETECTORS = {
     "tiny": _scaled(128, 448, "mobilenet_v3_small", 64, sampled=64, hidden=256),

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from rakd.data.frames import Frame
 from rakd.data.kitti import Batch, KittiDataset, collate
+from rakd.data.targets import pooling_boxes
 from rakd.detector.pyramid import STRIDES, Pyramid
 from rakd.distill import Weights
 from rakd.distill.distiller import Distiller
@@ -112,7 +113,7 @@ class FeatureLearner(nn.Module):
         """The loss of a batch."""
         device = next(self.apprentice.parameters()).device
         images = batch.images.to(device)
-        boxes = [rows.to(device) for rows in object_boxes(batch)]
+        boxes = pooling_boxes([rows.to(device) for rows in object_boxes(batch)])
         return {"loss": self.distiller(images, self.apprentice.extract_features(images), boxes)}
 
 

@@ -1,16 +1,14 @@
 """What the trainer trains: a detector, and with it, where an expert teaches, the distillation term."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 
 from rakd.data.kitti import Batch
+from rakd.data.targets import pooling_boxes
 from rakd.detector.detector import Detector
+from rakd.distill import Regions
 from rakd.distill.distiller import Distiller
-
-Regions = Literal["proposals", "objects"]
-"""Where features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
 
 
 class Learner(nn.Module):
@@ -45,8 +43,7 @@ class Learner(nn.Module):
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
-            # Distillation counts from pixel edges, boxes count from pixel centres.
-            losses["distillation"] = self.distiller(images, features, [rows + 0.5 for rows in boxes])
+            losses["distillation"] = self.distiller(images, features, pooling_boxes(boxes))
         return losses
 
 

@@ -10,7 +10,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,6 +99,22 @@ def from_main(processes: Processes, make: Callable[[], T]) -> T:
     box = [make() if processes.main else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
+
+
+def from_all(processes: Processes, value: T) -> list[T]:
+    """Give each process's value, which must be picklable, to all, in the order of their ranks."""
+    if processes.count == 1:
+        return [value]
+    box: list[T | None] = [None] * processes.count
+    dist.all_gather_object(box, value)
+    return box  # type: ignore[return-value]
+
+
+def copy_from_main(processes: Processes, tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors, the same number and shapes in every process, with those of the main process."""
+    if processes.count > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def mean_over(processes: Processes, values: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The trainer: steps, mixed precision, checkpoints and logs for any learner, in one process or many."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
@@ -14,13 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from rakd.data.frames import digest
 from rakd.data.kitti import Batch, KittiDataset
 from rakd.training.checkpoints import differences, load_checkpoint, plain, remove_leftovers, save_checkpoint
 from rakd.training.loading import make_loader
 from rakd.training.log import RESERVED, Log, Row
 from rakd.training.optimizing import learning_rate, make_optimizer
 from rakd.training.order import EndlessOrder, StepSampler, image_seeds, process_seed
-from rakd.training.processes import current_processes, from_main, mean_over, wait_for_all
+from rakd.training.processes import copy_from_main, current_processes, from_all, from_main, mean_over, wait_for_all
 from rakd.training.settings import TrainSettings
 
 _AMP = {"off": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,8 +65,8 @@ class Trainer:
         step: Steps done.
 
     Raises:
-        ValueError: ``batch_size`` cannot be shared out evenly, the folder holds a run with other settings, or its
-            checkpoint cannot be read.
+        ValueError: ``batch_size`` cannot be shared out evenly, processes have other settings or data than the first
+            one, the folder holds a run with other settings or data, or its checkpoint cannot be read.
         TypeError: ``fingerprint`` holds something else than plain values.
     """
 
@@ -106,6 +106,7 @@ class Trainer:
         self.step = 0
         self._terms: tuple[str, ...] | None = None
         self._fingerprint = self._make_fingerprint(fingerprint or {})
+        self._agree()
         self._resume()
         self._model = self._parallel()
 
@@ -140,6 +141,8 @@ class Trainer:
                 progress.update()
                 if done or self.step % self.settings.checkpoint_every == 0:
                     self._save()
+        # Running means of batch normalisation: each process has its own of the last step. The checkpoint has these.
+        copy_from_main(self.processes, self.learner.buffers())
         if self.processes.main:
             self.log.write(self.out / "log.csv")
         wait_for_all(self.processes)
@@ -215,7 +218,7 @@ class Trainer:
         dataset = self.dataset
         data = {
             "frames": len(dataset),
-            "ids": hashlib.sha256(" ".join(frame.id for frame in dataset.frames).encode()).hexdigest()[:16],
+            "digest": digest(dataset.frames),
             "height": dataset.height,
             "augmentation": None if dataset.augmentation is None else asdict(dataset.augmentation),
             "seed": dataset.seed,
@@ -243,6 +246,14 @@ class Trainer:
             )
             # After the checkpoint, so that no row stands there that will be made again.
             self.log.write(self.out / "log.csv")
+
+    def _agree(self) -> None:
+        # Each process reads its own copy of the data. All look at all, so that none waits for one that has given up.
+        first, *others = from_all(self.processes, self._fingerprint)
+        for rank, fingerprint in enumerate(others, start=1):
+            other = differences(first, fingerprint)
+            if other:
+                raise ValueError(f"process {rank} (here) differs from the first one (there): {'; '.join(other)}")
 
     def _resume(self) -> None:
         """Go on from the checkpoint, if there is one. The main process reads it for all."""

@@ -56,9 +56,17 @@ class Uneven(ToyLearner):
         return losses
 
 
-def failure(learner: nn.Module, name: str, **options: int) -> str:
+def changed_scenes() -> Path:
+    """A copy of the scenes with other labels."""
+    copy = shutil.copytree(SCENES, OUT / "changed")
+    for path in (copy / "training" / "label_2").iterdir():
+        path.write_text("")
+    return copy
+
+
+def failure(learner: nn.Module, name: str, scenes: Path = SCENES, **options: int) -> str:
     try:
-        make_trainer(SCENES, OUT / name, learner, **options).run()
+        make_trainer(scenes, OUT / name, learner, **options).run()
     except ValueError as error:
         return str(error)
     return "none"
@@ -80,6 +88,7 @@ def main(processes: Processes) -> None:
         "resumed_at": at,
         "not_finite": failure(Unlucky(), "unlucky"),
         "odd": failure(ToyLearner(), "odd", batch_size=3),
+        "unlike": failure(ToyLearner(), "unlike", scenes=SCENES if processes.main else changed_scenes()),
         "other": failure(ToyLearner(torch.float64), "two", steps=11),
         "extra": uneven.extra.tolist(),
     }

@@ -1,17 +1,11 @@
-"""The detector as a whole: features, losses, their gradients, draws, processes, settings."""
+"""The detector as a whole: features, losses, their gradients, draws."""
 
-import os
-import pickle
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from detector_cases import LOSSES, MANY, NONE, ONE, SIZE, images, losses, make_targets, still
 from torchvision.models.detection.image_list import ImageList
 
 from rakd.data.targets import Targets
@@ -21,57 +15,7 @@ from rakd.detector.proposals import IGNORED, covered
 from rakd.detector.pyramid import STRIDES
 from rakd.geometry import Calibration
 
-SIZE = (128, 64)
-LOSSES = [
-    *("objectness", "proposal_box", "class", "box"),
-    *("dimensions", "angle", "corners", "center", "distance"),
-]
 CAMERA = Calibration(np.array([[72.0, 0, 64, 4], [0, 72, 17, 0.02], [0, 0, 1, 0.003]]))
-
-
-def make_targets(*boxes: tuple[float, float, float, float], ignored: tuple[tuple[float, ...], ...] = ()) -> Targets:
-    """Objects of all classes in turn in these 2D boxes, anywhere in space."""
-    count = len(boxes)
-    rng = torch.Generator().manual_seed(count)
-    table = torch.tensor(boxes).reshape(count, 4)
-    return Targets(
-        classes=torch.arange(count) % 3,
-        boxes=table,
-        dimensions=1 + torch.rand(count, 3, generator=rng),
-        location=torch.rand(count, 3, generator=rng) + torch.tensor([0.0, 1, 12]),
-        rotation_y=torch.rand(count, generator=rng),
-        alpha=torch.rand(count, generator=rng),
-        keypoints=table[:, None, :2] + 10 * torch.rand(count, 9, 2, generator=rng),
-        keypoints_seen=torch.rand(count, 9, generator=rng) > 0.2,
-        projected_height=5 + 20 * torch.rand(count, generator=rng),
-        ignored=torch.tensor(ignored).reshape(-1, 4),
-    )
-
-
-MANY = make_targets((5, 20, 40, 50), (50, 10, 70, 55), (80, 30, 125, 60))
-ONE = make_targets((60, 12, 90, 60))
-NONE = make_targets()
-
-
-def images(count: int = 1, seed: int = 0) -> Tensor:
-    return torch.rand(count, 3, SIZE[1], SIZE[0], generator=torch.Generator().manual_seed(seed))
-
-
-def losses(
-    detector: Detector, pixels: Tensor, targets: list[Targets], seeds: list[int] | None = None
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    count = len(targets)
-    features = detector.extract_features(pixels)
-    return detector.losses(features, [SIZE] * count, targets, list(range(count)) if seeds is None else seeds)
-
-
-def still(detector: Detector) -> Detector:
-    """In training mode, but with normalisation that does not look at the batch; in float64."""
-    detector.double().train()
-    for module in detector.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    return detector
 
 
 @pytest.fixture
@@ -304,102 +248,3 @@ def test_rows_of_targets() -> None:
     nothing = target_rows(NONE, torch.tensor([-1, -1]))
     assert nothing.classes.tolist() == [0, 0]
     assert nothing.keypoints.shape == (2, 9, 2) and nothing.keypoints_seen.dtype == torch.bool
-
-
-@pytest.mark.parametrize("name", ["kitti-r18", "kitti-r50"])
-def test_the_papers_settings(name: str) -> None:
-    config = DETECTORS[name]
-    assert (config.height, config.width) == (512, 1760)
-    assert config.proposals.anchor_sizes == (32, 64, 128, 256, 512)
-    assert config.heads.sampled == 512 and config.heads.width == 1024
-    # Without the download, and with heads that take no second to make.
-    light = replace(
-        config,
-        backbone=replace(config.backbone, weights="random", deformable=True),
-        heads=replace(config.heads, width=8),
-    )
-    detector = Detector(light)
-    assert detector.channels == 256
-    terms, _ = losses(detector, images(), [MANY])
-    assert list(terms) == LOSSES
-    assert all(term.isfinite() for term in terms.values())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"height": 100}, "height must be a positive multiple of 32, got 100"),
-        ({"height": 0}, "height must be a positive multiple of 32, got 0"),
-        ({"width": 1750}, "width must be a positive multiple of 32 or None, got 1750"),
-    ],
-)
-def test_settings_are_checked(small_config: DetectorConfig, change: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(small_config, **change)
-
-
-def test_the_number_of_anchor_sizes_is_checked(small_config: DetectorConfig) -> None:
-    with pytest.raises(ValueError, match="anchor_sizes must hold 4 or 5 sizes"):
-        replace(small_config, proposals=replace(small_config.proposals, anchor_sizes=(8, 16, 32)))
-
-
-PROCESS = """
-import os, pickle, sys, torch
-import torch.distributed as dist
-from torch import nn
-from rakd.detector.detector import Detector
-
-with open(sys.argv[1], "rb") as file:
-    config, images, batches = pickle.load(file)
-torch.set_num_threads(1)
-
-class Learner(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.detector = Detector(config).double().train()
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-    def forward(self, rows, targets):
-        features = self.detector.extract_features(images[rows].double())
-        sizes = [(images.shape[3], images.shape[2])] * len(rows)
-        return self.detector.losses(features, sizes, [targets[i] for i in rows], [7 + i for i in rows])
-
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo", rank=rank, world_size=2)
-learner = Learner()
-parallel = nn.parallel.DistributedDataParallel(learner)
-
-def gradients(network, rows, targets):
-    learner.zero_grad()
-    terms, foreground = network(rows, targets)
-    torch.stack(list(terms.values())).sum().backward()
-    return {name: p.grad.clone() for name, p in learner.named_parameters()}, [len(boxes) for boxes in foreground]
-
-for targets in batches:
-    shared, (own,) = gradients(parallel, [rank], targets)
-    whole, counts = gradients(learner, [0, 1], targets)
-    assert counts[0] != counts[1] and counts[rank] == own, (counts, own)
-    for name, gradient in whole.items():
-        # The heads' answers are float32, so that sums in another order differ in the seventh digit.
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(shared[name], gradient, rtol=1e-5, atol=2e-6 * scale, msg=lambda text: name + text)
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_give_the_gradients_of_one(small_config: DetectorConfig, tmp_path: Path) -> None:
-    batches = [[MANY, ONE], [NONE, ONE]]
-    (tmp_path / "input").write_bytes(pickle.dumps((small_config, images(2), batches)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROCESS, str(tmp_path / "input")]
-    ranks = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 import rakd.study.run
+import rakd.training.processes
 from rakd.cli import main
 from rakd.commands import distill as distill_module
 from rakd.commands.devices import choose_device
@@ -20,6 +23,7 @@ from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
 from rakd.study.results import StudyResult
 from rakd.study.settings import STUDIES, StudySettings
+from rakd.training.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,26 @@ def test_train(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "R40" in text and "R11" in text
     assert main([*train(scenes, run), "--seed", "1"]) == 2
     assert "settings.seed is 0 there and 1 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_process_leaves_the_training_before_the_evaluation(
+    rank: int, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[set[str]] = []
+
+    @contextmanager
+    def start(device: str) -> Iterator[Processes]:
+        yield Processes(torch.device(device), rank)
+        assert len(there) == 1
+
+    monkeypatch.setattr(rakd.training.processes, "start_processes", start)
+    monkeypatch.setattr(
+        rakd.training.processes, "wait_for_all", lambda _: there.append({path.name for path in tmp_path.iterdir()})
+    )
+    assert main(train(scenes, tmp_path)) == 0
+    written = {"checkpoint.pt", "log.csv"}
+    assert there == [written if rank else written | {"detector.pt", "detections"}]
 
 
 def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +124,34 @@ def test_predict_wants_a_detector(run: Path, scenes: Path, tmp_path: Path, capsy
     arguments[1] = str(tmp_path / "text.png")
     assert main([*arguments[:-4], "--out", str(tmp_path / "o"), "--checkpoint", str(run / "detector.pt")]) == 2
     assert "text.png: cannot be read as an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["wide", "missing", "calibration"])
+def test_predict_says_what_is_wrong_with_the_last_image_before_it_begins(
+    fault: str, run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = find_frames(scenes)[0]
+    calib, last = tmp_path / "calib", tmp_path / "last.png"
+    calib.mkdir()
+    for name in (f"{frame.id}.txt", "last.txt"):
+        shutil.copy(frame.calib, calib / name)
+    shutil.copy(frame.image, last)
+    if fault == "wide":
+        Image.new("RGB", (1000, 250)).save(last)
+        message = (
+            f"{last}: too wide for the detector: resized from 1000 x 250 pixels to its height, 128, it is 512 wide; "
+            "expected at most 448"
+        )
+    elif fault == "missing":
+        last.unlink()
+        message = f"No such file or directory: '{last}'"
+    else:
+        shutil.copy(frame.image, calib / "last.txt")
+        message = f"{calib / 'last.txt'}: not a text file"
+    arguments = ["predict", str(frame.image), str(last), "--calib", str(calib), "--device", "cpu"]
+    assert main([*arguments, "--checkpoint", str(run / "detector.pt"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_latency(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from rakd.cli import main
 from rakd.data.kitti import collate
@@ -66,6 +67,27 @@ def test_dontcare_regions_are_no_objects(scenes: Path, tmp_path: Path) -> None:
     for rows, sample in zip(boxes, batch.samples, strict=True):
         assert sample.objects is not None
         assert len(rows) == sum(kind != "DontCare" for kind in sample.objects.types)
+
+
+def test_features_are_compared_where_the_boxes_are(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FeatureRun(settings(scenes), tmp_path, CPU)
+    learner = FeatureLearner(run.apprentice, run.expert)
+    given: list[list[Tensor]] = []
+    forward = learner.distiller.forward
+
+    def noting(images: Tensor, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        given.append(boxes)
+        return forward(images, features, boxes)
+
+    monkeypatch.setattr(learner.distiller, "forward", noting)
+    batch = collate([run.dataset[0], run.dataset[1]])
+    learner(batch)
+    for rows, sample in zip(given[0], batch.samples, strict=True):
+        assert sample.objects is not None
+        expected = sample.objects.boxes[~sample.objects.is_type("DontCare")] + 0.5
+        torch.testing.assert_close(rows, torch.from_numpy(expected).float())
 
 
 def test_settings_are_checked(scenes: Path) -> None:

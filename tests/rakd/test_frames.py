@@ -1,13 +1,16 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from rakd.data.frames import (
+    digest,
     find_frames,
     read_calibration,
     read_image,
+    read_image_size,
     read_split,
     write_calibration,
 )
@@ -27,6 +30,35 @@ def test_all_frames_and_splits(scenes):
     assert frames[0].read_image().shape == (125, 414, 3)
     assert len(frames[0].read_labels()) > 0
     assert frames[0].read_calibration().projection[0, 0] == pytest.approx(721.5377 / 3)
+
+
+def test_digest_knows_frames_by_what_is_in_them(scenes, kitti):
+    first = digest(find_frames(scenes))
+    assert len(first) == 16 and int(first, 16) >= 0
+    assert digest(find_frames(kitti)) == first  # of another folder
+    assert digest(find_frames(kitti)[::-1]) != first
+    assert digest(find_frames(kitti, "train")) != first
+    seen = {first}
+    for name in ("label_2/000003.txt", "calib/000003.txt", "image_2/000003.png"):
+        path = kitti / "training" / name
+        before = path.read_bytes()
+        # Text of the same length; images count by their size.
+        path.write_bytes(before + b"0" if path.suffix == ".png" else before.replace(b"1", b"2", 1))
+        seen.add(digest(find_frames(kitti)))
+        path.write_bytes(before)
+    assert len(seen) == 4
+    assert digest(find_frames(kitti)) == first
+    label = kitti / "training" / "label_2"
+    (label / "000003.txt").rename(label / "x")
+    (label / "000004.txt").rename(label / "000003.txt")
+    (label / "x").rename(label / "000004.txt")
+    assert digest(find_frames(kitti)) != first
+
+
+def test_digest_does_without_labels(scenes):
+    frames = find_frames(scenes)
+    bare = [replace(frame, label=None) for frame in frames]
+    assert digest(bare) != digest(frames)
 
 
 def test_splits_keep_their_order(kitti):
@@ -86,8 +118,23 @@ def test_broken_images(tmp_path, scenes):
     path.write_bytes((scenes / "training" / "image_2" / "000000.png").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"a\.png: cannot be read as an image"):
         read_image(path)
-    with pytest.raises(FileNotFoundError):
-        read_image(tmp_path / "b.png")
+    path.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"a\.png: cannot be read as an image"):
+        read_image_size(path)
+    for read in (read_image, read_image_size):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "b.png")
+
+
+def test_image_sizes(scenes):
+    assert read_image_size(scenes / "training" / "image_2" / "000000.png") == (414, 125)
+
+
+def test_files_that_are_not_text_are_named(scenes):
+    image = scenes / "training" / "image_2" / "000000.png"
+    for read in (read_calibration, read_split):
+        with pytest.raises(ValueError, match=r"000000\.png: not a text file"):
+            read(image)
 
 
 def test_calibration_round_trip(tmp_path):

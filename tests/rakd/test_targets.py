@@ -2,11 +2,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.ops import roi_align
 
 from rakd.data.labels import Objects
-from rakd.data.targets import make_targets, visible_shares
+from rakd.data.targets import make_targets, pooling_boxes, visible_shares
 from rakd.geometry import MIRRORED_CORNERS, Calibration, alpha_from_rotation, box_corners, project_boxes
 
 SIZE = (1242, 375)
@@ -118,3 +120,14 @@ def test_visible_shares_agree_with_painting(rows):
     for i, share in enumerate(visible_shares(table, distance)):
         area = (table[i, 2] - table[i, 0]) * (table[i, 3] - table[i, 1])
         assert share == pytest.approx((canvas == i).sum() / area if area else 0.0)
+
+
+def test_pooling_boxes_cover_the_pixels_that_the_box_does() -> None:
+    # Of an image whose pixels hold their places, boxes pool their own centres.
+    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(48.0), indexing="ij")
+    boxes = [torch.tensor([[4.0, 5, 20, 13], [10.5, 9.25, 30, 20]]), torch.zeros(0, 4)]
+    before = [rows.clone() for rows in boxes]
+    pooled = roi_align(torch.stack([x, y])[None], pooling_boxes(boxes)[:1], 7, sampling_ratio=2, aligned=True)
+    torch.testing.assert_close(pooled.mean(dim=(2, 3)), (boxes[0][:, :2] + boxes[0][:, 2:]) / 2)
+    assert [rows.shape for rows in pooling_boxes(boxes)] == [(2, 4), (0, 4)]
+    assert all(torch.equal(*pair) for pair in zip(boxes, before, strict=True))

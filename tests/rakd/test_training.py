@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import warnings
 from collections.abc import Sequence
 from itertools import chain
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from toy_learner import CPU, ToyLearner, assert_same_bits, make_trainer, settings, weights
 
+from rakd.data.frames import find_frames
 from rakd.data.kitti import Batch, KittiDataset, Sample
 from rakd.training.log import Row
 from rakd.training.trainer import Trainer
@@ -180,9 +182,25 @@ def test_other_settings_are_refused(scenes: Path, tmp_path: Path) -> None:
     ):
         make_trainer(scenes, tmp_path, steps=9, seed=7)
     dataset = KittiDataset(scenes, "val", height=64)
-    with pytest.raises(ValueError, match=r"data\.augmentation is .* data\.frames is 8 there and 2 here; data\.ids"):
+    with pytest.raises(
+        ValueError, match=r"data\.augmentation is .* data\.digest is .* data\.frames is 8 there and 2 here"
+    ):
         Trainer(ToyLearner(), dataset, settings(steps=3), tmp_path, CPU)
     make_trainer(scenes, tmp_path, steps=3, workers=1, checkpoint_every=1)  # these change nothing that is learned
+
+
+def test_other_data_of_the_same_names_are_refused(scenes: Path, tmp_path: Path) -> None:
+    """Neither goes a run on with them, nor does it count as finished."""
+    copy = shutil.copytree(scenes, tmp_path / "copy")
+    make_trainer(scenes, tmp_path / "run", steps=3).run()
+    assert make_trainer(copy, tmp_path / "run", steps=3).step == 3
+    label = find_frames(copy, "train")[5].label
+    assert label is not None
+    label.write_text(label.read_text() + label.read_text())
+    with pytest.raises(
+        ValueError, match=r"holds a run with other settings: data\.digest is '\w+' there and '\w+' here"
+    ):
+        make_trainer(copy, tmp_path / "run", steps=3)
 
 
 def test_another_model_is_refused(scenes: Path, tmp_path: Path) -> None:

@@ -194,9 +194,12 @@ def test_a_file_cut_short_is_told(tmp_path: Path) -> None:
 
 def test_differences() -> None:
     there = {"settings": {"steps": 4, "clip": None}, "data": {}, "old": 1}
-    here = {"settings": {"steps": 8, "clip": None}, "data": {"ids": "a"}, "old": 1}
+    here = {"settings": {"steps": 8, "clip": None}, "data": {"digest": "a"}, "old": 1}
     assert differences(there, there) == []
-    assert differences(there, here) == ["data.ids is absent there and 'a' here", "settings.steps is 4 there and 8 here"]
+    assert differences(there, here) == [
+        "data.digest is absent there and 'a' here",
+        "settings.steps is 4 there and 8 here",
+    ]
 
 
 def test_processes_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,7 @@ def test_all_processes_refuse_wrong_settings(outcome: Outcome) -> None:
     for report in outcome.reports:
         assert report["odd"] == "batch_size must be a multiple of the number of processes, 2, got 3"
         assert "settings.steps is 10 there and 11 here" in report["other"]
+        assert report["unlike"].startswith("process 1 (here) differs from the first one (there): data.digest is ")
 
 
 def test_only_the_first_process_writes(outcome: Outcome) -> None:

@@ -1,0 +1,73 @@
+"""A detector in two processes learns what it learns in one."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from detector_cases import MANY, NONE, ONE, images
+
+from rakd.detector.configs import DetectorConfig
+
+PROCESS = """
+import os, pickle, sys, torch
+import torch.distributed as dist
+from torch import nn
+from rakd.detector.detector import Detector
+
+with open(sys.argv[1], "rb") as file:
+    config, images, batches = pickle.load(file)
+torch.set_num_threads(1)
+
+class Learner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.detector = Detector(config).double().train()
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    def forward(self, rows, targets):
+        features = self.detector.extract_features(images[rows].double())
+        sizes = [(images.shape[3], images.shape[2])] * len(rows)
+        return self.detector.losses(features, sizes, [targets[i] for i in rows], [7 + i for i in rows])
+
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", rank=rank, world_size=2)
+learner = Learner()
+parallel = nn.parallel.DistributedDataParallel(learner)
+
+def gradients(network, rows, targets):
+    learner.zero_grad()
+    terms, foreground = network(rows, targets)
+    torch.stack(list(terms.values())).sum().backward()
+    return {name: p.grad.clone() for name, p in learner.named_parameters()}, [len(boxes) for boxes in foreground]
+
+for targets in batches:
+    shared, (own,) = gradients(parallel, [rank], targets)
+    whole, counts = gradients(learner, [0, 1], targets)
+    assert counts[0] != counts[1] and counts[rank] == own, (counts, own)
+    for name, gradient in whole.items():
+        # The heads' answers are float32, so that sums in another order differ in the seventh digit.
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-5, atol=2e-6 * scale, msg=lambda text: name + text)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(small_config: DetectorConfig, tmp_path: Path) -> None:
+    batches = [[MANY, ONE], [NONE, ONE]]
+    (tmp_path / "input").write_bytes(pickle.dumps((small_config, images(2), batches)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "input")]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
