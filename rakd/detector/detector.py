@@ -15,7 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from rakd.data.labels import Objects
-from rakd.data.targets import Targets
+from rakd.data.targets import Targets, pooling_boxes
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.decode import decode
 from rakd.detector.heads import BoxHead, SpaceHead
@@ -206,10 +206,10 @@ class Detector(nn.Module):
         return boxes, losses
 
     def _pool(self, features: dict[str, Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Pool the boxes' features. Pooling counts from pixel edges, boxes count from pixel centres."""
+        """Pool the boxes' features."""
         return multilevel_roi_align(
             features,
-            [rows + 0.5 for rows in boxes],
+            pooling_boxes(boxes),
             strides=self.strides,
             output_size=_OUTPUT_SIZE,
             canonical_size=self.config.heads.canonical_size,

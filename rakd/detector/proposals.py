@@ -113,9 +113,9 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's region proposal network.
 
     Anchors stand where torchvision puts them, at multiples of the stride: half a cell left of and above the middle of
-    the cell that predicts from them. Different are: anchors have the maps' strides and float32; those that lie in regions to ignore count nothing;
-    they are drawn by `Sampler`; and losses are divided by the number of anchors to be drawn, which is the same for
-    every batch, so that processes which share a batch can average their gradients.
+    the cell that predicts from them. Different are: anchors have the maps' strides and float32; those that lie in
+    regions to ignore count nothing; they are drawn by `Sampler`; and losses are divided by the number of anchors to be
+    drawn, which is the same for every batch, so that processes which share a batch can average their gradients.
 
     Args:
         channels: Channels of the feature maps.

@@ -15,6 +15,3 @@ Regions = Literal["proposals", "objects"]
 MethodName = Literal["rakd", "hfa", "l_roi", "pkd", "semckd", "none"]
 """Distillation methods: RAKD (soft assignment of regions to levels), its ablations with hard assignment (HFA) and
 with all levels alike (L_RoI), PKD and SemCKD, which it is compared with, and none. See `methods.make_method`."""
-
-Regions = Literal["proposals", "objects"]
-"""Where region methods compare features: the apprentice's proposals that lie on objects, or the labelled boxes."""

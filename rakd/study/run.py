@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rakd.data.augment import Augmentation
+from rakd.data.frames import digest
 from rakd.data.kitti import KittiDataset
 from rakd.data.labels import Objects, read_results
 from rakd.detector.configs import DETECTORS
@@ -118,7 +119,7 @@ class Study:
         frames = self._evaluation_frames(32).frames
         here = {
             "expert": "trained here" if self.expert_file is None else _digest(self.expert_file.read_bytes()),
-            "evaluated frames": _digest(" ".join(frame.id for frame in frames).encode()),
+            "evaluated frames": digest(frames),
         }
         path = self.out / "basis.json"
         there = from_main(
