@@ -48,13 +48,13 @@ class Predict:
         from rakd.visualize import draw_frame, prediction_layer
 
         self._check_names()
+        device = choose_device(self.device)
+        detector = load_detector(self.checkpoint).to(device)
         # What is wrong with the last image is said before the first detection.
         calibrations = [
             read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib)
             for path in self.images
         ]
-        device = choose_device(self.device)
-        detector = load_detector(self.checkpoint).to(device)
         self._check_sizes(detector.config)
         for path, calibration in zip(self.images, calibrations, strict=True):
             pixels = read_image(path)
