@@ -81,6 +81,7 @@ class Study:
         self.logs: list[TrainingLog] = []
         self.started_from: dict[str, str] = {}
         self._check_batches()
+        self._frames = self._sizes()
         if expert is not None and not expert.is_file():
             raise FileNotFoundError(f"expert: {expert} is not there")
 
@@ -106,7 +107,7 @@ class Study:
             config=self._config(expert),
             versions=versions(self.processes.device),
             seeds=settings.seeds,
-            data=f"{self.data.name}: {self._sizes()}",
+            data=f"{self.data.name}: {self._frames}",
         )
         if self.processes.main:
             write_report(study, self.out, self.logs)
