@@ -6,6 +6,7 @@ box head → suppression → pooling of what is left → attribute and distance 
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Detector(nn.Module):
             frozen_norm=backbone.frozen_norm,
         )
         # The layout in which convolutions are fastest, on CPUs and GPUs, and in which pooling reads whole vectors.
-        self.pyramid.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        cast(Any, self.pyramid).to(memory_format=torch.channels_last)  # not every torch types this argument
         self.channels = backbone.channels
         with seeded_modules(seed + 1):
             self.proposals = ProposalNetwork(self.channels, config.proposals)
