@@ -48,7 +48,7 @@ def measure(
     """Measure detectors side by side: they take turns on one image, batch 1, in evaluation mode.
 
     The second stage of heads sees as many boxes as the first one finds in this image, at most
-    `HeadConfig.detections`; a detector with random weights lets the most through.
+    `rakd.detector.configs.HeadConfig.detections`; a detector with random weights lets the most through.
 
     Args:
         detectors: Each gets the image resized and padded as its settings say.
