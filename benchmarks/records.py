@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ import torchvision  # type: ignore[import-untyped, unused-ignore]
 
 import rakd_ops
 from rakd.files import replacing
+from rakd.study.versions import processor
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,6 @@ class Machine:
 Kind = TypeVar("Kind", Row, StepRow)
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()
-
-
 def _git(*arguments: str) -> str:
     """Output of a git command in the sources' folder; empty where there is no git or no checkout."""
     command = ["git", *arguments]
@@ -199,7 +190,7 @@ def describe_machine(device: str) -> Machine:
     cuda = torch.device(device).type == "cuda"
     return Machine(
         device=torch.cuda.get_device_name(device) if cuda else "cpu",
-        cpu=_cpu_model(),
+        cpu=processor(),
         torch=torch.__version__,
         torchvision=str(torchvision.__version__),
         rakd=rakd_ops.__version__,

@@ -19,7 +19,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -179,7 +179,7 @@ def _value(term: Term, features: Features) -> Tensor:
 def _make_detector(name: str, seed: int) -> Detector:
     config = DETECTORS[name]
     # Time does not depend on the weights, so nothing is downloaded.
-    return Detector(replace(config, backbone=replace(config.backbone, weights="random")), seed)
+    return Detector(config.without_download(), seed)
 
 
 def _freeze_norm(detector: Detector) -> None:

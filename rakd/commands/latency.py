@@ -30,7 +30,7 @@ class Latency:
         """Measure and print the table."""
         import csv
         import io
-        from dataclasses import asdict, replace
+        from dataclasses import asdict
         from tempfile import TemporaryDirectory
 
         from rakd.commands.devices import choose_device
@@ -53,7 +53,7 @@ class Latency:
                 models.append(load_detector(Path(name)))
             else:
                 # Layers take the same time with any weights, so nothing is downloaded.
-                models.append(Detector(replace(config, backbone=replace(config.backbone, weights="random"))))
+                models.append(Detector(config.without_download()))
         with TemporaryDirectory() as folder:
             make_scenes(Path(folder), 2, 0, workers=1, progress=False)
             costs = measure(models, find_frames(Path(folder))[0], device, repeats=self.repeats)

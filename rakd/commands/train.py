@@ -114,7 +114,7 @@ class Train:
                 processes.device,
                 name=self.detector,
                 fingerprint={"detector": asdict(config)},
-                image_size=None if config.width is None else (config.width, config.height),
+                image_size=config.image_size,
             ).run()
             if processes.main:
                 self._finish(detector.eval(), val, processes.device)

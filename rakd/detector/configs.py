@@ -1,6 +1,6 @@
 """Settings of detectors, and the detectors that have a name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rakd.distill import Weights
@@ -94,6 +94,15 @@ class DetectorConfig:
             raise ValueError(f"width must be a positive multiple of 32 or None, got {self.width}")
         if len(self.proposals.anchor_sizes) not in (4, 5):
             raise ValueError(f"anchor_sizes must hold 4 or 5 sizes, got {self.proposals.anchor_sizes}")
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(width, height) that images are padded to, pixels; None: whatever they need."""
+        return None if self.width is None else (self.width, self.height)
+
+    def without_download(self) -> "DetectorConfig":
+        """The same detector with a backbone of random weights: for weights from a file, or where they do not matter."""
+        return replace(self, backbone=replace(self.backbone, weights="random"))
 
 
 def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: int, hidden: int) -> DetectorConfig:

@@ -1,7 +1,7 @@
 """Detectors in files: weights together with the settings they belong to."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def load_detector(path: Path) -> Detector:
     try:
         config = _config(settings["detector"])
         # The file brings all weights: nothing is to be downloaded.
-        detector = Detector(_without_download(config))
+        detector = Detector(config.without_download())
         detector.config = config
         detector.load_state_dict(state)
         detector.pyramid.take_over_start(settings["started_from"])
@@ -44,7 +44,3 @@ def _config(values: Mapping[str, Any]) -> DetectorConfig:
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _without_download(config: DetectorConfig) -> DetectorConfig:
-    return replace(config, backbone=replace(config.backbone, weights="random"))

@@ -24,8 +24,7 @@ def detect(detector: Detector, sample: Sample, device: torch.device) -> Objects:
     Returns:
         Objects with scores, best first, in the pixels of the original image.
     """
-    config = detector.config
-    batch = collate([sample], size=None if config.width is None else (config.width, config.height))
+    batch = collate([sample], size=detector.config.image_size)
     found = detector.predict(batch.images.to(device), batch.sizes, [sample.calibration])[0]
     width, height = batch.sizes[0]
     return found.resized(sample.original_size[0] / width, sample.original_size[1] / height)

@@ -85,7 +85,7 @@ def _prepare(detector: Detector, frame: Frame, device: torch.device) -> Batch:
     config = detector.config
     image = Image.fromarray(frame.read_image())
     sample = make_sample(frame.id, image, frame.read_calibration(), None, config.height)
-    batch = collate([sample], size=None if config.width is None else (config.width, config.height))
+    batch = collate([sample], size=config.image_size)
     return replace(batch, images=batch.images.to(device))
 
 

@@ -1,6 +1,5 @@
 """A study as pictures: bars of methods with their seeds as dots, curves of training losses."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -180,6 +179,6 @@ def _write_title(figure: Figure, title: str, study: StudyResult) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in study.versions.items())
     source = " · ".join(part for part in (study.data, versions) if part)
     figure.text(0.012, 1 - 0.10 / height, title, va="top", size=13, weight="bold", color=INK)
-    # A line of this size holds about 14 letters an inch.
-    lines = textwrap.fill(source, int(14 * figure.get_figwidth()))
-    figure.text(0.012, 1 - 0.37 / height, lines, va="top", size=8.5, color=MUTED)
+    # At size 8.5 about 14 letters an inch; one line is all there is room for.
+    size = min(8.5, 8.5 * 14 * figure.get_figwidth() / max(1, len(source)))
+    figure.text(0.012, 1 - 0.37 / height, source, va="top", size=size, color=MUTED)

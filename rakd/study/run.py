@@ -11,10 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rakd.data.augment import Augmentation
-from rakd.data.frames import digest
+from rakd.data.frames import digest, find_frames
 from rakd.data.kitti import KittiDataset
 from rakd.data.labels import Objects, read_results
 from rakd.detector.configs import DETECTORS
@@ -81,7 +79,7 @@ class Study:
         self.logs: list[TrainingLog] = []
         self.started_from: dict[str, str] = {}
         self._check_batches()
-        self._frames = self._sizes()
+        self._train_frames, self._val_frames = (find_frames(data, split) for split in splits)
         if expert is not None and not expert.is_file():
             raise FileNotFoundError(f"expert: {expert} is not there")
 
@@ -107,7 +105,7 @@ class Study:
             config=self._config(expert),
             versions=versions(self.processes.device),
             seeds=settings.seeds,
-            data=f"{self.data.name}: {self._frames}",
+            data=self._describe_data(),
         )
         if self.processes.main:
             write_report(study, self.out, self.logs)
@@ -117,10 +115,9 @@ class Study:
 
     def _claim(self) -> None:
         """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
-        frames = self._evaluation_frames(32).frames
         here = {
             "expert": "trained here" if self.expert_file is None else _digest(self.expert_file.read_bytes()),
-            "evaluated frames": digest(frames),
+            "evaluated frames": digest(self._val_frames),
         }
         path = self.out / "basis.json"
         there = from_main(
@@ -226,7 +223,7 @@ class Study:
                 "regions": self.settings.regions,
                 "started_from": _start(detector),
             },
-            image_size=None if config.width is None else (config.width, config.height),
+            image_size=config.image_size,
             quiet=self.quiet,
         )
         rows = trainer.run()
@@ -251,7 +248,7 @@ class Study:
         if result.exists():
             return read_run(result)
         save_detector(folder / "detector.pt", detector)
-        dataset = self._evaluation_frames(detector.config.height)
+        dataset = KittiDataset(self.data, self.splits[1], height=detector.config.height)
         write_detections(detector, dataset, folder / "detections", self.processes.device, progress=not self.quiet)
         truth = self.data / "training" / "label_2"
         frames = [frame.id for frame in dataset.frames]
@@ -272,20 +269,17 @@ class Study:
     def _training_frames(self, height: int, seed: int) -> KittiDataset:
         settings = self.settings
         augmentation = Augmentation(flip=settings.flip, photometric=settings.photometric)
-        small = len(KittiDataset(self.data, self.splits[0])) <= _KEPT_IN_MEMORY
+        small = len(self._train_frames) <= _KEPT_IN_MEMORY
         return KittiDataset(self.data, self.splits[0], height=height, augmentation=augmentation, seed=seed, cache=small)
 
-    def _evaluation_frames(self, height: int) -> KittiDataset:
-        return KittiDataset(self.data, self.splits[1], height=height)
-
-    def _sizes(self) -> str:
-        train, val = (len(KittiDataset(self.data, split)) for split in self.splits)
-        return f"{train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
+    def _describe_data(self) -> str:
+        train, val = len(self._train_frames), len(self._val_frames)
+        name = self.data.name
+        return f"{name}: {train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
 
     def _models(self, expert: Detector) -> tuple[ModelFigures, ...]:
         apprentice = load_detector(self._folder(self.settings.methods[0]) / "detector.pt")
-        frame = self._evaluation_frames(apprentice.config.height).frames[0]
-        costs = measure([expert, apprentice], frame, self.processes.device, progress=not self.quiet)
+        costs = measure([expert, apprentice], self._val_frames[0], self.processes.device, progress=not self.quiet)
         return tuple(
             ModelFigures(
                 name=name,
@@ -306,8 +300,7 @@ class Study:
         titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}
         models = {title: self._folder(method) / "detections" for method, title in titles.items()}
         models = {title: folder for title, folder in models.items() if (folder.parent / "result.json").exists()}
-        dataset = self._evaluation_frames(32)
-        by_objects = sorted(dataset.frames, key=lambda frame: -_large_cars(frame.read_labels()))
+        by_objects = sorted(self._val_frames, key=lambda frame: -_large_cars(frame.read_labels()))
         frames = [
             Compared(
                 frame.id,
@@ -355,7 +348,6 @@ def _large_cars(objects: Objects) -> int:
 
 
 def _best(objects: Objects) -> Objects:
-    scores: Sequence[float] | np.ndarray = objects.scores if objects.scores is not None else []
-    if not len(scores):
+    if objects.scores is None or not len(objects):
         return objects
-    return objects.select(np.asarray(scores) >= _SHOWN_SHARE * np.max(scores))
+    return objects.select(objects.scores >= _SHOWN_SHARE * objects.scores.max())

@@ -1,6 +1,6 @@
 """Settings of a comparison of distillation methods, and the comparisons that have a name. Imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from rakd.detector.configs import DETECTORS
@@ -67,30 +67,23 @@ class StudySettings:
 
 _WEIGHTS = {"rakd": 1.0, "hfa": 1.0, "l_roi": 1.0, "pkd": 1.0, "semckd": 1.0}
 
+_TINY = TrainSettings(
+    steps=250,
+    batch_size=4,
+    learning_rate=1e-3,
+    optimizer="adamw",
+    warm_up=30,
+    schedule="cosine",
+    checkpoint_every=50,
+    log_every=1,
+)
+
 STUDIES = {
     "tiny": StudySettings(
         expert="tiny-expert",
         apprentice="tiny",
-        expert_training=TrainSettings(
-            steps=400,
-            batch_size=4,
-            learning_rate=1e-3,
-            optimizer="adamw",
-            warm_up=30,
-            schedule="cosine",
-            checkpoint_every=50,
-            log_every=1,
-        ),
-        training=TrainSettings(
-            steps=250,
-            batch_size=4,
-            learning_rate=1e-3,
-            optimizer="adamw",
-            warm_up=30,
-            schedule="cosine",
-            checkpoint_every=50,
-            log_every=1,
-        ),
+        expert_training=replace(_TINY, steps=400),
+        training=_TINY,
         weights=_WEIGHTS,
         photometric=0.0,
     ),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from two_processes import run_two_processes
 
 CODE = """
 import os, torch
@@ -45,16 +42,4 @@ dist.destroy_process_group()
 
 
 def test_two_processes_give_the_gradients_of_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE], env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr
+    run_two_processes("-c", CODE)

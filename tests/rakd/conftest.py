@@ -10,7 +10,7 @@ from hypothesis import settings
 from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.scenes import make_scenes
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 # The same examples in every run, however slow or busy the machine.
 settings.register_profile("rakd", deadline=None, derandomize=True)

@@ -1,13 +1,10 @@
 """A detector in two processes learns what it learns in one."""
 
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from detector_cases import MANY, NONE, ONE, images
+from two_processes import run_two_processes
 
 from rakd.detector.configs import DetectorConfig
 
@@ -59,15 +56,4 @@ dist.destroy_process_group()
 def test_two_processes_give_the_gradients_of_one(small_config: DetectorConfig, tmp_path: Path) -> None:
     batches = [[MANY, ONE], [NONE, ONE]]
     (tmp_path / "input").write_bytes(pickle.dumps((small_config, images(2), batches)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROCESS, str(tmp_path / "input")]
-    ranks = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr
+    run_two_processes("-c", PROCESS, str(tmp_path / "input"))

@@ -1,12 +1,8 @@
 """Counts shared by processes: alone, and with two on gloo, which must give the gradients of one on the whole batch."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
+from two_processes import run_two_processes
 
 from rakd.distributed import shared_mean_count
 
@@ -70,19 +66,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_give_the_gradients_of_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE], env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr
+    run_two_processes("-c", CODE)
 
 
 def test_alone_it_is_the_count() -> None:
