@@ -22,26 +22,26 @@ void align_forward(const std::vector<MapBatch>& maps, const Boxes& boxes, const 
                    const Options& options, Element element, void* output) {
   const int64_t levels = static_cast<int64_t>(maps.size()), batch = maps[0].batch, channels = maps[0].channels;
   const auto scales = level_scales(boxes, nullptr, strides, options.rule, 1.0);
-  const auto plans = build_plans<T>(boxes, scales, strides, maps, options, std::vector<bool>(levels, false));
+  const auto plans = build_plans<T>(boxes, scales, strides, maps, options);
   std::vector<std::vector<const Plan<T>*>> plans_of(batch);
   std::vector<std::vector<ImageView>> views_of(batch);
   std::vector<Item> items;
   ScratchSizes sizes;
   for (int64_t b = 0; b < batch; ++b) {
-    int64_t pixels = 0, middle = 0;
+    int64_t pixels = 0, rows = 0;
     for (int64_t l = 0; l < levels; ++l) {
       const Plan<T>& plan = plans[l * batch + b];
       plans_of[b].push_back(&plan);
       views_of[b].push_back(maps[l].image(b));
       pixels += plan.pixels + kSlack;
-      middle = std::max(middle, plan.intermediate);
+      rows = std::max(rows, plan.rows);
     }
     if (boxes.of_image[b].empty()) continue;
-    const int64_t width = block_width<T>(maps[0], pixels / 2);
+    const int64_t width = block_width<T>(channels);
     append_blocks(items, 0, b, channels, width);
     ScratchSizes needed;
     needed.values[0] = pixels * width;
-    needed.middle = middle * width;
+    needed.sums = rows * width;
     needed.pooled = (options.bins() + kSlack) * width;
     sizes.include(needed);
   }
@@ -68,18 +68,18 @@ void align_gradient(const std::vector<MapBatch>& gradients, const Boxes& boxes, 
   const int64_t levels = static_cast<int64_t>(gradients.size()), batch = gradients[0].batch;
   const int64_t channels = gradients[0].channels;
   const auto scales = level_scales(boxes, nullptr, strides, options.rule, 1.0);
-  const auto plans = build_plans<T>(boxes, scales, strides, gradients, options, std::vector<bool>(levels, false));
+  const auto plans = build_plans<T>(boxes, scales, strides, gradients, options);
   std::vector<Item> items;
   ScratchSizes sizes;
   for (int64_t l = 0; l < levels; ++l) {
     for (int64_t b = 0; b < batch; ++b) {
       const Plan<T>& plan = plans[l * batch + b];
-      const int64_t width = block_width<T>(gradients[l], plan.pixels);
+      const int64_t width = block_width<T>(channels);
       append_blocks(items, l, b, channels, width);
       if (gradients[l].channels_last) append_clearing(items, l, b, 0, gradients[l]);
       ScratchSizes needed;
       needed.gradients[0] = (plan.pixels + kSlack) * width;
-      needed.middle = options.bins_x * width;
+      needed.sums = plan.rows * width;
       needed.pooled = (options.bins() + kSlack) * width;
       sizes.include(needed);
     }

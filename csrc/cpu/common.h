@@ -46,44 +46,36 @@ inline DoubleList level_scales(const Boxes& boxes, const double* coefficients, c
   return scales;
 }
 
-// Plans of all (level, image) pairs, level-major, built in parallel: they share nothing. `quadratic` tells for each
-// level whether its patches may use the Gram form.
+// Plans of all (level, image) pairs, level-major, built in parallel: they share nothing.
 template <class T>
 std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, const DoubleList& strides,
-                                 const std::vector<MapBatch>& maps, const Options& options,
-                                 const std::vector<bool>& quadratic) {
+                                 const std::vector<MapBatch>& maps, const Options& options) {
   const int64_t batch = maps[0].batch, levels = static_cast<int64_t>(maps.size());
   std::vector<Plan<T>> plans(levels * batch);
-  torch::stable::parallel_for(0, levels * batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t l = i / batch;
-      PlanRequest request;
-      request.boxes = boxes.data;
-      request.selected = &boxes.of_image[i % batch];
-      request.scales = scales.data() + l;
-      request.scale_stride = levels;
-      request.stride = strides[l];
-      request.height = maps[l].height;
-      request.width = maps[l].width;
-      request.bins_y = options.bins_y;
-      request.bins_x = options.bins_x;
-      request.sampling_ratio = options.sampling_ratio;
-      request.quadratic = quadratic[l];
-      plans[i] = build_plan<T>(request);
-    }
+  // Fine levels take longest: whoever is free takes the next.
+  for_each_task(levels * batch, [&](int64_t i, int64_t) {
+    const int64_t l = i / batch;
+    PlanRequest request;
+    request.boxes = boxes.data;
+    request.selected = &boxes.of_image[i % batch];
+    request.scales = scales.data() + l;
+    request.scale_stride = levels;
+    request.stride = strides[l];
+    request.height = maps[l].height;
+    request.width = maps[l].width;
+    request.bins_y = options.bins_y;
+    request.bins_x = options.bins_x;
+    request.sampling_ratio = options.sampling_ratio;
+    plans[i] = build_plan<T>(request);
   });
   return plans;
 }
 
-// Width of the vector blocks: as many channels as make whole cache lines of a channels-last pixel; for the
-// channels-first layout fewer, and fewer still where the touched cells of a block would outgrow the L2 cache.
+// Width of the vector blocks: the channels that make a cache line.
 template <class T>
-int64_t block_width(const MapBatch& map, int64_t pixels) {
-  constexpr int64_t kCacheBytes = 640 << 10;
-  int64_t width = (map.stride[1] == 1 ? 128 : 64) / static_cast<int64_t>(sizeof(T));
-  if (map.stride[1] != 1 && 2 * pixels * width * static_cast<int64_t>(sizeof(T)) > kCacheBytes) width /= 2;
-  while (width > 8 && width / 2 >= map.channels) width /= 2;
-  return std::max<int64_t>(width, 8);
+int64_t block_width(int64_t channels) {
+  constexpr int64_t kWidth = 64 / static_cast<int64_t>(sizeof(T));
+  return kWidth > 8 && channels <= 8 ? 8 : kWidth;
 }
 
 // One (level, image, channel block), or a run of rows of a channels-last gradient to be cleared.

@@ -18,14 +18,14 @@ const Kernels& best_kernels();
 
 // Elements of the accumulation type that one worker's buffers need.
 struct ScratchSizes {
-  int64_t values[2] = {0, 0}, gradients[2] = {0, 0}, middle = 0, pooled = 0;
+  int64_t values[2] = {0, 0}, gradients[2] = {0, 0}, sums = 0, pooled = 0;
 
   void include(const ScratchSizes& other) {
     for (int side = 0; side < 2; ++side) {
       values[side] = std::max(values[side], other.values[side]);
       gradients[side] = std::max(gradients[side], other.gradients[side]);
     }
-    middle = std::max(middle, other.middle);
+    sums = std::max(sums, other.sums);
     pooled = std::max(pooled, other.pooled);
   }
 };
@@ -35,10 +35,10 @@ template <class T>
 class WorkerScratch {
  public:
   explicit WorkerScratch(const ScratchSizes& sizes) {
-    const int64_t counts[7] = {sizes.values[0], sizes.values[1], sizes.gradients[0], sizes.gradients[1],
-                               sizes.middle,    sizes.pooled,    sizes.pooled};
-    size_t bytes = kLine, offsets[7];
-    for (int i = 0; i < 7; ++i) {
+    const int64_t counts[8] = {sizes.values[0], sizes.values[1], sizes.gradients[0], sizes.gradients[1],
+                               sizes.sums,      sizes.sums,      sizes.pooled,       sizes.pooled};
+    size_t bytes = kLine, offsets[8];
+    for (int i = 0; i < 8; ++i) {
       offsets[i] = bytes;
       bytes += (static_cast<size_t>(counts[i]) * sizeof(T) + kLine - 1) / kLine * kLine;
     }
@@ -47,8 +47,8 @@ class WorkerScratch {
     char* base = memory_.get();
     scratch = Scratch{{base + offsets[0], base + offsets[1]},
                       {base + offsets[2], base + offsets[3]},
-                      base + offsets[4],
-                      {base + offsets[5], base + offsets[6]}};
+                      {base + offsets[4], base + offsets[5]},
+                      {base + offsets[6], base + offsets[7]}};
   }
   Scratch scratch;
 
@@ -60,20 +60,27 @@ class WorkerScratch {
   std::unique_ptr<char, Free> memory_;
 };
 
-// Calls run(i, scratch) for i = 0 .. count - 1, each once. Which thread runs which task is left to chance, so that
+// Calls run(i, worker) for i = 0 .. count - 1, each once. Which thread runs which task is left to chance, so that
 // nobody waits; a task therefore owns all that it writes and the result does not depend on the schedule.
+template <class F>
+void for_each_task(int64_t count, const F& run) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) run(i, worker);
+    }
+  });
+}
+
+// The same with buffers: run(i, scratch).
 template <class T, class F>
 void run_tasks(int64_t count, const ScratchSizes& sizes, const F& run) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   std::vector<WorkerScratch<T>> workers;
   workers.reserve(threads);
   for (int64_t i = 0; i < threads; ++i) workers.emplace_back(sizes);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) run(i, workers[worker].scratch);
-    }
-  });
+  for_each_task(count, [&](int64_t i, int64_t worker) { run(i, workers[worker].scratch); });
 }
 
 }  // namespace rakd

@@ -42,12 +42,9 @@ class Job {
     const double factor = 1.0 / static_cast<double>(apprentice[0].channels * options.bins());
     const auto scales = level_scales(boxes, static_cast<const double*>(call.coefficients.data_ptr()), call.strides,
                                      options.rule, factor);
-    // The Gram form is of the difference of two maps, so it needs maps of one shape.
-    const bool gradients = call.gradient[0] || call.gradient[1];
-    const std::vector<bool> none(levels_, false);
-    plans_[0] = build_plans<T>(boxes, scales, call.strides, apprentice, options, gradients ? shared_ : none);
+    plans_[0] = build_plans<T>(boxes, scales, call.strides, apprentice, options);
     if (std::find(shared_.begin(), shared_.end(), false) != shared_.end()) {
-      plans_[1] = build_plans<T>(boxes, scales, call.expert_strides, expert, options, none);
+      plans_[1] = build_plans<T>(boxes, scales, call.expert_strides, expert, options);
     }
   }
 
@@ -107,10 +104,7 @@ class Job {
   void append_items() {
     for (int64_t l = 0; l < levels_; ++l) {
       for (int64_t b = 0; b < batch_; ++b) {
-        const Item at{l, b, {}};
-        int64_t pixels = plan(0, at).pixels;
-        if (!shared_[l]) pixels = std::max(pixels, plan(1, at).pixels);
-        append_blocks(items_, l, b, maps_[0][l].channels, block_width<T>(maps_[0][l], pixels));
+        append_blocks(items_, l, b, maps_[0][l].channels, block_width<T>(maps_[0][l].channels));
         for (int side = 0; side < 2; ++side) {
           if (call_.gradient[side] && maps_[side][l].channels_last) {
             append_clearing(items_, l, b, side, gradients_[side][l]);
@@ -127,10 +121,8 @@ class Job {
       const Plan<T>& p = plan(side, item);
       sizes.values[side] = (p.pixels + kSlack) * width;
       if (call_.gradient[side] || shared_[item.level]) sizes.gradients[side] = sizes.values[side];
-      sizes.middle = std::max(sizes.middle, p.intermediate * width);
+      sizes.sums = std::max(sizes.sums, p.rows * width);
     }
-    // spread() keeps one row of bins in the middle buffer even where no pass was stored there.
-    sizes.middle = std::max(sizes.middle, call_.options.bins_x * width);
     sizes.pooled = (bins + kSlack) * width;
     return sizes;
   }

@@ -10,10 +10,6 @@ namespace rakd {
 namespace RAKD_ISA {
 namespace {
 
-#include "moves.h"
-#include "passes.h"
-#include "simd.h"
-
 template <class T>
 T* buffer(void* p) {
   return static_cast<T*>(p);
@@ -24,24 +20,24 @@ void clear(T* p, int64_t count) {
   __builtin_memset(p, 0, size_t(count) * sizeof(T));
 }
 
-// One side, gradients wanted: the loss is half the inner product of the difference with its gradient.
+#include "simd.h"
+
+#include "moves.h"
+#include "passes.h"
+
+// One side, gradients wanted.
 template <class E, class T, int W>
 void distill_shared_gradient(DistillTask<T>& task, Scratch& scratch) {
   const Plan<T>& plan = *task.plan[0];
   T *values = buffer<T>(scratch.values[0]), *gradient = buffer<T>(scratch.gradients[0]);
-  T *middle = buffer<T>(scratch.middle), *pooled = buffer<T>(scratch.pooled[0]);
+  T *sums = buffer<T>(scratch.sums[0]), *spread_sums = buffer<T>(scratch.sums[1]);
   gather<E, T, W>(plan, task.map[0], task.map[1], task.channels, values);
   clear(gradient, plan.pixels * W);
+  task.total = 0.0;
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     const Patch<T>& patch = plan.patches[n];
-    if (patch.use_gram) {
-      apply_gram<T, W>(patch, values, middle, gradient);
-    } else {
-      pool<T, W>(patch, values, middle, pooled);
-      spread<T, W>(patch, T(2.0 * patch.scale), pooled, middle, gradient);
-    }
+    task.total += patch.scale * pool_and_spread<T, W>(patch, T(2.0 * patch.scale), values, sums, spread_sums, gradient);
   }
-  task.total = 0.5 * inner_product<T, W>(values, gradient, plan.pixels);
   for (int side = 0; side < 2; ++side) {
     if (task.gradient[side].data) {
       scatter<E, T, W>(plan, gradient, side == 0 ? T(1) : T(-1), task.channels, task.gradient[side]);
@@ -53,7 +49,7 @@ void distill_shared_gradient(DistillTask<T>& task, Scratch& scratch) {
 template <class E, class T, int W>
 void distill_pooled(DistillTask<T>& task, Scratch& scratch) {
   const int sides = task.plan[1] ? 2 : 1;
-  T *values[2], *gradients[2], *pooled[2], *middle = buffer<T>(scratch.middle);
+  T *values[2], *gradients[2], *pooled[2], *sums = buffer<T>(scratch.sums[0]);
   for (int side = 0; side < 2; ++side) {
     values[side] = buffer<T>(scratch.values[side]);
     gradients[side] = buffer<T>(scratch.gradients[side]);
@@ -71,9 +67,9 @@ void distill_pooled(DistillTask<T>& task, Scratch& scratch) {
   const int64_t bins = task.bins_y * task.bins_x;
   for (int64_t n = 0; n < task.plan[0]->patch_count; ++n) {
     const Patch<T>& patch = task.plan[0]->patches[n];
-    pool<T, W>(patch, values[0], middle, pooled[0]);
+    pool<T, W>(patch, values[0], sums, pooled[0]);
     if (sides == 2) {
-      pool<T, W>(task.plan[1]->patches[n], values[1], middle, pooled[1]);
+      pool<T, W>(task.plan[1]->patches[n], values[1], sums, pooled[1]);
       for (int64_t i = 0; i < bins * W; ++i) pooled[0][i] -= pooled[1][i];
     }
     const double loss = patch.scale * inner_product<T, W>(pooled[0], pooled[0], bins);
@@ -82,7 +78,7 @@ void distill_pooled(DistillTask<T>& task, Scratch& scratch) {
     for (int side = 0; side < sides; ++side) {
       if (!task.gradient[side].data) continue;
       const T factor = T((side == 0 ? 2.0 : -2.0) * patch.scale);
-      spread<T, W>(task.plan[side]->patches[n], factor, pooled[0], middle, gradients[side]);
+      spread<T, W>(task.plan[side]->patches[n], factor, pooled[0], sums, gradients[side]);
     }
   }
   for (int side = 0; side < sides; ++side) {
@@ -106,7 +102,7 @@ struct Distill {
 template <class E, class T, int W>
 struct Align {
   static void run(const AlignTask<T>& task, Scratch& scratch) {
-    T *middle = buffer<T>(scratch.middle), *pooled = buffer<T>(scratch.pooled[0]), *sum = buffer<T>(scratch.pooled[1]);
+    T *sums = buffer<T>(scratch.sums[0]), *pooled = buffer<T>(scratch.pooled[0]), *sum = buffer<T>(scratch.pooled[1]);
     const int64_t bins = task.bins_y * task.bins_x;
     T* values = buffer<T>(scratch.values[0]);
     for (int64_t l = 0; l < task.levels; ++l) {
@@ -122,7 +118,7 @@ struct Align {
         const Plan<T>& plan = *task.plans[l];
         if (next[l] < plan.patch_count && plan.patches[next[l]].box == box) {
           const Patch<T>& patch = plan.patches[next[l]++];
-          pool<T, W>(patch, values, middle, pooled);
+          pool<T, W>(patch, values, sums, pooled);
           const T scale = T(patch.scale);
           for (int64_t i = 0; i < bins * W; ++i) sum[i] += scale * pooled[i];
         }
@@ -138,7 +134,7 @@ template <class E, class T, int W>
 struct AlignBackward {
   static void run(const AlignBackwardTask<T>& task, Scratch& scratch) {
     const Plan<T>& plan = *task.plan;
-    T *gradient = buffer<T>(scratch.gradients[0]), *middle = buffer<T>(scratch.middle);
+    T *gradient = buffer<T>(scratch.gradients[0]), *sums = buffer<T>(scratch.sums[0]);
     T* pooled = buffer<T>(scratch.pooled[0]);
     const int64_t bins = task.bins_y * task.bins_x;
     ImageView view;
@@ -150,7 +146,7 @@ struct AlignBackward {
       const E* in =
           static_cast<const E*>(task.output_gradient) + (patch.box * task.total_channels + task.channels.begin) * bins;
       gather_run<Gather::kCopy, E, T, W>(in, view, nullptr, view, bins, bins, task.channels.count, pooled);
-      spread<T, W>(patch, T(patch.scale), pooled, middle, gradient);
+      spread<T, W>(patch, T(patch.scale), pooled, sums, gradient);
     }
     scatter<E, T, W>(plan, gradient, T(1), task.channels, task.gradient);
   }
@@ -161,10 +157,8 @@ void run_width(Task& task, Scratch& scratch) {
   switch (task.channels.width) {
     case 8:
       return Kernel<E, T, 8>::run(task, scratch);
-    case 16:
-      return Kernel<E, T, 16>::run(task, scratch);
     default:
-      return Kernel<E, T, 32>::run(task, scratch);
+      return Kernel<E, T, 16>::run(task, scratch);
   }
 }
 

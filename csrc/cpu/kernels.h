@@ -26,7 +26,7 @@ struct ChannelBlock {
 struct Scratch {
   void* values[2];     // gathered maps, one per side
   void* gradients[2];  // their gradients
-  void* middle;        // between the separable passes
+  void* sums[2];       // one column of bins: a value for each touched row of a patch
   void* pooled[2];     // bins_y x bins_x of one patch, one per side
 };
 

@@ -13,16 +13,24 @@ struct TileSize {
 
 template <class E, class T, int N>
 inline typename VectorOf<T, N>::type load_vector(const E* p) {
-  T lanes[N];
-  for (int i = 0; i < N; ++i) lanes[i] = widen<T>(p[i]);
-  return *reinterpret_cast<const typename VectorOf<T, N>::unaligned*>(lanes);
+  if constexpr (sizeof(E) == sizeof(T)) {  // no conversion
+    return *reinterpret_cast<const typename VectorOf<T, N>::unaligned*>(p);
+  } else {
+    T lanes[N];
+    for (int i = 0; i < N; ++i) lanes[i] = widen<T>(p[i]);
+    return *reinterpret_cast<const typename VectorOf<T, N>::unaligned*>(lanes);
+  }
 }
 
 template <class E, class T, int N>
 inline void store_vector(typename VectorOf<T, N>::type v, E* p) {
-  T lanes[N];
-  *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(lanes) = v;
-  for (int i = 0; i < N; ++i) narrow(lanes[i], p + i);
+  if constexpr (sizeof(E) == sizeof(T)) {
+    *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
+  } else {
+    T lanes[N];
+    *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(lanes) = v;
+    for (int i = 0; i < N; ++i) narrow(lanes[i], p + i);
+  }
 }
 
 // What gather() does with its source: out = a, out = a - b, or out -= a.
@@ -60,6 +68,7 @@ inline void gather_run(const E* a, const ImageView& va, const E* b, const ImageV
     if (pixels_inner && c0 + N <= channels && Mode != Gather::kSubtract) {
       for (; x < length && x + N <= room; x += N) {
         Tile<T, N> tile;
+        RAKD_UNROLL
         for (int i = 0; i < N; ++i) {
           tile.row[i] = load_vector<E, T, N>(a + (c0 + i) * va.channel_stride + x);
           if (Mode == Gather::kDifference) {
@@ -67,6 +76,7 @@ inline void gather_run(const E* a, const ImageView& va, const E* b, const ImageV
           }
         }
         tile.transpose();
+        RAKD_UNROLL
         for (int j = 0; j < N; ++j) store_vector<T, T, N>(tile.row[j], out + (x + j) * W + c0);
       }
     }
@@ -113,8 +123,10 @@ inline void scatter_run(const T* in, T sign, int64_t length, int64_t room, int64
     if (c0 + N <= channels) {
       for (; x < length && x + N <= room; x += N) {
         Tile<T, N> tile;
+        RAKD_UNROLL
         for (int j = 0; j < N; ++j) tile.row[j] = sign * load_vector<T, T, N>(in + (x + j) * W + c0);
         tile.transpose();
+        RAKD_UNROLL
         for (int i = 0; i < N; ++i) store_vector<E, T, N>(tile.row[i], out + (c0 + i) * channel_stride + x);
       }
     }

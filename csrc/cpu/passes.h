@@ -1,92 +1,156 @@
-// The arithmetic on scratch [pixel][W channels]: separable RoIAlign, its transpose, and the quadratic form that
-// replaces both. Every sum runs in a fixed order. Included only by kernels.cpp, inside its instruction set's
-// namespace.
+// The arithmetic on scratch [pixel][W channels]: separable RoIAlign, its transpose, and both at once. Included only by
+// kernels.cpp, inside its instruction set's namespace.
+//
+// A patch is worked on column of bins by column of bins: the cells that such a column weighs in each touched row, then
+// the rows that each bin weighs. One column's values stay in the first-level cache, its weights along x in registers.
+// Every sum runs in a fixed order.
 #pragma once
 
 #include "simd.h"
 
-// pooled[q][p] = Σ_i Σ_t Ry[q][i] Rx[p][t] values[i][t]
-template <class T, int W>
-inline void pool(const Patch<T>& patch, const T* values, T* middle, T* pooled) {
-  typedef Block<T, W> B;
-  const Banded<T>&rx = patch.x.pool, &ry = patch.y.pool;
-  const int64_t bins_x = rx.rows;
-  for (int32_t i = 0; i < patch.y.count; ++i) {
-    const T* row = values + patch.row_base[i] * W;
-    for (int32_t p = 0; p < bins_x; ++p) {
-      B sum = B::zero();
-      const int32_t* cell = patch.x.cell + rx.begin[p];
-      for (int32_t j = rx.offset[p]; j < rx.offset[p + 1]; ++j) {
-        sum.add_product(rx.value[j], row + int64_t(*cell++) * W);
-      }
-      sum.store(middle + (i * bins_x + p) * W);
+// What a column of bins weighs in one row of cells: N neighbours in the list of touched cells.
+template <class T, int W, int N>
+struct Taps {
+  T weight[N];
+  int64_t at[N];
+
+  inline Taps(const Axis<T>& x, int32_t first, int32_t cell) {
+    for (int j = 0; j < N; ++j) {
+      weight[j] = x.weight[first + j];
+      at[j] = int64_t(x.cell[cell + j]) * W;
     }
   }
-  for (int32_t q = 0; q < ry.rows; ++q) {
-    const T* first = middle + ry.begin[q] * bins_x * W;
-    for (int32_t p = 0; p < bins_x; ++p) {
-      B sum = B::zero();
-      const T* at = first + p * W;
-      for (int32_t j = ry.offset[q]; j < ry.offset[q + 1]; ++j, at += bins_x * W) sum.add_product(ry.value[j], at);
-      sum.store(pooled + (q * bins_x + p) * W);
+};
+
+// sums[i] (+)= Σ_j weight[j] values[i][j], for all touched rows
+template <class T, int W, int N, bool Add>
+inline void weigh_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T* values, T* sums) {
+  typedef Block<T, W> B;
+  const int64_t* base = patch.row_base;
+  for (const int64_t* end = base + patch.y.count; base != end; ++base, sums += W) {
+    const T* row = values + *base * W;
+    B sum = Add ? B::load(sums) : B::zero();
+    for (int j = 0; j < N; ++j) sum.add_product(taps.weight[j], row + taps.at[j]);
+    sum.store(sums);
+  }
+}
+
+// gradient[i][j] += weight[j] sums[i], for all touched rows
+template <class T, int W, int N>
+inline void spread_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T* sums, T* gradient) {
+  typedef Block<T, W> B;
+  const int64_t* base = patch.row_base;
+  for (const int64_t* end = base + patch.y.count; base != end; ++base, sums += W) {
+    T* row = gradient + *base * W;
+    const B sum = B::load(sums);
+    for (int j = 0; j < N; ++j) {
+      B cell = B::load(row + taps.at[j]);
+      cell.add_scaled(taps.weight[j], sum);
+      cell.store(row + taps.at[j]);
     }
   }
 }
 
-// gradient[i][t] += factor * Σ_q Σ_p Ry[q][i] Rx[p][t] pooled[q][p]
+// Four cells of a column of bins at a time, which is all there are at a sampling ratio of 2.
+template <class T, int W, class F>
+inline void for_each_taps(const Axis<T>& x, int32_t bin, const F& f) {
+  int32_t first = x.offset[bin], cell = x.begin[bin];
+  int32_t left = x.offset[bin + 1] - first;
+  for (; left > 4; left -= 4, first += 4, cell += 4) f(Taps<T, W, 4>(x, first, cell));
+  if (left == 4) f(Taps<T, W, 4>(x, first, cell));
+  if (left == 3) f(Taps<T, W, 3>(x, first, cell));
+  if (left == 2) f(Taps<T, W, 2>(x, first, cell));
+  if (left == 1) f(Taps<T, W, 1>(x, first, cell));
+}
+
+// Column `bin` of Rx applied to all touched rows: sums[i] = Σ_t Rx[bin][t] values[i][t]
 template <class T, int W>
-inline void spread(const Patch<T>& patch, T factor, const T* pooled, T* middle, T* gradient) {
+inline void pool_column(const Patch<T>& patch, int32_t bin, const T* values, T* sums) {
+  if (patch.x.offset[bin] == patch.x.offset[bin + 1]) {
+    clear(sums, int64_t(patch.y.count) * W);
+    return;
+  }
+  bool add = false;
+  for_each_taps<T, W>(patch.x, bin, [&](const auto& taps) {
+    constexpr int N = sizeof(taps.at) / sizeof(taps.at[0]);
+    add ? weigh_cells<T, W, N, true>(patch, taps, values, sums) : weigh_cells<T, W, N, false>(patch, taps, values, sums);
+    add = true;
+  });
+}
+
+// Its transpose: gradient[i][t] += Rx[bin][t] sums[i]
+template <class T, int W>
+inline void spread_column(const Patch<T>& patch, int32_t bin, const T* sums, T* gradient) {
+  for_each_taps<T, W>(patch.x, bin, [&](const auto& taps) {
+    constexpr int N = sizeof(taps.at) / sizeof(taps.at[0]);
+    spread_cells<T, W, N>(patch, taps, sums, gradient);
+  });
+}
+
+// One bin of a column: Σ_i Ry[bin][i] sums[i]
+template <class T, int W>
+inline Block<T, W> pool_bin(const Axis<T>& y, int32_t bin, const T* sums) {
+  auto sum = Block<T, W>::zero();
+  const T* row = sums + int64_t(y.begin[bin]) * W;
+  for (int32_t j = y.offset[bin]; j < y.offset[bin + 1]; ++j, row += W) sum.add_product(y.weight[j], row);
+  return sum;
+}
+
+// Its transpose: sums[i] (+)= Ry[bin][i] value; rows that no earlier bin touched are written, the others added to.
+template <class T, int W>
+inline void spread_bin(const Axis<T>& y, int32_t bin, const Block<T, W>& value, T* sums) {
   typedef Block<T, W> B;
-  const Banded<T>&sx = patch.x.spread, &sy = patch.y.spread;
-  const int64_t bins_x = patch.x.pool.rows;
-  for (int32_t i = 0; i < patch.y.count; ++i) {
-    for (int32_t p = 0; p < bins_x; ++p) {
-      B sum = B::zero();
-      const T* at = pooled + (sy.begin[i] * bins_x + p) * W;
-      for (int32_t j = sy.offset[i]; j < sy.offset[i + 1]; ++j, at += bins_x * W) {
-        sum.add_product(factor * sy.value[j], at);
-      }
-      sum.store(middle + p * W);
-    }
-    T* row = gradient + patch.row_base[i] * W;
-    for (int32_t t = 0; t < patch.x.count; ++t) {
-      T* to = row + int64_t(patch.x.cell[t]) * W;
-      B sum = B::load(to);
-      const T* at = middle + sx.begin[t] * W;
-      for (int32_t j = sx.offset[t]; j < sx.offset[t + 1]; ++j, at += W) sum.add_product(sx.value[j], at);
-      sum.store(to);
+  T* row = sums + int64_t(y.begin[bin]) * W;
+  const int32_t end = y.offset[bin + 1], fresh = y.offset[bin] + y.fresh[bin] - y.begin[bin];
+  int32_t j = y.offset[bin];
+  for (; j < fresh && j < end; ++j, row += W) {
+    B sum = B::load(row);
+    sum.add_scaled(y.weight[j], value);
+    sum.store(row);
+  }
+  for (; j < end; ++j, row += W) value.scaled(y.weight[j]).store(row);
+}
+
+// pooled[q][p] = RoIAlign of the patch
+template <class T, int W>
+inline void pool(const Patch<T>& patch, const T* values, T* sums, T* pooled) {
+  for (int32_t p = 0; p < patch.x.bins; ++p) {
+    pool_column<T, W>(patch, p, values, sums);
+    for (int32_t q = 0; q < patch.y.bins; ++q) {
+      pool_bin<T, W>(patch.y, q, sums).store(pooled + (int64_t(q) * patch.x.bins + p) * W);
     }
   }
 }
 
-// gradient += Gy values Gx: the gradient of the patch's loss without its pooled output
+// gradient += factor * transpose of the above
 template <class T, int W>
-inline void apply_gram(const Patch<T>& patch, const T* values, T* middle, T* gradient) {
+inline void spread(const Patch<T>& patch, T factor, const T* pooled, T* sums, T* gradient) {
   typedef Block<T, W> B;
-  const Banded<T>&gx = patch.x.gram, &gy = patch.y.gram;
-  const int64_t columns = patch.x.count;
-  for (int32_t i = 0; i < patch.y.count; ++i) {
-    const T* row = values + patch.row_base[i] * W;
-    for (int32_t t = 0; t < columns; ++t) {
-      B sum = B::zero();
-      const int32_t* cell = patch.x.cell + gx.begin[t];
-      for (int32_t j = gx.offset[t]; j < gx.offset[t + 1]; ++j) {
-        sum.add_product(gx.value[j], row + int64_t(*cell++) * W);
-      }
-      sum.store(middle + (i * columns + t) * W);
+  for (int32_t p = 0; p < patch.x.bins; ++p) {
+    for (int32_t q = 0; q < patch.y.bins; ++q) {
+      spread_bin<T, W>(patch.y, q, B::load(pooled + (int64_t(q) * patch.x.bins + p) * W).scaled(factor), sums);
     }
+    spread_column<T, W>(patch, p, sums, gradient);
   }
-  for (int32_t i = 0; i < patch.y.count; ++i) {
-    T* row = gradient + patch.row_base[i] * W;
-    const T* first = middle + gy.begin[i] * columns * W;
-    for (int32_t t = 0; t < columns; ++t) {
-      T* to = row + int64_t(patch.x.cell[t]) * W;
-      B sum = B::load(to);
-      const T* at = first + t * W;
-      for (int32_t j = gy.offset[i]; j < gy.offset[i + 1]; ++j, at += columns * W) sum.add_product(gy.value[j], at);
-      sum.store(to);
+}
+
+// gradient += factor * spread(pool(values)) without keeping what is pooled; returns Σ pooled².
+template <class T, int W>
+inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, T* sums, T* spread_sums, T* gradient) {
+  typedef Block<T, W> B;
+  double total = 0.0;
+  for (int32_t p = 0; p < patch.x.bins; ++p) {
+    pool_column<T, W>(patch, p, values, sums);
+    B squares = B::zero();
+    for (int32_t q = 0; q < patch.y.bins; ++q) {
+      const B value = pool_bin<T, W>(patch.y, q, sums);
+      squares.add_product(value, value);
+      spread_bin<T, W>(patch.y, q, value.scaled(factor), spread_sums);
     }
+    total += squares.sum();
+    spread_column<T, W>(patch, p, spread_sums, gradient);
   }
+  return total;
 }
 
 // Σ a b over `pixels` scratch pixels; partial sums are short, so that float keeps its digits.

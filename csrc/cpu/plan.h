@@ -11,24 +11,16 @@
 
 namespace rakd {
 
-// A matrix whose row r is non-zero in the columns begin[r] .. begin[r] + offset[r + 1] - offset[r] only.
-template <class T>
-struct Banded {
-  int32_t rows = 0;
-  const int32_t* begin = nullptr;
-  const int32_t* offset = nullptr;  // rows + 1 entries
-  const T* value = nullptr;
-};
-
 // RoIAlign along one axis is a matrix R (bins x cells). Columns count only the cells that some sample touches,
 // so a large box costs what its samples cost and not what it covers.
 template <class T>
 struct Axis {
-  int32_t count = 0;              // touched cells
-  const int32_t* cell = nullptr;  // their positions on the map, increasing
-  Banded<T> pool;                 // R: bins from cells
-  Banded<T> spread;               // R transposed: cells from bins
-  Banded<T> gram;                 // R transposed times R; empty unless the patch uses it
+  int32_t count = 0, bins = 0;      // touched cells; rows of R
+  const int32_t* cell = nullptr;    // their positions on the map, increasing
+  const int32_t* begin = nullptr;   // [bins] first touched cell of each bin; the others follow
+  const int32_t* offset = nullptr;  // [bins + 1] into weight
+  const int32_t* fresh = nullptr;   // [bins] first touched cell that no earlier bin touches
+  const T* weight = nullptr;        // R, bin by bin
 };
 
 // One box on one map.
@@ -36,9 +28,6 @@ template <class T>
 struct Patch {
   int64_t box;   // row of the boxes tensor
   double scale;  // coefficient of this patch in the result
-  // The quadratic form S -> 2 * scale * Gy S Gx instead of pooling and spreading: cheaper where the bins are
-  // about a cell wide or less. `y.gram` already holds the factor 2 * scale then.
-  bool use_gram;
   Axis<T> y, x;
   const int64_t* row_base;  // scratch pixel of (y.cell[i], x.cell[t]) = row_base[i] + x.cell[t]
 };
@@ -78,7 +67,7 @@ struct Plan {
   int64_t segment_count = 0;
   int64_t pixels = 0;             // cells in all segments
   int64_t height = 0, width = 0;  // of the map
-  int64_t intermediate = 0;       // scratch pixels the separable passes need between them
+  int64_t rows = 0;               // most touched rows of a patch
   Arena arena;
 };
 
@@ -91,7 +80,6 @@ struct PlanRequest {
   int64_t height = 0, width = 0;
   int64_t bins_y = 0, bins_x = 0;
   int64_t sampling_ratio = 0;
-  bool quadratic = false;  // patches may use the Gram form
 };
 
 template <class T>

@@ -2,6 +2,13 @@
 // kernels.cpp, inside its instruction set's namespace, with RAKD_VECTOR_BYTES set by the compiler's flags.
 #pragma once
 
+// Before loops over a register tile: it stays in registers only where they are unrolled early.
+#if defined(__clang__)
+#define RAKD_UNROLL _Pragma("unroll")
+#else
+#define RAKD_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // GCC and Clang vector extensions: arithmetic on them is element-wise and needs no intrinsics.
 template <class T, int Lanes>
 struct VectorOf {
@@ -35,6 +42,14 @@ struct Block {
   }
   inline void add_product(T weight, const T* p) {
     for (int i = 0; i < kCount; ++i) v[i] += weight * *reinterpret_cast<const Memory*>(p + i * kLanes);
+  }
+  inline void add_scaled(T weight, const Block& b) {
+    for (int i = 0; i < kCount; ++i) v[i] += weight * b.v[i];
+  }
+  inline Block scaled(T weight) const {
+    Block b;
+    for (int i = 0; i < kCount; ++i) b.v[i] = weight * v[i];
+    return b;
   }
   inline void add_product(const Block& a, const Block& b) {
     for (int i = 0; i < kCount; ++i) v[i] += a.v[i] * b.v[i];
@@ -156,6 +171,7 @@ struct Tile {
 #endif
   template <int D>
   inline void exchange() {
+    RAKD_UNROLL
     for (int i = 0; i < N; ++i) {
       if (i & D) continue;
       const Vector a = row[i], b = row[i + D];
