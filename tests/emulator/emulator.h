@@ -115,6 +115,14 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, R
 
 inline int atomicAdd(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
 
+// To TSan, all before a fence happens before what follows a later one. Only that: an atomic orders nothing by itself.
+inline void __threadfence() {
+  static char fence;
+  emulator::release(&fence);
+  emulator::acquire(&fence);
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
 template <typename T>
 T __ldg(const T* address) {
   return *address;
