@@ -1,10 +1,10 @@
 // The loss and its gradient on the GPU without pooled values: the Gram form.
 //
-// A block owns a tile of one map's gradient, 8 x 32 cells, and a quad of channels a warp. Where boxes meet the tile,
-// the difference of the maps on the cells that they need is staged in shared memory. A lane owns a column of the tile:
-// for each needed row it sums the band of its column, once, and spreads the sum over its cells of the column, which
-// stay in registers to the end. Each element is written once, zeros included; no atomics on them, and boxes add up in
-// an order that nothing but their number decides.
+// A block owns a tile of one map's gradient, 8 x 16 cells, and a quad of channels each half a warp. Where boxes meet
+// the tile, the difference of the maps on the cells that they need is staged in shared memory. A thread owns a column
+// of the tile: for each needed row it sums the band of its column, once, and spreads the sum over its cells of the
+// column, which stay in registers to the end. Each element is written once, zeros included; no atomics on them, and
+// boxes add up in an order that nothing but their number decides.
 //
 // The loss is half the product of difference and gradient. The block that finishes last adds the blocks' parts, in the
 // order of the blocks.
@@ -14,6 +14,8 @@
 
 namespace rakd {
 namespace gpu {
+
+constexpr int kGramThreads = 128;  // of a block at most; four of them fit a processor's registers
 
 template <class E>
 struct GramGradient {
@@ -86,7 +88,7 @@ __device__ __forceinline__ Rectangle choose_stage(Rectangle needed, const Tile& 
   needed.top = max(needed.top, tile.top - kHaloRows);
   needed.left = max(needed.left, tile.left - kHaloColumns);
   needed.bottom = min(needed.bottom, tile.top + kGramRows + kHaloRows);
-  needed.right = min(needed.right, tile.left + kTileColumns + kHaloColumns);
+  needed.right = min(needed.right, tile.left + kGramColumns + kHaloColumns);
   return fits() ? needed : Rectangle{0, 0, 0, 0};
 }
 
@@ -95,25 +97,26 @@ template <class E, class T>
 __device__ void fill_stage(const GramGradient<E>& call, int level, int32_t image, int32_t first_channel,
                            const Stage<T>& stage) {
   const MapView<const E>&a = call.map[0].level[level], &e = call.map[1].level[level];
-  const int32_t quads = int32_t(blockDim.x) / 32, thread = int32_t(threadIdx.x);
+  const int32_t quads = int32_t(blockDim.x) / kGramColumns, thread = int32_t(threadIdx.x);
   const bool channels_inner = a.stride[1] == 1;
-  const int32_t quad = channels_inner ? thread % quads : thread / 32, columns = stage.held.columns();
+  const int32_t quad = channels_inner ? thread % quads : thread / kGramColumns;
+  const int32_t columns = stage.held.columns();
   if (first_channel + quad * kQuad >= call.channels) return;
   const Difference<E> difference(a, e, image, first_channel + quad * kQuad, call.channels);
-  for (int32_t i = channels_inner ? thread / quads : thread % 32; i < stage.held.rows() * columns; i += 32) {
+  for (int32_t i = channels_inner ? thread / quads : thread % kGramColumns; i < stage.held.rows() * columns;
+       i += kGramColumns) {
     const int32_t row = i / columns, column = i % columns;
     stage.data[row * columns * quads + stage.place(column, quad, quads)] =
         difference(stage.held.top + row, stage.held.left + column);
   }
 }
 
-// sum[r][c] += Σ_rows weight_y[row][r] Σ_cells weight_x[cell] S[row][cell][c], for the lane's column.
+// sum[r][c] += Σ_rows weight_y[row][r] Σ_cells weight_x[cell] S[row][cell][c], for the thread's column.
 template <class E, class T>
-__device__ __forceinline__ void apply_piece(const GramTables<T>& tables, int level, const Piece<T>& piece,
-                                            const Stage<T>& stage, const Difference<E>& difference,
-                                            T (&sum)[kGramRows][kQuad]) {
-  const int32_t lane = int32_t(threadIdx.x) % 32, quad = int32_t(threadIdx.x) / 32, quads = int32_t(blockDim.x) / 32;
-  const int32_t length = piece.length[lane];
+__device__ __forceinline__ void apply_piece(const GramGradient<E>& call, int level, int32_t image, int32_t channel,
+                                            const Piece<T>& piece, const Stage<T>& stage, T (&sum)[kGramRows][kQuad]) {
+  const int32_t column = int32_t(threadIdx.x) % kGramColumns, quad = int32_t(threadIdx.x) / kGramColumns;
+  const int32_t quads = int32_t(blockDim.x) / kGramColumns, length = piece.length[column];
   if (length == 0) return;
   const auto spread_row = [&](int32_t row, const T* middle) {
     RAKD_UNROLL
@@ -127,19 +130,19 @@ __device__ __forceinline__ void apply_piece(const GramTables<T>& tables, int lev
   if (piece.staged) {
     // Shorter bands than the widest repeat their first cell with weight zero.
     T weight[kPieceCells];
-    int32_t place[kPieceCells];
+    const Quad<T>* from[kPieceCells];
     RAKD_UNROLL
     for (int s = 0; s < kPieceCells; ++s) {
-      weight[s] = s < length ? piece.weight_x[s][lane] : T(0);
-      place[s] = stage.place(piece.place[s < length ? s : 0][lane], quad, quads);
+      weight[s] = s < length ? piece.weight_x[s][column] : T(0);
+      from[s] = stage.data + stage.place(piece.place[s < length ? s : 0][column], quad, quads);
     }
     for (int32_t row = 0; row < piece.rows; ++row) {
-      const Quad<T>* from = stage.data + stage.row(piece.row[row], quads);
+      const int32_t skipped = stage.row(piece.row[row], quads);
       T middle[kQuad] = {T(0), T(0), T(0), T(0)};
       RAKD_UNROLL
       for (int s = 0; s < kPieceCells; ++s) {
         if (s >= piece.widest) break;
-        const Quad<T> values = from[place[s]];
+        const Quad<T> values = from[s][skipped];
         RAKD_UNROLL
         for (int c = 0; c < kQuad; ++c) middle[c] += weight[s] * values.value[c];
       }
@@ -147,12 +150,13 @@ __device__ __forceinline__ void apply_piece(const GramTables<T>& tables, int lev
     }
     return;
   }
-  const int32_t* cell = bands_of(tables, level, 1, piece.box).cell + piece.first[lane];
+  const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], image, channel, call.channels);
+  const int32_t* cell = bands_of(call.tables, level, 1, piece.box).cell + piece.first[column];
   for (int32_t row = 0; row < piece.rows; ++row) {
     T middle[kQuad] = {T(0), T(0), T(0), T(0)};
     for (int32_t s = 0; s < length; ++s) {
       const Quad<T> values = difference(piece.row[row], cell[s]);
-      const T weight = piece.weight_x[s][lane];
+      const T weight = piece.weight_x[s][column];
       RAKD_UNROLL
       for (int c = 0; c < kQuad; ++c) middle[c] += weight * values.value[c];
     }
@@ -182,28 +186,27 @@ __device__ __forceinline__ void finish_loss(const GramGradient<E>& call, double 
   if (threadIdx.x == 0) *call.total = total;
 }
 
-// Block (tile of all levels and images, slab: a quad of channels a warp); blockDim.x is 32 times a power of two.
+// Block (tile of all levels and images, slab: a quad of channels each half a warp); blockDim.x is 32 times a power of
+// two.
 template <class E>
-__global__ void gram_gradient(GramGradient<E> call) {
+__global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E> call) {
   typedef typename Accumulator<E>::type T;
   RAKD_SHARED(shared);
   const GramTables<T>& tables = call.tables;
-  const int32_t warps = int32_t(blockDim.x) / 32, warp = int32_t(threadIdx.x) / 32, lane = int32_t(threadIdx.x) % 32;
+  const int32_t warps = int32_t(blockDim.x) / 32, warp = int32_t(threadIdx.x) / 32;
+  const int32_t quads = int32_t(blockDim.x) / kGramColumns, quad = int32_t(threadIdx.x) / kGramColumns;
   const GramMemory<T> memory(shared, warps);
 
   const int32_t number = int32_t(blockIdx.x);
   int level = 0;
   while (number >= call.first_tile[level + 1]) ++level;
   const int32_t height = tables.size[level][0], width = tables.size[level][1];
-  const int32_t tiles_x = (width + kTileColumns - 1) / kTileColumns, tiles_y = (height + kGramRows - 1) / kGramRows;
+  const int32_t tiles_x = (width + kGramColumns - 1) / kGramColumns, tiles_y = (height + kGramRows - 1) / kGramRows;
   const int32_t within = number - call.first_tile[level];
-  const Tile tile{within / (tiles_x * tiles_y), within / tiles_x % tiles_y * kGramRows, within % tiles_x * kTileColumns,
-                  kGramRows};
-  const int32_t slab = int32_t(blockIdx.y) * warps * kQuad, channel = slab + warp * kQuad;
+  const Tile tile{within / (tiles_x * tiles_y), within / tiles_x % tiles_y * kGramRows, within % tiles_x * kGramColumns,
+                  kGramRows, kGramColumns};
+  const int32_t slab = int32_t(blockIdx.y) * quads * kQuad, channel = slab + quad * kQuad;
   const bool real = channel < call.channels;
-  // Warps without channels read along with the first.
-  const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], tile.image, real ? channel : slab,
-                                 call.channels);
 
   T sum[kGramRows][kQuad];
   RAKD_UNROLL
@@ -238,7 +241,7 @@ __global__ void gram_gradient(GramGradient<E> call) {
         for (int32_t n = 0; n < warps && first + n < found; ++n) {
           const Piece<T>& piece = memory.pieces[n];
           parts = max(parts, piece.parts);
-          if (real && piece.rows > 0) apply_piece(tables, level, piece, stage, difference, sum);
+          if (real && piece.rows > 0) apply_piece(call, level, tile.image, channel, piece, stage, sum);
         }
         __syncthreads();  // pieces, meetings and stage are written anew
       }
@@ -246,8 +249,10 @@ __global__ void gram_gradient(GramGradient<E> call) {
   }
 
   double loss = 0.0;
-  const int32_t x = tile.left + lane;
+  const int32_t x = tile.left + int32_t(threadIdx.x) % kGramColumns;
   if (real && x < width) {
+    const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], tile.image, channel,
+                                   call.channels);
     const int32_t channels = call.channels - channel < kQuad ? call.channels - channel : kQuad;
     RAKD_UNROLL
     for (int r = 0; r < kGramRows; ++r) {
@@ -258,7 +263,7 @@ __global__ void gram_gradient(GramGradient<E> call) {
       for (int c = 0; c < kQuad; ++c) any = any || sum[r][c] != T(0);
       if (met && any) {
         const Quad<T> values = stage.held.holds(y, x)
-                                   ? stage.data[stage.row(y, warps) + stage.place(x - stage.held.left, warp, warps)]
+                                   ? stage.data[stage.row(y, quads) + stage.place(x - stage.held.left, quad, quads)]
                                    : difference(y, x);
         RAKD_UNROLL
         for (int c = 0; c < kQuad; ++c) {

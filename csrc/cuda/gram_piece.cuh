@@ -12,11 +12,12 @@
 namespace rakd {
 namespace gpu {
 
-constexpr int kGramRows = 8;  // of a tile; its columns are a warp's lanes
-constexpr int kQuad = 4;      // channels of a thread; a block has as many quads of channels as warps
-constexpr int kPieceCells = 8;
-constexpr int kPieceRows = 16;
-constexpr int kHaloRows = 3, kHaloColumns = 4;  // around the tile: what is staged where not all that is needed fits
+constexpr int kGramRows = 8;                    // of a tile, in a thread's registers
+constexpr int kGramColumns = 16;                // of a tile, side by side in half a warp
+constexpr int kQuad = 4;                        // channels of a thread; half a warp has a quad
+constexpr int kPieceCells = 8;                  // a ratio of 2 has bands of at most 7 cells,
+constexpr int kPieceRows = 16;                  // and a tile's rows are coupled with at most 14
+constexpr int kHaloRows = 3, kHaloColumns = 3;  // around the tile: what is staged where not all that is needed fits
 constexpr int kMaxStageColumns = 256;           // as a piece has a byte for each place
 
 // Cells top .. bottom - 1, left .. right - 1 of a map.
@@ -82,7 +83,7 @@ struct Stage {
   Rectangle held;
 
   RAKD_HD int32_t place(int32_t column, int32_t quad, int32_t quads) const {
-    return column * quads + (quad ^ (column / 2 & (quads - 1)));
+    return column * quads + (quad ^ (column * quads / 8 & (quads - 1)));
   }
   RAKD_HD int32_t row(int32_t y, int32_t quads) const { return (y - held.top) * held.columns() * quads; }
 };
@@ -90,11 +91,11 @@ struct Stage {
 template <class T>
 struct alignas(16) Piece {
   T weight_y[kPieceRows][kGramRows];               // times twice the scale; zero where rows are not coupled
-  T weight_x[kPieceCells][kTileColumns];           // the bands of the tile's columns
+  T weight_x[kPieceCells][kGramColumns];           // the bands of the tile's columns
   int32_t row[kPieceRows];                         // positions
-  int32_t first[kTileColumns];                     // of each column's band, by its number among the touched ones
-  unsigned char place[kPieceCells][kTileColumns];  // from the left of what is staged
-  unsigned char length[kTileColumns];              // cells; 0 for columns that the box does not touch
+  int32_t first[kGramColumns];                     // of each column's band, by its number among the touched ones
+  unsigned char place[kPieceCells][kGramColumns];  // from the left of what is staged
+  unsigned char length[kGramColumns];              // cells; 0 for columns that the box does not touch
   int32_t rows, widest;                            // rows, and cells of the widest band
   int32_t parts;                                   // of the box on this tile
   int32_t staged;                                  // whether the stage holds all that the box needs
@@ -114,7 +115,7 @@ __device__ bool meet(const GramTables<T>& tables, int level, int64_t box, const 
   if (!extent_meets(tables.extents + int64_t(level) * kExtent * tables.boxes + box, tables.boxes, tile)) return false;
   const Bands<T> y = bands_of(tables, level, 0, box), x = bands_of(tables, level, 1, box);
   found->rows = cells_between(y.cell, *y.count, tile.top, tile.rows);
-  found->columns = cells_between(x.cell, *x.count, tile.left, kTileColumns);
+  found->columns = cells_between(x.cell, *x.count, tile.left, tile.columns);
   if (found->rows.begin == found->rows.end || found->columns.begin == found->columns.end) return false;
   const CellRange rows = y.coupled(found->rows), columns = x.coupled(found->columns);
   *needed = Rectangle{y.cell[rows.begin], x.cell[columns.begin], y.cell[rows.end - 1] + 1, x.cell[columns.end - 1] + 1};
@@ -151,7 +152,7 @@ __device__ void make_piece(const GramTables<T>& tables, int level, const Tile& t
   }
   if (part >= cell_parts * row_parts) return;
 
-  piece->length[lane] = 0;
+  if (lane < kGramColumns) piece->length[lane] = 0;
   for (int32_t i = lane; i < row_count * kGramRows; i += 32) piece->weight_y[i / kGramRows][i % kGramRows] = T(0);
   __syncwarp();
   if (t < at.columns.end) {

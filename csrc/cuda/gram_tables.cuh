@@ -80,12 +80,13 @@ __global__ void make_gram(Tables<T> tables, GramTables<T> gram, int32_t* finishe
   if (level == 0 && box == 0 && threadIdx.x == 0) *finished = 0;
   if (scales[level] == 0.0) return;  // the gradient kernel skips this box as well
 
-  const AxisTable<T> y = axis_table(tables, 0, level, 0, room), x = axis_table(tables, 0, level, 1, room);
-  for (int32_t i = threadIdx.x; i < *y.count + *x.count; i += blockDim.x) {
-    const int axis = i < *y.count ? 0 : 1;
-    const AxisTable<T>& table = axis == 0 ? y : x;
+  const int32_t rows = *axis_table(tables, 0, level, 0, room).count;
+  const int32_t columns = *axis_table(tables, 0, level, 1, room).count;
+  for (int32_t i = threadIdx.x; i < rows + columns; i += blockDim.x) {
+    const int axis = i < rows ? 0 : 1;
+    const int32_t t = axis == 0 ? i : i - rows, bins = tables.bins[axis];
+    const AxisTable<T> table = axis_table(tables, 0, level, axis, room);
     const Bands<T> bands = bands_of(gram, level, axis, box);
-    const int32_t t = axis == 0 ? i : i - *y.count, bins = tables.bins[axis];
     const CellRange band = gram_band(table, bins, t);
     if (t == 0) *bands.count = *table.count;
     bands.cell[t] = table.cell[t];

@@ -17,7 +17,7 @@ struct GramSizes {
 };
 
 // Cells of a tile with its rim; more are not worth the memory.
-constexpr int32_t kStageCells = (kGramRows + 2 * kHaloRows) * (kTileColumns + 2 * kHaloColumns);
+constexpr int32_t kStageCells = (kGramRows + 2 * kHaloRows) * (kGramColumns + 2 * kHaloColumns + 2);
 constexpr int64_t kEnoughBins = 100;               // from where the Gram form is expected to win
 constexpr int64_t kFreeValues = int64_t(1) << 20;  // of bands, whatever the pooled form needs
 
@@ -29,7 +29,7 @@ int gram_threads(const BlockSizes& blocks) {
 
 template <class T>
 int64_t gram_slabs(int64_t channels, const BlockSizes& blocks) {
-  const int64_t slab = gram_threads<T>(blocks) / 32 * kQuad;
+  const int64_t slab = gram_threads<T>(blocks) / kGramColumns * kQuad;
   return (channels + slab - 1) / slab;
 }
 
@@ -69,7 +69,7 @@ template <class T>
 int64_t gram_blocks(const GramTables<T>& gram, int64_t channels, const BlockSizes& blocks) {
   int64_t tiles = 0;
   for (int level = 0; level < gram.levels; ++level) {
-    tiles += tile_count(gram.images, gram.size[level][0], gram.size[level][1], kGramRows);
+    tiles += tile_count(gram.images, gram.size[level][0], gram.size[level][1], kGramRows, kGramColumns);
   }
   return tiles * gram_slabs<T>(channels, blocks);
 }
@@ -108,11 +108,11 @@ void launch_gram_gradient(GramGradient<E> call, const BlockSizes& blocks, cudaSt
   const GramTables<T>& gram = call.tables;
   call.first_tile[0] = 0;
   for (int level = 0; level < gram.levels; ++level) {
-    const int64_t tiles = tile_count(gram.images, gram.size[level][0], gram.size[level][1], kGramRows);
+    const int64_t tiles = tile_count(gram.images, gram.size[level][0], gram.size[level][1], kGramRows, kGramColumns);
     call.first_tile[level + 1] = call.first_tile[level] + static_cast<int32_t>(tiles);
   }
   const int threads = gram_threads<T>(blocks);
-  const size_t fixed = gram_shared_bytes<T>(threads), cell = threads / 32 * sizeof(Quad<T>);
+  const size_t fixed = gram_shared_bytes<T>(threads), cell = threads / kGramColumns * sizeof(Quad<T>);
   const size_t room = fixed < kSharedBytes ? (kSharedBytes - fixed) / cell : 0;
   call.stage_cells = room < kStageCells ? static_cast<int32_t>(room) : kStageCells;
   const dim3 grid(static_cast<unsigned>(call.first_tile[gram.levels]),

@@ -62,7 +62,7 @@ RAKD_HD int32_t find_cell(const int32_t* cells, int32_t low, int32_t high, int32
 
 // What a tile of one image of one level is about.
 struct Tile {
-  int32_t image, top, left, rows;
+  int32_t image, top, left, rows, columns;
 };
 
 // Whether a box, of the extent that publish_extent() left, may put something into the tile. Values of an extent lie
@@ -70,7 +70,7 @@ struct Tile {
 RAKD_HD bool extent_meets(const int32_t* extent, int64_t boxes, const Tile& tile) {
   if (extent[0] != tile.image) return false;
   if (extent[boxes] >= tile.top + tile.rows || extent[2 * boxes] < tile.top) return false;
-  return extent[3 * boxes] < tile.left + kTileColumns && extent[4 * boxes] >= tile.left;
+  return extent[3 * boxes] < tile.left + tile.columns && extent[4 * boxes] >= tile.left;
 }
 
 // The touched cells from position `low` to before `low + size`. Between the cells that a large box touches there may be
@@ -88,7 +88,7 @@ __device__ bool meet(const Tables<T>& tables, int side, int level, int64_t box, 
   const Room<T> room = workspace_room(tables, level, box);
   const AxisTable<T> y = axis_table(tables, side, level, 0, room), x = axis_table(tables, side, level, 1, room);
   const CellRange rows = cells_between(y.cell, *y.count, tile.top, tile.rows);
-  const CellRange columns = cells_between(x.cell, *x.count, tile.left, kTileColumns);
+  const CellRange columns = cells_between(x.cell, *x.count, tile.left, tile.columns);
   if (rows.begin == rows.end || columns.begin == columns.end) return false;
   found->row = rows.begin;
   found->column = columns.begin;
@@ -172,7 +172,7 @@ __global__ void spread(Spread<E> call) {
   const int32_t tiles_x = (width + kTileColumns - 1) / kTileColumns, tiles_y = (height + warps - 1) / warps;
   const int32_t within = number - call.first_tile[map];
   const Tile tile{within / (tiles_x * tiles_y), within / tiles_x % tiles_y * warps, within % tiles_x * kTileColumns,
-                  warps};
+                  warps, kTileColumns};
   const int32_t y = tile.top + warp, x = tile.left + lane;
   const int64_t slabs = slabs_of(call.channels);
   const int32_t channels = call.channels - slab * kSlab < kSlab ? call.channels - slab * kSlab : kSlab;

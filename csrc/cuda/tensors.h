@@ -129,7 +129,7 @@ struct Workspace {
 inline void check_tiles(const IntList& shapes) {
   int64_t tiles = 0;
   for (size_t i = 0; i < shapes.size(); i += 4) {
-    tiles += tile_count(shapes[i], shapes[i + 2], shapes[i + 3], BlockSizes{}.spread / 32);
+    tiles += tile_count(shapes[i], shapes[i + 2], shapes[i + 3], BlockSizes{}.spread / 32, kTileColumns);
   }
   STD_TORCH_CHECK(tiles <= kMaxTiles, "maps: too many images, rows and columns for one call");
 }
