@@ -120,7 +120,9 @@ inline void __threadfence() {
   static char fence;
   emulator::release(&fence);
   emulator::acquire(&fence);
+#if !defined(__SANITIZE_THREAD__)  // which knows no fences
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
 }
 
 template <typename T>
