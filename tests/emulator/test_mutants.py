@@ -73,9 +73,6 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         "cuda/gram.cuh", "        __syncthreads();\n        for (int32_t n = 0; n < warps",
         "        for (int32_t n = 0; n < warps",
     )],
-    "Gram: barrier before the last block adds removed": [(
-        "cuda/gram.cuh", "__syncthreads();  // sums[] held the verdict", "",
-    )],
     "Gram: barrier in a piece removed": [("cuda/gram_piece.cuh", "  __syncwarp();\n  if (t < at", "  if (t < at")],
     "Gram: a tile's last column missed": [(
         "cuda/spread.cuh", "lower_bound(cells, begin, most, low + size)",

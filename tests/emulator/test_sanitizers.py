@@ -86,11 +86,12 @@ def test_missing_atomic_and_barriers(tmp_path: Path) -> None:
         assert races(statements, kernels), statements
 
 
-# What no order of fibers need show: fences between blocks, and a barrier that a whole warp would have to overtake.
+# What no order of fibers need show: fences between blocks, and barriers that a whole warp would have to overtake.
 OF_THE_GRAM_FORM = {
     "none": [],
     "fence before the counter removed": [("__threadfence();  // before the counter tells of it", "")],
     "fence after the counter removed": [("__threadfence();  // before the others' parts are read", "")],
+    "barrier before the sum removed": [("__syncthreads();  // sums[] held the verdict", "")],
     "barrier after pieces removed": [("__syncthreads();  // pieces, meetings and stage are written anew", "")],
 }
 GRAM_SCRIPT = """
