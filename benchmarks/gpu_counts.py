@@ -183,7 +183,7 @@ def _meetings(patch: Patches) -> Tensor:
 def _rounds(meets: Tensor, first: int, size: int) -> list[Tensor]:
     """Sums over the boxes of each round of candidates; ``meets[0]`` is of candidate ``first``."""
     padded = torch.nn.functional.pad(meets, (0, 0, first, 0))
-    return [part.sum(0) for part in padded.split(size)]
+    return [padded[begin : begin + size].sum(0) for begin in range(0, len(padded), size)]
 
 
 def pooled_work(workload: Workload, patches: list[Patches]) -> Work:

@@ -102,8 +102,8 @@ def parse(dump: str) -> list[Usage]:
             continue
         for mangled, line in _USAGE.findall(section):
             numbers = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", line))
-            counts = [int(numbers.get(key, 0)) for key in ("REG", "STACK", "SHARED")]
-            usages.append(Usage(architecture[1], plain_name(mangled), *counts))
+            registers, stack, shared = (int(numbers.get(key, 0)) for key in ("REG", "STACK", "SHARED"))
+            usages.append(Usage(architecture[1], plain_name(mangled), registers, stack, shared))
     return sorted(usages, key=lambda usage: (int(re.sub(r"\D", "", usage.architecture)), usage.kernel))
 
 
