@@ -88,14 +88,17 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         "cuda/gram.cuh", "int64_t(needed.rows()) * needed.columns() <= cells;", "cells > 0;",
     )],
     "Gram: stage taken for larger than it is": [(
-        "cuda/gram_piece.cuh", "const bool staged = held.holds(needed);", "const bool staged = held.columns() > 0;",
+        "cuda/gram_piece.cuh", "const bool staged = held.holds(needed);",
+        "const bool staged = held.holds(needed) || held.columns() > 0;",
     )],
     "Gram: past the last channel": [(
         "cuda/gram_piece.cuh", "to->value[c] = c < channels_ ? widen(from[c * stride]) : T(0);",
         "to->value[c] = widen(from[c * stride]);",
     )],
     "Gram: wrong weight": [("gram_table.h", "table.weight(bin, u));", "table.weight(bin, t));")],
-    "Gram: narrow band": [("gram_table.h", "if (end > band.end) band.end = end;", "")],
+    "Gram: narrow band": [(
+        "gram_table.h", "if (end > band.end) band.end = end;", "if (end > band.end) band.end = end - 1;",
+    )],
     "Gram: bands of several parts lost": [("cuda/gram.cuh", "parts = max(parts, piece.parts);", "")],
     "Gram: unwritten output": [("cuda/gram.cuh", "if (!view.data) continue;", "if (!view.data || !met) continue;")],
     "Gram: sign of the expert": [("cuda/gram.cuh", "output == 0 ? T(1) : T(-1)", "T(1)")],
