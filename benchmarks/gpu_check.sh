@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # What is wanted on a machine with a GPU, in one go: build, all tests that need the GPU, compute-sanitizer on small
-# shapes, the benchmarks with all peers, ncu on the two hottest kernels.
+# shapes, the benchmarks with all peers, ncu on the hottest kernels. Tests, sanitizers, train and train19 run in both
+# forms of a training step (RAKD_CUDA_FORM).
 #
-# Meant to take about 8 minutes where all goes well. A step that hangs is cut off after the seconds that stand behind
-# its name; these allow for slower machines, and come to 20 minutes in all.
+# Meant to take about 12 minutes where all goes well. A step that hangs is cut off after the seconds that stand behind
+# its name; these allow for slower machines, and come to half an hour in all.
 #
 #   benchmarks/gpu_check.sh OUT [PYTHON]
 #
@@ -40,6 +41,9 @@ arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capabil
 step build 150 env RAKD_CUDA=1 TORCH_CUDA_ARCH_LIST="$arch" "$python" setup.py build_ext --inplace
 step backends 30 "$python" -c 'import rakd_ops; s = rakd_ops.available_backends(); print(s); assert s["cuda"] is True'
 step tests 170 "$python" -m pytest -q tests/ops -k 'cuda or triton'
+for form in pooled gram; do
+  step "tests-$form" 170 env RAKD_CUDA_FORM="$form" "$python" -m pytest -q tests/ops -k cuda
+done
 step tests-training 90 "$python" -m pytest -q tests/rakd/test_training.py -k test_on_a_gpu
 
 small='import torch, sys; sys.path.insert(0, "tests/ops"); from cases import pyramid, random_boxes
@@ -56,7 +60,10 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 torch.cuda.synchronize()'
 if sanitizer=$(command -v compute-sanitizer); then
   for tool in memcheck racecheck initcheck synccheck; do
-    step "sanitizer-$tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" -c "$small"
+    for form in pooled gram; do
+      step "sanitizer-$tool-$form" 60 env RAKD_CUDA_FORM="$form" "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        "$python" -c "$small"
+    done
   done
 else
   echo "compute-sanitizer is not here: passed over" | tee "$out/sanitizer.log"
@@ -65,17 +72,26 @@ fi
 for dtype in float32 bfloat16 float16; do
   step "benchmark-$dtype" 120 "$python" -m benchmarks --backends cuda triton --dtypes "$dtype" --out "$out/$dtype"
 done
+for form in pooled gram; do
+  step "benchmark-$form" 120 env RAKD_CUDA_FORM="$form" "$python" -m benchmarks --backends cuda --peers none \
+    --workloads train train19 --dtypes float32 bfloat16 --out "$out/$form"
+done
 step training-step 90 "$python" -m benchmarks.training_cost --pair kitti --backends cuda triton --out "$out/training"
 
-hot='import torch; from benchmarks.workloads import WORKLOADS, make_inputs
+hot='import sys, torch; from benchmarks.workloads import WORKLOADS, make_inputs
 from rakd_ops import soft_roi_distill
-i = make_inputs(WORKLOADS["distill"]["train"], "float32", "nchw", "cuda", 0)
+w = WORKLOADS["distill"][sys.argv[1]]
+i = make_inputs(w, "float32", "nchw", "cuda", 0)
 for _ in range(2):
-    torch.autograd.grad(soft_roi_distill(i.apprentice, i.expert, i.boxes), i.apprentice)
+    torch.autograd.grad(soft_roi_distill(i.apprentice, i.expert, i.boxes, output_size=w.output_size), i.apprentice)
 torch.cuda.synchronize()'
 if profiler=$(command -v ncu); then
-  step ncu 60 "$profiler" --clock-control none --set full --launch-skip 2 --launch-count 2 \
-    --kernel-name 'regex:distill_pool|spread' "$python" -c "$hot"
+  for workload in train train19; do
+    for form in pooled gram; do
+      step "ncu-$workload-$form" 60 env RAKD_CUDA_FORM="$form" "$profiler" --clock-control none --set full \
+        --launch-skip 2 --launch-count 2 --kernel-name 'regex:distill_pool|spread|gram' "$python" -c "$hot" "$workload"
+    done
+  done
 else
   echo "ncu is not here: passed over" | tee "$out/ncu.log"
 fi

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.resources``: registers, shared memory and spills of the CUDA kernels, from the built library.
+"""``python -m benchmarks.resources``: registers, shared memory, spills and instructions of the CUDA kernels as built.
 
 Needs no GPU: the figures are the compiler's. Prints a table and writes it as CSV. Reads the library with ``cuobjdump``,
 from the CUDA toolkit or from Triton's package.
@@ -13,7 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,9 @@ import rakd_ops
 from rakd.files import write_text
 
 _USAGE = re.compile(r"Function (\S+?):\s*\n\s*(REG:\d+.*)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")
+# Counted apart: multiply-adds, loads and stores of global and of shared memory, barriers.
+OPERATIONS = ("FFMA", "DFMA", "LDG", "STG", "LDS", "STS", "BAR")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Usage:
         registers: Per thread.
         stack_bytes: Per thread, in local memory: spilled registers and indexed arrays.
         shared_bytes: Static shared memory of a block; dynamic shared memory depends on the call.
+        instructions: In the code, once each, however often a loop runs them; 0: not known.
+        operations: Of these, those of ``OPERATIONS``.
     """
 
     architecture: str
@@ -43,6 +49,8 @@ class Usage:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    instructions: int = 0
+    operations: tuple[int, ...] = (0,) * len(OPERATIONS)
 
 
 def find_cuobjdump() -> Path:
@@ -94,9 +102,27 @@ def parse(dump: str) -> list[Usage]:
             continue
         for mangled, line in _USAGE.findall(section):
             numbers = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", line))
-            counts = [int(numbers.get(key, 0)) for key in ("REG", "STACK", "SHARED")]
-            usages.append(Usage(architecture[1], plain_name(mangled), *counts))
+            registers, stack, shared = (int(numbers.get(key, 0)) for key in ("REG", "STACK", "SHARED"))
+            usages.append(Usage(architecture[1], plain_name(mangled), registers, stack, shared))
     return sorted(usages, key=lambda usage: (int(re.sub(r"\D", "", usage.architecture)), usage.kernel))
+
+
+def count_instructions(dump: str) -> dict[tuple[str, str], Counter[str]]:
+    r"""Read the output of ``cuobjdump --dump-sass``: instructions by name, for each architecture and kernel.
+
+    Examples:
+        >>> line = "  /*0010*/  @!P0 FFMA R0, R1, R2, R3 ;  /* 0x00 */"
+        >>> count_instructions(f"Fatbin elf code:\n arch = sm_90\n Function : a\n{line}\n{line}")
+        {('sm_90', 'a'): Counter({'FFMA': 2})}
+    """
+    counts = {}
+    for section in dump.split("Fatbin elf code:")[1:]:
+        architecture = re.search(r"arch = (\S+)", section)
+        for function in section.split("Function : ")[1:]:
+            name, _, code = function.partition("\n")
+            if architecture is not None:
+                counts[architecture[1], plain_name(name.strip())] = Counter(_INSTRUCTION.findall(code))
+    return counts
 
 
 def table(usages: list[Usage]) -> str:
@@ -123,13 +149,25 @@ def main(out: Annotated[Path, arg(metavar="CSV")] = Path("benchmarks/results/cud
     if not libraries:
         print("error: the CUDA library is not built; python -m rakd_ops says why", file=sys.stderr)
         return 2
-    command = [str(find_cuobjdump()), "--dump-resource-usage", str(libraries[0])]
-    usages = parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def dump(what: str) -> str:
+        command = [str(find_cuobjdump()), what, str(libraries[0])]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    counts = count_instructions(dump("--dump-sass"))
+    usages = []
+    for usage in parse(dump("--dump-resource-usage")):
+        count = counts.get((usage.architecture, usage.kernel), Counter[str]())
+        operations = tuple(count[name] for name in OPERATIONS)
+        usages.append(replace(usage, instructions=count.total(), operations=operations))
     print(table(usages))
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["architecture", "kernel", "registers", "stack_bytes", "shared_bytes"])
-    writer.writerows([u.architecture, u.kernel, u.registers, u.stack_bytes, u.shared_bytes] for u in usages)
+    header = ["architecture", "kernel", "registers", "stack_bytes", "shared_bytes", "instructions"]
+    writer.writerow([*header, *(name.lower() for name in OPERATIONS)])
+    for u in usages:
+        figures = (u.registers, u.stack_bytes, u.shared_bytes, u.instructions)
+        writer.writerow([u.architecture, u.kernel, *figures, *u.operations])
     write_text(out, rows.getvalue())
     print(f"written to {out}")
     return 0

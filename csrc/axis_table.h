@@ -27,6 +27,11 @@ struct AxisTable {
   }
 };
 
+// Touched cells begin .. end - 1, by their numbers.
+struct CellRange {
+  int32_t begin, end;
+};
+
 struct AxisCapacity {
   int64_t cells, weights;
 };

@@ -1,8 +1,8 @@
 // Host side of the kernels: sizes of the workspace, grids, launches. Free of torch, so that the emulator's bindings and
 // the registered ops launch the same things in the same way.
 //
-// A training step of the loss is two launches, distill_pool and spread; the loss alone two (distill_pool, sum_losses);
-// pooling one (align_pool), its gradient two (make_tables, spread).
+// A training step of the loss is two launches, distill_pool and spread (or those of launch_gram.h); the loss alone two
+// (distill_pool, sum_losses); pooling one (align_pool), its gradient two (make_tables, spread).
 #pragma once
 
 #include "spread.cuh"
@@ -16,13 +16,14 @@ constexpr size_t kSharedBytes = 48 << 10;     // what every architecture gives a
 constexpr int64_t kMaxRoom = INT32_MAX;       // elements of one box's tables
 constexpr int64_t kMaxTiles = INT32_MAX - 1;  // of all gradients
 
-// Threads of a block, multiples of 32. Others are right as well (the tests run several); these are for speed.
+// Threads of a block, multiples of 32. Others are right as well (the tests run several); these are for speed. `gram` is
+// 32 times a power of two, on a GPU kGramThreads at most.
 struct BlockSizes {
-  int tables = 64, pool = 128, sum = 256, spread = 256;
+  int tables = 64, pool = 128, sum = 256, spread = 256, gram = 128;
 };
 
-// Which tables a call keeps in the workspace, whatever fits shared memory.
-enum class Keep { kNone, kForGradients };
+// What a call keeps of the tables in the workspace, whatever fits shared memory: nothing, extents and scales, or all.
+enum class Keep { kNone, kExtents, kForGradients };
 
 // Elements the workspace arrays of a call need.
 struct WorkspaceSizes {
@@ -63,7 +64,7 @@ WorkspaceSizes plan_workspace(Tables<T>& tables, Keep keep, bool all_levels, con
     sizes.ints = tables.boxes * ints;
     sizes.weights = tables.boxes * weights;
   }
-  if (keep == Keep::kForGradients) {
+  if (keep != Keep::kNone) {
     sizes.extents = tables.sides * tables.levels * kExtent * tables.boxes;
     sizes.scales = tables.levels * tables.boxes;
   }
@@ -134,10 +135,9 @@ void launch_align_pool(AlignPool<E> call, const BlockSizes& blocks, cudaStream_t
   RAKD_LAUNCH((align_pool<E>), grid, dim3(blocks.pool), bytes, stream, call);
 }
 
-// Tiles of a gradient.
-inline int64_t tile_count(int64_t images, int64_t height, int64_t width, const BlockSizes& blocks) {
-  const int64_t rows = blocks.spread / 32;
-  return images * ((height + rows - 1) / rows) * ((width + kTileColumns - 1) / kTileColumns);
+// Tiles of so many rows and columns of a gradient.
+inline int64_t tile_count(int64_t images, int64_t height, int64_t width, int64_t rows, int64_t columns) {
+  return images * ((height + rows - 1) / rows) * ((width + columns - 1) / columns);
 }
 
 // Fills call.first_tile, writes the gradients and adds the losses. At most kMaxTiles tiles.
@@ -150,7 +150,7 @@ void launch_spread(Spread<E> call, const BlockSizes& blocks, cudaStream_t stream
     const int side = map / tables.levels, level = map % tables.levels;
     const bool wanted = tables.sides == 1 || call.gradient[side].level[level].data;
     const int32_t* size = tables.size[side][level];
-    const int64_t tiles = wanted ? tile_count(tables.images, size[0], size[1], blocks) : 0;
+    const int64_t tiles = wanted ? tile_count(tables.images, size[0], size[1], blocks.spread / 32, kTileColumns) : 0;
     call.first_tile[map + 1] = call.first_tile[map] + static_cast<int32_t>(tiles);
   }
   const unsigned tiles = static_cast<unsigned>(call.first_tile[tables.sides * tables.levels]);

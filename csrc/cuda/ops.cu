@@ -1,156 +1,19 @@
 // The registered ops on CUDA tensors: reads tensors, allocates results and workspace, launches on torch's stream.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "../maps.h"
-#include "launch.h"
+#include "launch_gram.h"
+#include "tensors.h"
 
 namespace rakd {
 namespace gpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using DoubleList = std::vector<double>;
-using IntList = std::vector<int64_t>;
-
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-template <class U>
-Tensor buffer(const Tensor& like, int64_t count, ScalarType type, U** pointer) {
-  Tensor t = torch::stable::empty({count}, type, std::nullopt, like.device());
-  *pointer = count > 0 ? static_cast<U*>(t.data_ptr()) : nullptr;
-  return t;
-}
-
-template <class T>
-constexpr ScalarType scalar_type_of() {
-  return sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-}
-
-struct Options {
-  IntList output_size;
-  int64_t sampling_ratio;
-  LevelRule rule;
-};
-
-Options make_options(const IntList& output_size, int64_t sampling_ratio, int64_t assignment, double sigma,
-                     double canonical_size, double canonical_level) {
-  STD_TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
-                  "output_size: expected two positive numbers");
-  STD_TORCH_CHECK(assignment >= 0 && assignment <= 2, "assignment: expected 0, 1 or 2");
-  return Options{output_size, sampling_ratio,
-                 LevelRule{static_cast<Assignment>(assignment), sigma, canonical_size, canonical_level}};
-}
-
-// Shapes [B, C, H, W] of a pyramid's maps, one after another.
-IntList shapes_of(const std::vector<Tensor>& maps, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(!maps.empty() && maps.size() <= kMaxLevels, name, ": expected 1 to ", kMaxLevels, " maps");
-  IntList shapes;
-  for (const Tensor& t : maps) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.is_cuda() && t.get_device_index() == like.get_device_index() &&
-                        t.scalar_type() == like.scalar_type() && t.size(0) == like.size(0) && t.size(1) == like.size(1),
-                    name, ": expected CUDA maps [B, C, H, W] of one device, dtype, batch size and channel count");
-    for (int64_t i = 0; i < 4; ++i) shapes.push_back(t.size(i));
-  }
-  return shapes;
-}
-
-template <class E>
-Pyramid<E> pyramid(const std::vector<Tensor>& maps) {
-  Pyramid<E> result{};
-  for (size_t l = 0; l < maps.size(); ++l) {
-    result.level[l].data = static_cast<E*>(maps[l].data_ptr());
-    for (int i = 0; i < 4; ++i) result.level[l].stride[i] = maps[l].stride(i);
-  }
-  return result;
-}
-
-// Tables and the memory they live in. The tensors go back to torch's allocator when this does, which keeps the memory
-// from other streams' hands until the kernels launched here are done, as for any tensor.
-template <class T>
-struct Workspace {
-  Tables<T> tables{};
-  WorkspaceSizes sizes;
-  std::vector<Tensor> memory;
-
-  // `other_shapes` and `other_strides`: the expert's where they differ, else nullptr. `all_levels`: see
-  // plan_workspace().
-  Workspace(const Tensor& like, const Tensor& boxes, const IntList& shapes, const IntList* other_shapes,
-            const DoubleList& strides, const DoubleList* other_strides, const Options& options, double factor,
-            const double* coefficients, Keep keep, bool all_levels) {
-    STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5 && boxes.scalar_type() == ScalarType::Double &&
-                        boxes.is_contiguous() && boxes.is_cuda() && boxes.get_device_index() == like.get_device_index(),
-                    "boxes: expected contiguous float64 [K, 5] on the maps' device");
-    STD_TORCH_CHECK(4 * strides.size() == shapes.size(), "strides: expected one per map");
-    tables.boxes = boxes.size(0);
-    tables.levels = static_cast<int32_t>(strides.size());
-    tables.sides = other_shapes ? 2 : 1;
-    tables.images = static_cast<int32_t>(shapes[0]);
-    tables.bins[0] = static_cast<int32_t>(options.output_size[0]);
-    tables.bins[1] = static_cast<int32_t>(options.output_size[1]);
-    tables.sampling_ratio = static_cast<int32_t>(options.sampling_ratio);
-    tables.rule = options.rule;
-    tables.factor = factor;
-    for (int level = 0; level < tables.levels; ++level) {
-      tables.level_of[level] = std::log2(strides[level]);
-      for (int side = 0; side < tables.sides; ++side) {
-        tables.stride[side][level] = side == 0 ? strides[level] : (*other_strides)[level];
-        for (int axis = 0; axis < 2; ++axis) {
-          const int64_t size = (side == 0 ? shapes : *other_shapes)[4 * level + 2 + axis];
-          STD_TORCH_CHECK(size > 0 && size < INT32_MAX, "maps: expected 1 to 2^31 - 2 rows and columns, got ", size);
-          tables.size[side][level][axis] = static_cast<int32_t>(size);
-        }
-      }
-    }
-    tables.rows = static_cast<const double*>(boxes.data_ptr());
-    tables.coefficients = coefficients;
-    sizes = plan_workspace(tables, keep, all_levels, BlockSizes{});
-    STD_TORCH_CHECK(sizes.room <= kMaxRoom, "maps: too many rows and columns for the tables of one box");
-    memory.push_back(buffer(like, sizes.ints, ScalarType::Int, &tables.ints));
-    memory.push_back(buffer(like, sizes.weights, scalar_type_of<T>(), &tables.weights));
-    memory.push_back(buffer(like, sizes.extents, ScalarType::Int, &tables.extents));
-    memory.push_back(buffer(like, sizes.scales, ScalarType::Double, &tables.scales));
-  }
-};
-
-// Refuses gradients of more tiles than a grid has blocks.
-void check_tiles(const IntList& shapes) {
-  int64_t tiles = 0;
-  for (size_t i = 0; i < shapes.size(); i += 4) tiles += tile_count(shapes[i], shapes[i + 2], shapes[i + 3], {});
-  STD_TORCH_CHECK(tiles <= kMaxTiles, "maps: too many images, rows and columns for one call");
-}
-
-// Calls f<E>(arguments) for the dtype's element type.
-#define RAKD_DISPATCH(type, f, ...)                                                   \
-  switch (type) {                                                                     \
-    case ScalarType::Float:                                                           \
-      f<float>(__VA_ARGS__);                                                          \
-      break;                                                                          \
-    case ScalarType::Double:                                                          \
-      f<double>(__VA_ARGS__);                                                         \
-      break;                                                                          \
-    case ScalarType::Half:                                                            \
-      f<__half>(__VA_ARGS__);                                                         \
-      break;                                                                          \
-    case ScalarType::BFloat16:                                                        \
-      f<__nv_bfloat16>(__VA_ARGS__);                                                  \
-      break;                                                                          \
-    default:                                                                          \
-      STD_TORCH_CHECK(false, "maps: expected float32, float64, float16 or bfloat16"); \
-  }
 
 struct Distillation {
   const std::vector<Tensor>&apprentice, &expert;
@@ -158,12 +21,61 @@ struct Distillation {
   const DoubleList &strides, &expert_strides;
   Options options;
   bool gradient[2];
+  Form form;
 };
 
 struct Losses {
-  Tensor total, per_box;
+  Tensor total, per_box;  // the latter is left unwritten where gradients are asked for
   std::vector<Tensor> gradients;
 };
+
+// RAKD_CUDA_FORM: for tests and measurements.
+Form form_of_environment() {
+  const char* value = std::getenv("RAKD_CUDA_FORM");
+  const std::string form = value ? value : "";
+  STD_TORCH_CHECK(form.empty() || form == "pooled" || form == "gram",
+                  "RAKD_CUDA_FORM: expected pooled, gram or nothing, got ", form);
+  return form.empty() ? Form::kByShape : form == "pooled" ? Form::kPooled : Form::kGram;
+}
+
+// Adds the gradients that are asked for to the results, unwritten.
+template <class E>
+void make_gradients(const Distillation& call, Losses& out, Pyramid<E> (&gradient)[2]) {
+  for (int side = 0; side < 2; ++side) {
+    if (!call.gradient[side]) continue;
+    std::vector<Tensor> maps;
+    for (const Tensor& map : side == 0 ? call.apprentice : call.expert) {
+      maps.push_back(empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, is_channels_last(map)));
+      out.gradients.push_back(maps.back());
+    }
+    gradient[side] = pyramid<E>(maps);
+  }
+}
+
+template <class E, class T>
+void distill_gram(const Distillation& call, Workspace<T>& workspace, GramTables<T>& gram, const GramSizes& sizes,
+                  Losses& out, cudaStream_t stream) {
+  const Tensor& like = call.apprentice[0];
+  workspace.allocate(like, Keep::kExtents, false);
+  gram.extents = workspace.tables.extents;
+  gram.scales = workspace.tables.scales;
+  const Tensor ints = buffer(like, sizes.ints, ScalarType::Int, &gram.ints);
+  const Tensor values = buffer(like, sizes.values, scalar_type_of<T>(), &gram.values);
+  GramGradient<E> gradient{};
+  gradient.tables = gram;
+  gradient.map[0] = pyramid<const E>(call.apprentice);
+  gradient.map[1] = pyramid<const E>(call.expert);
+  gradient.channels = static_cast<int32_t>(like.size(1));
+  const int64_t blocks = gram_blocks(gram, gradient.channels, BlockSizes{});
+  const Tensor partial = buffer(like, blocks, ScalarType::Double, &gradient.partial);
+  const Tensor finished = buffer(like, 1, ScalarType::Int, &gradient.finished);
+  gradient.total = static_cast<double*>(out.total.data_ptr());
+  make_gradients(call, out, gradient.gradient);
+  launch_make_gram(workspace.tables, gram, gradient.finished, BlockSizes{}, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_gram_gradient(gradient, BlockSizes{}, stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 template <class E>
 void distill_as(const Distillation& call, const IntList& shapes, const IntList& expert_shapes, Losses& out,
@@ -177,8 +89,16 @@ void distill_as(const Distillation& call, const IntList& shapes, const IntList& 
   const bool gradients = call.gradient[0] || call.gradient[1];
   Workspace<T> workspace(like, call.boxes, shapes, shared ? nullptr : &expert_shapes, call.strides,
                          &call.expert_strides, call.options, factor,
-                         static_cast<const double*>(call.coefficients.data_ptr()),
-                         gradients ? Keep::kForGradients : Keep::kNone, false);
+                         static_cast<const double*>(call.coefficients.data_ptr()));
+  if (gradients && shared) {
+    GramTables<T> gram{};
+    const GramSizes sizes = plan_gram(gram, workspace.tables);
+    if (choose_gram(call.form, gram, sizes, static_cast<int64_t>(bins), shapes[1], BlockSizes{})) {
+      distill_gram<E>(call, workspace, gram, sizes, out, stream);
+      return;
+    }
+  }
+  workspace.allocate(like, gradients ? Keep::kForGradients : Keep::kNone, false);
   const Tables<T>& tables = workspace.tables;
   const int64_t entries = tables.boxes * tables.levels;
   const Division division = divide(tables, entries, shapes[1]);
@@ -205,15 +125,7 @@ void distill_as(const Distillation& call, const IntList& shapes, const IntList& 
   if (!shared) check_tiles(expert_shapes);
   Spread<E> spread{};
   spread.tables = tables;
-  for (int side = 0; side < 2; ++side) {
-    if (!call.gradient[side]) continue;
-    std::vector<Tensor> written;
-    for (const Tensor& map : side == 0 ? call.apprentice : call.expert) {
-      written.push_back(empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, is_channels_last(map)));
-      out.gradients.push_back(written.back());
-    }
-    spread.gradient[side] = pyramid<E>(written);
-  }
+  make_gradients(call, out, spread.gradient);
   spread.channels = pool.channels;
   spread.pooled = pool.pooled;
   spread.sum = sum;
@@ -245,7 +157,8 @@ std::tuple<Tensor, Tensor> distill_loss(std::vector<Tensor> apprentice, std::vec
                                         IntList output_size, int64_t sampling_ratio, int64_t assignment, double sigma,
                                         double canonical_size, double canonical_level) {
   const Options options = make_options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  Losses out = distill({apprentice, expert, boxes, coefficients, strides, expert_strides, options, {false, false}});
+  Losses out = distill(
+      {apprentice, expert, boxes, coefficients, strides, expert_strides, options, {false, false}, Form::kPooled});
   return {out.total, out.per_box};
 }
 
@@ -263,7 +176,8 @@ std::tuple<Tensor, std::vector<Tensor>> distill_gradient(std::vector<Tensor> app
                         strides,
                         expert_strides,
                         options,
-                        {apprentice_gradient, expert_gradient}});
+                        {apprentice_gradient, expert_gradient},
+                        form_of_environment()});
   return {out.total, out.gradients};
 }
 
@@ -271,8 +185,8 @@ template <class E>
 void align_as(const std::vector<Tensor>& features, const IntList& shapes, const Tensor& boxes,
               const DoubleList& strides, const Options& options, const Tensor& output, cudaStream_t stream) {
   typedef typename Accumulator<E>::type T;
-  Workspace<T> workspace(features[0], boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr, Keep::kNone,
-                         true);
+  Workspace<T> workspace(features[0], boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr);
+  workspace.allocate(features[0], Keep::kNone, true);
   if (workspace.tables.boxes == 0) return;
   AlignPool<E> pool{};
   pool.tables = workspace.tables;
@@ -287,8 +201,8 @@ template <class E>
 void align_backward_as(const Tensor& output_gradient, const std::vector<Tensor>& gradients, const IntList& shapes,
                        const Tensor& boxes, const DoubleList& strides, const Options& options, cudaStream_t stream) {
   typedef typename Accumulator<E>::type T;
-  Workspace<T> workspace(output_gradient, boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr,
-                         Keep::kForGradients, false);
+  Workspace<T> workspace(output_gradient, boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr);
+  workspace.allocate(output_gradient, Keep::kForGradients, false);
   check_tiles(shapes);
   if (workspace.tables.boxes > 0) {
     launch_tables(workspace.tables, BlockSizes{}, stream);

@@ -2,7 +2,8 @@
 // kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
-//   atomicAdd(int*, int); dynamic shared memory by RAKD_SHARED, at most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL.
+//   atomicAdd(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at most 48 KiB; launches by
+//   RAKD_LAUNCH; RAKD_UNROLL.
 #pragma once
 
 #if defined(RAKD_EMULATE)

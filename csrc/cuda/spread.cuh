@@ -62,27 +62,38 @@ RAKD_HD int32_t find_cell(const int32_t* cells, int32_t low, int32_t high, int32
 
 // What a tile of one image of one level is about.
 struct Tile {
-  int32_t image, top, left, rows;
+  int32_t image, top, left, rows, columns;
 };
+
+// Whether a box, of the extent that publish_extent() left, may put something into the tile. Values of an extent lie
+// `boxes` apart.
+RAKD_HD bool extent_meets(const int32_t* extent, int64_t boxes, const Tile& tile) {
+  if (extent[0] != tile.image) return false;
+  if (extent[boxes] >= tile.top + tile.rows || extent[2 * boxes] < tile.top) return false;
+  return extent[3 * boxes] < tile.left + tile.columns && extent[4 * boxes] >= tile.left;
+}
+
+// The touched cells from position `low` to before `low + size`. Between the cells that a large box touches there may be
+// tiles without any.
+RAKD_HD CellRange cells_between(const int32_t* cells, int32_t count, int32_t low, int32_t size) {
+  const int32_t begin = lower_bound(cells, 0, count, low), most = begin + size < count ? begin + size : count;
+  return CellRange{begin, lower_bound(cells, begin, most, low + size)};
+}
 
 // Whether `box` puts something into the tile, and where to look for it.
 template <class T>
 __device__ bool meet(const Tables<T>& tables, int side, int level, int64_t box, const Tile& tile, Meeting* found) {
   const int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
-  const int32_t bottom = tile.top + tile.rows, right = tile.left + kTileColumns;
-  if (extent[0] != tile.image) return false;
-  if (extent[tables.boxes] >= bottom || extent[2 * tables.boxes] < tile.top) return false;
-  if (extent[3 * tables.boxes] >= right || extent[4 * tables.boxes] < tile.left) return false;
+  if (!extent_meets(extent, tables.boxes, tile)) return false;
   const Room<T> room = workspace_room(tables, level, box);
   const AxisTable<T> y = axis_table(tables, side, level, 0, room), x = axis_table(tables, side, level, 1, room);
-  // Between the cells that a large box touches there may be tiles without any.
-  found->row = lower_bound(y.cell, 0, *y.count, tile.top);
-  if (found->row == *y.count || y.cell[found->row] >= bottom) return false;
-  found->column = lower_bound(x.cell, 0, *x.count, tile.left);
-  const int32_t end = lower_bound(x.cell, found->column, *x.count, right);
-  if (found->column == end) return false;
-  found->first_bin = x.cell_bin[found->column];
-  found->end_bin = lower_bound(x.bin_cell, found->first_bin, tables.bins[1], end);
+  const CellRange rows = cells_between(y.cell, *y.count, tile.top, tile.rows);
+  const CellRange columns = cells_between(x.cell, *x.count, tile.left, tile.columns);
+  if (rows.begin == rows.end || columns.begin == columns.end) return false;
+  found->row = rows.begin;
+  found->column = columns.begin;
+  found->first_bin = x.cell_bin[columns.begin];
+  found->end_bin = lower_bound(x.bin_cell, found->first_bin, tables.bins[1], columns.end);
   return true;
 }
 
@@ -112,24 +123,25 @@ struct alignas(16) Quad {
   T value[4];
 };
 
-// The channels of a slab, moved in 16-byte words where they lie together.
-template <class E>
-struct alignas(16) Slab {
-  E value[kSlab];
+// Neighbouring channels, moved in words of up to 16 bytes where they lie together.
+template <class E, int kCount>
+struct alignas(kCount * sizeof(E) < 16 ? kCount * sizeof(E) : 16) Channels {
+  E value[kCount];
 };
 
-// Writes sign * sum for a pixel's channels of the slab.
-template <class E, class T>
-__device__ __forceinline__ void write_slab(const T* sum, T sign, E* out, int64_t stride, int32_t channels) {
-  if (stride == 1 && channels == kSlab && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
-    Slab<E> slab;
+// Writes sign * sum for the first `channels` of so many of a pixel.
+template <int kCount, class E, class T>
+__device__ __forceinline__ void write_channels(const T* sum, T sign, E* out, int64_t stride, int32_t channels) {
+  typedef Channels<E, kCount> Together;
+  if (stride == 1 && channels == kCount && reinterpret_cast<uintptr_t>(out) % alignof(Together) == 0) {
+    Together together;
     RAKD_UNROLL
-    for (int c = 0; c < kSlab; ++c) narrow(sign * sum[c], &slab.value[c]);
-    *reinterpret_cast<Slab<E>*>(out) = slab;
+    for (int c = 0; c < kCount; ++c) narrow(sign * sum[c], &together.value[c]);
+    *reinterpret_cast<Together*>(out) = together;
     return;
   }
   RAKD_UNROLL
-  for (int c = 0; c < kSlab; ++c) {
+  for (int c = 0; c < kCount; ++c) {
     if (c < channels) narrow(sign * sum[c], out + c * stride);
   }
 }
@@ -160,7 +172,7 @@ __global__ void spread(Spread<E> call) {
   const int32_t tiles_x = (width + kTileColumns - 1) / kTileColumns, tiles_y = (height + warps - 1) / warps;
   const int32_t within = number - call.first_tile[map];
   const Tile tile{within / (tiles_x * tiles_y), within / tiles_x % tiles_y * warps, within % tiles_x * kTileColumns,
-                  warps};
+                  warps, kTileColumns};
   const int32_t y = tile.top + warp, x = tile.left + lane;
   const int64_t slabs = slabs_of(call.channels);
   const int32_t channels = call.channels - slab * kSlab < kSlab ? call.channels - slab * kSlab : kSlab;
@@ -231,7 +243,7 @@ __global__ void spread(Spread<E> call) {
     if (!view.data || (tables.sides == 2 && output != side)) continue;
     E* out = view.data + tile.image * view.stride[0] + int64_t(slab) * kSlab * view.stride[1] + y * view.stride[2] +
              x * view.stride[3];
-    write_slab(sum, output == 0 ? T(1) : T(-1), out, view.stride[1], channels);
+    write_channels<kSlab>(sum, output == 0 ? T(1) : T(-1), out, view.stride[1], channels);
   }
 }
 

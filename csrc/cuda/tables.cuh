@@ -137,9 +137,9 @@ __device__ void make_box_tables(const Tables<T>& tables, int first, int last, in
   __syncthreads();
 }
 
-// By the whole block: leaves what the gradient kernel wants to know of a box on a level, whose tables are in `room`.
+// By the whole block: leaves what a tile asks first of a box on a level, whose tables are in `room`, and its scale.
 template <class T>
-__device__ void publish(const Tables<T>& tables, int level, int64_t box, const Room<T>& room, double scale) {
+__device__ void publish_extent(const Tables<T>& tables, int level, int64_t box, const Room<T>& room, double scale) {
   if (threadIdx.x == 0 && tables.scales) tables.scales[level * tables.boxes + box] = scale;
   for (int side = threadIdx.x; side < tables.sides; side += blockDim.x) {
     int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
@@ -153,6 +153,12 @@ __device__ void publish(const Tables<T>& tables, int level, int64_t box, const R
       if (axis == 1) extent[0] = static_cast<int32_t>(tables.rows[5 * box]);
     }
   }
+}
+
+// The same, and the tables themselves.
+template <class T>
+__device__ void publish(const Tables<T>& tables, int level, int64_t box, const Room<T>& room, double scale) {
+  publish_extent(tables, level, box, room, scale);
   const Room<T> kept = workspace_room(tables, level, box);
   if (scale == 0.0 || kept.ints == room.ints) return;
   for (int32_t i = threadIdx.x; i < tables.level[level].ints; i += blockDim.x) kept.ints[i] = room.ints[i];

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "cuda/launch.h"
+#include "cuda/launch_gram.h"
 #include "guards.h"
 
 namespace real {
@@ -41,12 +41,11 @@ Pyramid<E> pyramid(const std::vector<Map>& maps) {
 }
 
 BlockSizes block_sizes(const Problem& problem) {
-  return BlockSizes{problem.threads[0], problem.threads[1], problem.threads[2], problem.threads[3]};
+  return BlockSizes{problem.threads[0], problem.threads[1], problem.threads[2], problem.threads[3], problem.threads[4]};
 }
 
 template <class T>
-Tables<T> make(const Problem& problem, const std::vector<Map>& maps, const std::vector<Map>* other, double factor,
-               Workspace& workspace, Keep keep, bool all_levels) {
+Tables<T> describe(const Problem& problem, const std::vector<Map>& maps, const std::vector<Map>* other, double factor) {
   Tables<T> tables{};
   tables.boxes = problem.boxes;
   tables.levels = static_cast<int32_t>(maps.size());
@@ -68,18 +67,22 @@ Tables<T> make(const Problem& problem, const std::vector<Map>& maps, const std::
   }
   tables.rows = problem.rows;
   tables.coefficients = problem.coefficients;
+  return tables;
+}
+
+template <class T>
+void allocate(Tables<T>& tables, const Problem& problem, Workspace& workspace, Keep keep, bool all_levels) {
   const WorkspaceSizes sizes = plan_workspace(tables, keep, all_levels, block_sizes(problem));
   if (sizes.ints > 0) tables.ints = workspace.take<int32_t>(sizes.ints);
   if (sizes.weights > 0) tables.weights = workspace.take<T>(sizes.weights);
   if (sizes.extents > 0) tables.extents = workspace.take<int32_t>(sizes.extents);
   if (sizes.scales > 0) tables.scales = workspace.take<double>(sizes.scales);
-  return tables;
 }
 
 }  // namespace
 
 template <class E>
-void run_distill(const Problem& problem, const std::vector<Map>& apprentice, const std::vector<Map>& expert,
+bool run_distill(const Problem& problem, const std::vector<Map>& apprentice, const std::vector<Map>& expert,
                  const std::vector<Map>& apprentice_gradient, const std::vector<Map>& expert_gradient, double* losses,
                  double* total) {
   typedef typename Accumulator<E>::type T;
@@ -89,25 +92,50 @@ void run_distill(const Problem& problem, const std::vector<Map>& apprentice, con
     for (int axis = 0; axis < 2; ++axis) shared = shared && apprentice[l].size[axis] == expert[l].size[axis];
   }
   Workspace workspace;
-  const double factor = 1.0 / static_cast<double>(problem.channels * problem.bins[0] * problem.bins[1]);
+  const int64_t bins = problem.bins[0] * problem.bins[1];
+  const double factor = 1.0 / static_cast<double>(problem.channels * bins);
   const bool gradients = !apprentice_gradient.empty() || !expert_gradient.empty();
+  Tables<T> tables = describe<T>(problem, apprentice, shared ? nullptr : &expert, factor);
+  if (gradients && shared) {
+    GramTables<T> gram{};
+    const GramSizes sizes = plan_gram(gram, tables);
+    if (choose_gram(static_cast<Form>(problem.form), gram, sizes, bins, problem.channels, blocks)) {
+      allocate(tables, problem, workspace, Keep::kExtents, false);
+      gram.extents = tables.extents;
+      gram.scales = tables.scales;
+      gram.ints = workspace.take<int32_t>(sizes.ints);
+      gram.values = workspace.take<T>(sizes.values);
+      GramGradient<E> call{};
+      call.tables = gram;
+      call.map[0] = pyramid<const E>(apprentice);
+      call.map[1] = pyramid<const E>(expert);
+      call.gradient[0] = pyramid<E>(apprentice_gradient);
+      call.gradient[1] = pyramid<E>(expert_gradient);
+      call.channels = static_cast<int32_t>(problem.channels);
+      call.partial = workspace.take<double>(gram_blocks(gram, problem.channels, blocks));
+      call.finished = workspace.take<int32_t>(1);
+      call.total = total;
+      launch_make_gram(tables, gram, call.finished, blocks, nullptr);
+      launch_gram_gradient(call, blocks, nullptr);
+      workspace.check();
+      return true;
+    }
+  }
+  allocate(tables, problem, workspace, gradients ? Keep::kForGradients : Keep::kNone, false);
   DistillPool<E> pool{};
-  pool.tables = make<T>(problem, apprentice, shared ? nullptr : &expert, factor, workspace,
-                        gradients ? Keep::kForGradients : Keep::kNone, false);
-  const int64_t entries = problem.boxes * pool.tables.levels;
-  const Division division = divide(pool.tables, entries, problem.channels);
+  pool.tables = tables;
+  const int64_t entries = problem.boxes * tables.levels;
+  const Division division = divide(tables, entries, problem.channels);
   pool.map[0] = pyramid<const E>(apprentice);
   pool.map[1] = pyramid<const E>(expert);
   pool.channels = static_cast<int32_t>(problem.channels);
   pool.partial = workspace.take<double>(entries * division.groups);
-  if (gradients) {
-    pool.pooled = workspace.take<T>(entries * slabs_of(problem.channels) * kSlab * problem.bins[0] * problem.bins[1]);
-  }
+  if (gradients) pool.pooled = workspace.take<T>(entries * slabs_of(problem.channels) * kSlab * bins);
   if (entries > 0) launch_distill_pool(pool, division, blocks, nullptr);
-  const SumLosses<double> sum{pool.partial, problem.boxes, pool.tables.levels * division.groups, losses, total};
+  const SumLosses<double> sum{pool.partial, problem.boxes, tables.levels * division.groups, losses, total};
   if (gradients) {
     Spread<E> spread{};
-    spread.tables = pool.tables;
+    spread.tables = tables;
     spread.gradient[0] = pyramid<E>(apprentice_gradient);
     spread.gradient[1] = pyramid<E>(expert_gradient);
     spread.channels = pool.channels;
@@ -118,6 +146,7 @@ void run_distill(const Problem& problem, const std::vector<Map>& apprentice, con
     launch_sum_losses(sum, blocks, nullptr);
   }
   workspace.check();
+  return false;
 }
 
 template <class E>
@@ -125,7 +154,8 @@ void run_align(const Problem& problem, const std::vector<Map>& features, E* outp
   typedef typename Accumulator<E>::type T;
   Workspace workspace;
   AlignPool<E> pool{};
-  pool.tables = make<T>(problem, features, nullptr, 1.0, workspace, Keep::kNone, true);
+  pool.tables = describe<T>(problem, features, nullptr, 1.0);
+  allocate(pool.tables, problem, workspace, Keep::kNone, true);
   pool.map = pyramid<const E>(features);
   pool.channels = static_cast<int32_t>(problem.channels);
   pool.output = output;
@@ -138,7 +168,8 @@ void run_align_backward(const Problem& problem, const E* output_gradient, const 
   typedef typename Accumulator<E>::type T;
   Workspace workspace;
   Spread<E> spread{};
-  spread.tables = make<T>(problem, gradients, nullptr, 1.0, workspace, Keep::kForGradients, false);
+  spread.tables = describe<T>(problem, gradients, nullptr, 1.0);
+  allocate(spread.tables, problem, workspace, Keep::kForGradients, false);
   if (problem.boxes > 0) launch_tables(spread.tables, block_sizes(problem), nullptr);
   spread.gradient[0] = pyramid<E>(gradients);
   spread.channels = static_cast<int32_t>(problem.channels);
@@ -148,7 +179,7 @@ void run_align_backward(const Problem& problem, const E* output_gradient, const 
 }
 
 #define INSTANTIATE(E)                                                                              \
-  template void run_distill<E>(const Problem&, const std::vector<Map>&, const std::vector<Map>&,    \
+  template bool run_distill<E>(const Problem&, const std::vector<Map>&, const std::vector<Map>&,    \
                                const std::vector<Map>&, const std::vector<Map>&, double*, double*); \
   template void run_align<E>(const Problem&, const std::vector<Map>&, E*);                          \
   template void run_align_backward<E>(const Problem&, const E*, const std::vector<Map>&);

@@ -25,12 +25,14 @@ struct Problem {
   double sigma = 1.0, canonical_size = 224.0, canonical_level = 4.0;
   const double* rows = nullptr;
   const double* coefficients = nullptr;
-  int threads[4] = {64, 128, 256, 256};  // of the blocks that make tables, pool, sum and spread
+  int threads[5] = {64, 128, 256, 256, 128};  // of the blocks that make tables, pool, sum, spread and of gram_gradient
+  int form = 0;                               // of a training step: by shape, pooled or Gram
 };
 
-// Gradients may be empty: not wanted.
+// Gradients may be empty: not wanted. With gradients in the Gram form, `losses` are left as they are. Tells whether it
+// was the Gram form.
 template <class E>
-void run_distill(const Problem& problem, const std::vector<Map>& apprentice, const std::vector<Map>& expert,
+bool run_distill(const Problem& problem, const std::vector<Map>& apprentice, const std::vector<Map>& expert,
                  const std::vector<Map>& apprentice_gradient, const std::vector<Map>& expert_gradient, double* losses,
                  double* total);
 template <class E>

@@ -44,7 +44,8 @@ Problem make_problem(const py::dict& options, const py::array& map) {
   const auto bins = options["output_size"].cast<std::vector<int64_t>>();
   const auto threads = options["threads"].cast<std::vector<int>>();
   for (int axis = 0; axis < 2; ++axis) problem.bins[axis] = bins.at(axis);
-  for (int step = 0; step < 4; ++step) problem.threads[step] = threads.at(step);
+  for (int step = 0; step < 5; ++step) problem.threads[step] = threads.at(step);
+  problem.form = options["form"].cast<int>();
   problem.sampling_ratio = options["sampling_ratio"].cast<int64_t>();
   problem.assignment = options["assignment"].cast<int64_t>();
   problem.sigma = options["sigma"].cast<double>();
@@ -67,8 +68,9 @@ void bind_typed(py::module_& module, const std::string& name) {
                const auto a = inputs<E>(buffers, apprentice), e = inputs<E>(buffers, expert);
                const auto ga = outputs<E>(buffers, apprentice_gradient), ge = outputs<E>(buffers, expert_gradient);
                double* box_losses = buffers.out<double>(losses);
-               run_distill<E>(problem, a, e, ga, ge, box_losses, buffers.out<double>(total));
+               const bool gram = run_distill<E>(problem, a, e, ga, ge, box_losses, buffers.out<double>(total));
                buffers.finish();
+               return gram;
              });
   module.def(("align_" + name).c_str(),
              [](const py::dict& options, const Arrays& features, const py::array& boxes, const py::array& output) {

@@ -12,10 +12,11 @@ import torch
 
 sys.path.insert(0, str(build.ROOT))
 
-from benchmarks import gpu_design
+from benchmarks import gpu_counts
 from benchmarks.workloads import STRIDES, Workload, draw_boxes
 
 
+@pytest.mark.parametrize("form", ["pooled", "gram"])
 @pytest.mark.parametrize(
     "workload",
     [
@@ -25,7 +26,7 @@ from benchmarks.workloads import STRIDES, Workload, draw_boxes
         Workload(1, 70, 3, "objects", channels=280, height=64, width=64),  # several slabs a pooling block
     ],
 )
-def test_counts_are_the_kernels(workload: Workload) -> None:
+def test_counts_are_the_kernels(workload: Workload, form: str) -> None:
     module = build.load(test_kernels.BINDING, [test_kernels.KERNELS])
     boxes = draw_boxes(workload, torch.Generator().manual_seed(1))
     call = test_kernels.Call(
@@ -35,11 +36,13 @@ def test_counts_are_the_kernels(workload: Workload) -> None:
         boxes=0,
         batch=workload.batch,
         size=(workload.height, workload.width),
+        form=form,
     )
     call.boxes = boxes.double()
     call.coefficients = torch.ones(len(boxes), dtype=torch.float64)
     module.counts()
     call.distill(module, (True, False))
     counted = module.counts()
-    expected = asdict(gpu_design.count_shipped(workload, gpu_design.list_patches(workload, boxes)))
+    count = gpu_counts.count_gram if form == "gram" else gpu_counts.count_pooled
+    expected = asdict(count(workload, gpu_counts.list_patches(workload, boxes)))
     assert {name: counted[name] for name in expected} == expected

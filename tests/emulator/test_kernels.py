@@ -23,8 +23,9 @@ from rakd_ops.levels import ASSIGNMENTS
 BINDING, KERNELS = build.HERE / "kernels_binding.cpp", build.HERE / "kernels.cpp"
 TYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 1e-2, "bfloat16": 1e-2}
-DEFAULT_THREADS = (64, 128, 256, 256)
-OTHER_THREADS = ((32, 32, 32, 32), (128, 64, 1024, 64), (96, 224, 96, 128), (256, 512, 512, 512))
+DEFAULT_THREADS = (64, 128, 256, 256, 128)
+OTHER_THREADS = ((32, 32, 32, 32, 32), (128, 64, 1024, 64, 64), (96, 224, 96, 128, 256), (256, 512, 512, 512, 512))
+FORMS = ("shape", "pooled", "gram")  # csrc/cuda/launch_gram.h: Form
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ class Call:
         seed: int = 0,
         batch: int = 2,
         size: tuple[int, int] = (44, 148),
+        form: str = "pooled",
     ) -> None:
         self.dtype = dtype
         steps = expert_strides or strides
@@ -111,15 +113,16 @@ class Call:
             "expert_strides": list(map(float, steps)),
             "assignment": ASSIGNMENTS.index(assignment),
             "threads": list(threads),
+            "form": FORMS.index(form),
         }
 
     def distill(self, module: ModuleType, wanted: tuple[bool, bool] = (True, True)) -> list[Tensor]:
-        """Per-box losses, total, gradients of apprentice and expert."""
+        """Per-box losses, total, gradients of apprentice and expert. The Gram form has no per-box losses: NaN."""
         gradients = [
             [torch.zeros_like(m) for m in side] if w else [] for side, w in zip(self.maps, wanted, strict=True)
         ]
         losses, total = torch.zeros(len(self.boxes), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        getattr(module, f"distill_{self.dtype}")(
+        self.took_gram = getattr(module, f"distill_{self.dtype}")(
             self.options,
             *([to_numpy(m) for m in side] for side in self.maps),
             self.boxes.numpy(),

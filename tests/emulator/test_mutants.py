@@ -10,6 +10,7 @@ from types import ModuleType
 
 import build
 import pytest
+import test_gram
 import test_kernels
 
 # Name: (file, text, what replaces it), ...
@@ -46,7 +47,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     )],
     "a row's sum taken for another's": [("cuda/pool.cuh", "before_ = value_;", "")],
     "off by one in the tile's overlap": [(
-        "cuda/spread.cuh", "extent[2 * tables.boxes] < tile.top", "extent[2 * tables.boxes] <= tile.top",
+        "cuda/spread.cuh", "extent[2 * boxes] < tile.top", "extent[2 * boxes] <= tile.top",
     )],
     "boxes of other images": [("cuda/spread.cuh", "if (extent[0] != tile.image) return false;", "")],
     "bounds check of the tile missing": [("cuda/spread.cuh", "if (y >= height || x >= width) return;", "")],
@@ -68,6 +69,41 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     )],
     "batch index trusted": [("cuda/tables.cuh", "row[0] < static_cast<double>(tables.images)", "row[0] < 1e9")],
     "tables of the other side": [("cuda/pool.cuh", "const int side = kTwoSides ? 1 : 0;", "const int side = 0;")],
+    "Gram: barrier before pieces are applied removed": [(
+        "cuda/gram.cuh", "        __syncthreads();\n        for (int32_t n = 0; n < warps",
+        "        for (int32_t n = 0; n < warps",
+    )],
+    "Gram: barrier in a piece removed": [("cuda/gram_piece.cuh", "  __syncwarp();\n  if (t < at", "  if (t < at")],
+    "Gram: a tile's last column missed": [(
+        "cuda/spread.cuh", "lower_bound(cells, begin, most, low + size)",
+        "lower_bound(cells, begin, most, low + size - 1)",
+    )],
+    "Gram: a row of the tile missed": [(
+        "cuda/gram_tables.cuh", "return CellRange{begin[cells.begin], end[cells.end - 1]};",
+        "return CellRange{begin[cells.begin], end[cells.end - 1] - 1};",
+    )],
+    "Gram: bounds check of columns missing": [("cuda/gram.cuh", "if (real && x < width)", "if (real)")],
+    "Gram: bounds check of rows missing": [("cuda/gram.cuh", "if (y >= height) break;", "")],
+    "Gram: bounds check of the stage missing": [(
+        "cuda/gram.cuh", "int64_t(needed.rows()) * needed.columns() <= cells;", "cells > 0;",
+    )],
+    "Gram: stage taken for larger than it is": [(
+        "cuda/gram_piece.cuh", "const bool staged = held.holds(needed);",
+        "const bool staged = held.holds(needed) || held.columns() > 0;",
+    )],
+    "Gram: past the last channel": [(
+        "cuda/gram_piece.cuh", "to->value[c] = c < channels_ ? widen(from[c * stride]) : T(0);",
+        "to->value[c] = widen(from[c * stride]);",
+    )],
+    "Gram: wrong weight": [("gram_table.h", "table.weight(bin, u));", "table.weight(bin, t));")],
+    "Gram: narrow band": [(
+        "gram_table.h", "if (end > band.end) band.end = end;", "if (end > band.end) band.end = end - 1;",
+    )],
+    "Gram: bands of several parts lost": [("cuda/gram.cuh", "parts = max(parts, piece.parts);", "")],
+    "Gram: unwritten output": [("cuda/gram.cuh", "if (!view.data) continue;", "if (!view.data || !met) continue;")],
+    "Gram: sign of the expert": [("cuda/gram.cuh", "output == 0 ? T(1) : T(-1)", "T(1)")],
+    "Gram: counter not set": [("cuda/gram_tables.cuh", "*finished = 0;", "*finished = 1;")],
+    "Gram: loss twice": [("cuda/gram.cuh", "= 0.5 * loss;", "= loss;")],
     "tables not kept": [("cuda/tables.cuh", "kept.weights[i] = room.weights[i];", "kept.weights[i] = T(0);")],
 }  # fmt: skip
 
@@ -79,12 +115,19 @@ def battery(module: ModuleType) -> None:
         for options in (
             {"boxes": 6},
             {"expert_strides": (3.0, 7.0), "channels": 17},
-            {"threads": (32, 64, 64, 64)},
+            {"threads": (32, 64, 64, 64, 32)},
             {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
         ):
             call = test_kernels.Call(**options)  # type: ignore[arg-type]
             call.check(call.distill(module), call.expected_distill())
             call.check(call.align(module), call.expected_align())
+        for options in (
+            {"boxes": 6},
+            {"boxes": 150, "channels": 3, "size": (40, 60), "output_size": (7, 7), "threads": (64, 128, 256, 256, 64)},
+            {"sampling_ratio": 0, "strides": (1,), "output_size": (2, 1), "channels": 2, "boxes": 2},
+            {"size": (70, 300), "strides": (2,), "channels": 2},  # boxes that need more than the stage holds
+        ):
+            test_gram.right(module, test_gram.GramCall(**options))  # type: ignore[arg-type]
     call = test_kernels.Call(boxes=3, channels=2)
     call.boxes[1, 0] = 5.0
     assert call.distill(module)[0][1] == 0.0

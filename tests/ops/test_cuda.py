@@ -91,6 +91,29 @@ def test_any_output_size(output_size: tuple[int, int]) -> None:
         assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("output_size", [7, 19])
+def test_both_forms_of_a_training_step(output_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is two launches, and computes the same as the other, in the same bits each time."""
+    maps, expert, boxes = inputs()
+
+    def training_step() -> tuple[torch.Tensor, ...]:
+        loss = soft_roi_distill(maps, expert, boxes, output_size=output_size, backend="cuda")
+        return loss, *torch.autograd.grad(loss, maps)
+
+    results = {}
+    for form, names in (("pooled", ("distill_pool", "spread")), ("gram", ("make_gram", "gram_gradient"))):
+        monkeypatch.setenv("RAKD_CUDA_FORM", form)
+        launched = kernels(training_step)
+        assert len(launched) == 2 and all(name in kernel for name, kernel in zip(names, launched, strict=True))
+        results[form] = training_step()
+        assert all(torch.equal(a, b) for a, b in zip(results[form], training_step(), strict=True))
+    for a, b in zip(results["pooled"], results["gram"], strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    monkeypatch.setenv("RAKD_CUDA_FORM", "other")
+    with pytest.raises(RuntimeError, match="RAKD_CUDA_FORM"):
+        training_step()
+
+
 def test_another_stream() -> None:
     call = inputs()
     expected = step(*call)
