@@ -46,10 +46,19 @@ inline DoubleList level_scales(const Boxes& boxes, const double* coefficients, c
   return scales;
 }
 
-// Plans of all (level, image) pairs, level-major, built in parallel: they share nothing.
+// Width of the vector blocks: the channels that make a cache line.
+template <class T>
+int64_t block_width(int64_t channels) {
+  constexpr int64_t kWidth = 64 / static_cast<int64_t>(sizeof(T));
+  return kWidth > 8 && channels <= 8 ? 8 : kWidth;
+}
+
+// Plans of all (level, image) pairs, level-major, built in parallel: they share nothing. `assemble` tells for each
+// level whether patches may go into a Gram operator.
 template <class T>
 std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, const DoubleList& strides,
-                                 const std::vector<MapBatch>& maps, const Options& options) {
+                                 const std::vector<MapBatch>& maps, const Options& options,
+                                 const std::vector<bool>& assemble = {}) {
   const int64_t batch = maps[0].batch, levels = static_cast<int64_t>(maps.size());
   std::vector<Plan<T>> plans(levels * batch);
   // Fine levels take longest: whoever is free takes the next.
@@ -66,16 +75,13 @@ std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, c
     request.bins_y = options.bins_y;
     request.bins_x = options.bins_x;
     request.sampling_ratio = options.sampling_ratio;
+    if (!assemble.empty() && assemble[l]) {
+      const int64_t width = block_width<T>(maps[l].channels);
+      request.channel_blocks = (maps[l].channels + width - 1) / width;
+    }
     plans[i] = build_plan<T>(request);
   });
   return plans;
-}
-
-// Width of the vector blocks: the channels that make a cache line.
-template <class T>
-int64_t block_width(int64_t channels) {
-  constexpr int64_t kWidth = 64 / static_cast<int64_t>(sizeof(T));
-  return kWidth > 8 && channels <= 8 ? 8 : kWidth;
 }
 
 // One (level, image, channel block), or a run of rows of a channels-last gradient to be cleared.

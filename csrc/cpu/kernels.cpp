@@ -32,10 +32,17 @@ void distill_shared_gradient(DistillTask<T>& task, Scratch& scratch) {
   T *values = buffer<T>(scratch.values[0]), *gradient = buffer<T>(scratch.gradients[0]);
   T *sums = buffer<T>(scratch.sums[0]), *spread_sums = buffer<T>(scratch.sums[1]);
   gather<E, T, W>(plan, task.map[0], task.map[1], task.channels, values);
-  clear(gradient, plan.pixels * W);
-  task.total = 0.0;
+  bool assembled = plan.gram.weight != nullptr;
+  task.total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, gradient) : 0.0;
+  // The operator's windows have cells of weight zero that the patches do not touch: infinities there would spread.
+  if (assembled && !(task.total - task.total == 0.0)) {
+    assembled = false;
+    task.total = 0.0;
+  }
+  if (!assembled) clear(gradient, plan.pixels * W);
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     const Patch<T>& patch = plan.patches[n];
+    if (assembled && patch.assembled) continue;
     task.total += patch.scale * pool_and_spread<T, W>(patch, T(2.0 * patch.scale), values, sums, spread_sums, gradient);
   }
   for (int side = 0; side < 2; ++side) {

@@ -88,6 +88,7 @@ inline void gather_run(const E* a, const ImageView& va, const E* b, const ImageV
 
 template <Gather Mode, class E, class T, int W>
 void gather_segments(const Plan<T>& plan, const ImageView& va, const ImageView& vb, const ChannelBlock& block, T* out) {
+  clear(out, kGap * W);
   for (int64_t n = 0; n < plan.segment_count; ++n) {
     const Segment& s = plan.segments[n];
     const E* a = static_cast<const E*>(va.data) + block.begin * va.channel_stride + s.row * va.row_stride +
@@ -96,6 +97,7 @@ void gather_segments(const Plan<T>& plan, const ImageView& va, const ImageView& 
                                                    s.row * vb.row_stride + s.begin * vb.column_stride
                                              : nullptr;
     gather_run<Mode, E, T, W>(a, va, b, vb, s.end - s.begin, plan.width - s.begin, block.count, out + s.offset * W);
+    clear(out + (s.offset + s.end - s.begin) * W, kGap * W);
   }
 }
 

@@ -153,6 +153,38 @@ inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, 
   return total;
 }
 
+// gradient = operator * values for all cells of the plan; returns ⟨values, gradient⟩. Two cells at a time, which share
+// the loads of their windows' values.
+template <class T, int W>
+inline double apply_operator(const GramOperator<T>& gram, const T* values, T* gradient) {
+  typedef Block<T, W> B;
+  double total = 0.0;
+  for (int64_t n = 0; n < gram.run_count; ++n) {
+    const GramRun& run = gram.runs[n];
+    B product = B::zero();
+    for (int64_t u = run.first, end = run.first + run.count; u < end; u += 2) {
+      B first = B::zero(), second = B::zero();
+      for (const GramRow *row = gram.rows + run.row_begin, *last = gram.rows + run.row_end; row != last; ++row) {
+        const T* value = values + (u + row->value) * W;
+        const T* weight = gram.weight + u * GramOperator<T>::kColumns + row->weight;
+        const int64_t step = row->step, to_second = row->second;
+        for (int32_t j = row->columns; j > 0; --j, value += W, weight += step) {
+          const B at = B::load(value);
+          first.add_scaled(weight[0], at);
+          second.add_scaled(weight[to_second], at);
+        }
+      }
+      first.store(gradient + u * W);
+      product.add_product(first, B::load(values + u * W));
+      if (u + 1 == end) break;
+      second.store(gradient + (u + 1) * W);
+      product.add_product(second, B::load(values + (u + 1) * W));
+    }
+    total += product.sum();
+  }
+  return total;
+}
+
 // Σ a b over `pixels` scratch pixels; partial sums are short, so that float keeps its digits.
 template <class T, int W>
 inline double inner_product(const T* a, const T* b, int64_t pixels) {

@@ -36,24 +36,17 @@ class AxisBuilder {
   std::vector<double> pool_;
 };
 
-template <class U, class V>
-const U* store(Arena& arena, const V* values, int64_t count) {
-  U* stored = arena.take<U>(count);
-  std::copy_n(values, count, stored);
-  return stored;
-}
-
 template <class T>
 Axis<T> store_axis(Arena& arena, const AxisBuilder& built) {
   const AxisTable<double>& table = built.table;
   const int32_t bins = built.bins;
   return Axis<T>{built.count,
                  bins,
-                 store<int32_t>(arena, table.cell, built.count),
-                 store<int32_t>(arena, table.bin_cell, bins),
-                 store<int32_t>(arena, table.bin_offset, bins + 1),
-                 store<int32_t>(arena, table.bin_new, bins),
-                 store<T>(arena, table.pool, table.bin_offset[bins])};
+                 arena.copy<int32_t>(table.cell, built.count),
+                 arena.copy<int32_t>(table.bin_cell, bins),
+                 arena.copy<int32_t>(table.bin_offset, bins + 1),
+                 arena.copy<int32_t>(table.bin_new, bins),
+                 arena.copy<T>(table.pool, table.bin_offset[bins])};
 }
 
 using Interval = std::pair<int32_t, int32_t>;  // [first, second)
@@ -92,13 +85,14 @@ void place_patches(Plan<T>& plan, std::vector<Patch<T>>& patches) {
     const Interval columns{patch.x.cell[0], patch.x.cell[patch.x.count - 1] + 1};
     for (int32_t i = 0; i < patch.y.count; ++i) merge_interval(rows[patch.y.cell[i] - top], columns);
   }
+  plan.pixels = kGap;
   std::vector<Segment> segments;
   std::vector<size_t> first_segment(rows.size() + 1, 0);
   for (size_t r = 0; r < rows.size(); ++r) {
     first_segment[r] = segments.size();
     for (const auto& [begin, end] : rows[r]) {
       segments.push_back(Segment{top + static_cast<int64_t>(r), begin, end, plan.pixels});
-      plan.pixels += end - begin;
+      plan.pixels += end - begin + kGap;
     }
   }
   first_segment[rows.size()] = segments.size();
@@ -113,7 +107,7 @@ void place_patches(Plan<T>& plan, std::vector<Patch<T>>& patches) {
     }
     patch.row_base = base;
   }
-  plan.segments = store<Segment>(plan.arena, segments.data(), static_cast<int64_t>(segments.size()));
+  plan.segments = plan.arena.template copy<Segment>(segments.data(), static_cast<int64_t>(segments.size()));
   plan.segment_count = static_cast<int64_t>(segments.size());
 }
 
@@ -147,8 +141,9 @@ Plan<T> build_plan(const PlanRequest& request) {
     patches.push_back(patch);
   }
   place_patches(plan, patches);
-  plan.patches = store<Patch<T>>(plan.arena, patches.data(), static_cast<int64_t>(patches.size()));
   plan.patch_count = static_cast<int64_t>(patches.size());
+  if (request.channel_blocks > 0 && plan.pixels > 0) assemble_operator(plan, patches.data(), request.channel_blocks);
+  plan.patches = plan.arena.template copy<Patch<T>>(patches.data(), plan.patch_count);
   return plan;
 }
 

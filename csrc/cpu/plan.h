@@ -2,6 +2,7 @@
 // which weights. Made once per call, shared by all channels; nothing here depends on the maps' values.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -28,9 +29,14 @@ template <class T>
 struct Patch {
   int64_t box;   // row of the boxes tensor
   double scale;  // coefficient of this patch in the result
+  bool assembled;  // part of the plan's Gram operator
   Axis<T> y, x;
   const int64_t* row_base;  // scratch pixel of (y.cell[i], x.cell[t]) = row_base[i] + x.cell[t]
 };
+
+// Scratch pixels that belong to no cell, between segments and before the first: zero, so that windows of cells may reach
+// over a segment's ends.
+constexpr int64_t kGap = 4;
 
 // A run of touched cells of one map row; they lie at scratch pixels offset .. offset + end - begin.
 struct Segment {
@@ -52,11 +58,44 @@ class Arena {
     used_ += bytes;
     return result;
   }
+  template <class U, class V>
+  const U* copy(const V* values, int64_t count) {
+    U* stored = take<U>(count);
+    std::copy_n(values, count, stored);
+    return stored;
+  }
 
  private:
   static constexpr size_t kChunk = size_t(1) << 18;
   std::vector<std::unique_ptr<std::byte[]>> chunks_;
   size_t size_ = 0, used_ = 0;
+};
+
+// One row of a window of cells around a cell u: values[u + value + j] counts gram.weight[8 u + weight + j * step], and
+// that many from there on for u + 1.
+struct GramRow {
+  int64_t value, weight;
+  int32_t step, second, columns;
+};
+
+// Neighbouring cells whose windows have the same rows.
+struct GramRun {
+  int64_t first, count;  // scratch pixels
+  int32_t row_begin, row_end;
+};
+
+// Σ_k 2 scale_k (R_y,k^T R_y,k) ⊗ (R_x,k^T R_x,k) over the assembled patches: a sparse matrix from cells to cells that
+// all channels share. A cell is coupled with those at most kRadius rows and columns away; as the matrix is symmetric,
+// only the cells of its own row and below are kept.
+template <class T>
+struct GramOperator {
+  static constexpr int kRadius = 3, kColumns = 2 * kRadius + 2;  // the last is zero
+  T* weight = nullptr;  // [radius_y + 1][pixels and gaps][kColumns]; nullptr: no patch is assembled
+  int64_t plane = 0;    // values from one row below to the next
+  int radius_y = 0;
+  const GramRun* runs = nullptr;  // all cells of all segments
+  int64_t run_count = 0;
+  const GramRow* rows = nullptr;
 };
 
 template <class T>
@@ -65,9 +104,10 @@ struct Plan {
   int64_t patch_count = 0;
   const Segment* segments = nullptr;  // by row, then column; all cells that any patch touches
   int64_t segment_count = 0;
-  int64_t pixels = 0;             // cells in all segments
+  int64_t pixels = 0;             // cells in all segments, and gaps
   int64_t height = 0, width = 0;  // of the map
   int64_t rows = 0;               // most touched rows of a patch
+  GramOperator<T> gram;
   Arena arena;
 };
 
@@ -80,9 +120,14 @@ struct PlanRequest {
   int64_t height = 0, width = 0;
   int64_t bins_y = 0, bins_x = 0;
   int64_t sampling_ratio = 0;
+  int64_t channel_blocks = 0;  // that share a Gram operator; 0: none is wanted
 };
 
 template <class T>
 Plan<T> build_plan(const PlanRequest& request);
+
+// Assembles those patches that are cheaper so into the plan's Gram operator, and marks them.
+template <class T>
+void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks);
 
 }  // namespace rakd
