@@ -72,11 +72,14 @@ void align_gradient(const std::vector<MapBatch>& gradients, const Boxes& boxes, 
   std::vector<Item> items;
   ScratchSizes sizes;
   for (int64_t l = 0; l < levels; ++l) {
+    if (!gradients[l].channels_last) continue;
+    for (int64_t b = 0; b < batch; ++b) append_clearing(items, l, b, 0, gradients[l]);
+  }
+  for (int64_t l = 0; l < levels; ++l) {
     for (int64_t b = 0; b < batch; ++b) {
       const Plan<T>& plan = plans[l * batch + b];
       const int64_t width = block_width<T>(channels);
       append_blocks(items, l, b, channels, width);
-      if (gradients[l].channels_last) append_clearing(items, l, b, 0, gradients[l]);
       ScratchSizes needed;
       needed.gradients[0] = (plan.pixels + kSlack) * width;
       needed.sums = plan.rows * width;

@@ -84,11 +84,11 @@ std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, c
   return plans;
 }
 
-// One (level, image, channel block), or a run of rows of a channels-last gradient to be cleared.
+// One (level, image, channel block), or a run of cells of a channels-last gradient to be cleared.
 struct Item {
   int64_t level, image;
   ChannelBlock channels;
-  int64_t clear_side = -1;  // 0, 1: clear the untouched cells of rows [begin, end) of that side's gradient
+  int64_t clear_side = -1;  // 0, 1: clear the untouched ones of cells [begin, end) of that side's gradient
   int64_t begin = 0, end = 0;
 };
 
@@ -98,30 +98,35 @@ inline void append_blocks(std::vector<Item>& items, int64_t level, int64_t image
   }
 }
 
+// Pieces that end where huge pages do. Fresh memory is first touched by these tasks, which therefore go before all
+// others: where two threads touch one page at the same time, both make one.
 inline void append_clearing(std::vector<Item>& items, int64_t level, int64_t image, int64_t side, const MapBatch& map) {
-  constexpr int64_t kPiece = 1 << 20;
-  const int64_t row_bytes = map.width * map.channels * map.element_size;
-  const int64_t rows = std::max<int64_t>(1, kPiece / std::max<int64_t>(1, row_bytes));
-  for (int64_t y = 0; y < map.height; y += rows) {
-    items.push_back(Item{level, image, {}, side, y, std::min(y + rows, map.height)});
+  const int64_t cell = map.channels * map.element_size, cells = map.height * map.width;
+  const auto data = reinterpret_cast<uintptr_t>(map.data) + static_cast<uintptr_t>(image * cells * cell);
+  for (int64_t begin = 0; begin < cells;) {
+    const uintptr_t at = data + static_cast<uintptr_t>(begin * cell);
+    const auto left = static_cast<int64_t>(kHugePage - at % kHugePage);
+    const int64_t end = std::min(cells, begin + (left + cell - 1) / cell);
+    items.push_back(Item{level, image, {}, side, begin, end});
+    begin = end;
   }
 }
 
-// Zeros in the cells of a channels-last image's rows that no patch touches.
+// Zeros in those of a channels-last image's cells [item.begin, item.end) that no patch touches.
 template <class T>
 void clear_untouched(const Plan<T>& plan, const MapBatch& map, int64_t image, const Item& item) {
   const int64_t cell = map.channels * map.element_size;
   char* data = map.data + image * map.height * map.width * cell;
-  int64_t written = item.begin * map.width;
-  for (int64_t n = 0; n < plan.segment_count; ++n) {
-    const Segment& s = plan.segments[n];
-    if (s.row < item.begin) continue;
-    if (s.row >= item.end) break;
-    const int64_t begin = s.row * map.width + s.begin;
-    std::memset(data + written * cell, 0, (begin - written) * cell);
-    written = begin + s.end - s.begin;
+  const auto before = [&](const Segment& s, int64_t at) { return s.row * map.width + s.end <= at; };
+  const Segment* const last = plan.segments + plan.segment_count;
+  int64_t written = item.begin;
+  for (const Segment* s = std::lower_bound(plan.segments, last, item.begin, before); s != last; ++s) {
+    const int64_t begin = s->row * map.width + s->begin;
+    if (begin >= item.end) break;
+    if (begin > written) std::memset(data + written * cell, 0, (begin - written) * cell);
+    written = begin + s->end - s->begin;
   }
-  std::memset(data + written * cell, 0, (item.end * map.width - written) * cell);
+  if (written < item.end) std::memset(data + written * cell, 0, (item.end - written) * cell);
 }
 
 }  // namespace rakd

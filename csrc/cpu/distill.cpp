@@ -105,15 +105,15 @@ class Job {
   }
 
   void append_items() {
-    for (int64_t l = 0; l < levels_; ++l) {
-      for (int64_t b = 0; b < batch_; ++b) {
-        append_blocks(items_, l, b, maps_[0][l].channels, block_width<T>(maps_[0][l].channels));
-        for (int side = 0; side < 2; ++side) {
-          if (call_.gradient[side] && maps_[side][l].channels_last) {
-            append_clearing(items_, l, b, side, gradients_[side][l]);
-          }
-        }
+    for (int side = 0; side < 2; ++side) {
+      for (int64_t l = 0; l < levels_ && call_.gradient[side]; ++l) {
+        if (!maps_[side][l].channels_last) continue;
+        for (int64_t b = 0; b < batch_; ++b) append_clearing(items_, l, b, side, gradients_[side][l]);
       }
+    }
+    for (int64_t l = 0; l < levels_; ++l) {
+      const int64_t channels = maps_[0][l].channels;
+      for (int64_t b = 0; b < batch_; ++b) append_blocks(items_, l, b, channels, block_width<T>(channels));
     }
   }
 

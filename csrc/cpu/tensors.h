@@ -74,13 +74,14 @@ inline Element element_of(ScalarType type) {
   }
 }
 
+constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+
 // Fresh pages of a large gradient are most of its cost; huge ones are several times cheaper to get.
 inline void advise_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
   const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
-  const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1), last = end & ~(kHuge - 1);
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = end & ~(kHugePage - 1);
   // Advice only: where the kernel declines it the memory is as good as before.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
