@@ -44,8 +44,8 @@ class Job {
                                      options.rule, factor);
     // The Gram operator is of the difference of two maps, so it needs maps of one shape, and gives gradients only.
     const bool gradients = call.gradient[0] || call.gradient[1];
-    plans_[0] = build_plans<T>(boxes, scales, call.strides, apprentice, options,
-                               gradients ? shared_ : std::vector<bool>());
+    plans_[0] =
+        build_plans<T>(boxes, scales, call.strides, apprentice, options, gradients ? shared_ : std::vector<bool>());
     if (std::find(shared_.begin(), shared_.end(), false) != shared_.end()) {
       plans_[1] = build_plans<T>(boxes, scales, call.expert_strides, expert, options);
     }

@@ -73,7 +73,8 @@ inline void pool_column(const Patch<T>& patch, int32_t bin, const T* values, T* 
   bool add = false;
   for_each_taps<T, W>(patch.x, bin, [&](const auto& taps) {
     constexpr int N = sizeof(taps.at) / sizeof(taps.at[0]);
-    add ? weigh_cells<T, W, N, true>(patch, taps, values, sums) : weigh_cells<T, W, N, false>(patch, taps, values, sums);
+    add ? weigh_cells<T, W, N, true>(patch, taps, values, sums)
+        : weigh_cells<T, W, N, false>(patch, taps, values, sums);
     add = true;
   });
 }

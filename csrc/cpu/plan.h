@@ -27,15 +27,15 @@ struct Axis {
 // One box on one map.
 template <class T>
 struct Patch {
-  int64_t box;   // row of the boxes tensor
-  double scale;  // coefficient of this patch in the result
+  int64_t box;     // row of the boxes tensor
+  double scale;    // coefficient of this patch in the result
   bool assembled;  // part of the plan's Gram operator
   Axis<T> y, x;
   const int64_t* row_base;  // scratch pixel of (y.cell[i], x.cell[t]) = row_base[i] + x.cell[t]
 };
 
-// Scratch pixels that belong to no cell, between segments and before the first: zero, so that windows of cells may reach
-// over a segment's ends.
+// Scratch pixels that belong to no cell, between segments and before the first: zero, so that windows of cells may
+// reach over a segment's ends.
 constexpr int64_t kGap = 4;
 
 // A run of touched cells of one map row; they lie at scratch pixels offset .. offset + end - begin.
