@@ -9,26 +9,23 @@ namespace {
 
 constexpr int kColumns = GramOperator<float>::kColumns, kRadius = GramOperator<float>::kRadius;
 
+// How many cells apart two cells of one bin are at most.
 template <class T>
-bool is_narrow(const Axis<T>& axis) {
+int reach(const Axis<T>& axis) {
+  int most = 0;
   for (int32_t bin = 0; bin < axis.bins; ++bin) {
     const int32_t cells = axis.offset[bin + 1] - axis.offset[bin];
     const int32_t* first = axis.cell + axis.begin[bin];
-    if (cells > 1 && first[cells - 1] - first[0] > kRadius) return false;
+    if (cells > 1) most = std::max(most, first[cells - 1] - first[0]);
   }
-  return axis.count > 0;
-}
-
-template <class T>
-int64_t weights_of(const Axis<T>& axis) {
-  return axis.offset[axis.bins];
+  return most;
 }
 
 // Clock cycles that the patch's own passes take for a block of channels: about 13 for four cells of a row (loads, and
 // loads and stores of the gradient, bound it), about 15 for a bin. Rough is enough: the forms differ by multiples.
 template <class T>
 double factor_cost(const Patch<T>& patch) {
-  return 3.2 * patch.y.count * static_cast<double>(weights_of(patch.x)) + 15.0 * patch.y.bins * patch.x.bins;
+  return 3.2 * patch.y.count * patch.x.offset[patch.x.bins] + 15.0 * patch.y.bins * patch.x.bins;
 }
 
 // G = R^T R along one axis, by distance on the map: value[(cell - first) * pitch + centre + distance], distances from
@@ -151,17 +148,14 @@ void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks)
   int radius_y = 0;
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     Patch<T>& patch = patches[n];
-    patch.assembled = is_narrow(patch.y) && is_narrow(patch.x);
+    const int reach_y = reach(patch.y);
+    patch.assembled = patch.y.count > 0 && patch.x.count > 0 && reach_y <= kRadius && reach(patch.x) <= kRadius;
     if (!patch.assembled) continue;
     factors += factor_cost(patch);
     const int32_t left = patch.x.cell[0], width = patch.x.cell[patch.x.count - 1] + 1 - left;
     assembly += 8.0 * patch.y.count * width;  // four rows of a window, eight columns, 128-bit vectors
     for (int32_t i = 0; i < patch.y.count; ++i) std::memset(covered.data() + patch.row_base[i] + left, 1, width);
-    for (int32_t bin = 0; bin < patch.y.bins; ++bin) {
-      const int32_t cells = patch.y.offset[bin + 1] - patch.y.offset[bin];
-      const int32_t* first = patch.y.cell + patch.y.begin[bin];
-      if (cells > 1) radius_y = std::max(radius_y, first[cells - 1] - first[0]);
-    }
+    radius_y = std::max(radius_y, reach_y);
   }
   const auto cells = static_cast<double>(std::count(covered.begin(), covered.end(), uint8_t(1)));
   // A cycle for each cell of a window; trimming windows takes about a fifth off.
