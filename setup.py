@@ -192,7 +192,7 @@ class BuildLibraries(build_ext):
         units = [
             Unit(CSRC / "cpu" / "kernels.cpp", (*flags, f"-DRAKD_ISA={name}"), name) for name, flags in isas.items()
         ]
-        for name in ("plan", "assemble", "dispatch", "distill", "align"):
+        for name in ("plan", "assemble", "dispatch", "kept_memory", "distill", "align"):
             units.append(Unit(CSRC / "cpu" / f"{name}.cpp", (*GEOMETRY_FLAGS, *macros, *torch_flags)))
         return sorted(units, key=lambda unit: unit.tag, reverse=True)  # the slow ones first
 

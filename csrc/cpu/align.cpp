@@ -109,7 +109,8 @@ Tensor align(std::vector<Tensor> features, Tensor boxes, DoubleList strides, Int
   STD_TORCH_CHECK(maps.size() == strides.size(), "strides: expected one per map");
   const Boxes rows(boxes, maps[0].batch);
   const ScalarType type = features[0].scalar_type();
-  Tensor output = torch::stable::empty({rows.count, maps[0].channels, options.bins_y, options.bins_x}, type);
+  Tensor output =
+      empty_in_kept_memory(features[0], {rows.count, maps[0].channels, options.bins_y, options.bins_x}, false);
   const Element element = element_of(type);
   if (type == ScalarType::Double) {
     align_forward<double>(maps, rows, strides, options, element, output.data_ptr());
@@ -130,7 +131,7 @@ std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList
   std::vector<Tensor> gradients;
   for (size_t l = 0; l < strides.size(); ++l) {
     const std::vector<int64_t> shape(shapes.begin() + 4 * l, shapes.begin() + 4 * l + 4);
-    gradients.push_back(empty_gradient(output_gradient, shape, channels_last[l]));
+    gradients.push_back(empty_in_kept_memory(output_gradient, shape, channels_last[l]));
   }
   const auto maps = map_batches(gradients, "shapes");
   const Boxes rows(boxes, maps[0].batch);

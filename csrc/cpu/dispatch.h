@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -34,30 +33,31 @@ struct ScratchSizes {
 template <class T>
 class WorkerScratch {
  public:
-  explicit WorkerScratch(const ScratchSizes& sizes) {
-    const int64_t counts[8] = {sizes.values[0], sizes.values[1], sizes.gradients[0], sizes.gradients[1],
-                               sizes.sums,      sizes.sums,      sizes.pooled,       sizes.pooled};
-    size_t bytes = kLine, offsets[8];
-    for (int i = 0; i < 8; ++i) {
-      offsets[i] = bytes;
-      bytes += (static_cast<size_t>(counts[i]) * sizeof(T) + kLine - 1) / kLine * kLine;
-    }
-    memory_.reset(static_cast<char*>(std::aligned_alloc(kLine, bytes)));
-    if (!memory_) throw std::bad_alloc();
-    char* base = memory_.get();
-    scratch = Scratch{{base + offsets[0], base + offsets[1]},
-                      {base + offsets[2], base + offsets[3]},
-                      {base + offsets[4], base + offsets[5]},
-                      {base + offsets[6], base + offsets[7]}};
+  explicit WorkerScratch(const ScratchSizes& sizes) : layout_(sizes), memory_(layout_.bytes) {
+    char* base = memory_.data();
+    const size_t* at = layout_.offsets;
+    scratch = Scratch{{base + at[0], base + at[1]},
+                      {base + at[2], base + at[3]},
+                      {base + at[4], base + at[5]},
+                      {base + at[6], base + at[7]}};
   }
   Scratch scratch;
 
  private:
-  static constexpr size_t kLine = 64;
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
+  struct Layout {
+    explicit Layout(const ScratchSizes& sizes) {
+      const int64_t counts[8] = {sizes.values[0], sizes.values[1], sizes.gradients[0], sizes.gradients[1],
+                                 sizes.sums,      sizes.sums,      sizes.pooled,       sizes.pooled};
+      for (int i = 0; i < 8; ++i) {
+        offsets[i] = bytes;
+        bytes += (static_cast<size_t>(counts[i]) * sizeof(T) + kLine - 1) / kLine * kLine;
+      }
+    }
+    size_t offsets[8], bytes = 0;
   };
-  std::unique_ptr<char, Free> memory_;
+  static constexpr size_t kLine = 64;
+  Layout layout_;
+  Buffer memory_;
 };
 
 // Calls run(i, worker) for i = 0 .. count - 1, each once. Which thread runs which task is left to chance, so that

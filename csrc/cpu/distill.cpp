@@ -98,7 +98,7 @@ class Job {
       for (int64_t l = 0; l < levels_; ++l) {
         const MapBatch& map = maps_[side][l];
         const std::vector<int64_t> shape{map.batch, map.channels, map.height, map.width};
-        result.gradients.push_back(empty_gradient(call_.apprentice[0], shape, map.channels_last));
+        result.gradients.push_back(empty_in_kept_memory(call_.apprentice[0], shape, map.channels_last));
         gradients_[side].push_back(map_batch(result.gradients.back(), "gradient"));
       }
     }

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "../axis_table.h"
+#include "kept_memory.h"
 
 namespace rakd {
 
@@ -51,10 +51,10 @@ class Arena {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(U) + 15) & ~size_t(15);
     if (chunks_.empty() || used_ + bytes > size_) {
       size_ = bytes > kChunk ? bytes : kChunk;
-      chunks_.emplace_back(new std::byte[size_]);
+      chunks_.emplace_back(size_);
       used_ = 0;
     }
-    U* result = reinterpret_cast<U*>(chunks_.back().get() + used_);
+    U* result = reinterpret_cast<U*>(chunks_.back().data() + used_);
     used_ += bytes;
     return result;
   }
@@ -67,7 +67,7 @@ class Arena {
 
  private:
   static constexpr size_t kChunk = size_t(1) << 18;
-  std::vector<std::unique_ptr<std::byte[]>> chunks_;
+  std::vector<Buffer> chunks_;
   size_t size_ = 0, used_ = 0;
 };
 

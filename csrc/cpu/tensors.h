@@ -1,4 +1,4 @@
-// What the CPU ops read off torch tensors, and how they allocate their results.
+// What the CPU ops read off torch tensors, and where their results lie.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,14 +7,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <vector>
 
 #include "../maps.h"
+#include "kept_memory.h"
 #include "kernels.h"
 
 namespace rakd {
@@ -74,25 +71,38 @@ inline Element element_of(ScalarType type) {
   }
 }
 
-constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
-
-// Fresh pages of a large gradient are most of its cost; huge ones are several times cheaper to get.
-inline void advise_huge_pages(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = end & ~(kHugePage - 1);
-  // Advice only: where the kernel declines it the memory is as good as before.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)t;
+// In torch since 2.11; the libraries are built for 2.10, whose headers do not declare it and where it is null.
+#if defined(__linux__)
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t dimensions, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* metadata,
+    int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
 #endif
-}
 
-inline Tensor empty_gradient(const Tensor& like, const std::vector<int64_t>& shape, bool channels_last) {
-  Tensor t = empty_map(like, shape, channels_last);
-  advise_huge_pages(t);
-  return t;
+// An uninitialised map [B, C, H, W] of `like`'s dtype, in kept memory if it is large.
+inline Tensor empty_in_kept_memory(const Tensor& like, const std::vector<int64_t>& shape, bool channels_last) {
+#if defined(__linux__)
+  size_t bytes = like.element_size();
+  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+  const KeptBlock kept = bytes >= kHugePage && torch_from_blob ? take_kept(bytes) : KeptBlock{};
+  if (kept.data) {
+    const int64_t c = shape[1], h = shape[2], w = shape[3];
+    const int64_t dense[] = {c * h * w, h * w, w, 1}, channels_inner[] = {h * w * c, 1, w * c, c};
+    const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type()));
+    const auto give_back = [](void*, void* context) {
+      auto* block = static_cast<KeptBlock*>(context);
+      give_kept(*block);
+      delete block;
+    };
+    AtenTensorHandle handle = nullptr;
+    const AOTITorchError error = torch_from_blob(
+        kept.data, 4, shape.data(), channels_last ? channels_inner : dense, 0, dtype, aoti_torch_device_type_cpu(), -1,
+        &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, new KeptBlock(kept));
+    STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch could not make a tensor of kept memory");
+    return Tensor(handle);
+  }
+#endif
+  return empty_map(like, shape, channels_last);
 }
 
 // Boxes as the Python layer hands them over: float64 [K, 5], contiguous. The layer has validated them with better
