@@ -1,10 +1,10 @@
 // The part that all CPU ops share: options, scales of boxes on levels, plans, channel blocks, zero fill.
 #pragma once
 
-#include <cstring>
 #include <vector>
 
 #include "dispatch.h"
+#include "stream.h"
 #include "tensors.h"
 
 namespace rakd {
@@ -123,10 +123,11 @@ void clear_untouched(const Plan<T>& plan, const MapBatch& map, int64_t image, co
   for (const Segment* s = std::lower_bound(plan.segments, last, item.begin, before); s != last; ++s) {
     const int64_t begin = s->row * map.width + s->begin;
     if (begin >= item.end) break;
-    if (begin > written) std::memset(data + written * cell, 0, (begin - written) * cell);
+    if (begin > written) stream_zeros(data + written * cell, (begin - written) * cell);
     written = begin + s->end - s->begin;
   }
-  if (written < item.end) std::memset(data + written * cell, 0, (item.end - written) * cell);
+  if (written < item.end) stream_zeros(data + written * cell, (item.end - written) * cell);
+  finish_streams();
 }
 
 }  // namespace rakd

@@ -2,6 +2,8 @@
 // choosing the registers; dispatch.cpp picks one at run time. See kernels.h for what may be included here.
 #include "kernels.h"
 
+#include "stream.h"
+
 #if !defined(RAKD_ISA) || !defined(RAKD_VECTOR_BYTES)
 #error "setup.py defines RAKD_ISA and RAKD_VECTOR_BYTES for each instruction set"
 #endif

@@ -146,21 +146,31 @@ template <class E, class T, int W>
 void scatter(const Plan<T>& plan, const T* in, T sign, const ChannelBlock& block, const ImageView& view) {
   E* out = static_cast<E*>(view.data) + block.begin * view.channel_stride;
   if (view.column_stride != 1) {
+    [[maybe_unused]] const bool lines = block.count == W && reinterpret_cast<uintptr_t>(out) % kLine == 0 &&
+                                        size_t(view.column_stride) * sizeof(E) % kLine == 0 &&
+                                        size_t(view.row_stride) * sizeof(E) % kLine == 0;
     for (int64_t n = 0; n < plan.segment_count; ++n) {
       const Segment& s = plan.segments[n];
       for (int64_t x = s.begin; x < s.end; ++x) {
         const T* from = in + (s.offset + x - s.begin) * W;
         E* to = out + s.row * view.row_stride + x * view.column_stride;
+        if constexpr (sizeof(E) == sizeof(T) && W * sizeof(T) % kLine == 0) {
+          if (lines) {
+            for (int c = 0; c < W; c += kLine / int(sizeof(T))) stream_line(from + c, sign, to + c);
+            continue;
+          }
+        }
         for (int64_t c = 0; c < block.count; ++c) narrow(T(sign * from[c]), to + c);
       }
     }
+    finish_streams();
     return;
   }
   const int64_t plane = plan.height * plan.width;
   const auto clear = [&](int64_t from, int64_t to) {
     if (from >= to) return;
     for (int64_t c = 0; c < block.count; ++c) {
-      __builtin_memset(out + c * view.channel_stride + from, 0, size_t(to - from) * sizeof(E));
+      stream_zeros(out + c * view.channel_stride + from, size_t(to - from) * sizeof(E));
     }
   };
   int64_t written = 0;
@@ -173,4 +183,5 @@ void scatter(const Plan<T>& plan, const T* in, T sign, const ChannelBlock& block
     written = begin + s.end - s.begin;
   }
   clear(written, plane);
+  finish_streams();
 }
