@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import rakd_ops
 from benchmarks.contenders import Contender
 
 FORWARD = "forward"
@@ -39,7 +40,7 @@ def run_forward(contender: Contender) -> Tensor:
 
 
 def run_training(contender: Contender, maps: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
-    """Compute the output and the maps' gradients, freshly allocated as in a training step.
+    """Compute the output and the maps' gradients, which are allocated anew, as in a training step.
 
     Args:
         contender: What runs.
@@ -188,6 +189,7 @@ def _status_mib(key: str) -> float | None:
 
 def _trim_heap() -> None:
     """Give freed memory back to the system, so that its reuse counts as growth."""
+    rakd_ops.release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -6,7 +6,7 @@ it computes, and ``python -m rakd_ops`` tells what is installed.
 
 from rakd_ops import reference
 from rakd_ops._backends import available_backends
-from rakd_ops.functional import level_weights, multilevel_roi_align, soft_roi_distill
+from rakd_ops.functional import level_weights, multilevel_roi_align, release_memory, soft_roi_distill
 from rakd_ops.modules import SoftRoIDistillLoss
 
 __version__ = "0.1.0"
@@ -17,5 +17,6 @@ __all__ = [
     "level_weights",
     "multilevel_roi_align",
     "reference",
+    "release_memory",
     "soft_roi_distill",
 ]

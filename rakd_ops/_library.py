@@ -7,6 +7,7 @@ is computed, one float64 coefficient per box (its weight and the reduction's fac
 - ``distill_gradient``: total, and the gradient of the total with respect to the maps asked for.
 - ``align``, ``align_backward``: multi-level RoIAlign and its transpose.
 - ``level_weights``: the level rule of compiled code, for the tests that hold it equal to ``levels.py``.
+- ``release_memory``: gives back what the CPU library keeps between calls.
 
 ``triton_distill_loss`` and so on are the same ops as Triton kernels; apart, so that either can be asked for.
 """
@@ -38,7 +39,9 @@ _SCHEMAS = {
         f"{_GEOMETRY}) -> Tensor[]"
     ),
     "level_weights": f"(Tensor boxes, float[] strides, {_RULE}) -> Tensor",
+    "release_memory": "() -> ()",
 }
+_CPU_ONLY = ("level_weights", "release_memory")
 
 
 def _triton_op(name: str) -> Callable[..., Any]:
@@ -52,7 +55,7 @@ def _triton_op(name: str) -> Callable[..., Any]:
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"rakd_ops::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if _name != "level_weights":
+    if _name not in _CPU_ONLY:
         torch.library.define(f"rakd_ops::triton_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(f"rakd_ops::triton_{_name}", ("cpu", "cuda"), _triton_op(_name))
 _backends.load_backends()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rakd_ops import _inputs, _library, reference
-from rakd_ops._backends import choose_backend
+from rakd_ops._backends import available_backends, choose_backend
 from rakd_ops._inputs import Boxes, Maps
 
 
@@ -166,3 +167,15 @@ def level_weights(
         canonical_size=canonical_size,
         canonical_level=canonical_level,
     )
+
+
+def release_memory() -> None:
+    """Give back to the system the memory that the CPU backend keeps between calls.
+
+    Gradients of 2 MiB and more lie in memory that is kept when they are freed, as are the ops' large buffers: the next
+    step then needs no fresh pages, whose cost exceeds that of the arithmetic. Kept memory is marked as the system's to
+    take when it runs short; this function returns it at once. The environment variable ``RAKD_CPU_KEEP_MIB`` limits it
+    (read at the first call; 1024 unless set, 0 keeps nothing). Nothing is kept outside Linux.
+    """
+    if available_backends()["cpu"] is True:
+        torch.ops.rakd_ops.release_memory()

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "dispatch.h"
 #include "plan.h"
 
 namespace rakd {
@@ -46,22 +47,34 @@ void fill_band(const Axis<T>& axis, int pitch, int centre, double factor, std::v
   }
 }
 
+inline void add_scaled(float factor, const float* from, int64_t count, float* to) {
+  best_kernels().add_scaled_float(factor, from, count, to);
+}
+inline void add_scaled(double factor, const double* from, int64_t count, double* to) {
+  best_kernels().add_scaled_double(factor, from, count, to);
+}
+
 template <class T>
 class Assembler {
  public:
-  explicit Assembler(Plan<T>& plan) : plan_(plan) {}
+  explicit Assembler(Plan<T>& plan)
+      : plan_(plan), used_(static_cast<size_t>(plan.pixels + 2 * kGap) * (plan.gram.radius_y + 1), 0) {}
 
   void add(const Patch<T>& patch) {
     fill_band(patch.x, kColumns, kRadius, 1.0, band_x_);
     fill_band(patch.y, kRadius + 1, 0, 2.0 * patch.scale, band_y_);
-    const int64_t values = static_cast<int64_t>(band_x_.size());
+    const auto values = static_cast<int64_t>(band_x_.size());
+    columns_.assign(values / kColumns, 0);
+    for (int64_t n = 0; n < values; ++n) columns_[n / kColumns] |= static_cast<uint8_t>((band_x_[n] != T(0)) << n % kColumns);
     for (int32_t i = 0; i < patch.y.count; ++i) {
       const T* row = band_y_.data() + static_cast<int64_t>(patch.y.cell[i] - patch.y.cell[0]) * (kRadius + 1);
       for (int below = 0; below <= plan_.gram.radius_y; ++below) {
         const T factor = row[below];
         if (factor == T(0)) continue;
-        T* to = weights(below) + (patch.row_base[i] + patch.x.cell[0]) * kColumns;
-        for (int64_t n = 0; n < values; ++n) to[n] += factor * band_x_[n];
+        const int64_t first = patch.row_base[i] + patch.x.cell[0];
+        add_scaled(factor, band_x_.data(), values, weights(below) + first * kColumns);
+        uint8_t* used = columns_used(below) + first;
+        for (size_t u = 0; u < columns_.size(); ++u) used[u] |= columns_[u];
       }
     }
   }
@@ -86,7 +99,8 @@ class Assembler {
       std::sort(cuts.begin(), cuts.end());
       for (size_t c = 0; c + 1 < cuts.size(); ++c) {
         if (cuts[c] == cuts[c + 1]) continue;
-        GramRun run{s.offset + cuts[c] - s.begin, cuts[c + 1] - cuts[c], static_cast<int32_t>(rows_.size()), 0};
+        GramRun run{s.offset + cuts[c] - s.begin, cuts[c + 1] - cuts[c], s.row * plan_.width + cuts[c],
+                    static_cast<int32_t>(rows_.size()), 0};
         for (int64_t m = first_of_row[top]; m < first_of_row[bottom + 1]; ++m) {
           const Segment& other = plan_.segments[m];
           if (other.begin > cuts[c] || other.end <= cuts[c]) continue;
@@ -105,20 +119,18 @@ class Assembler {
   static constexpr int64_t kLongestRun = 64;
 
   T* weights(int below) const { return plan_.gram.weight + below * plan_.gram.plane; }
+  uint8_t* columns_used(int below) { return used_.data() + kGap + below * (plan_.pixels + 2 * kGap); }
 
   // The row of cells `distance` rows below the run (above if negative), if anything couples the two.
   void add_row(const GramRun& run, int distance, int64_t shift) {
     const bool above = distance < 0;
-    const T* from = weights(above ? -distance : distance);
     const int64_t reach = above ? kRadius : 0, begin = run.first + (above ? shift : 0) - reach;
-    bool used[kColumns] = {};
-    const T* weight = from + begin * kColumns;
-    for (int64_t u = 0; u < run.count + 2 * reach; ++u, weight += kColumns) {
-      for (int j = 0; j < kColumns; ++j) used[j] |= weight[j] != T(0);
-    }
+    const uint8_t* from = columns_used(above ? -distance : distance) + begin;
+    uint8_t used = 0;
+    for (int64_t u = 0; u < run.count + 2 * reach; ++u) used |= from[u];
     int left = kRadius + 1, right = -kRadius - 1;
     for (int dx = -kRadius; dx <= kRadius; ++dx) {
-      if (!used[kRadius + (above ? -dx : dx)]) continue;
+      if (!(used >> (kRadius + (above ? -dx : dx)) & 1)) continue;
       left = std::min(left, dx);
       right = std::max(right, dx);
     }
@@ -134,6 +146,8 @@ class Assembler {
   }
 
   Plan<T>& plan_;
+  std::vector<uint8_t> used_;     // like the weights: a bit for each column that is not zero
+  std::vector<uint8_t> columns_;  // the same of band_x_
   std::vector<T> band_x_, band_y_;
   std::vector<GramRun> runs_;
   std::vector<GramRow> rows_;
@@ -171,8 +185,10 @@ void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks)
   std::memset(memory, 0, values * sizeof(T));
   plan.gram.weight = memory + kGap * kColumns;
   Assembler<T> assembler(plan);
+  plan.all_assembled = true;
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     if (patches[n].assembled) assembler.add(patches[n]);
+    plan.all_assembled &= patches[n].assembled || patches[n].y.count == 0;
   }
   assembler.link_runs();
 }

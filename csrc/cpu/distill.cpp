@@ -90,6 +90,8 @@ class Job {
   }
 
  private:
+  static constexpr int64_t kMostWideScratch = int64_t(6) << 20;  // bytes, per thread
+
   const Plan<T>& plan(int side, const Item& item) const { return plans_[side][item.level * batch_ + item.image]; }
 
   void allocate(Result& result) {
@@ -112,9 +114,26 @@ class Job {
       }
     }
     for (int64_t l = 0; l < levels_; ++l) {
-      const int64_t channels = maps_[0][l].channels;
-      for (int64_t b = 0; b < batch_; ++b) append_blocks(items_, l, b, channels, block_width<T>(channels));
+      for (int64_t b = 0; b < batch_; ++b) append_blocks(items_, l, b, maps_[0][l].channels, width(l, b));
     }
+  }
+
+  // Channels-last maps are read and written in pieces of a block's width, so wide ones are better, as long as their
+  // scratch stays small.
+  int64_t width(int64_t level, int64_t image) const {
+    const int64_t channels = maps_[0][level].channels;
+    bool wide = sizeof(T) == sizeof(float) && channels >= kWideBlock && shared_[level];
+    for (int side = 0; side < 2; ++side) {
+      wide &= maps_[side][level].channels_last;
+    }
+    wide &= call_.gradient[0] || call_.gradient[1];
+    const Plan<T>& p = plans_[0][level * batch_ + image];
+    const int64_t bytes = p.pixels * kWideBlock * static_cast<int64_t>(sizeof(T)) * (p.all_assembled ? 1 : 2);
+    return wide && bytes <= kMostWideScratch ? kWideBlock : block_width<T>(channels);
+  }
+
+  bool is_direct(const Item& item) const {
+    return item.channels.width == kWideBlock && plan(0, item).all_assembled;
   }
 
   ScratchSizes scratch_sizes(const Item& item) const {
@@ -123,7 +142,7 @@ class Job {
     for (int side = 0; side < (shared_[item.level] ? 1 : 2); ++side) {
       const Plan<T>& p = plan(side, item);
       sizes.values[side] = (p.pixels + kSlack) * width;
-      if (call_.gradient[side] || shared_[item.level]) sizes.gradients[side] = sizes.values[side];
+      if (!is_direct(item) && (call_.gradient[side] || shared_[item.level])) sizes.gradients[side] = sizes.values[side];
       sizes.sums = std::max(sizes.sums, p.rows * width);
     }
     sizes.pooled = (bins + kSlack) * width;
@@ -141,6 +160,7 @@ class Job {
     task.bins_y = call_.options.bins_y;
     task.bins_x = call_.options.bins_x;
     task.channels = item.channels;
+    task.direct = is_direct(item);
     return task;
   }
 
@@ -246,4 +266,8 @@ STABLE_TORCH_LIBRARY_IMPL(rakd_ops, CPU, m) {
   m.impl("distill_loss", TORCH_BOX(&rakd::distill_loss));
   m.impl("distill_gradient", TORCH_BOX(&rakd::distill_gradient));
   m.impl("level_weights", TORCH_BOX(&rakd::cpu_level_weights));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rakd_ops, CompositeExplicitAutograd, m) {
+  m.impl("release_memory", TORCH_BOX(&rakd::release_kept));
 }

@@ -27,30 +27,70 @@ void clear(T* p, int64_t count) {
 #include "moves.h"
 #include "passes.h"
 
-// One side, gradients wanted.
+inline bool is_finite(double value) { return value - value == 0.0; }
+
+// One side, gradients wanted: from gathered values to the maps' gradients, with scratch for the gradient.
 template <class E, class T, int W>
-void distill_shared_gradient(DistillTask<T>& task, Scratch& scratch) {
+double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, bool assembled, const T* values,
+                      T* gradient, Scratch& scratch) {
   const Plan<T>& plan = *task.plan[0];
-  T *values = buffer<T>(scratch.values[0]), *gradient = buffer<T>(scratch.gradients[0]);
   T *sums = buffer<T>(scratch.sums[0]), *spread_sums = buffer<T>(scratch.sums[1]);
-  gather<E, T, W>(plan, task.map[0], task.map[1], task.channels, values);
-  bool assembled = plan.gram.weight != nullptr;
-  task.total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, gradient) : 0.0;
+  const auto put = [&](const GramRun&, int64_t u, const Block<T, W>& value) { value.store(gradient + u * W); };
+  double total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, put) : 0.0;
   // The operator's windows have cells of weight zero that the patches do not touch: infinities there would spread.
-  if (assembled && !(task.total - task.total == 0.0)) {
+  if (assembled && !is_finite(total)) {
     assembled = false;
-    task.total = 0.0;
+    total = 0.0;
   }
   if (!assembled) clear(gradient, plan.pixels * W);
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     const Patch<T>& patch = plan.patches[n];
     if (assembled && patch.assembled) continue;
-    task.total += patch.scale * pool_and_spread<T, W>(patch, T(2.0 * patch.scale), values, sums, spread_sums, gradient);
+    total += patch.scale * pool_and_spread<T, W>(patch, T(2.0 * patch.scale), values, sums, spread_sums, gradient);
   }
   for (int side = 0; side < 2; ++side) {
     if (task.gradient[side].data) {
-      scatter<E, T, W>(plan, gradient, side == 0 ? T(1) : T(-1), task.channels, task.gradient[side]);
+      scatter<E, T, W>(plan, gradient, side == 0 ? T(1) : T(-1), channels, task.gradient[side]);
     }
+  }
+  return total;
+}
+
+template <class E, class T, int W>
+void distill_shared_gradient(DistillTask<T>& task, Scratch& scratch) {
+  T *values = buffer<T>(scratch.values[0]), *gradient = buffer<T>(scratch.gradients[0]);
+  gather<E, T, W>(*task.plan[0], task.map[0], task.map[1], task.channels, values);
+  task.total = distill_values<E, T, W>(task, task.channels, task.plan[0]->gram.weight != nullptr, values, gradient,
+                                       scratch);
+}
+
+// The same where the operator writes the gradients.
+template <class E, class T, int W>
+void distill_direct(DistillTask<T>& task, Scratch& scratch) {
+  const Plan<T>& plan = *task.plan[0];
+  T* values = buffer<T>(scratch.values[0]);
+  gather<E, T, W>(plan, task.map[0], task.map[1], task.channels, values);
+  const int first = task.gradient[0].data ? 0 : 1, last = task.gradient[1].data ? 1 : 0;
+  const PixelWriter<E, T, W> writer(task.gradient[first], task.channels), other(task.gradient[last], task.channels);
+  const T sign = first == 0 ? T(1) : T(-1);
+  const bool both = first != last;
+  const auto put = [&](const GramRun& run, int64_t u, const Block<T, W>& value) {
+    T lanes[W];
+    value.store(lanes);
+    writer.put(run.cell + u - run.first, lanes, sign);
+    if (both) other.put(run.cell + u - run.first, lanes, T(-1));
+  };
+  task.total = 0.5 * apply_operator<T, W>(plan.gram, values, put);
+  finish_streams();
+  if (is_finite(task.total)) return;
+  // Patch by patch after all (see above), in half as wide blocks, whose values and gradient have room together.
+  task.total = 0.0;
+  for (int64_t c = 0; c < task.channels.count; c += W / 2) {
+    const int64_t left = task.channels.count - c;
+    const ChannelBlock half{task.channels.begin + c, left < W / 2 ? left : W / 2, W / 2};
+    gather<E, T, W / 2>(plan, task.map[0], task.map[1], half, values);
+    T* gradient = values + (plan.pixels + kSlack) * (W / 2);
+    task.total += distill_values<E, T, W / 2>(task, half, false, values, gradient, scratch);
   }
 }
 
@@ -98,9 +138,12 @@ void distill_pooled(DistillTask<T>& task, Scratch& scratch) {
 
 template <class E, class T, int W>
 struct Distill {
+  static constexpr bool kWide = true;  // for gradients of maps that share a shape
   static void run(DistillTask<T>& task, Scratch& scratch) {
     const bool gradients = task.gradient[0].data || task.gradient[1].data;
-    if (gradients && !task.plan[1]) {
+    if constexpr (W == kWideBlock) {
+      task.direct ? distill_direct<E, T, W>(task, scratch) : distill_shared_gradient<E, T, W>(task, scratch);
+    } else if (gradients && !task.plan[1]) {
       distill_shared_gradient<E, T, W>(task, scratch);
     } else {
       distill_pooled<E, T, W>(task, scratch);
@@ -110,6 +153,7 @@ struct Distill {
 
 template <class E, class T, int W>
 struct Align {
+  static constexpr bool kWide = false;
   static void run(const AlignTask<T>& task, Scratch& scratch) {
     T *sums = buffer<T>(scratch.sums[0]), *pooled = buffer<T>(scratch.pooled[0]), *sum = buffer<T>(scratch.pooled[1]);
     const int64_t bins = task.bins_y * task.bins_x;
@@ -141,6 +185,7 @@ struct Align {
 
 template <class E, class T, int W>
 struct AlignBackward {
+  static constexpr bool kWide = false;
   static void run(const AlignBackwardTask<T>& task, Scratch& scratch) {
     const Plan<T>& plan = *task.plan;
     T *gradient = buffer<T>(scratch.gradients[0]), *sums = buffer<T>(scratch.sums[0]);
@@ -163,12 +208,10 @@ struct AlignBackward {
 
 template <template <class, class, int> class Kernel, class E, class T, class Task>
 void run_width(Task& task, Scratch& scratch) {
-  switch (task.channels.width) {
-    case 8:
-      return Kernel<E, T, 8>::run(task, scratch);
-    default:
-      return Kernel<E, T, 16>::run(task, scratch);
+  if constexpr (Kernel<E, T, 8>::kWide && sizeof(T) == sizeof(float)) {
+    if (task.channels.width == kWideBlock) return Kernel<E, T, int(kWideBlock)>::run(task, scratch);
   }
+  task.channels.width == 8 ? Kernel<E, T, 8>::run(task, scratch) : Kernel<E, T, 16>::run(task, scratch);
 }
 
 template <template <class, class, int> class Kernel, class Task>
@@ -183,6 +226,11 @@ void run_double(Task& task, Element, Scratch& scratch) {
   run_width<Kernel, double, double>(task, scratch);
 }
 
+template <class T>
+void add_scaled(T factor, const T* __restrict from, int64_t count, T* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += factor * from[i];
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -193,6 +241,8 @@ const Kernels& kernels() {
       run_double<Align, const AlignTask<double>>,
       run_float<AlignBackward, const AlignBackwardTask<float>>,
       run_double<AlignBackward, const AlignBackwardTask<double>>,
+      add_scaled<float>,
+      add_scaled<double>,
   };
   return table;
 }

@@ -39,6 +39,9 @@ struct DistillTask {
   ImageView gradient[2];   // data == nullptr: not wanted
   int64_t bins_y, bins_x;
   ChannelBlock channels;
+  // The operator stands for all patches, the gradients are channels-last and the block kWideBlock wide: the operator
+  // writes them itself, and there is no scratch for gradients.
+  bool direct;
   double* patch_losses;  // out, one per patch, where the losses of the boxes are wanted; else nullptr
   double total;          // out
 };
@@ -76,7 +79,13 @@ struct Kernels {
   void (*align_double)(const AlignTask<double>&, Element, Scratch&);
   void (*align_backward_float)(const AlignBackwardTask<float>&, Element, Scratch&);
   void (*align_backward_double)(const AlignBackwardTask<double>&, Element, Scratch&);
+  // to[i] += factor from[i]
+  void (*add_scaled_float)(float factor, const float* from, int64_t count, float* to);
+  void (*add_scaled_double)(double factor, const double* from, int64_t count, double* to);
 };
+
+// The widest block, of two cache lines of float.
+constexpr int64_t kWideBlock = 32;
 
 // Spare scratch pixels after the last one: vector tiles may spill past a segment's end.
 constexpr int64_t kSlack = 8;

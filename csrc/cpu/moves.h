@@ -140,32 +140,49 @@ inline void scatter_run(const T* in, T sign, int64_t length, int64_t room, int64
   }
 }
 
+// A channels-last gradient's pixels, one channel block of each.
+template <class E, class T, int W>
+class PixelWriter {
+ public:
+  PixelWriter(const ImageView& view, const ChannelBlock& block)
+      : out_(static_cast<E*>(view.data) + block.begin * view.channel_stride), stride_(view.column_stride),
+        count_(block.count) {
+    lines_ = sizeof(E) == sizeof(T) && W * sizeof(T) % kLine == 0 && count_ == W &&
+             reinterpret_cast<uintptr_t>(out_) % kLine == 0 && size_t(stride_) * sizeof(E) % kLine == 0;
+  }
+  // The map's cell, counted row by row.
+  inline void put(int64_t cell, const T* from, T sign) const {
+    E* to = out_ + cell * stride_;
+    if constexpr (sizeof(E) == sizeof(T) && W * sizeof(T) % kLine == 0) {
+      if (lines_) {
+        for (int c = 0; c < W; c += int(kLine / sizeof(T))) stream_line(from + c, sign, to + c);
+        return;
+      }
+    }
+    for (int64_t c = 0; c < count_; ++c) narrow(T(sign * from[c]), to + c);
+  }
+
+ private:
+  E* out_;
+  int64_t stride_, count_;
+  bool lines_;
+};
+
 // The gradient of one channel block. Channels-first: whole planes, zeros included, each element once.
 // Channels-last: touched pixels only; the ops fill the others, whose channels are contiguous, in larger pieces.
 template <class E, class T, int W>
 void scatter(const Plan<T>& plan, const T* in, T sign, const ChannelBlock& block, const ImageView& view) {
-  E* out = static_cast<E*>(view.data) + block.begin * view.channel_stride;
   if (view.column_stride != 1) {
-    [[maybe_unused]] const bool lines = block.count == W && reinterpret_cast<uintptr_t>(out) % kLine == 0 &&
-                                        size_t(view.column_stride) * sizeof(E) % kLine == 0 &&
-                                        size_t(view.row_stride) * sizeof(E) % kLine == 0;
+    const PixelWriter<E, T, W> writer(view, block);
     for (int64_t n = 0; n < plan.segment_count; ++n) {
       const Segment& s = plan.segments[n];
-      for (int64_t x = s.begin; x < s.end; ++x) {
-        const T* from = in + (s.offset + x - s.begin) * W;
-        E* to = out + s.row * view.row_stride + x * view.column_stride;
-        if constexpr (sizeof(E) == sizeof(T) && W * sizeof(T) % kLine == 0) {
-          if (lines) {
-            for (int c = 0; c < W; c += kLine / int(sizeof(T))) stream_line(from + c, sign, to + c);
-            continue;
-          }
-        }
-        for (int64_t c = 0; c < block.count; ++c) narrow(T(sign * from[c]), to + c);
-      }
+      const T* from = in + s.offset * W;
+      for (int64_t x = s.begin; x < s.end; ++x, from += W) writer.put(s.row * plan.width + x, from, sign);
     }
     finish_streams();
     return;
   }
+  E* out = static_cast<E*>(view.data) + block.begin * view.channel_stride;
   const int64_t plane = plan.height * plan.width;
   const auto clear = [&](int64_t from, int64_t to) {
     if (from >= to) return;

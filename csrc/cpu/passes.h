@@ -155,9 +155,9 @@ inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, 
 }
 
 // gradient = operator * values for all cells of the plan; returns ⟨values, gradient⟩. Two cells at a time, which share
-// the loads of their windows' values.
-template <class T, int W>
-inline double apply_operator(const GramOperator<T>& gram, const T* values, T* gradient) {
+// the loads of their windows' values. put(run, u, block) stores the gradient of scratch pixel u.
+template <class T, int W, class Put>
+inline double apply_operator(const GramOperator<T>& gram, const T* values, const Put& put) {
   typedef Block<T, W> B;
   double total = 0.0;
   for (int64_t n = 0; n < gram.run_count; ++n) {
@@ -175,10 +175,10 @@ inline double apply_operator(const GramOperator<T>& gram, const T* values, T* gr
           second.add_scaled(weight[to_second], at);
         }
       }
-      first.store(gradient + u * W);
+      put(run, u, first);
       product.add_product(first, B::load(values + u * W));
       if (u + 1 == end) break;
-      second.store(gradient + (u + 1) * W);
+      put(run, u + 1, second);
       product.add_product(second, B::load(values + (u + 1) * W));
     }
     total += product.sum();

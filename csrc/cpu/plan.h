@@ -81,6 +81,7 @@ struct GramRow {
 // Neighbouring cells whose windows have the same rows.
 struct GramRun {
   int64_t first, count;  // scratch pixels
+  int64_t cell;          // of the first on the map, row by row
   int32_t row_begin, row_end;
 };
 
@@ -107,6 +108,7 @@ struct Plan {
   int64_t pixels = 0;             // cells in all segments, and gaps
   int64_t height = 0, width = 0;  // of the map
   int64_t rows = 0;               // most touched rows of a patch
+  bool all_assembled = false;     // the operator stands for all patches
   GramOperator<T> gram;
   Arena arena;
 };
