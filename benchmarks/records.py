@@ -159,6 +159,41 @@ class StepRow:
 
 
 @dataclass(frozen=True)
+class RooflineRow:
+    """One run under the machine's roofs, as ``python -m benchmarks.roofline`` places it.
+
+    Attributes:
+        workload: Its name.
+        layout: Of the maps.
+        contender: Who ran.
+        threads: Torch's threads.
+        median_ms: Median time, milliseconds.
+        giga_operations: Of the two-matrix form, 10⁹; a multiply-add is two.
+        mebibytes: The floor's bytes.
+        intensity: Operations by byte.
+        gflops: 10⁹ operations by second.
+        copy_gb_s: Copy bandwidth in that run, 10⁹ bytes read and written by second.
+        peak_gflops: Of a matrix product of this size, measured for this file.
+        cpu: The processor.
+        commit: Of the run.
+    """
+
+    workload: str
+    layout: str
+    contender: str
+    threads: int
+    median_ms: float
+    giga_operations: float
+    mebibytes: float
+    intensity: float
+    gflops: float
+    copy_gb_s: float
+    peak_gflops: float
+    cpu: str
+    commit: str
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where and with what a run was measured; the fields are those of :class:`Row`."""
 
@@ -172,7 +207,7 @@ class Machine:
     date: str
 
 
-Kind = TypeVar("Kind", Row, StepRow)
+Kind = TypeVar("Kind", Row, StepRow, RooflineRow)
 
 
 def _git(*arguments: str) -> str:

@@ -65,7 +65,8 @@ class Assembler {
     fill_band(patch.y, kRadius + 1, 0, 2.0 * patch.scale, band_y_);
     const auto values = static_cast<int64_t>(band_x_.size());
     columns_.assign(values / kColumns, 0);
-    for (int64_t n = 0; n < values; ++n) columns_[n / kColumns] |= static_cast<uint8_t>((band_x_[n] != T(0)) << n % kColumns);
+    for (int64_t n = 0; n < values; ++n)
+      columns_[n / kColumns] |= static_cast<uint8_t>((band_x_[n] != T(0)) << n % kColumns);
     for (int32_t i = 0; i < patch.y.count; ++i) {
       const T* row = band_y_.data() + static_cast<int64_t>(patch.y.cell[i] - patch.y.cell[0]) * (kRadius + 1);
       for (int below = 0; below <= plan_.gram.radius_y; ++below) {

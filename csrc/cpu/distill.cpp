@@ -132,9 +132,7 @@ class Job {
     return wide && bytes <= kMostWideScratch ? kWideBlock : block_width<T>(channels);
   }
 
-  bool is_direct(const Item& item) const {
-    return item.channels.width == kWideBlock && plan(0, item).all_assembled;
-  }
+  bool is_direct(const Item& item) const { return item.channels.width == kWideBlock && plan(0, item).all_assembled; }
 
   ScratchSizes scratch_sizes(const Item& item) const {
     const int64_t width = item.channels.width, bins = call_.options.bins();

@@ -40,7 +40,8 @@ class KeptMemory {
       blocks_.erase(std::next(kept).base());
       total_ -= size;
     }
-    // Whole huge pages of the request alone, so that no memory beyond its end is used up. Advice: it serves without, too.
+    // Whole huge pages of the request alone, so that no memory beyond its end is used up. Advice: it serves without,
+    // too.
     if (block.data) madvise(block.data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
     return block;
   }
@@ -120,8 +121,6 @@ Buffer::Buffer(size_t bytes) {
   if (!data_) throw std::bad_alloc();
 }
 
-Buffer::~Buffer() {
-  kept_.data ? give_kept(kept_) : std::free(data_);
-}
+Buffer::~Buffer() { kept_.data ? give_kept(kept_) : std::free(data_); }
 
 }  // namespace rakd

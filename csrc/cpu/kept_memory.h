@@ -9,8 +9,8 @@ namespace rakd {
 
 constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
 
-// What is kept stays the system's to take when it runs short. RAKD_CPU_KEEP_MIB limits it (1024 unless set); with 0, and
-// outside Linux, nothing is kept.
+// What is kept stays the system's to take when it runs short. RAKD_CPU_KEEP_MIB limits it (1024 unless set); with 0,
+// and outside Linux, nothing is kept.
 struct KeptBlock {
   char* data = nullptr;  // at the beginning of a page, in huge pages where the system has them; nullptr: not to be had
   size_t bytes = 0;

@@ -60,8 +60,8 @@ template <class E, class T, int W>
 void distill_shared_gradient(DistillTask<T>& task, Scratch& scratch) {
   T *values = buffer<T>(scratch.values[0]), *gradient = buffer<T>(scratch.gradients[0]);
   gather<E, T, W>(*task.plan[0], task.map[0], task.map[1], task.channels, values);
-  task.total = distill_values<E, T, W>(task, task.channels, task.plan[0]->gram.weight != nullptr, values, gradient,
-                                       scratch);
+  task.total =
+      distill_values<E, T, W>(task, task.channels, task.plan[0]->gram.weight != nullptr, values, gradient, scratch);
 }
 
 // The same where the operator writes the gradients.

@@ -145,7 +145,8 @@ template <class E, class T, int W>
 class PixelWriter {
  public:
   PixelWriter(const ImageView& view, const ChannelBlock& block)
-      : out_(static_cast<E*>(view.data) + block.begin * view.channel_stride), stride_(view.column_stride),
+      : out_(static_cast<E*>(view.data) + block.begin * view.channel_stride),
+        stride_(view.column_stride),
         count_(block.count) {
     lines_ = sizeof(E) == sizeof(T) && W * sizeof(T) % kLine == 0 && count_ == W &&
              reinterpret_cast<uintptr_t>(out_) % kLine == 0 && size_t(stride_) * sizeof(E) % kLine == 0;

@@ -43,16 +43,87 @@ def test_crowded_boxes_agree_with_the_reference(layout, size, ratio):
         check(apprentice, expert, boxes, 1e-12, output_size=size, sampling_ratio=ratio)
 
 
-def test_float32_stays_within_rounding():
-    apprentice = pyramid(2, 40, dtype=torch.float32, requires_grad=True)
+def check_in_float64(apprentice, expert, boxes, wanted_of, tolerance, **options):
+    """Compare gradients of `wanted_of` ("apprentice", "expert" or "both") with the reference's in float64."""
+    results = []
+    for distill, dtype in ((soft_roi_distill, None), (reference.soft_roi_distill, torch.float64)):
+        sides = {"apprentice": apprentice, "expert": expert}
+        maps = {name: [m.detach().to(dtype or m.dtype) for m in side] for name, side in sides.items()}
+        leaves = [m.requires_grad_() for name in sides if wanted_of in (name, "both") for m in maps[name]]
+        backend = {} if dtype else {"backend": "cpu"}
+        loss = distill(maps["apprentice"], maps["expert"], boxes, **options, **backend)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(
+            value.double(), expected, rtol=0.0, atol=tolerance * float(expected.detach().abs().max())
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_float32_stays_within_rounding(layout):
+    apprentice = pyramid(2, 40, dtype=torch.float32, layout=layout)
+    expert = pyramid(2, 40, dtype=torch.float32, layout=layout, seed=1)
+    height, width = (4 * n for n in apprentice[0].shape[2:])
+    check_in_float64(apprentice, expert, crowd(200, height, width, 2, 5), "apprentice", 2e-6, output_size=19)
+
+
+# Channels-last maps are worked on in blocks of 32 channels, which the operator writes itself where it stands for all
+# boxes (many bins); with few bins it stands for some, with few boxes for none.
+@pytest.mark.parametrize("bins, count", [(19, 200), (7, 120), (7, 3)])
+@pytest.mark.parametrize("channels", [32, 40, 64, 70, 96])
+@pytest.mark.parametrize("side", ["apprentice", "expert", "both"])
+def test_wide_blocks(bins, count, channels, side):
+    apprentice = pyramid(2, channels, dtype=torch.float32, layout="channels_last")
+    expert = pyramid(2, channels, dtype=torch.float32, layout="channels_last", seed=1)
+    height, width = (4 * n for n in apprentice[0].shape[2:])
+    check_in_float64(apprentice, expert, crowd(count, height, width, 2, 5), side, 2e-6, output_size=bins)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-10)])
+def test_wide_blocks_of_half_types(dtype, tolerance):
+    apprentice = pyramid(1, 48, dtype=dtype, layout="channels_last")
+    expert = pyramid(1, 48, dtype=dtype, layout="channels_last", seed=1)
+    height, width = (4 * n for n in apprentice[0].shape[2:])
+    boxes = crowd(200, height, width, 2, 5, batch=1)
+    check_in_float64(apprentice, expert, boxes, "both", tolerance, output_size=19, box_weights=torch.full((200,), 1e4))
+
+
+def test_wide_blocks_on_one_layout_alone():
+    """Where only one of the networks' maps are channels-last the gradient follows its map."""
+    apprentice = pyramid(2, 40, dtype=torch.float32, layout="channels_last")
     expert = pyramid(2, 40, dtype=torch.float32, seed=1)
     height, width = (4 * n for n in apprentice[0].shape[2:])
-    boxes = crowd(200, height, width, 2, 5)
-    actual = gradients(soft_roi_distill, apprentice, expert, boxes, output_size=19, backend="cpu")
-    double = [m.detach().double().requires_grad_() for m in apprentice]
-    wanted = gradients(reference.soft_roi_distill, double, [m.double() for m in expert], boxes, output_size=19)
-    for value, expected in zip(actual, wanted, strict=True):
-        torch.testing.assert_close(value.double(), expected, rtol=0.0, atol=2e-6 * float(expected.detach().abs().max()))
+    for maps in ((apprentice, expert), (expert, apprentice)):
+        check_in_float64(*maps, crowd(200, height, width, 2, 5), "both", 2e-6, output_size=19)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("channel", [0, 20, 39])
+def test_a_value_that_is_not_finite_spoils_its_own_channel_alone(value, channel):
+    """Blocks that the operator writes itself are then done patch by patch, in two halves."""
+    apprentice = pyramid(1, 40, dtype=torch.float32, layout="channels_last", requires_grad=True)
+    expert = pyramid(1, 40, dtype=torch.float32, layout="channels_last", seed=1)
+    height, width = (4 * n for n in apprentice[0].shape[2:])
+    options = {"output_size": 19, "backend": "cpu"}
+    boxes = crowd(100, height, width, 1, 5, batch=1)
+    _, clean, *coarser = gradients(soft_roi_distill, apprentice, expert, boxes, **options)
+    middle = (0, channel, apprentice[0].shape[2] // 2, apprentice[0].shape[3] // 2)
+    assert clean[middle] != 0.0
+    with torch.no_grad():
+        apprentice[0][middle] = value
+    loss, spoilt, *others = gradients(soft_roi_distill, apprentice, expert, boxes, **options)
+    assert not torch.isfinite(loss)
+    assert not torch.isfinite(spoilt[middle])
+    assert torch.isfinite(spoilt[:, :channel]).all() and torch.isfinite(spoilt[:, channel + 1 :]).all()
+    untouched = clean[0, channel] == 0.0
+    assert (spoilt[0, channel][untouched] == 0.0).all()
+    scale = float(clean.abs().max())
+    for after, before in (
+        (spoilt[:, :channel], clean[:, :channel]),
+        (spoilt[:, channel + 1 :], clean[:, channel + 1 :]),
+    ):
+        torch.testing.assert_close(after, before, rtol=0.0, atol=2e-6 * scale)
+    assert all(torch.equal(a, b) for a, b in zip(others, coarser, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
