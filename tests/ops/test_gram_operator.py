@@ -127,10 +127,12 @@ def test_a_value_that_is_not_finite_spoils_its_own_channel_alone(value, channel)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_cells_that_no_sample_touches_may_hold_anything(value):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 2e-6)])
+def test_cells_that_no_sample_touches_may_hold_anything(value, layout, dtype, tolerance):
     """The operator's windows reach over cells between samples; what stands there must not get into the result."""
-    apprentice = pyramid(1, 64, 144, 144, strides=(4,))
-    expert = pyramid(1, 64, 144, 144, strides=(4,), seed=1)
+    apprentice = pyramid(1, 64, 144, 144, strides=(4,), dtype=dtype, layout=layout)
+    expert = pyramid(1, 64, 144, 144, strides=(4,), dtype=dtype, layout=layout, seed=1)
     # Bins of four cells with one sample each, between two cells: the other two rows and columns are not read.
     base = torch.tensor([0.0, 16.0, 16.0, 16.0 + 4 * 28, 16.0 + 4 * 28], dtype=torch.float64)
     boxes = base.repeat(80, 1)
@@ -144,4 +146,4 @@ def test_cells_that_no_sample_touches_may_hold_anything(value):
     assert not torch.isfinite(spoilt).all()
     again = gradients(soft_roi_distill, [spoilt.requires_grad_()], expert, boxes, backend="cpu", **options)
     for before, after in zip(clean, again, strict=True):
-        torch.testing.assert_close(after, before, rtol=1e-12, atol=0.0)
+        torch.testing.assert_close(after, before, rtol=0.0, atol=tolerance * float(before.detach().abs().max()))
