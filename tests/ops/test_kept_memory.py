@@ -14,8 +14,8 @@ from rakd_ops import available_backends, multilevel_roi_align, release_memory, s
 
 KEPT_FROM = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 11)
 needs_keeping = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or not KEPT_FROM,
-    reason="memory is kept on Linux, under torch 2.11 and later",
+    not sys.platform.startswith("linux") or not KEPT_FROM or os.environ.get("RAKD_CPU_KEEP_MIB", "") != "",
+    reason="memory is kept on Linux, under torch 2.11 and later, unless RAKD_CPU_KEEP_MIB says otherwise",
 )
 needs_cpu = pytest.mark.skipif(available_backends()["cpu"] is not True, reason="the CPU library is not installed")
 pytestmark = needs_cpu
