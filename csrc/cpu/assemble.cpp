@@ -136,13 +136,12 @@ class Assembler {
       right = std::max(right, dx);
     }
     if (left > right) return;
-    // Two neighbouring cells are worked on together, so the window is one column wider.
-    const int32_t columns = right - left + 2;
+    const int32_t columns = right - left + 1;
     const int64_t at = (above ? -distance : distance) * plan_.gram.plane;
     if (above) {
-      rows_.push_back({shift + left, at + (shift + left) * kColumns + kRadius - left, kColumns - 1, 1, columns});
+      rows_.push_back({shift + left, at + (shift + left) * kColumns + kRadius - left, kColumns - 1, columns});
     } else {
-      rows_.push_back({shift + left, at + kRadius + left, 1, kColumns - 1, columns});
+      rows_.push_back({shift + left, at + kRadius + left, 1, columns});
     }
   }
 
@@ -168,13 +167,13 @@ void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks)
     if (!patch.assembled) continue;
     factors += factor_cost(patch);
     const int32_t left = patch.x.cell[0], width = patch.x.cell[patch.x.count - 1] + 1 - left;
-    assembly += 8.0 * patch.y.count * width;  // four rows of a window, eight columns, 128-bit vectors
+    assembly += 5.0 * patch.y.count * width;  // four rows of a window, seven columns, vectors of four or eight
     for (int32_t i = 0; i < patch.y.count; ++i) std::memset(covered.data() + patch.row_base[i] + left, 1, width);
     radius_y = std::max(radius_y, reach_y);
   }
   const auto cells = static_cast<double>(std::count(covered.begin(), covered.end(), uint8_t(1)));
   // A cycle for each cell of a window; trimming windows takes about a fifth off.
-  const double apply = 0.8 * (2 * radius_y + 1) * kColumns * cells;
+  const double apply = 0.9 * (2 * radius_y + 1) * kColumns * cells;
   if (factors * channel_blocks <= apply * channel_blocks + assembly) {
     for (int64_t n = 0; n < plan.patch_count; ++n) patches[n].assembled = false;
     return;

@@ -155,7 +155,8 @@ inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, 
 }
 
 // gradient = operator * values for all cells of the plan; returns ⟨values, gradient⟩. Two cells at a time, which share
-// the loads of their windows' values. put(run, u, block) stores the gradient of scratch pixel u.
+// the loads of their windows' values but for the first and the last of a row. put(run, u, block) stores the gradient of
+// scratch pixel u.
 template <class T, int W, class Put>
 inline double apply_operator(const GramOperator<T>& gram, const T* values, const Put& put) {
   typedef Block<T, W> B;
@@ -168,12 +169,14 @@ inline double apply_operator(const GramOperator<T>& gram, const T* values, const
       for (const GramRow *row = gram.rows + run.row_begin, *last = gram.rows + run.row_end; row != last; ++row) {
         const T* value = values + (u + row->value) * W;
         const T* weight = gram.weight + u * GramOperator<T>::kColumns + row->weight;
-        const int64_t step = row->step, to_second = row->second;
-        for (int32_t j = row->columns; j > 0; --j, value += W, weight += step) {
-          const B at = B::load(value);
-          first.add_scaled(weight[0], at);
-          second.add_scaled(weight[to_second], at);
+        const int64_t step = row->step;
+        first.add_product(weight[0], value);
+        for (int32_t j = row->columns - 1; j > 0; --j, weight += step) {
+          const B at = B::load(value += W);
+          first.add_scaled(weight[step], at);
+          second.add_scaled(weight[GramOperator<T>::kColumns], at);
         }
+        second.add_product(weight[GramOperator<T>::kColumns], value + W);
       }
       put(run, u, first);
       product.add_product(first, B::load(values + u * W));

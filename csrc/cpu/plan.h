@@ -71,11 +71,11 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
-// One row of a window of cells around a cell u: values[u + value + j] counts gram.weight[8 u + weight + j * step], and
-// that many from there on for u + 1.
+// One row of a window of cells around a cell u: values[u + value + j] counts gram.weight[kColumns * u + weight + j *
+// step].
 struct GramRow {
   int64_t value, weight;
-  int32_t step, second, columns;
+  int32_t step, columns;
 };
 
 // Neighbouring cells whose windows have the same rows.
@@ -90,7 +90,7 @@ struct GramRun {
 // only the cells of its own row and below are kept.
 template <class T>
 struct GramOperator {
-  static constexpr int kRadius = 3, kColumns = 2 * kRadius + 2;  // the last is zero
+  static constexpr int kRadius = 3, kColumns = 2 * kRadius + 1;
   T* weight = nullptr;  // [radius_y + 1][pixels and gaps][kColumns]; nullptr: no patch is assembled
   int64_t plane = 0;    // values from one row below to the next
   int radius_y = 0;
