@@ -30,7 +30,7 @@ def _image(height: int) -> Workload:
 _POINTS: dict[str, tuple[tuple[int, ...], Callable[[int], Workload]]] = {
     "boxes": ((4, 16, 64, 128, 256, 512), lambda value: replace(BASE, boxes_per_image=value)),
     "bins": ((3, 7, 14, 19, 28), lambda value: replace(BASE, output_size=value)),
-    "samples": ((1, 2, 3, 4), lambda value: replace(BASE, sampling_ratio=value)),
+    "samples": ((1, 2, 3, 4, 8), lambda value: replace(BASE, sampling_ratio=value)),
     "channels": ((32, 64, 128, 256, 512), lambda value: replace(BASE, channels=value)),
     "image": ((256, 384, 512, 768, 1024), _image),
 }

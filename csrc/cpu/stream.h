@@ -14,7 +14,7 @@ namespace rakd {
 namespace {
 
 constexpr size_t kLine = 64;
-constexpr size_t kLeastStream = 32768;  // shorter runs were written faster through the caches
+[[maybe_unused]] constexpr size_t kLeastStream = 32768;  // shorter runs were written faster through the caches
 
 // To be called before another thread may read what was streamed.
 inline void finish_streams() {
