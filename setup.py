@@ -39,10 +39,10 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 GEOMETRY_FLAGS = ["-ffp-contract=off"]
 ISA_FLAGS = {
     "baseline": ["-DRAKD_VECTOR_BYTES=16"],
-    "avx2": ["-DRAKD_VECTOR_BYTES=32", "-mavx2", "-mfma"],
+    "avx2": ["-DRAKD_VECTOR_BYTES=32", "-mavx2", "-mfma", "-mf16c"],
     "avx512": [
         "-DRAKD_VECTOR_BYTES=64",
-        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ],
 }
 

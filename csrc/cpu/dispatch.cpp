@@ -6,6 +6,15 @@
 namespace rakd {
 namespace {
 
+// Whether the processor converts float16, as all with AVX2 do; Clang has no name for it.
+[[maybe_unused]] bool converts_halves() {
+#if defined(__clang__)
+  return true;
+#else
+  return __builtin_cpu_supports("f16c");
+#endif
+}
+
 const Kernels& choose() {
   const char* wish = std::getenv("RAKD_CPU_ISA");
   [[maybe_unused]] const auto allowed = [wish](const char* name) {
@@ -13,12 +22,13 @@ const Kernels& choose() {
   };
 #if defined(RAKD_HAS_AVX512)
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && converts_halves()) {
     return avx512::kernels();
   }
 #endif
 #if defined(RAKD_HAS_AVX2)
-  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      converts_halves()) {
     return avx2::kernels();
   }
 #endif

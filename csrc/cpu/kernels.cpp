@@ -4,6 +4,10 @@
 
 #include "stream.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #if !defined(RAKD_ISA) || !defined(RAKD_VECTOR_BYTES)
 #error "setup.py defines RAKD_ISA and RAKD_VECTOR_BYTES for each instruction set"
 #endif

@@ -11,9 +11,41 @@ struct TileSize {
   static constexpr int value = kBytes / int(sizeof(T));
 };
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// bfloat16 as integers of N lanes, which compilers turn into a few instructions; lanes one by one they do not.
+template <int N>
+inline typename VectorOf<float, N>::type widen_lanes(const BFloat16Bits* p) {
+  typedef typename VectorOf<uint32_t, N>::type Wide;
+  const typename VectorOf<uint16_t, N>::type bits =
+      *reinterpret_cast<const typename VectorOf<uint16_t, N>::unaligned*>(p);
+  return reinterpret_cast<typename VectorOf<float, N>::type>(__builtin_convertvector(bits, Wide) << 16);
+}
+template <int N>
+inline void narrow_lanes(typename VectorOf<float, N>::type v, BFloat16Bits* p) {
+  typedef typename VectorOf<uint32_t, N>::type Wide;
+  typedef typename VectorOf<uint16_t, N>::type Narrow;
+  const Wide bits = reinterpret_cast<Wide>(v);
+  const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Wide nan = reinterpret_cast<Wide>((bits & 0x7fffffffu) > 0x7f800000u);
+  const Wide chosen = (nan & ((bits >> 16) | 0x40u)) | (~nan & rounded);
+  *reinterpret_cast<typename VectorOf<uint16_t, N>::unaligned*>(p) = __builtin_convertvector(chosen, Narrow);
+}
+
 template <class E, class T, int N>
 inline typename VectorOf<T, N>::type load_vector(const E* p) {
-  if constexpr (sizeof(E) == sizeof(T)) {  // no conversion
+#if defined(__F16C__)
+  if constexpr (kSame<E, HalfBits> && N == 8) {
+    return reinterpret_cast<typename VectorOf<T, N>::type>(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+#endif
+  if constexpr (kSame<E, BFloat16Bits>) {
+    return widen_lanes<N>(p);
+  } else if constexpr (sizeof(E) == sizeof(T)) {  // no conversion
     return *reinterpret_cast<const typename VectorOf<T, N>::unaligned*>(p);
   } else {
     T lanes[N];
@@ -24,7 +56,15 @@ inline typename VectorOf<T, N>::type load_vector(const E* p) {
 
 template <class E, class T, int N>
 inline void store_vector(typename VectorOf<T, N>::type v, E* p) {
-  if constexpr (sizeof(E) == sizeof(T)) {
+#if defined(__F16C__)
+  if constexpr (kSame<E, HalfBits> && N == 8) {
+    const __m128i halves = _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+  }
+#endif
+  if constexpr (kSame<E, BFloat16Bits>) {
+    narrow_lanes<N>(v, p);
+  } else if constexpr (sizeof(E) == sizeof(T)) {
     *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
   } else {
     T lanes[N];
@@ -48,16 +88,18 @@ inline void gather_run(const E* a, const ImageView& va, const E* b, const ImageV
     if (Mode == Gather::kDifference) return first - widen<T>(b[c * vb.channel_stride + x * vb.column_stride]);
     return first;
   };
-  const auto put = [](T* to, T v) { *to = Mode == Gather::kSubtract ? *to - v : v; };
+  const auto put = [](auto* to, auto v) { *to = Mode == Gather::kSubtract ? *to - v : v; };
 
   const bool channels_inner = va.channel_stride == 1 && (Mode != Gather::kDifference || vb.channel_stride == 1);
   if (channels_inner && channels == W) {
     for (int64_t x = 0; x < length; ++x) {
       const E* pa = a + x * va.column_stride;
       const E* pb = Mode == Gather::kDifference ? b + x * vb.column_stride : nullptr;
-      T* to = out + x * W;
-      for (int c = 0; c < W; ++c) {
-        put(to + c, Mode == Gather::kDifference ? widen<T>(pa[c]) - widen<T>(pb[c]) : widen<T>(pa[c]));
+      RAKD_UNROLL
+      for (int c = 0; c < W; c += N) {
+        auto cells = load_vector<E, T, N>(pa + c);
+        if (Mode == Gather::kDifference) cells -= load_vector<E, T, N>(pb + c);
+        put(reinterpret_cast<typename VectorOf<T, N>::unaligned*>(out + x * W + c), cells);
       }
     }
     return;
@@ -160,7 +202,15 @@ class PixelWriter {
         return;
       }
     }
-    for (int64_t c = 0; c < count_; ++c) narrow(T(sign * from[c]), to + c);
+    constexpr int N = TileSize<T>::value;
+    if (count_ == W) {
+      RAKD_UNROLL
+      for (int c = 0; c < W; c += N) store_vector<E, T, N>(sign * load_vector<T, T, N>(from + c), to + c);
+      return;
+    }
+    int64_t c = 0;
+    for (; c + N <= count_; c += N) store_vector<E, T, N>(sign * load_vector<T, T, N>(from + c), to + c);
+    for (; c < count_; ++c) narrow(T(sign * from[c]), to + c);
   }
 
  private:

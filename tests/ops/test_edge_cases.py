@@ -257,3 +257,20 @@ def test_same_bits_for_any_number_of_threads() -> None:
 def test_every_instruction_set_is_right(isa: str) -> None:
     """The kernels are compiled several times; the ones this machine would not choose are run as well."""
     digest(2, check=True, RAKD_CPU_ISA=isa)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", backend_params("cpu"))
+def test_every_half_number_is_read_and_written_as_it_is(dtype: torch.dtype, layout: str, backend: str) -> None:
+    """Samples in the cells' middles: pooling copies the map, and its transpose the gradient, subnormals included."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).reshape(1, 32, 64, 32)
+    feature = as_layout(values, layout).requires_grad_()
+    box = [torch.tensor([[0.0, 0.0, 32.0, 64.0]])]
+    pooled = multilevel_roi_align(
+        [feature], box, strides=(1,), output_size=(64, 32), sampling_ratio=1, assignment="uniform", backend=backend
+    )
+    assert torch.equal(pooled, values)
+    (gradient,) = torch.autograd.grad(pooled, feature, -values)
+    assert torch.equal(gradient, -values)
