@@ -170,7 +170,9 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
     return figure
 
 
-def _draw_curve_panel(axes: Axes, rows: Sequence[Row], axis: str, contenders: list[str], layouts: list[str]) -> None:
+def _draw_curve_panel(
+    axes: Axes, rows: Sequence[Row], axis: str, contenders: list[str], layouts: list[str], ticks: tuple[int, ...]
+) -> None:
     label, value_of = _AXIS_VALUE[axis]
     labelled = next((name for name in contenders if not name.startswith("rakd:")), None)
     for contender in contenders:
@@ -194,7 +196,7 @@ def _draw_curve_panel(axes: Axes, rows: Sequence[Row], axis: str, contenders: li
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(values, [str(value) for value in values])
     axes.set_title(label, loc="left", size=10, color=style.INK)
-    style.use_time_axis(axes, "y")
+    style.use_time_axis(axes, "y", ticks)
     style.clean_axes(axes, "both")
 
 
@@ -210,6 +212,8 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
     axes_names = [axis for axis in AXES if any(row.workload == PREFIX + axis for row in rows)]
     contenders = _contenders(rows)
     layouts = _unique([row.layout for row in rows])
+    span = max(row.p80_ms for row in rows) / min(row.p20_ms for row in rows)
+    ticks = (1, 2, 5) if span < 100.0 else (1,)
     columns = min(3, len(axes_names))
     lines = -(-len(axes_names) // columns)
     head = style.head_height(len(contenders) + len(layouts))
@@ -221,7 +225,7 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
             panel.set_visible(False)
             continue
         mine = [row for row in rows if row.workload == PREFIX + axes_names[index]]
-        _draw_curve_panel(panel, mine, axes_names[index], contenders, layouts)
+        _draw_curve_panel(panel, mine, axes_names[index], contenders, layouts, ticks)
     handles: list[Patch | Line2D] = [
         Line2D(
             [],

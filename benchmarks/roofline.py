@@ -13,11 +13,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
@@ -113,6 +114,17 @@ def make_points(rows: Sequence[Row], peaks: dict[int, float], seed: int = 0) -> 
     return points
 
 
+def _label(
+    axes: Axes,
+    text: str,
+    place: tuple[float, float],
+    offset: tuple[float, float],
+    colour: str,
+    align: Literal["center", "right"],
+) -> None:
+    axes.annotate(text, place, offset, textcoords="offset points", size=8.5, color=colour, ha=align)
+
+
 def draw_roofline(points: Sequence[RooflineRow], row: Row) -> Figure:
     """Draw points of one number of threads under their roofs.
 
@@ -126,14 +138,8 @@ def draw_roofline(points: Sequence[RooflineRow], row: Row) -> Figure:
     bandwidth, peak = float(np.median([p.copy_gb_s for p in points])), points[0].peak_gflops
     x = np.geomspace(0.5 * min(p.intensity for p in points), 3.0 * max(p.intensity for p in points), 200)
     axes.plot(x, np.minimum(bandwidth * x, peak), color=style.INK, linewidth=1.6)
-    axes.annotate(
-        f"a copy, {bandwidth:.0f} GB/s", (x[30], bandwidth * x[30]), (-4, 6), textcoords="offset points",
-        size=8.5, color=style.MUTED, ha="right",
-    )  # fmt: skip
-    axes.annotate(
-        f"matrix product, {peak:.0f} GFLOP/s", (x[-1], peak), (0, 5), textcoords="offset points", size=8.5,
-        color=style.MUTED, ha="right",
-    )  # fmt: skip
+    _label(axes, f"a copy, {bandwidth:.0f} GB/s", (x[80], bandwidth * x[80]), (-8, 4), style.MUTED, "right")
+    _label(axes, f"matrix product, {peak:.0f} GFLOP/s", (x[-1], peak), (0, 5), style.MUTED, "right")
     for point in points:
         colour = style.COLOURS.get(point.contender, style.MUTED)
         axes.plot(point.intensity, point.gflops, MARKERS[point.layout], color=colour, markersize=6.5, mec="white")
@@ -141,11 +147,8 @@ def draw_roofline(points: Sequence[RooflineRow], row: Row) -> Figure:
     axes.set_yscale("log")
     for name in dict.fromkeys(point.workload for point in points):
         mine = [point for point in points if point.workload == name]
-        best = max(mine, key=lambda point: point.gflops)
-        axes.annotate(
-            name, (best.intensity, best.gflops), (0, 8), textcoords="offset points", size=9, color=style.INK,
-            ha="center",
-        )  # fmt: skip
+        subject = min((p for p in mine if p.contender == row.ratio_to), key=lambda p: p.gflops, default=mine[0])
+        _label(axes, name, (subject.intensity, subject.gflops), (0, -16), style.INK, "center")
     axes.set_xlabel("operations by byte that must move", size=9, color=style.INK)
     axes.set_ylabel("GFLOP/s", size=9, color=style.INK)
     style.clean_axes(axes, "both")

@@ -101,11 +101,11 @@ def write_legend(figure: Figure, handles: list[Patch | Line2D]) -> None:
     )
 
 
-def use_time_axis(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic with ticks that read as times."""
+def use_time_axis(axes: Axes, which: str, ticks: tuple[int, ...] = (1,)) -> None:
+    """Make an axis logarithmic with ticks that read as times: at these multiples of powers of ten."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis.set_major_locator(LogLocator(10))
+    axis.set_major_locator(LogLocator(10, subs=ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: show_time(value)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
