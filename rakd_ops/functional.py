@@ -172,10 +172,11 @@ def level_weights(
 def release_memory() -> None:
     """Give back to the system the memory that the CPU backend keeps between calls.
 
-    Gradients of 2 MiB and more lie in memory that is kept when they are freed, as are the ops' large buffers: the next
-    step then needs no fresh pages, whose cost exceeds that of the arithmetic. Kept memory is marked as the system's to
-    take when it runs short; this function returns it at once. The environment variable ``RAKD_CPU_KEEP_MIB`` limits it
-    (read at the first call; 1024 unless set, 0 keeps nothing). Nothing is kept outside Linux.
+    Gradients and pooled features of 2 MiB and more lie in memory that is kept when they are freed, as are the ops'
+    large buffers: the next step then needs no fresh pages, whose cost exceeds that of the arithmetic. Kept memory is
+    marked as the system's to take when it runs short; this function returns it at once. The environment variable
+    ``RAKD_CPU_KEEP_MIB`` limits it (read at the first call; 1024 unless set, 0 keeps nothing). Nothing is kept outside
+    Linux, and of tensors nothing under torch 2.10. The storage of a tensor in kept memory cannot be enlarged in place.
     """
     if available_backends()["cpu"] is True:
         torch.ops.rakd_ops.release_memory()

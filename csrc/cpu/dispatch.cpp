@@ -6,14 +6,16 @@
 namespace rakd {
 namespace {
 
-// Whether the processor converts float16, as all with AVX2 do; Clang has no name for it.
-[[maybe_unused]] bool converts_halves() {
-#if defined(__clang__)
+#if defined(RAKD_HAS_AVX2)
+// Whether the processor converts float16, as all with AVX2 do; not all compilers have a name for it.
+bool converts_halves() {
+#if defined(__clang__) || __GNUC__ < 11
   return true;
 #else
   return __builtin_cpu_supports("f16c");
 #endif
 }
+#endif
 
 const Kernels& choose() {
   const char* wish = std::getenv("RAKD_CPU_ISA");

@@ -47,6 +47,10 @@ class KeptMemory {
   }
 
   void give(KeptBlock block) {
+    if (block.bytes > most_) {
+      munmap(block.data, block.bytes);
+      return;
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
     // The pages stay, and may be written again at no cost, unless the system needs them first.
     madvise(block.data, block.bytes, MADV_FREE);

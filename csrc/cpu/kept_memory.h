@@ -1,5 +1,5 @@
 // Large blocks of memory that are kept for the next call when they are given back. Fresh pages cost more than what is
-// computed on them: the system zeroes them, the 150 MiB of a training step's gradient in 10 ms, and again each step.
+// computed on them: the system zeroes them, a training step's gradient of 150 MiB in about 10 ms, and again each step.
 #pragma once
 
 #include <cstddef>

@@ -63,7 +63,8 @@ struct Block {
   }
 };
 
-// Half types are loaded and stored as bits: no library type, no intrinsics, the same rounding everywhere.
+// Half types are loaded and stored as bits: no library type, the same rounding everywhere. (moves.h converts float16 in
+// vectors where the processor does; only the bits of a NaN may differ.)
 struct HalfBits {
   uint16_t bits;
 };

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "../maps.h"
@@ -83,7 +84,10 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 inline Tensor empty_in_kept_memory(const Tensor& like, const std::vector<int64_t>& shape, bool channels_last) {
 #if defined(__linux__)
   size_t bytes = like.element_size();
-  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(size >= 0, "shapes: expected no negative sizes, got ", size);
+    bytes *= static_cast<size_t>(size);
+  }
   const KeptBlock kept = bytes >= kHugePage && torch_from_blob ? take_kept(bytes) : KeptBlock{};
   if (kept.data) {
     const int64_t c = shape[1], h = shape[2], w = shape[3];
@@ -94,11 +98,13 @@ inline Tensor empty_in_kept_memory(const Tensor& like, const std::vector<int64_t
       give_kept(*block);
       delete block;
     };
+    auto block = std::make_unique<KeptBlock>(kept);
     AtenTensorHandle handle = nullptr;
-    const AOTITorchError error = torch_from_blob(
-        kept.data, 4, shape.data(), channels_last ? channels_inner : dense, 0, dtype, aoti_torch_device_type_cpu(), -1,
-        &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, new KeptBlock(kept));
+    const AOTITorchError error = torch_from_blob(kept.data, 4, shape.data(), channels_last ? channels_inner : dense, 0,
+                                                 dtype, aoti_torch_device_type_cpu(), -1, &handle,
+                                                 aoti_torch_layout_strided(), nullptr, 0, give_back, block.get());
     STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch could not make a tensor of kept memory");
+    block.release();
     return Tensor(handle);
   }
 #endif
