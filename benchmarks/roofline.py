@@ -9,7 +9,7 @@ the run and the rate of a large float32 matrix product, measured now with the sa
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import style
 from benchmarks.floor import touched_cells
-from benchmarks.measure import TRAINING
+from benchmarks.measure import TRAINING, time_interleaved
 from benchmarks.records import RooflineRow, Row, read_all, write_rows
 from benchmarks.session import exit_with_errors
 from benchmarks.workloads import DISTILL_WORKLOADS, STRIDES, Workload, draw_boxes
@@ -64,13 +64,8 @@ def measure_peak(threads: int) -> float:
     """Measure operations by second of a float32 matrix product, median of several."""
     torch.set_num_threads(threads)
     a = torch.rand(MATRIX, MATRIX)
-    a @ a
-    seconds = []
-    for _ in range(MATRIX_REPEATS):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * MATRIX**3 / float(np.median(seconds))
+    timings = time_interleaved({"product": lambda: a @ a}, False, MATRIX_REPEATS, math.inf, lambda _: None)
+    return 2.0 * MATRIX**3 / (timings["product"].median / 1000.0)
 
 
 def make_points(rows: Sequence[Row], peaks: dict[int, float], seed: int = 0) -> list[RooflineRow]:

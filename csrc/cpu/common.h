@@ -49,7 +49,7 @@ inline DoubleList level_scales(const Boxes& boxes, const double* coefficients, c
 // Width of the vector blocks: the channels that make a cache line.
 template <class T>
 int64_t block_width(int64_t channels) {
-  constexpr int64_t kWidth = 64 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kWidth = kLine / sizeof(T);
   return kWidth > 8 && channels <= 8 ? 8 : kWidth;
 }
 

@@ -55,7 +55,6 @@ class WorkerScratch {
     }
     size_t offsets[8], bytes = 0;
   };
-  static constexpr size_t kLine = 64;
   Layout layout_;
   Buffer memory_;
 };

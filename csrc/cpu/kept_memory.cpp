@@ -119,7 +119,6 @@ void release_kept() {}
 #endif
 
 Buffer::Buffer(size_t bytes) {
-  constexpr size_t kLine = 64;
   if (bytes >= kHugePage) kept_ = take_kept(bytes);
   data_ = kept_.data ? kept_.data : static_cast<char*>(std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine));
   if (!data_) throw std::bad_alloc();

@@ -7,6 +7,7 @@
 
 namespace rakd {
 
+constexpr size_t kLine = 64;  // bytes of a cache line
 constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
 
 // What is kept stays the system's to take when it runs short. RAKD_CPU_KEEP_MIB limits it (1024 unless set); with 0,

@@ -71,8 +71,8 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
-// One row of a window of cells around a cell u: values[u + value + j] counts gram.weight[kColumns * u + weight + j *
-// step].
+// One row of a window of cells around a cell u: values[u + value + j] counts gram.weight[at + j * step], where at is
+// kColumns * u + weight.
 struct GramRow {
   int64_t value, weight;
   int32_t step, columns;

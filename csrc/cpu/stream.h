@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kept_memory.h"
+
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -13,7 +15,6 @@
 namespace rakd {
 namespace {
 
-constexpr size_t kLine = 64;
 [[maybe_unused]] constexpr size_t kLeastStream = 32768;  // shorter runs were written faster through the caches
 
 // To be called before another thread may read what was streamed.

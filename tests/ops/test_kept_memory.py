@@ -18,8 +18,7 @@ needs_keeping = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not KEPT_FROM or os.environ.get("RAKD_CPU_KEEP_MIB", "") != "",
     reason="memory is kept on Linux, under torch 2.11 and later, unless RAKD_CPU_KEEP_MIB says otherwise",
 )
-needs_cpu = pytest.mark.skipif(available_backends()["cpu"] is not True, reason="the CPU library is not installed")
-pytestmark = needs_cpu
+pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not True, reason="the CPU library is not installed")
 
 BOXES = torch.tensor([[0, 20.0, 30.0, 220.0, 190.0], [1, 5.0, 9.0, 60.0, 70.0], [1, 300.0, 100.0, 400.0, 300.0]])
 
