@@ -1,5 +1,6 @@
 // Assembles the Gram operator of plan.h from the patches' tables.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "dispatch.h"
@@ -8,7 +9,7 @@
 namespace rakd {
 namespace {
 
-constexpr int kColumns = GramOperator<float>::kColumns, kRadius = GramOperator<float>::kRadius;
+constexpr int kHalf = GramOperator<float>::kHalf, kRadius = GramOperator<float>::kRadius;
 
 // How many cells apart two cells of one bin are at most.
 template <class T>
@@ -29,18 +30,17 @@ double factor_cost(const Patch<T>& patch) {
   return 3.2 * patch.y.count * patch.x.offset[patch.x.bins] + 15.0 * patch.y.bins * patch.x.bins;
 }
 
-// G = R^T R along one axis, by distance on the map: value[(cell - first) * pitch + centre + distance], distances from
-// -centre to pitch - centre - 1.
+// G = R^T R along one axis, by distance on the map: value[(cell - first) * kHalf + distance], distances 0 to kRadius.
 template <class T>
-void fill_band(const Axis<T>& axis, int pitch, int centre, double factor, std::vector<T>& value) {
-  value.assign(static_cast<size_t>(axis.cell[axis.count - 1] - axis.cell[0] + 1) * pitch, T(0));
+void fill_band(const Axis<T>& axis, double factor, std::vector<T>& value) {
+  value.assign(static_cast<size_t>(axis.cell[axis.count - 1] - axis.cell[0] + 1) * kHalf, T(0));
   for (int32_t bin = 0; bin < axis.bins; ++bin) {
     const int32_t cells = axis.offset[bin + 1] - axis.offset[bin];
     const T* weight = axis.weight + axis.offset[bin];
     const int32_t* cell = axis.cell + axis.begin[bin];
     for (int32_t a = 0; a < cells; ++a) {
-      T* row = value.data() + static_cast<int64_t>(cell[a] - axis.cell[0]) * pitch + centre;
-      for (int32_t b = centre == 0 ? a : 0; b < cells; ++b) {
+      T* row = value.data() + static_cast<int64_t>(cell[a] - axis.cell[0]) * kHalf;
+      for (int32_t b = a; b < cells; ++b) {
         row[cell[b] - cell[a]] += static_cast<T>(factor * weight[a] * weight[b]);
       }
     }
@@ -61,21 +61,21 @@ class Assembler {
       : plan_(plan), used_(static_cast<size_t>(plan.pixels + 2 * kGap) * (plan.gram.radius_y + 1), 0) {}
 
   void add(const Patch<T>& patch) {
-    fill_band(patch.x, kColumns, kRadius, 1.0, band_x_);
-    fill_band(patch.y, kRadius + 1, 0, 2.0 * patch.scale, band_y_);
+    fill_band(patch.x, 1.0, band_x_);
+    fill_band(patch.y, 2.0 * patch.scale, band_y_);
     const auto values = static_cast<int64_t>(band_x_.size());
-    columns_.assign(values / kColumns, 0);
+    distances_.assign(values / kHalf, 0);
     for (int64_t n = 0; n < values; ++n)
-      columns_[n / kColumns] |= static_cast<uint8_t>((band_x_[n] != T(0)) << n % kColumns);
+      distances_[n / kHalf] |= static_cast<uint8_t>((band_x_[n] != T(0)) << n % kHalf);
     for (int32_t i = 0; i < patch.y.count; ++i) {
-      const T* row = band_y_.data() + static_cast<int64_t>(patch.y.cell[i] - patch.y.cell[0]) * (kRadius + 1);
+      const T* row = band_y_.data() + static_cast<int64_t>(patch.y.cell[i] - patch.y.cell[0]) * kHalf;
       for (int below = 0; below <= plan_.gram.radius_y; ++below) {
         const T factor = row[below];
         if (factor == T(0)) continue;
         const int64_t first = patch.row_base[i] + patch.x.cell[0];
-        add_scaled(factor, band_x_.data(), values, weights(below) + first * kColumns);
-        uint8_t* used = columns_used(below) + first;
-        for (size_t u = 0; u < columns_.size(); ++u) used[u] |= columns_[u];
+        add_scaled(factor, band_x_.data(), values, plan_.gram.weight + below * plan_.gram.plane + first * kHalf);
+        uint8_t* used = distances_used(below) + first;
+        for (size_t u = 0; u < distances_.size(); ++u) used[u] |= distances_[u];
       }
     }
   }
@@ -119,35 +119,25 @@ class Assembler {
  private:
   static constexpr int64_t kLongestRun = 64;
 
-  T* weights(int below) const { return plan_.gram.weight + below * plan_.gram.plane; }
-  uint8_t* columns_used(int below) { return used_.data() + kGap + below * (plan_.pixels + 2 * kGap); }
+  uint8_t* distances_used(int below) { return used_.data() + kGap + below * (plan_.pixels + 2 * kGap); }
 
-  // The row of cells `distance` rows below the run (above if negative), if anything couples the two.
+  // The row of cells `distance` rows below the run (above if negative), if anything couples the two. Weights lie with
+  // the upper cell, here and there alike.
   void add_row(const GramRun& run, int distance, int64_t shift) {
-    const bool above = distance < 0;
-    const int64_t reach = above ? kRadius : 0, begin = run.first + (above ? shift : 0) - reach;
-    const uint8_t* from = columns_used(above ? -distance : distance) + begin;
+    const int below = std::abs(distance);
+    const int64_t upper = distance < 0 ? shift : 0;
+    const uint8_t* from = distances_used(below) + run.first + upper;
     uint8_t used = 0;
-    for (int64_t u = 0; u < run.count + 2 * reach; ++u) used |= from[u];
-    int left = kRadius + 1, right = -kRadius - 1;
-    for (int dx = -kRadius; dx <= kRadius; ++dx) {
-      if (!(used >> (kRadius + (above ? -dx : dx)) & 1)) continue;
-      left = std::min(left, dx);
-      right = std::max(right, dx);
-    }
-    if (left > right) return;
-    const int32_t columns = right - left + 1;
-    const int64_t at = (above ? -distance : distance) * plan_.gram.plane;
-    if (above) {
-      rows_.push_back({shift + left, at + (shift + left) * kColumns + kRadius - left, kColumns - 1, columns});
-    } else {
-      rows_.push_back({shift + left, at + kRadius + left, 1, columns});
-    }
+    for (int64_t u = -kRadius; u < run.count; ++u) used |= from[u];
+    if (used == 0) return;
+    int32_t radius = kRadius;
+    while (!(used >> radius & 1)) --radius;
+    rows_.push_back({shift, below * plan_.gram.plane + upper * kHalf, radius});
   }
 
   Plan<T>& plan_;
-  std::vector<uint8_t> used_;     // like the weights: a bit for each column that is not zero
-  std::vector<uint8_t> columns_;  // the same of band_x_
+  std::vector<uint8_t> used_;       // like the weights: a bit for each distance whose weight is not zero
+  std::vector<uint8_t> distances_;  // the same of band_x_
   std::vector<T> band_x_, band_y_;
   std::vector<GramRun> runs_;
   std::vector<GramRow> rows_;
@@ -167,23 +157,23 @@ void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks)
     if (!patch.assembled) continue;
     factors += factor_cost(patch);
     const int32_t left = patch.x.cell[0], width = patch.x.cell[patch.x.count - 1] + 1 - left;
-    assembly += 5.0 * patch.y.count * width;  // four rows of a window, seven columns, vectors of four or eight
+    assembly += 3.0 * patch.y.count * width;  // four rows of four weights, in vectors of four or eight
     for (int32_t i = 0; i < patch.y.count; ++i) std::memset(covered.data() + patch.row_base[i] + left, 1, width);
     radius_y = std::max(radius_y, reach_y);
   }
   const auto cells = static_cast<double>(std::count(covered.begin(), covered.end(), uint8_t(1)));
   // A cycle for each cell of a window; trimming windows takes about a fifth off.
-  const double apply = 0.9 * (2 * radius_y + 1) * kColumns * cells;
+  const double apply = 0.9 * (2 * radius_y + 1) * (2 * kRadius + 1) * cells;
   if (factors * channel_blocks <= apply * channel_blocks + assembly) {
     for (int64_t n = 0; n < plan.patch_count; ++n) patches[n].assembled = false;
     return;
   }
   plan.gram.radius_y = radius_y;
-  plan.gram.plane = (plan.pixels + 2 * kGap) * kColumns;
+  plan.gram.plane = (plan.pixels + 2 * kGap) * kHalf;
   const int64_t values = plan.gram.plane * (radius_y + 1);
   T* memory = plan.arena.template take<T>(values);
   std::memset(memory, 0, values * sizeof(T));
-  plan.gram.weight = memory + kGap * kColumns;
+  plan.gram.weight = memory + kGap * kHalf;
   Assembler<T> assembler(plan);
   plan.all_assembled = true;
   for (int64_t n = 0; n < plan.patch_count; ++n) {

@@ -28,6 +28,7 @@ void clear(T* p, int64_t count) {
 
 #include "simd.h"
 
+#include "gram_operator.h"
 #include "moves.h"
 #include "passes.h"
 
@@ -39,7 +40,7 @@ double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, 
                       T* gradient, Scratch& scratch) {
   const Plan<T>& plan = *task.plan[0];
   T *sums = buffer<T>(scratch.sums[0]), *spread_sums = buffer<T>(scratch.sums[1]);
-  const auto put = [&](const GramRun&, int64_t u, const Block<T, W>& value) { value.store(gradient + u * W); };
+  const auto put = [&](const GramRun&, int64_t u, const T* value) { Block<T, W>::load(value).store(gradient + u * W); };
   double total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, put) : 0.0;
   // The operator's windows have cells of weight zero that the patches do not touch: infinities there would spread.
   if (assembled && !is_finite(total)) {
@@ -78,11 +79,9 @@ void distill_direct(DistillTask<T>& task, Scratch& scratch) {
   const PixelWriter<E, T, W> writer(task.gradient[first], task.channels), other(task.gradient[last], task.channels);
   const T sign = first == 0 ? T(1) : T(-1);
   const bool both = first != last;
-  const auto put = [&](const GramRun& run, int64_t u, const Block<T, W>& value) {
-    T lanes[W];
-    value.store(lanes);
-    writer.put(run.cell + u - run.first, lanes, sign);
-    if (both) other.put(run.cell + u - run.first, lanes, T(-1));
+  const auto put = [&](const GramRun& run, int64_t u, const T* value) {
+    writer.put(run.cell + u - run.first, value, sign);
+    if (both) other.put(run.cell + u - run.first, value, T(-1));
   };
   task.total = 0.5 * apply_operator<T, W>(plan.gram, values, put);
   finish_streams();

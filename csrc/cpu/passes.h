@@ -154,41 +154,6 @@ inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, 
   return total;
 }
 
-// gradient = operator * values for all cells of the plan; returns ⟨values, gradient⟩. Two cells at a time, which share
-// the loads of their windows' values but for the first and the last of a row. put(run, u, block) stores the gradient of
-// scratch pixel u.
-template <class T, int W, class Put>
-inline double apply_operator(const GramOperator<T>& gram, const T* values, const Put& put) {
-  typedef Block<T, W> B;
-  double total = 0.0;
-  for (int64_t n = 0; n < gram.run_count; ++n) {
-    const GramRun& run = gram.runs[n];
-    B product = B::zero();
-    for (int64_t u = run.first, end = run.first + run.count; u < end; u += 2) {
-      B first = B::zero(), second = B::zero();
-      for (const GramRow *row = gram.rows + run.row_begin, *last = gram.rows + run.row_end; row != last; ++row) {
-        const T* value = values + (u + row->value) * W;
-        const T* weight = gram.weight + u * GramOperator<T>::kColumns + row->weight;
-        const int64_t step = row->step;
-        first.add_product(weight[0], value);
-        for (int32_t j = row->columns - 1; j > 0; --j, weight += step) {
-          const B at = B::load(value += W);
-          first.add_scaled(weight[step], at);
-          second.add_scaled(weight[GramOperator<T>::kColumns], at);
-        }
-        second.add_product(weight[GramOperator<T>::kColumns], value + W);
-      }
-      put(run, u, first);
-      product.add_product(first, B::load(values + u * W));
-      if (u + 1 == end) break;
-      put(run, u + 1, second);
-      product.add_product(second, B::load(values + (u + 1) * W));
-    }
-    total += product.sum();
-  }
-  return total;
-}
-
 // Σ a b over `pixels` scratch pixels; partial sums are short, so that float keeps its digits.
 template <class T, int W>
 inline double inner_product(const T* a, const T* b, int64_t pixels) {

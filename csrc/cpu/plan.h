@@ -71,11 +71,11 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
-// One row of a window of cells around a cell u: values[u + value + j] counts gram.weight[at + j * step], where at is
-// kColumns * u + weight.
+// One row of the windows of a run's cells: it couples cell u with the cells up to `radius` columns left and right of
+// scratch pixel u + shift.
 struct GramRow {
-  int64_t value, weight;
-  int32_t step, columns;
+  int64_t shift, weight;  // its weights begin at gram.weight[weight + u * kHalf], see GramOperator
+  int32_t radius;
 };
 
 // Neighbouring cells whose windows have the same rows.
@@ -86,12 +86,13 @@ struct GramRun {
 };
 
 // Σ_k 2 scale_k (R_y,k^T R_y,k) ⊗ (R_x,k^T R_x,k) over the assembled patches: a sparse matrix from cells to cells that
-// all channels share. A cell is coupled with those at most kRadius rows and columns away; as the matrix is symmetric,
-// only the cells of its own row and below are kept.
+// all channels share. A cell is coupled with those at most kRadius rows and columns away. Both factors being symmetric,
+// a quarter of it is kept: what couples scratch pixel v with those 0 to kRadius columns right of it, in its own row and
+// in each of the radius_y below.
 template <class T>
 struct GramOperator {
-  static constexpr int kRadius = 3, kColumns = 2 * kRadius + 1;
-  T* weight = nullptr;  // [radius_y + 1][pixels and gaps][kColumns]; nullptr: no patch is assembled
+  static constexpr int kRadius = 3, kHalf = kRadius + 1;
+  T* weight = nullptr;  // [radius_y + 1][pixels and gaps][kHalf]; nullptr: no patch is assembled
   int64_t plane = 0;    // values from one row below to the next
   int radius_y = 0;
   const GramRun* runs = nullptr;  // all cells of all segments
