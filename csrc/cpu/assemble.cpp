@@ -1,5 +1,6 @@
 // Assembles the Gram operator of plan.h from the patches' tables.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -57,16 +58,12 @@ inline void add_scaled(double factor, const double* from, int64_t count, double*
 template <class T>
 class Assembler {
  public:
-  explicit Assembler(Plan<T>& plan)
-      : plan_(plan), used_(static_cast<size_t>(plan.pixels + 2 * kGap) * (plan.gram.radius_y + 1), 0) {}
+  explicit Assembler(Plan<T>& plan) : plan_(plan) {}
 
   void add(const Patch<T>& patch) {
     fill_band(patch.x, 1.0, band_x_);
     fill_band(patch.y, 2.0 * patch.scale, band_y_);
     const auto values = static_cast<int64_t>(band_x_.size());
-    distances_.assign(values / kHalf, 0);
-    for (int64_t n = 0; n < values; ++n)
-      distances_[n / kHalf] |= static_cast<uint8_t>((band_x_[n] != T(0)) << n % kHalf);
     for (int32_t i = 0; i < patch.y.count; ++i) {
       const T* row = band_y_.data() + static_cast<int64_t>(patch.y.cell[i] - patch.y.cell[0]) * kHalf;
       for (int below = 0; below <= plan_.gram.radius_y; ++below) {
@@ -74,8 +71,6 @@ class Assembler {
         if (factor == T(0)) continue;
         const int64_t first = patch.row_base[i] + patch.x.cell[0];
         add_scaled(factor, band_x_.data(), values, plan_.gram.weight + below * plan_.gram.plane + first * kHalf);
-        uint8_t* used = distances_used(below) + first;
-        for (size_t u = 0; u < distances_.size(); ++u) used[u] |= distances_[u];
       }
     }
   }
@@ -119,25 +114,21 @@ class Assembler {
  private:
   static constexpr int64_t kLongestRun = 64;
 
-  uint8_t* distances_used(int below) { return used_.data() + kGap + below * (plan_.pixels + 2 * kGap); }
-
   // The row of cells `distance` rows below the run (above if negative), if anything couples the two. Weights lie with
   // the upper cell, here and there alike.
   void add_row(const GramRun& run, int distance, int64_t shift) {
-    const int below = std::abs(distance);
-    const int64_t upper = distance < 0 ? shift : 0;
-    const uint8_t* from = distances_used(below) + run.first + upper;
-    uint8_t used = 0;
-    for (int64_t u = -kRadius; u < run.count; ++u) used |= from[u];
-    if (used == 0) return;
+    const int64_t at = std::abs(distance) * plan_.gram.plane + (distance < 0 ? shift : 0) * kHalf;
+    const T* weight = plan_.gram.weight + at + run.first * kHalf;
+    T used[kHalf] = {};  // sums of magnitudes
+    for (const T* w = weight - kRadius * kHalf; w != weight + run.count * kHalf; w += kHalf) {
+      for (int dx = 0; dx < kHalf; ++dx) used[dx] += std::fabs(w[dx]);
+    }
     int32_t radius = kRadius;
-    while (!(used >> radius & 1)) --radius;
-    rows_.push_back({shift, below * plan_.gram.plane + upper * kHalf, radius});
+    while (radius > 0 && used[radius] == T(0)) --radius;
+    if (used[radius] != T(0)) rows_.push_back({shift, at, radius});
   }
 
   Plan<T>& plan_;
-  std::vector<uint8_t> used_;       // like the weights: a bit for each distance whose weight is not zero
-  std::vector<uint8_t> distances_;  // the same of band_x_
   std::vector<T> band_x_, band_y_;
   std::vector<GramRun> runs_;
   std::vector<GramRow> rows_;

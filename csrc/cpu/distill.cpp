@@ -90,7 +90,7 @@ class Job {
   }
 
  private:
-  static constexpr int64_t kMostWideScratch = int64_t(5) << 20;  // bytes, per thread
+  static constexpr int64_t kMostWideScratch = int64_t(11) << 19;  // bytes, per thread
 
   const Plan<T>& plan(int side, const Item& item) const { return plans_[side][item.level * batch_ + item.image]; }
 
