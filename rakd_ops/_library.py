@@ -4,7 +4,7 @@ The compiled libraries implement these ops for their device. All take boxes as f
 is computed, one float64 coefficient per box (its weight and the reduction's factor). Losses come back in float64.
 
 - ``distill_loss``: total and per-box losses.
-- ``distill_gradient``: total, and the gradient of the total with respect to the maps asked for.
+- ``distill_gradient``: total, and the gradient of the total with respect to the maps asked for (on the CPU also none).
 - ``align``, ``align_backward``: multi-level RoIAlign and its transpose.
 - ``level_weights``: the level rule of compiled code, for the tests that hold it equal to ``levels.py``.
 - ``release_memory``: gives back what the CPU library keeps between calls.
@@ -251,12 +251,18 @@ class _DistillPerBox(torch.autograd.Function):
         *maps: Tensor,
     ) -> Tensor:
         apprentice, expert = _split(maps)
-        total, losses = _op("distill_loss", backend)(apprentice, expert, boxes, coefficients, *options)
+        if reduce and backend == "cpu":  # which need not compute the boxes' losses to have their sum
+            result, _ = _op("distill_gradient", backend)(
+                apprentice, expert, boxes, coefficients, *options, False, False
+            )
+        else:
+            total, losses = _op("distill_loss", backend)(apprentice, expert, boxes, coefficients, *options)
+            result = total if reduce else losses
         ctx.save_for_backward(anchor, boxes, coefficients, *maps)
         ctx.options = options
         ctx.wanted = wanted
         ctx.backend = backend
-        return (total if reduce else losses).to(_loss_dtype(maps))
+        return result.to(_loss_dtype(maps))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -25,10 +25,13 @@ int reach(const Axis<T>& axis) {
 }
 
 // Clock cycles that the patch's own passes take for a block of channels: about 13 for four cells of a row (loads, and
-// loads and stores of the gradient, bound it), about 15 for a bin. Rough is enough: the forms differ by multiples.
+// loads and stores of the gradient, bound it), about 15 for a bin; for the loss alone about two fifths. Rough is
+// enough: the forms differ by multiples.
 template <class T>
-double factor_cost(const Patch<T>& patch) {
-  return 3.2 * patch.y.count * patch.x.offset[patch.x.bins] + 15.0 * patch.y.bins * patch.x.bins;
+double factor_cost(const Patch<T>& patch, bool gradients) {
+  const double taps = static_cast<double>(patch.y.count) * patch.x.offset[patch.x.bins];
+  const double bins = static_cast<double>(patch.y.bins) * patch.x.bins;
+  return (3.2 * taps + 15.0 * bins) * (gradients ? 1.0 : 0.4);
 }
 
 // G = R^T R along one axis, by distance on the map: value[(cell - first) * kHalf + distance], distances 0 to kRadius.
@@ -137,7 +140,7 @@ class Assembler {
 }  // namespace
 
 template <class T>
-void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks) {
+void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients) {
   double factors = 0.0, assembly = 0.0;
   std::vector<uint8_t> covered(plan.pixels, 0);
   int radius_y = 0;
@@ -146,7 +149,7 @@ void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks)
     const int reach_y = reach(patch.y);
     patch.assembled = patch.y.count > 0 && patch.x.count > 0 && reach_y <= kRadius && reach(patch.x) <= kRadius;
     if (!patch.assembled) continue;
-    factors += factor_cost(patch);
+    factors += factor_cost(patch, gradients);
     const int32_t left = patch.x.cell[0], width = patch.x.cell[patch.x.count - 1] + 1 - left;
     assembly += 3.0 * patch.y.count * width;  // four rows of four weights, in vectors of four or eight
     for (int32_t i = 0; i < patch.y.count; ++i) std::memset(covered.data() + patch.row_base[i] + left, 1, width);
@@ -174,7 +177,7 @@ void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks)
   assembler.link_runs();
 }
 
-template void assemble_operator<float>(Plan<float>&, Patch<float>*, int64_t);
-template void assemble_operator<double>(Plan<double>&, Patch<double>*, int64_t);
+template void assemble_operator<float>(Plan<float>&, Patch<float>*, int64_t, bool);
+template void assemble_operator<double>(Plan<double>&, Patch<double>*, int64_t, bool);
 
 }  // namespace rakd

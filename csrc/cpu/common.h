@@ -54,11 +54,11 @@ int64_t block_width(int64_t channels) {
 }
 
 // Plans of all (level, image) pairs, level-major, built in parallel: they share nothing. `assemble` tells for each
-// level whether patches may go into a Gram operator.
+// level whether patches may go into a Gram operator, `gradients` what it would be applied for.
 template <class T>
 std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, const DoubleList& strides,
                                  const std::vector<MapBatch>& maps, const Options& options,
-                                 const std::vector<bool>& assemble = {}) {
+                                 const std::vector<bool>& assemble = {}, bool gradients = true) {
   const int64_t batch = maps[0].batch, levels = static_cast<int64_t>(maps.size());
   std::vector<Plan<T>> plans(levels * batch);
   // Fine levels take longest: whoever is free takes the next.
@@ -78,6 +78,7 @@ std::vector<Plan<T>> build_plans(const Boxes& boxes, const DoubleList& scales, c
     if (!assemble.empty() && assemble[l]) {
       const int64_t width = block_width<T>(maps[l].channels);
       request.channel_blocks = (maps[l].channels + width - 1) / width;
+      request.gradients = gradients;
     }
     plans[i] = build_plan<T>(request);
   });

@@ -42,10 +42,10 @@ class Job {
     const double factor = 1.0 / static_cast<double>(apprentice[0].channels * options.bins());
     const auto scales = level_scales(boxes, static_cast<const double*>(call.coefficients.data_ptr()), call.strides,
                                      options.rule, factor);
-    // The Gram operator is of the difference of two maps, so it needs maps of one shape, and gives gradients only.
-    const bool gradients = call.gradient[0] || call.gradient[1];
-    plans_[0] =
-        build_plans<T>(boxes, scales, call.strides, apprentice, options, gradients ? shared_ : std::vector<bool>());
+    // The Gram operator is of the difference of two maps, so it needs maps of one shape, and sums over the boxes.
+    gradients_wanted_ = call.gradient[0] || call.gradient[1];
+    plans_[0] = build_plans<T>(boxes, scales, call.strides, apprentice, options,
+                               call.per_box ? std::vector<bool>() : shared_, gradients_wanted_);
     if (std::find(shared_.begin(), shared_.end(), false) != shared_.end()) {
       plans_[1] = build_plans<T>(boxes, scales, call.expert_strides, expert, options);
     }
@@ -122,15 +122,16 @@ class Job {
   // scratch stays small.
   int64_t width(int64_t level, int64_t image) const {
     const int64_t channels = maps_[0][level].channels;
-    bool wide = sizeof(T) == sizeof(float) && channels >= kWideBlock && shared_[level];
+    bool wide = sizeof(T) == sizeof(float) && channels >= kWideBlock && shared_[level] && !call_.per_box;
     for (int side = 0; side < 2; ++side) {
       wide &= maps_[side][level].channels_last;
     }
-    wide &= call_.gradient[0] || call_.gradient[1];
     const Plan<T>& p = plans_[0][level * batch_ + image];
-    const int64_t bytes = p.pixels * kWideBlock * static_cast<int64_t>(sizeof(T)) * (p.all_assembled ? 1 : 2);
+    const int64_t bytes = p.pixels * kWideBlock * static_cast<int64_t>(sizeof(T)) * (needs_gradient_scratch(p) ? 2 : 1);
     return wide && bytes <= kMostWideScratch ? kWideBlock : block_width<T>(channels);
   }
+
+  bool needs_gradient_scratch(const Plan<T>& p) const { return gradients_wanted_ && !p.all_assembled; }
 
   bool is_direct(const Item& item) const { return item.channels.width == kWideBlock && plan(0, item).all_assembled; }
 
@@ -140,7 +141,8 @@ class Job {
     for (int side = 0; side < (shared_[item.level] ? 1 : 2); ++side) {
       const Plan<T>& p = plan(side, item);
       sizes.values[side] = (p.pixels + kSlack) * width;
-      if (!is_direct(item) && (call_.gradient[side] || shared_[item.level])) sizes.gradients[side] = sizes.values[side];
+      if (!is_direct(item) && (call_.gradient[side] || (gradients_wanted_ && shared_[item.level])))
+        sizes.gradients[side] = sizes.values[side];
       sizes.sums = std::max(sizes.sums, p.rows * width);
     }
     sizes.pooled = (bins + kSlack) * width;
@@ -181,6 +183,7 @@ class Job {
   std::vector<Plan<T>> plans_[2];
   std::vector<Item> items_;
   int64_t levels_, batch_;
+  bool gradients_wanted_;
 };
 
 Result distill(const Distillation& call) {

@@ -97,6 +97,25 @@ void distill_direct(DistillTask<T>& task, Scratch& scratch) {
   }
 }
 
+// One side, the loss alone.
+template <class E, class T, int W>
+void distill_shared_loss(DistillTask<T>& task, Scratch& scratch) {
+  const Plan<T>& plan = *task.plan[0];
+  T *values = buffer<T>(scratch.values[0]), *sums = buffer<T>(scratch.sums[0]);
+  gather<E, T, W>(plan, task.map[0], task.map[1], task.channels, values);
+  const auto drop = [](const GramRun&, int64_t, const T*) {};
+  bool assembled = plan.gram.weight != nullptr;
+  task.total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, drop) : 0.0;
+  if (!is_finite(task.total)) {  // see distill_values
+    assembled = false;
+    task.total = 0.0;
+  }
+  for (int64_t n = 0; n < plan.patch_count; ++n) {
+    const Patch<T>& patch = plan.patches[n];
+    if (!assembled || !patch.assembled) task.total += patch.scale * pool_squares<T, W>(patch, values, sums);
+  }
+}
+
 // Pooled differences themselves: for losses per box, and for maps that differ in shape.
 template <class E, class T, int W>
 void distill_pooled(DistillTask<T>& task, Scratch& scratch) {
@@ -141,15 +160,17 @@ void distill_pooled(DistillTask<T>& task, Scratch& scratch) {
 
 template <class E, class T, int W>
 struct Distill {
-  static constexpr bool kWide = true;  // for gradients of maps that share a shape
+  static constexpr bool kWide = true;  // for maps that share a shape, unless the losses of the boxes are wanted
   static void run(DistillTask<T>& task, Scratch& scratch) {
     const bool gradients = task.gradient[0].data || task.gradient[1].data;
-    if constexpr (W == kWideBlock) {
+    if (task.plan[1] || task.patch_losses) {
+      if constexpr (W != kWideBlock) distill_pooled<E, T, W>(task, scratch);
+    } else if (!gradients) {
+      distill_shared_loss<E, T, W>(task, scratch);
+    } else if constexpr (W == kWideBlock) {
       task.direct ? distill_direct<E, T, W>(task, scratch) : distill_shared_gradient<E, T, W>(task, scratch);
-    } else if (gradients && !task.plan[1]) {
-      distill_shared_gradient<E, T, W>(task, scratch);
     } else {
-      distill_pooled<E, T, W>(task, scratch);
+      distill_shared_gradient<E, T, W>(task, scratch);
     }
   }
 };

@@ -154,6 +154,23 @@ inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, 
   return total;
 }
 
+// Σ pooled² of the patch alone.
+template <class T, int W>
+inline double pool_squares(const Patch<T>& patch, const T* values, T* sums) {
+  typedef Block<T, W> B;
+  double total = 0.0;
+  for (int32_t p = 0; p < patch.x.bins; ++p) {
+    pool_column<T, W>(patch, p, values, sums);
+    B squares = B::zero();
+    for (int32_t q = 0; q < patch.y.bins; ++q) {
+      const B value = pool_bin<T, W>(patch.y, q, sums);
+      squares.add_product(value, value);
+    }
+    total += squares.sum();
+  }
+  return total;
+}
+
 // Σ a b over `pixels` scratch pixels; partial sums are short, so that float keeps its digits.
 template <class T, int W>
 inline double inner_product(const T* a, const T* b, int64_t pixels) {

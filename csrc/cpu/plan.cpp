@@ -142,7 +142,9 @@ Plan<T> build_plan(const PlanRequest& request) {
   }
   place_patches(plan, patches);
   plan.patch_count = static_cast<int64_t>(patches.size());
-  if (request.channel_blocks > 0 && plan.pixels > 0) assemble_operator(plan, patches.data(), request.channel_blocks);
+  if (request.channel_blocks > 0 && plan.pixels > 0) {
+    assemble_operator(plan, patches.data(), request.channel_blocks, request.gradients);
+  }
   plan.patches = plan.arena.template copy<Patch<T>>(patches.data(), plan.patch_count);
   return plan;
 }

@@ -124,6 +124,7 @@ struct PlanRequest {
   int64_t bins_y = 0, bins_x = 0;
   int64_t sampling_ratio = 0;
   int64_t channel_blocks = 0;  // that share a Gram operator; 0: none is wanted
+  bool gradients = true;       // wanted of the operator; else the loss alone
 };
 
 template <class T>
@@ -131,6 +132,6 @@ Plan<T> build_plan(const PlanRequest& request);
 
 // Assembles those patches that are cheaper so into the plan's Gram operator, and marks them.
 template <class T>
-void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks);
+void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients);
 
 }  // namespace rakd

@@ -71,6 +71,27 @@ def test_wide_blocks(bins, count, channels, side):
     check_in_float64(apprentice, expert, crowd(count, height, width, 2, 5), side, 2e-6, output_size=bins)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("bins, count", [(19, 200), (7, 120), (7, 3)])
+@pytest.mark.parametrize("channels", [40, 64])
+def test_the_loss_alone(layout, dtype, tolerance, bins, count, channels):
+    """Without a gradient the operator serves, too, unless the losses of the boxes are wanted."""
+    apprentice = pyramid(2, channels, dtype=dtype, layout=layout)
+    expert = pyramid(2, channels, dtype=dtype, layout=layout, seed=1)
+    height, width = (4 * n for n in apprentice[0].shape[2:])
+    boxes = crowd(count, height, width, 2, 5)
+    weights = torch.linspace(-1.0, 2.0, count, dtype=torch.float64)
+    options = {"output_size": bins, "box_weights": weights, "reduction": "sum"}
+    expected = reference.soft_roi_distill(
+        [m.double() for m in apprentice], [m.double() for m in expert], boxes, **options
+    )
+    loss = soft_roi_distill(apprentice, expert, boxes, backend="cpu", **options)
+    of_boxes = soft_roi_distill(apprentice, expert, boxes, backend="cpu", **{**options, "reduction": "none"})
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0.0)
+    torch.testing.assert_close(of_boxes.double().sum(), expected, rtol=tolerance, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-10)])
 def test_wide_blocks_of_half_types(dtype, tolerance):
     apprentice = pyramid(1, 48, dtype=dtype, layout="channels_last")
@@ -104,6 +125,8 @@ def test_a_value_that_is_not_finite_spoils_its_own_channel_alone(value, channel)
     with torch.no_grad():
         apprentice[0][middle] = value
     loss, spoilt, *others = gradients(soft_roi_distill, apprentice, expert, boxes, **options)
+    with torch.no_grad():
+        assert not torch.isfinite(soft_roi_distill(apprentice, expert, boxes, **options))
     assert not torch.isfinite(loss)
     assert not torch.isfinite(spoilt[middle])
     assert torch.isfinite(spoilt[:, :channel]).all() and torch.isfinite(spoilt[:, channel + 1 :]).all()
@@ -137,5 +160,7 @@ def test_cells_that_no_sample_touches_may_hold_anything(value, layout, dtype, to
     spoilt[:, :, ~used] = value
     assert not torch.isfinite(spoilt).all()
     again = gradients(soft_roi_distill, [spoilt.requires_grad_()], expert, boxes, backend="cpu", **options)
-    for before, after in zip(clean, again, strict=True):
+    with torch.no_grad():
+        again.append(soft_roi_distill([spoilt], expert, boxes, backend="cpu", **options))
+    for before, after in zip([*clean, clean[0].detach()], again, strict=True):
         torch.testing.assert_close(after, before, rtol=0.0, atol=tolerance * float(before.detach().abs().max()))
