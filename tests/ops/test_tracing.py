@@ -63,6 +63,7 @@ def test_opcheck(device: str, layout: str) -> None:
     gradient = torch.rand(4, 5, 2, 3, device=device)
     torch.library.opcheck(ops.align_backward.default, (gradient, boxes, shapes, last, STRIDES, *GEOMETRY))
     if device == "cpu":
+        torch.library.opcheck(ops.distill_gradient.default, (*distill, False, False))
         torch.library.opcheck(ops.level_weights.default, (boxes, STRIDES, *GEOMETRY[2:]))
 
 
