@@ -80,9 +80,7 @@ class Assembler {
 
   // Cuts segments into runs, over each of which the same segments of other rows lie above and below.
   void link_runs() {
-    std::vector<int64_t> first_of_row(plan_.height + 1, 0);
-    for (int64_t n = 0; n < plan_.segment_count; ++n) ++first_of_row[plan_.segments[n].row + 1];
-    for (int64_t y = 0; y < plan_.height; ++y) first_of_row[y + 1] += first_of_row[y];
+    const std::vector<int64_t> first_of_row = first_segments(plan_);
     const int radius = plan_.gram.radius_y;
     std::vector<int64_t> cuts;
     for (int64_t n = 0; n < plan_.segment_count; ++n) {
@@ -98,8 +96,13 @@ class Assembler {
       std::sort(cuts.begin(), cuts.end());
       for (size_t c = 0; c + 1 < cuts.size(); ++c) {
         if (cuts[c] == cuts[c + 1]) continue;
-        GramRun run{s.offset + cuts[c] - s.begin, cuts[c + 1] - cuts[c], s.row * plan_.width + cuts[c],
-                    static_cast<int32_t>(rows_.size()), 0};
+        const int64_t from = cuts[c] - s.begin;
+        GramRun run{s.offset + from,
+                    cuts[c + 1] - cuts[c],
+                    s.row * plan_.width + cuts[c],
+                    s.gradient < 0 ? -1 : s.gradient + from,
+                    static_cast<int32_t>(rows_.size()),
+                    0};
         for (int64_t m = first_of_row[top]; m < first_of_row[bottom + 1]; ++m) {
           const Segment& other = plan_.segments[m];
           if (other.begin > cuts[c] || other.end <= cuts[c]) continue;
@@ -140,7 +143,7 @@ class Assembler {
 }  // namespace
 
 template <class T>
-void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients) {
+bool choose_assembled(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients) {
   double factors = 0.0, assembly = 0.0;
   std::vector<uint8_t> covered(plan.pixels, 0);
   int radius_y = 0;
@@ -160,24 +163,29 @@ void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks,
   const double apply = 0.9 * (2 * radius_y + 1) * (2 * kRadius + 1) * cells;
   if (factors * channel_blocks <= apply * channel_blocks + assembly) {
     for (int64_t n = 0; n < plan.patch_count; ++n) patches[n].assembled = false;
-    return;
+    return false;
   }
   plan.gram.radius_y = radius_y;
+  return true;
+}
+
+template <class T>
+void assemble_operator(Plan<T>& plan, const Patch<T>* patches) {
   plan.gram.plane = (plan.pixels + 2 * kGap) * kHalf;
-  const int64_t values = plan.gram.plane * (radius_y + 1);
+  const int64_t values = plan.gram.plane * (plan.gram.radius_y + 1);
   T* memory = plan.arena.template take<T>(values);
   std::memset(memory, 0, values * sizeof(T));
   plan.gram.weight = memory + kGap * kHalf;
   Assembler<T> assembler(plan);
-  plan.all_assembled = true;
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     if (patches[n].assembled) assembler.add(patches[n]);
-    plan.all_assembled &= patches[n].assembled || patches[n].y.count == 0;
   }
   assembler.link_runs();
 }
 
-template void assemble_operator<float>(Plan<float>&, Patch<float>*, int64_t, bool);
-template void assemble_operator<double>(Plan<double>&, Patch<double>*, int64_t, bool);
+template bool choose_assembled<float>(Plan<float>&, Patch<float>*, int64_t, bool);
+template bool choose_assembled<double>(Plan<double>&, Patch<double>*, int64_t, bool);
+template void assemble_operator<float>(Plan<float>&, const Patch<float>*);
+template void assemble_operator<double>(Plan<double>&, const Patch<double>*);
 
 }  // namespace rakd

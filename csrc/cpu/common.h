@@ -119,9 +119,9 @@ void clear_untouched(const Plan<T>& plan, const MapBatch& map, int64_t image, co
   const int64_t cell = map.channels * map.element_size;
   char* data = map.data + image * map.height * map.width * cell;
   const auto before = [&](const Segment& s, int64_t at) { return s.row * map.width + s.end <= at; };
-  const Segment* const last = plan.segments + plan.segment_count;
+  const Segment *const first = plan.segments, *const last = first + plan.segment_count;
   int64_t written = item.begin;
-  for (const Segment* s = std::lower_bound(plan.segments, last, item.begin, before); s != last; ++s) {
+  for (const Segment* s = std::lower_bound(first, last, item.begin, before); s != last; ++s) {
     const int64_t begin = s->row * map.width + s->begin;
     if (begin >= item.end) break;
     if (begin > written) stream_zeros(data + written * cell, (begin - written) * cell);

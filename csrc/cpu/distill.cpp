@@ -127,13 +127,10 @@ class Job {
       wide &= maps_[side][level].channels_last;
     }
     const Plan<T>& p = plans_[0][level * batch_ + image];
-    const int64_t bytes = p.pixels * kWideBlock * static_cast<int64_t>(sizeof(T)) * (needs_gradient_scratch(p) ? 2 : 1);
+    const int64_t pixels = p.pixels + (gradients_wanted_ ? p.gradient_pixels : 0);
+    const int64_t bytes = pixels * kWideBlock * static_cast<int64_t>(sizeof(T));
     return wide && bytes <= kMostWideScratch ? kWideBlock : block_width<T>(channels);
   }
-
-  bool needs_gradient_scratch(const Plan<T>& p) const { return gradients_wanted_ && !p.all_assembled; }
-
-  bool is_direct(const Item& item) const { return item.channels.width == kWideBlock && plan(0, item).all_assembled; }
 
   ScratchSizes scratch_sizes(const Item& item) const {
     const int64_t width = item.channels.width, bins = call_.options.bins();
@@ -141,8 +138,9 @@ class Job {
     for (int side = 0; side < (shared_[item.level] ? 1 : 2); ++side) {
       const Plan<T>& p = plan(side, item);
       sizes.values[side] = (p.pixels + kSlack) * width;
-      if (!is_direct(item) && (call_.gradient[side] || (gradients_wanted_ && shared_[item.level])))
-        sizes.gradients[side] = sizes.values[side];
+      if (call_.gradient[side] || (gradients_wanted_ && shared_[item.level])) {
+        sizes.gradients[side] = width == kWideBlock ? p.gradient_pixels * width : sizes.values[side];
+      }
       sizes.sums = std::max(sizes.sums, p.rows * width);
     }
     sizes.pooled = (bins + kSlack) * width;
@@ -160,7 +158,6 @@ class Job {
     task.bins_y = call_.options.bins_y;
     task.bins_x = call_.options.bins_x;
     task.channels = item.channels;
-    task.direct = is_direct(item);
     return task;
   }
 

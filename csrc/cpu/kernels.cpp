@@ -34,7 +34,7 @@ void clear(T* p, int64_t count) {
 
 inline bool is_finite(double value) { return value - value == 0.0; }
 
-// One side, gradients wanted: from gathered values to the maps' gradients, with scratch for the gradient.
+// One side, gradients wanted: from gathered values to the maps' gradients, with scratch for the gradient of all cells.
 template <class E, class T, int W>
 double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, bool assembled, const T* values,
                       T* gradient, Scratch& scratch) {
@@ -51,7 +51,8 @@ double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, 
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     const Patch<T>& patch = plan.patches[n];
     if (assembled && patch.assembled) continue;
-    total += patch.scale * pool_and_spread<T, W>(patch, T(2.0 * patch.scale), values, sums, spread_sums, gradient);
+    total += patch.scale *
+             pool_and_spread<T, W>(patch, T(2.0 * patch.scale), values, sums, spread_sums, patch.row_base, gradient);
   }
   for (int side = 0; side < 2; ++side) {
     if (task.gradient[side].data) {
@@ -69,32 +70,54 @@ void distill_shared_gradient(DistillTask<T>& task, Scratch& scratch) {
       distill_values<E, T, W>(task, task.channels, task.plan[0]->gram.weight != nullptr, values, gradient, scratch);
 }
 
-// The same where the operator writes the gradients.
+// The same for channels-last maps in wide blocks, with compact scratch for the gradient: where the operator stands for
+// all patches it writes to the maps.
 template <class E, class T, int W>
-void distill_direct(DistillTask<T>& task, Scratch& scratch) {
+void distill_wide(DistillTask<T>& task, Scratch& scratch) {
   const Plan<T>& plan = *task.plan[0];
-  T* values = buffer<T>(scratch.values[0]);
+  T *values = buffer<T>(scratch.values[0]), *gradient = buffer<T>(scratch.gradients[0]);
+  T *sums = buffer<T>(scratch.sums[0]), *spread_sums = buffer<T>(scratch.sums[1]);
   gather<E, T, W>(plan, task.map[0], task.map[1], task.channels, values);
   const int first = task.gradient[0].data ? 0 : 1, last = task.gradient[1].data ? 1 : 0;
   const PixelWriter<E, T, W> writer(task.gradient[first], task.channels), other(task.gradient[last], task.channels);
   const T sign = first == 0 ? T(1) : T(-1);
   const bool both = first != last;
-  const auto put = [&](const GramRun& run, int64_t u, const T* value) {
-    writer.put(run.cell + u - run.first, value, sign);
-    if (both) other.put(run.cell + u - run.first, value, T(-1));
+  const auto write = [&](int64_t cell, const T* value) {
+    writer.put(cell, value, sign);
+    if (both) other.put(cell, value, T(-1));
   };
-  task.total = 0.5 * apply_operator<T, W>(plan.gram, values, put);
-  finish_streams();
-  if (is_finite(task.total)) return;
-  // Patch by patch after all (see above), in half as wide blocks, whose values and gradient have room together.
-  task.total = 0.0;
-  for (int64_t c = 0; c < task.channels.count; c += W / 2) {
-    const int64_t left = task.channels.count - c;
-    const ChannelBlock half{task.channels.begin + c, left < W / 2 ? left : W / 2, W / 2};
-    gather<E, T, W / 2>(plan, task.map[0], task.map[1], half, values);
-    T* gradient = values + (plan.pixels + kSlack) * (W / 2);
-    task.total += distill_values<E, T, W / 2>(task, half, false, values, gradient, scratch);
+  const auto put = [&](const GramRun& run, int64_t u, const T* value) {
+    const int64_t at = u - run.first;
+    run.gradient < 0 ? write(run.cell + at, value) : Block<T, W>::load(value).store(gradient + (run.gradient + at) * W);
+  };
+  const bool assembled = plan.gram.weight != nullptr;
+  task.total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, put) : 0.0;
+  if (is_finite(task.total)) {
+    if (!assembled) clear(gradient, plan.gradient_pixels * W);
+    for (int64_t n = 0; n < plan.patch_count; ++n) {
+      const Patch<T>& patch = plan.patches[n];
+      if (patch.assembled) continue;
+      task.total += patch.scale * pool_and_spread<T, W>(patch, T(2.0 * patch.scale), values, sums, spread_sums,
+                                                        patch.gradient_base, gradient);
+    }
+    for (int64_t n = 0; n < plan.segment_count; ++n) {
+      const Segment& s = plan.segments[n];
+      if (s.gradient < 0) continue;
+      const T* from = gradient + s.gradient * W;
+      for (int64_t x = s.begin; x < s.end; ++x, from += W) write(s.row * plan.width + x, from);
+    }
+  } else {
+    // Patch by patch (see above), in half as wide blocks, whose values and gradient have room in the values' scratch.
+    task.total = 0.0;
+    for (int64_t c = 0; c < task.channels.count; c += W / 2) {
+      const int64_t left = task.channels.count - c;
+      const ChannelBlock half{task.channels.begin + c, left < W / 2 ? left : W / 2, W / 2};
+      gather<E, T, W / 2>(plan, task.map[0], task.map[1], half, values);
+      T* half_gradient = values + (plan.pixels + kSlack) * (W / 2);
+      task.total += distill_values<E, T, W / 2>(task, half, false, values, half_gradient, scratch);
+    }
   }
+  finish_streams();
 }
 
 // One side, the loss alone.
@@ -168,7 +191,7 @@ struct Distill {
     } else if (!gradients) {
       distill_shared_loss<E, T, W>(task, scratch);
     } else if constexpr (W == kWideBlock) {
-      task.direct ? distill_direct<E, T, W>(task, scratch) : distill_shared_gradient<E, T, W>(task, scratch);
+      distill_wide<E, T, W>(task, scratch);
     } else {
       distill_shared_gradient<E, T, W>(task, scratch);
     }

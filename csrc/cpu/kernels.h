@@ -39,9 +39,6 @@ struct DistillTask {
   ImageView gradient[2];   // data == nullptr: not wanted
   int64_t bins_y, bins_x;
   ChannelBlock channels;
-  // The operator stands for all patches, the gradients are channels-last and the block kWideBlock wide: the operator
-  // writes them itself, and there is no scratch for gradients.
-  bool direct;
   double* patch_losses;  // out, one per patch, where the losses of the boxes are wanted; else nullptr
   double total;          // out
 };

@@ -35,11 +35,11 @@ inline void weigh_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T
   }
 }
 
-// gradient[i][j] += weight[j] sums[i], for all touched rows
+// gradient[i][j] += weight[j] sums[i], for all touched rows, which lie in `gradient` as `base` says
 template <class T, int W, int N>
-inline void spread_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T* sums, T* gradient) {
+inline void spread_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T* sums, const int64_t* base,
+                         T* gradient) {
   typedef Block<T, W> B;
-  const int64_t* base = patch.row_base;
   for (const int64_t* end = base + patch.y.count; base != end; ++base, sums += W) {
     T* row = gradient + *base * W;
     const B sum = B::load(sums);
@@ -81,10 +81,10 @@ inline void pool_column(const Patch<T>& patch, int32_t bin, const T* values, T* 
 
 // Its transpose: gradient[i][t] += Rx[bin][t] sums[i]
 template <class T, int W>
-inline void spread_column(const Patch<T>& patch, int32_t bin, const T* sums, T* gradient) {
+inline void spread_column(const Patch<T>& patch, int32_t bin, const T* sums, const int64_t* base, T* gradient) {
   for_each_taps<T, W>(patch.x, bin, [&](const auto& taps) {
     constexpr int N = sizeof(taps.at) / sizeof(taps.at[0]);
-    spread_cells<T, W, N>(patch, taps, sums, gradient);
+    spread_cells<T, W, N>(patch, taps, sums, base, gradient);
   });
 }
 
@@ -131,13 +131,15 @@ inline void spread(const Patch<T>& patch, T factor, const T* pooled, T* sums, T*
     for (int32_t q = 0; q < patch.y.bins; ++q) {
       spread_bin<T, W>(patch.y, q, B::load(pooled + (int64_t(q) * patch.x.bins + p) * W).scaled(factor), sums);
     }
-    spread_column<T, W>(patch, p, sums, gradient);
+    spread_column<T, W>(patch, p, sums, patch.row_base, gradient);
   }
 }
 
-// gradient += factor * spread(pool(values)) without keeping what is pooled; returns Σ pooled².
+// gradient += factor * spread(pool(values)) without keeping what is pooled; returns Σ pooled². The patch's rows lie in
+// `gradient` as `base` says.
 template <class T, int W>
-inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, T* sums, T* spread_sums, T* gradient) {
+inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, T* sums, T* spread_sums,
+                              const int64_t* base, T* gradient) {
   typedef Block<T, W> B;
   double total = 0.0;
   for (int32_t p = 0; p < patch.x.bins; ++p) {
@@ -149,7 +151,7 @@ inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, 
       spread_bin<T, W>(patch.y, q, value.scaled(factor), spread_sums);
     }
     total += squares.sum();
-    spread_column<T, W>(patch, p, spread_sums, gradient);
+    spread_column<T, W>(patch, p, spread_sums, base, gradient);
   }
   return total;
 }

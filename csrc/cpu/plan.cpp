@@ -91,7 +91,7 @@ void place_patches(Plan<T>& plan, std::vector<Patch<T>>& patches) {
   for (size_t r = 0; r < rows.size(); ++r) {
     first_segment[r] = segments.size();
     for (const auto& [begin, end] : rows[r]) {
-      segments.push_back(Segment{top + static_cast<int64_t>(r), begin, end, plan.pixels});
+      segments.push_back(Segment{top + static_cast<int64_t>(r), begin, end, plan.pixels, -1});
       plan.pixels += end - begin + kGap;
     }
   }
@@ -107,8 +107,29 @@ void place_patches(Plan<T>& plan, std::vector<Patch<T>>& patches) {
     }
     patch.row_base = base;
   }
-  plan.segments = plan.arena.template copy<Segment>(segments.data(), static_cast<int64_t>(segments.size()));
   plan.segment_count = static_cast<int64_t>(segments.size());
+  plan.segments = plan.arena.template take<Segment>(plan.segment_count);
+  std::copy(segments.begin(), segments.end(), plan.segments);
+}
+
+// Lays out compact scratch for gradients.
+template <class T>
+void place_gradients(Plan<T>& plan, std::vector<Patch<T>>& patches) {
+  const std::vector<int64_t> first_segment = first_segments(plan);
+  for (auto& patch : patches) {
+    if (patch.assembled || patch.x.count == 0) continue;
+    auto* base = plan.arena.template take<int64_t>(patch.y.count);
+    for (int32_t i = 0; i < patch.y.count; ++i) {
+      Segment* segment = plan.segments + first_segment[patch.y.cell[i]];
+      while (segment->end <= patch.x.cell[0]) ++segment;
+      if (segment->gradient < 0) {
+        segment->gradient = plan.gradient_pixels;
+        plan.gradient_pixels += segment->end - segment->begin;
+      }
+      base[i] = segment->gradient - segment->begin;
+    }
+    patch.gradient_base = base;
+  }
 }
 
 }  // namespace
@@ -142,9 +163,10 @@ Plan<T> build_plan(const PlanRequest& request) {
   }
   place_patches(plan, patches);
   plan.patch_count = static_cast<int64_t>(patches.size());
-  if (request.channel_blocks > 0 && plan.pixels > 0) {
-    assemble_operator(plan, patches.data(), request.channel_blocks, request.gradients);
-  }
+  const bool chosen = request.channel_blocks > 0 && plan.pixels > 0 &&
+                      choose_assembled(plan, patches.data(), request.channel_blocks, request.gradients);
+  place_gradients(plan, patches);
+  if (chosen) assemble_operator(plan, patches.data());
   plan.patches = plan.arena.template copy<Patch<T>>(patches.data(), plan.patch_count);
   return plan;
 }

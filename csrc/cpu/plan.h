@@ -32,15 +32,18 @@ struct Patch {
   bool assembled;  // part of the plan's Gram operator
   Axis<T> y, x;
   const int64_t* row_base;  // scratch pixel of (y.cell[i], x.cell[t]) = row_base[i] + x.cell[t]
+  // The same in compact scratch for gradients; not for assembled patches.
+  const int64_t* gradient_base;
 };
 
 // Scratch pixels that belong to no cell, between segments and before the first: zero, so that windows of cells may
 // reach over a segment's ends.
 constexpr int64_t kGap = 4;
 
-// A run of touched cells of one map row; they lie at scratch pixels offset .. offset + end - begin.
+// A run of touched cells of one map row; they lie at scratch pixels offset .. offset + end - begin. Compact scratch for
+// gradients has only the segments that patches outside the operator touch, from `gradient` on; -1: none of them does.
 struct Segment {
-  int64_t row, begin, end, offset;
+  int64_t row, begin, end, offset, gradient;
 };
 
 // Bump allocator: pointers stay valid while it lives, thousands of small tables cost a few allocations.
@@ -82,6 +85,7 @@ struct GramRow {
 struct GramRun {
   int64_t first, count;  // scratch pixels
   int64_t cell;          // of the first on the map, row by row
+  int64_t gradient;      // of the first in compact scratch for gradients, or -1
   int32_t row_begin, row_end;
 };
 
@@ -104,12 +108,12 @@ template <class T>
 struct Plan {
   const Patch<T>* patches = nullptr;  // in the order of the boxes
   int64_t patch_count = 0;
-  const Segment* segments = nullptr;  // by row, then column; all cells that any patch touches
+  Segment* segments = nullptr;  // by row, then column; all cells that any patch touches
   int64_t segment_count = 0;
   int64_t pixels = 0;             // cells in all segments, and gaps
+  int64_t gradient_pixels = 0;    // of compact scratch for gradients
   int64_t height = 0, width = 0;  // of the map
   int64_t rows = 0;               // most touched rows of a patch
-  bool all_assembled = false;     // the operator stands for all patches
   GramOperator<T> gram;
   Arena arena;
 };
@@ -130,8 +134,21 @@ struct PlanRequest {
 template <class T>
 Plan<T> build_plan(const PlanRequest& request);
 
-// Assembles those patches that are cheaper so into the plan's Gram operator, and marks them.
+// Where the segments of each map row begin, and the last ones end: [height + 1].
 template <class T>
-void assemble_operator(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients);
+std::vector<int64_t> first_segments(const Plan<T>& plan) {
+  std::vector<int64_t> first(plan.height + 1, 0);
+  for (int64_t n = 0; n < plan.segment_count; ++n) ++first[plan.segments[n].row + 1];
+  for (int64_t y = 0; y < plan.height; ++y) first[y + 1] += first[y];
+  return first;
+}
+
+// Marks the patches that are cheaper so as assembled; false if none is.
+template <class T>
+bool choose_assembled(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients);
+
+// Assembles them into the plan's Gram operator.
+template <class T>
+void assemble_operator(Plan<T>& plan, const Patch<T>* patches);
 
 }  // namespace rakd
