@@ -34,7 +34,9 @@ GAP_INCHES = 0.2
 _AXIS_VALUE: dict[str, tuple[str, Callable[[Row], int]]] = {
     "boxes": ("boxes K", lambda row: row.boxes),
     "bins": ("output size P", lambda row: row.output_size),
+    "dense-bins": ("output size P, all cells read", lambda row: row.output_size),
     "samples": ("sampling ratio n", lambda row: row.sampling_ratio),
+    "dense-samples": ("sampling ratio n, all cells read", lambda row: row.sampling_ratio),
     "channels": ("channels C", lambda row: row.channels),
     "image": ("image height, px (width 3.4 times that)", lambda row: row.height),
     "threads": ("threads", lambda row: row.threads),
@@ -214,7 +216,7 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
     layouts = _unique([row.layout for row in rows])
     span = max(row.p80_ms for row in rows) / min(row.p20_ms for row in rows)
     ticks = (1, 2, 5) if span < 100.0 else (1,)
-    columns = min(3, len(axes_names))
+    columns = min(3 if len(axes_names) <= 6 else 4, len(axes_names))
     lines = -(-len(axes_names) // columns)
     head = style.head_height(len(contenders) + len(layouts))
     height = head + 2.6 * lines

@@ -1,4 +1,8 @@
-"""``python -m benchmarks.scaling``: time over boxes, bins, samples, channels, image size, threads, as CSV."""
+"""``python -m benchmarks.scaling``: time over boxes, bins, samples, channels, image size, threads, as CSV.
+
+More bins and samples also read more of the cells that boxes cover. Two axes therefore vary them where all of these
+are read from the first point on: bins with adaptive sampling, and samples of small bins.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,9 @@ def _image(height: int) -> Workload:
 _POINTS: dict[str, tuple[tuple[int, ...], Callable[[int], Workload]]] = {
     "boxes": ((4, 16, 64, 128, 256, 512), lambda value: replace(BASE, boxes_per_image=value)),
     "bins": ((3, 7, 14, 19, 28), lambda value: replace(BASE, output_size=value)),
+    "dense-bins": ((3, 7, 14, 19, 28), lambda value: replace(BASE, output_size=value, sampling_ratio=0)),
     "samples": ((1, 2, 3, 4, 8), lambda value: replace(BASE, sampling_ratio=value)),
+    "dense-samples": ((2, 3, 4, 8), lambda value: replace(BASE, output_size=28, sampling_ratio=value)),
     "channels": ((32, 64, 128, 256, 512), lambda value: replace(BASE, channels=value)),
     "image": ((256, 384, 512, 768, 1024), _image),
 }
@@ -70,7 +76,8 @@ class Options:
     """Measure how soft_roi_distill scales, forward + backward, around the workload train.
 
     Attributes:
-        axes: What varies: boxes, bins, samples, channels, image, threads.
+        axes: What varies: boxes, bins, samples, dense-bins and dense-samples (where all cells of the boxes are read),
+            channels, image, threads.
         backends: Backends of rakd_ops (default: the first that runs on the device).
         dtypes: float32, bfloat16, float16.
         layouts: nchw, nhwc (channels-last).
