@@ -80,14 +80,14 @@ class Assembler {
 
   // Cuts segments into runs, over each of which the same segments of other rows lie above and below.
   void link_runs() {
-    const std::vector<int64_t> first_of_row = first_segments(plan_);
+    const SegmentsOfRows of_rows(plan_.segments, plan_.segment_count);
     const int radius = plan_.gram.radius_y;
     std::vector<int64_t> cuts;
     for (int64_t n = 0; n < plan_.segment_count; ++n) {
       const Segment& s = plan_.segments[n];
       cuts = {s.begin, s.end};
-      const int64_t top = std::max<int64_t>(0, s.row - radius), bottom = std::min(plan_.height - 1, s.row + radius);
-      for (int64_t m = first_of_row[top]; m < first_of_row[bottom + 1]; ++m) {
+      const int64_t first = of_rows.begin(s.row - radius), last = of_rows.end(s.row + radius);
+      for (int64_t m = first; m < last; ++m) {
         for (const int64_t x : {plan_.segments[m].begin, plan_.segments[m].end}) {
           if (x > s.begin && x < s.end) cuts.push_back(x);
         }
@@ -103,7 +103,7 @@ class Assembler {
                     s.gradient < 0 ? -1 : s.gradient + from,
                     static_cast<int32_t>(rows_.size()),
                     0};
-        for (int64_t m = first_of_row[top]; m < first_of_row[bottom + 1]; ++m) {
+        for (int64_t m = first; m < last; ++m) {
           const Segment& other = plan_.segments[m];
           if (other.begin > cuts[c] || other.end <= cuts[c]) continue;
           add_row(run, static_cast<int>(other.row - s.row), other.offset + cuts[c] - other.begin - run.first);

@@ -115,12 +115,12 @@ void place_patches(Plan<T>& plan, std::vector<Patch<T>>& patches) {
 // Lays out compact scratch for gradients.
 template <class T>
 void place_gradients(Plan<T>& plan, std::vector<Patch<T>>& patches) {
-  const std::vector<int64_t> first_segment = first_segments(plan);
+  const SegmentsOfRows rows(plan.segments, plan.segment_count);
   for (auto& patch : patches) {
     if (patch.assembled || patch.x.count == 0) continue;
     auto* base = plan.arena.template take<int64_t>(patch.y.count);
     for (int32_t i = 0; i < patch.y.count; ++i) {
-      Segment* segment = plan.segments + first_segment[patch.y.cell[i]];
+      Segment* segment = plan.segments + rows.begin(patch.y.cell[i]);
       while (segment->end <= patch.x.cell[0]) ++segment;
       if (segment->gradient < 0) {
         segment->gradient = plan.gradient_pixels;
@@ -163,10 +163,11 @@ Plan<T> build_plan(const PlanRequest& request) {
   }
   place_patches(plan, patches);
   plan.patch_count = static_cast<int64_t>(patches.size());
-  const bool chosen = request.channel_blocks > 0 && plan.pixels > 0 &&
-                      choose_assembled(plan, patches.data(), request.channel_blocks, request.gradients);
-  place_gradients(plan, patches);
-  if (chosen) assemble_operator(plan, patches.data());
+  if (request.channel_blocks > 0 && plan.pixels > 0) {
+    const bool chosen = choose_assembled(plan, patches.data(), request.channel_blocks, request.gradients);
+    if (request.gradients) place_gradients(plan, patches);
+    if (chosen) assemble_operator(plan, patches.data());
+  }
   plan.patches = plan.arena.template copy<Patch<T>>(patches.data(), plan.patch_count);
   return plan;
 }

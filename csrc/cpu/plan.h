@@ -134,14 +134,21 @@ struct PlanRequest {
 template <class T>
 Plan<T> build_plan(const PlanRequest& request);
 
-// Where the segments of each map row begin, and the last ones end: [height + 1].
-template <class T>
-std::vector<int64_t> first_segments(const Plan<T>& plan) {
-  std::vector<int64_t> first(plan.height + 1, 0);
-  for (int64_t n = 0; n < plan.segment_count; ++n) ++first[plan.segments[n].row + 1];
-  for (int64_t y = 0; y < plan.height; ++y) first[y + 1] += first[y];
-  return first;
-}
+// The segments of each map row, among the rows from the first to the last that have any.
+class SegmentsOfRows {
+ public:
+  SegmentsOfRows(const Segment* segments, int64_t count) : top_(segments[0].row), bottom_(segments[count - 1].row) {
+    begin_.assign(bottom_ - top_ + 2, 0);
+    for (int64_t n = 0; n < count; ++n) ++begin_[segments[n].row - top_ + 1];
+    for (size_t y = 1; y < begin_.size(); ++y) begin_[y] += begin_[y - 1];
+  }
+  int64_t begin(int64_t row) const { return begin_[std::max(row, top_) - top_]; }
+  int64_t end(int64_t row) const { return begin_[std::min(row, bottom_) - top_ + 1]; }
+
+ private:
+  int64_t top_, bottom_;
+  std::vector<int64_t> begin_;
+};
 
 // Marks the patches that are cheaper so as assembled; false if none is.
 template <class T>
