@@ -72,6 +72,21 @@ def test_wide_blocks(bins, count, channels, side):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", ["apprentice", "expert", "both"])
+def test_both_forms_on_the_same_cells(layout, side):
+    """Many boxes with narrow bins, which go into the operator, beside and upon a few whose bins are too wide for it."""
+    apprentice = pyramid(1, 40, 192, 256, strides=(4,), dtype=torch.float32, layout=layout)
+    expert = pyramid(1, 40, 192, 256, strides=(4,), dtype=torch.float32, layout=layout, seed=1)
+    generator = torch.Generator().manual_seed(3)
+    centre = torch.tensor([[70.0, 80.0], [200.0, 60.0]]).double()[torch.arange(160) % 2]
+    corner = centre + 8.0 * torch.rand(160, 2, generator=generator, dtype=torch.float64)
+    narrow = torch.cat([torch.zeros(160, 1, dtype=torch.float64), corner - 35.0, corner + 35.0], dim=1)
+    wide = torch.tensor([[0.0, 2.0, 60.0, 150.0, 190.0], [0.0, 10.0, 5.0, 130.0, 160.0]], dtype=torch.float64)
+    boxes = torch.cat([narrow, wide])
+    check_in_float64(apprentice, expert, boxes, side, 2e-6, strides=(4.0,), output_size=7)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("bins, count", [(19, 200), (7, 120), (7, 3)])
 @pytest.mark.parametrize("channels", [40, 64])
