@@ -127,8 +127,7 @@ class Job {
       wide &= maps_[side][level].channels_last;
     }
     const Plan<T>& p = plans_[0][level * batch_ + image];
-    const int64_t pixels = p.pixels + (gradients_wanted_ ? p.gradient_pixels : 0);
-    const int64_t bytes = pixels * kWideBlock * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = (p.pixels + p.gradient_pixels) * kWideBlock * static_cast<int64_t>(sizeof(T));
     return wide && bytes <= kMostWideScratch ? kWideBlock : block_width<T>(channels);
   }
 

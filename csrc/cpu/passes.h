@@ -135,11 +135,10 @@ inline void spread(const Patch<T>& patch, T factor, const T* pooled, T* sums, T*
   }
 }
 
-// gradient += factor * spread(pool(values)) without keeping what is pooled; returns Σ pooled². The patch's rows lie in
-// `gradient` as `base` says.
-template <class T, int W>
-inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, T* sums, T* spread_sums,
-                              const int64_t* base, T* gradient) {
+// Σ pooled² without keeping what is pooled: take_bin(q, value) gets the bins of a column, end_column(p) follows them.
+template <class T, int W, class TakeBin, class EndColumn>
+inline double pool_squares(const Patch<T>& patch, const T* values, T* sums, const TakeBin& take_bin,
+                           const EndColumn& end_column) {
   typedef Block<T, W> B;
   double total = 0.0;
   for (int32_t p = 0; p < patch.x.bins; ++p) {
@@ -148,29 +147,29 @@ inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, 
     for (int32_t q = 0; q < patch.y.bins; ++q) {
       const B value = pool_bin<T, W>(patch.y, q, sums);
       squares.add_product(value, value);
-      spread_bin<T, W>(patch.y, q, value.scaled(factor), spread_sums);
+      take_bin(q, value);
     }
     total += squares.sum();
-    spread_column<T, W>(patch, p, spread_sums, base, gradient);
+    end_column(p);
   }
   return total;
 }
 
-// Σ pooled² of the patch alone.
+// Σ pooled² alone.
 template <class T, int W>
 inline double pool_squares(const Patch<T>& patch, const T* values, T* sums) {
-  typedef Block<T, W> B;
-  double total = 0.0;
-  for (int32_t p = 0; p < patch.x.bins; ++p) {
-    pool_column<T, W>(patch, p, values, sums);
-    B squares = B::zero();
-    for (int32_t q = 0; q < patch.y.bins; ++q) {
-      const B value = pool_bin<T, W>(patch.y, q, sums);
-      squares.add_product(value, value);
-    }
-    total += squares.sum();
-  }
-  return total;
+  return pool_squares<T, W>(patch, values, sums, [](int32_t, const Block<T, W>&) {}, [](int32_t) {});
+}
+
+// gradient += factor * spread(pool(values)); returns Σ pooled². The patch's rows lie in `gradient` as `base` says.
+template <class T, int W>
+inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, T* sums, T* spread_sums,
+                              const int64_t* base, T* gradient) {
+  const auto take_bin = [&](int32_t q, const Block<T, W>& value) {
+    spread_bin<T, W>(patch.y, q, value.scaled(factor), spread_sums);
+  };
+  const auto end_column = [&](int32_t p) { spread_column<T, W>(patch, p, spread_sums, base, gradient); };
+  return pool_squares<T, W>(patch, values, sums, take_bin, end_column);
 }
 
 // Σ a b over `pixels` scratch pixels; partial sums are short, so that float keeps its digits.
