@@ -71,8 +71,8 @@ RAKD_HD void count_cells(const AxisSamples& samples, int64_t size, int32_t bin, 
   for_each_tap(samples, size, bin, [&](const Tap& tap) {
     low = static_cast<int32_t>(tap.low);
     if (count == 0) first = low;
-    if (low > high) ++count, high = low;
-    if (tap.high > high) ++count, high = static_cast<int32_t>(tap.high);
+    count += static_cast<int32_t>(tap.high) - (low > high ? low - 1 : high);  // without branches
+    high = static_cast<int32_t>(tap.high);
   });
   table.bin_offset[bin] = count;
   table.bin_cell[bin] = first;

@@ -35,6 +35,8 @@ struct AxisSamples {
   double start;     // cells, RoIAlign's aligned=True convention (half a cell already taken off)
   double bin;       // cells per output bin
   int64_t samples;  // per bin; 0 when the sampling is adaptive and the box has no extent
+  // [samples] sample_offset() of each, where the caller keeps them: they are the same in all bins.
+  const double* offset = nullptr;
 };
 
 // Two taps of one sample. A sample outside the map has valid == false and no taps.
@@ -64,9 +66,14 @@ RAKD_HD AxisSamples axis_samples(double low, double high, double stride, int64_t
   return axis;
 }
 
+// From the start of a bin, in cells.
+RAKD_HD double sample_offset(const AxisSamples& axis, int64_t sample) {
+  return mul(static_cast<double>(sample) + 0.5, axis.bin) / static_cast<double>(axis.samples);
+}
+
 RAKD_HD double sample_position(const AxisSamples& axis, int64_t bin, int64_t sample) {
   const double bin_start = add(axis.start, mul(static_cast<double>(bin), axis.bin));
-  return add(bin_start, mul(static_cast<double>(sample) + 0.5, axis.bin) / static_cast<double>(axis.samples));
+  return add(bin_start, axis.offset ? axis.offset[sample] : sample_offset(axis, sample));
 }
 
 // Bilinear taps of a position on a map axis of `size` cells (torchvision.ops.roi_align's border rule).

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "dispatch.h"
 #include "plan.h"
@@ -33,6 +34,9 @@ double factor_cost(const Patch<T>& patch, bool gradients) {
   const double bins = static_cast<double>(patch.y.bins) * patch.x.bins;
   return (3.2 * taps + 15.0 * bins) * (gradients ? 1.0 : 0.4);
 }
+
+// And for one cell of the operator's window of one cell.
+constexpr double kCellOfWindow = 0.8;
 
 // G = R^T R along one axis, by distance on the map: value[(cell - first) * kHalf + distance], distances 0 to kRadius.
 template <class T>
@@ -144,29 +148,43 @@ class Assembler {
 
 template <class T>
 bool choose_assembled(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients) {
+  struct Reach {
+    int y, x;
+    int most() const { return std::max(y, x); }
+  };
+  std::vector<Reach> reaches(plan.patch_count);
   double factors = 0.0, assembly = 0.0;
-  std::vector<uint8_t> covered(plan.pixels, 0);
-  int radius_y = 0;
   for (int64_t n = 0; n < plan.patch_count; ++n) {
-    Patch<T>& patch = patches[n];
-    const int reach_y = reach(patch.y);
-    patch.assembled = patch.y.count > 0 && patch.x.count > 0 && reach_y <= kRadius && reach(patch.x) <= kRadius;
-    if (!patch.assembled) continue;
+    const Patch<T>& patch = patches[n];
+    reaches[n] = {reach(patch.y), reach(patch.x)};
     factors += factor_cost(patch, gradients);
-    const int32_t left = patch.x.cell[0], width = patch.x.cell[patch.x.count - 1] + 1 - left;
-    assembly += 3.0 * patch.y.count * width;  // four rows of four weights, in vectors of four or eight
-    for (int32_t i = 0; i < patch.y.count; ++i) std::memset(covered.data() + patch.row_base[i] + left, 1, width);
-    radius_y = std::max(radius_y, reach_y);
   }
-  const auto cells = static_cast<double>(std::count(covered.begin(), covered.end(), uint8_t(1)));
-  // A cycle for each cell of a window; trimming windows takes about a fifth off.
-  const double apply = 0.9 * (2 * radius_y + 1) * (2 * kRadius + 1) * cells;
-  if (factors * channel_blocks <= apply * channel_blocks + assembly) {
-    for (int64_t n = 0; n < plan.patch_count; ++n) patches[n].assembled = false;
-    return false;
+  // Far-reaching patches widen the windows of all the cells they cover, so they join last, if at all.
+  std::vector<uint8_t> window(plan.pixels, 0);  // cells of each one's window
+  double least = factors * channel_blocks;
+  int limit = -1;
+  for (int most = 0; most <= kRadius; ++most) {
+    for (int64_t n = 0; n < plan.patch_count; ++n) {
+      const Patch<T>& patch = patches[n];
+      if (reaches[n].most() != most || patch.x.count == 0) continue;
+      factors -= factor_cost(patch, gradients);
+      const int32_t left = patch.x.cell[0], width = patch.x.cell[patch.x.count - 1] + 1 - left;
+      assembly += 3.0 * patch.y.count * width;  // up to five rows of five weights, in vectors
+      const auto cells = static_cast<uint8_t>((2 * reaches[n].y + 1) * (2 * reaches[n].x + 1));
+      for (int32_t i = 0; i < patch.y.count; ++i) {
+        uint8_t* row = window.data() + patch.row_base[i] + left;
+        for (int32_t x = 0; x < width; ++x) row[x] = std::max(row[x], cells);
+      }
+    }
+    const auto apply = static_cast<double>(std::accumulate(window.begin(), window.end(), int64_t(0)));
+    const double cost = (factors + kCellOfWindow * apply) * channel_blocks + assembly;
+    if (cost < least) least = cost, limit = most;
   }
-  plan.gram.radius_y = radius_y;
-  return true;
+  for (int64_t n = 0; n < plan.patch_count; ++n) {
+    patches[n].assembled = reaches[n].most() <= limit && patches[n].x.count > 0;
+    if (patches[n].assembled) plan.gram.radius_y = std::max(plan.gram.radius_y, reaches[n].y);
+  }
+  return limit >= 0;
 }
 
 template <class T>

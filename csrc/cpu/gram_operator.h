@@ -46,8 +46,11 @@ __attribute__((noinline)) void apply_tile(const GramOperator<T>& gram, const Gra
       case 2:
         add_row<T, W, N, 2>(value, weight, sum);
         break;
-      default:
+      case 3:
         add_row<T, W, N, 3>(value, weight, sum);
+        break;
+      default:
+        add_row<T, W, N, 4>(value, weight, sum);
     }
   }
   for (int i = 0; i < N; ++i) sum[i].store(out + i * W);

@@ -9,7 +9,7 @@ namespace {
 // Table of one axis in double, before it is narrowed and stored; buffers are reused from box to box.
 class AxisBuilder {
  public:
-  void build(const AxisSamples& samples, int64_t bins, int64_t size, int64_t sampling_ratio) {
+  void build(AxisSamples samples, int64_t bins, int64_t size, int64_t sampling_ratio) {
     const AxisCapacity capacity = axis_capacity(size, bins, sampling_ratio);
     for (auto* array : {&cell_, &cell_bin_}) grow(*array, capacity.cells + 1);
     for (auto* array : {&bin_cell_, &bin_offset_, &bin_new_}) grow(*array, bins + 1);
@@ -17,6 +17,10 @@ class AxisBuilder {
     table = AxisTable<double>{&count,          cell_.data(), cell_bin_.data(), bin_cell_.data(), bin_offset_.data(),
                               bin_new_.data(), pool_.data()};
     this->bins = static_cast<int32_t>(bins);
+    if (samples.samples <= kMostOffsets) {
+      for (int64_t i = 0; i < samples.samples; ++i) offset_[i] = sample_offset(samples, i);
+      samples.offset = offset_;
+    }
     for (int32_t bin = 0; bin < this->bins; ++bin) count_cells(samples, size, bin, table);
     link_bins(size, this->bins, table);
     for (int32_t bin = 0; bin < this->bins; ++bin) fill_bin(samples, size, bin, table);
@@ -27,6 +31,8 @@ class AxisBuilder {
   int32_t count = 0, bins = 0;
 
  private:
+  static constexpr int64_t kMostOffsets = 64;
+
   template <class U>
   static void grow(std::vector<U>& array, int64_t count) {
     if (static_cast<int64_t>(array.size()) < count) array.resize(count);
@@ -34,6 +40,7 @@ class AxisBuilder {
 
   std::vector<int32_t> cell_, cell_bin_, bin_cell_, bin_offset_, bin_new_;
   std::vector<double> pool_;
+  double offset_[kMostOffsets];
 };
 
 template <class T>

@@ -95,7 +95,7 @@ struct GramRun {
 // in each of the radius_y below.
 template <class T>
 struct GramOperator {
-  static constexpr int kRadius = 3, kHalf = kRadius + 1;
+  static constexpr int kRadius = 4, kHalf = kRadius + 1;
   T* weight = nullptr;  // [radius_y + 1][pixels and gaps][kHalf]; nullptr: no patch is assembled
   int64_t plane = 0;    // values from one row below to the next
   int radius_y = 0;

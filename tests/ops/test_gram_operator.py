@@ -81,9 +81,25 @@ def test_both_forms_on_the_same_cells(layout, side):
     centre = torch.tensor([[70.0, 80.0], [200.0, 60.0]]).double()[torch.arange(160) % 2]
     corner = centre + 8.0 * torch.rand(160, 2, generator=generator, dtype=torch.float64)
     narrow = torch.cat([torch.zeros(160, 1, dtype=torch.float64), corner - 35.0, corner + 35.0], dim=1)
-    wide = torch.tensor([[0.0, 2.0, 60.0, 150.0, 190.0], [0.0, 10.0, 5.0, 130.0, 160.0]], dtype=torch.float64)
+    wide = torch.tensor([[0.0, 2.0, 6.0, 250.0, 190.0], [0.0, 10.0, 5.0, 245.0, 160.0]], dtype=torch.float64)
     boxes = torch.cat([narrow, wide])
     check_in_float64(apprentice, expert, boxes, side, 2e-6, strides=(4.0,), output_size=7)
+
+
+@pytest.mark.parametrize("channels", [24, 40])
+@pytest.mark.parametrize("cells", [0.6, 1.4, 2.2, 3.0, 3.8, 4.6])
+@pytest.mark.parametrize("ratio", [1, 2, 6])
+def test_bins_of_all_widths(channels, cells, ratio):
+    """Bins of so many cells, and a few wider ones: from windows of one cell to the widest, and past them."""
+    apprentice = pyramid(1, channels, 160, 192, strides=(4,), dtype=torch.float32, layout="channels_last")
+    expert = pyramid(1, channels, 160, 192, strides=(4,), dtype=torch.float32, layout="channels_last", seed=1)
+    generator = torch.Generator().manual_seed(3)
+    corner = 20.0 * torch.rand(150, 2, generator=generator, dtype=torch.float64)
+    width = torch.full((150, 1), cells, dtype=torch.float64)
+    width[::15] += 0.8
+    boxes = torch.cat([torch.zeros_like(width), corner, corner + 4.0 * 7 * width], dim=1)
+    options = {"strides": (4.0,), "output_size": 7, "sampling_ratio": ratio}
+    check_in_float64(apprentice, expert, boxes, "both", 2e-6, **options)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
