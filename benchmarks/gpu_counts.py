@@ -26,11 +26,12 @@ from benchmarks.workloads import STRIDES, Workload
 SLAB, TILE_ROWS, TILE_COLUMNS, MIX_BINS, STAGE_BINS, POOL_THREADS, ENOUGH_BLOCKS = 16, 8, 32, 16, 8, 128, 4096
 # Of the Gram form: channels, rows and columns of a tile, threads, cells that fit the stage (float32), cells around the
 # tile that are staged where not all fit, and bins from which it is chosen.
-GRAM_SLAB, GRAM_ROWS, GRAM_COLUMNS, GRAM_THREADS, STAGE_CELLS, HALO, GRAM_BINS = 32, 8, 16, 128, 321, 3, 100
+GRAM_SLAB, GRAM_ROWS, GRAM_COLUMNS, GRAM_THREADS, STAGE_CELLS, HALO, GRAM_BINS = 32, 8, 16, 128, 321, 3, 256
 
-# Instructions of a warp: of a tap of a row's sum, of such a sum, of a tap of a bin; of 32 mixed values, of each bin of
-# y that they are mixed from; of a row of a box in a tile, of each bin of x that feeds a cell.
-TAP, ROW_SUM, BIN_TAP, MIX, MIX_BIN, SPREAD_ROW, SPREAD_BIN = 21, 40, 10, 61, 30, 200, 51
+# Instructions of a warp: of a tap of a row's sum (up to four of them), of such a sum, of a tap of a bin; of 32 mixed
+# values, of each bin of y that they are mixed from (up to two); of a row of a box in a tile, of each bin of x (up to
+# two) that feeds a cell.
+TAP, ROW_SUM, BIN_TAP, MIX, MIX_BIN, SPREAD_ROW, SPREAD_BIN = 8, 24, 17, 12, 6, 102, 39
 # Of a needed row of a piece, of a cell of the widest band; of making a piece, of a warp's beginning with it; of 32
 # staged quads; of a quad that is loaded because it is not staged.
 GRAM_ROW, GRAM_CELL, MAKE_PIECE, TAKE_PIECE, STAGE, DIRECT_CELL = 55, 9, 500, 100, 100, 100

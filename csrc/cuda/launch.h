@@ -27,7 +27,7 @@ enum class Keep { kNone, kExtents, kForGradients };
 
 // Elements the workspace arrays of a call need.
 struct WorkspaceSizes {
-  int64_t ints = 0, weights = 0, extents = 0, scales = 0;
+  int64_t ints = 0, weights = 0, feeds = 0, extents = 0, scales = 0;
   int64_t room = 0;  // the larger count of the largest room; beyond kMaxRoom nothing may be launched
 };
 
@@ -36,23 +36,25 @@ struct WorkspaceSizes {
 template <class T>
 WorkspaceSizes plan_workspace(Tables<T>& tables, Keep keep, bool all_levels, const BlockSizes& blocks) {
   WorkspaceSizes sizes;
-  int64_t ints = 0, weights = 0, most_ints = 0, most_weights = 0;
+  int64_t ints = 0, weights = 0, feeds = 0, most_ints = 0, most_weights = 0;
   for (int level = 0; level < tables.levels; ++level) {
-    const int64_t ints_before = ints, weights_before = weights;
+    const int64_t ints_before = ints, weights_before = weights, feeds_before = feeds;
     for (int side = 0; side < tables.sides; ++side) {
       for (int axis = 0; axis < 2; ++axis) {
         const AxisCapacity capacity =
             axis_capacity(tables.size[side][level][axis], tables.bins[axis], tables.sampling_ratio);
         tables.axis[side][level][axis] =
             AxisLayout{static_cast<int32_t>(ints - ints_before), static_cast<int32_t>(weights - weights_before),
-                       static_cast<int32_t>(capacity.cells)};
+                       static_cast<int32_t>(feeds - feeds_before), static_cast<int32_t>(capacity.cells)};
         ints += axis_int_count(capacity.cells, tables.bins[axis]);
         weights += capacity.weights;
+        feeds += capacity.cells;
       }
     }
     tables.level[level] =
-        LevelLayout{static_cast<int32_t>(ints - ints_before), static_cast<int32_t>(weights - weights_before),
-                    static_cast<int32_t>(ints_before), static_cast<int32_t>(weights_before)};
+        LevelLayout{static_cast<int32_t>(ints - ints_before),   static_cast<int32_t>(weights - weights_before),
+                    static_cast<int32_t>(ints_before),          static_cast<int32_t>(weights_before),
+                    static_cast<int32_t>(feeds - feeds_before), static_cast<int32_t>(feeds_before)};
     most_ints = most_ints > ints - ints_before ? most_ints : ints - ints_before;
     most_weights = most_weights > weights - weights_before ? most_weights : weights - weights_before;
   }
@@ -64,6 +66,7 @@ WorkspaceSizes plan_workspace(Tables<T>& tables, Keep keep, bool all_levels, con
     sizes.ints = tables.boxes * ints;
     sizes.weights = tables.boxes * weights;
   }
+  if (keep == Keep::kForGradients) sizes.feeds = tables.boxes * feeds;
   if (keep != Keep::kNone) {
     sizes.extents = tables.sides * tables.levels * kExtent * tables.boxes;
     sizes.scales = tables.levels * tables.boxes;
@@ -156,7 +159,12 @@ void launch_spread(Spread<E> call, const BlockSizes& blocks, cudaStream_t stream
   const unsigned tiles = static_cast<unsigned>(call.first_tile[tables.sides * tables.levels]);
   if (tiles == 0 && !call.sum.total) return;
   const dim3 grid(tiles + (call.sum.total ? 1 : 0), static_cast<unsigned>(slabs_of(call.channels)));
-  RAKD_LAUNCH((spread<E>), grid, dim3(blocks.spread), spread_shared_bytes<T>(blocks.spread), stream, call);
+  const size_t bytes = spread_shared_bytes<T>(blocks.spread);
+  if (call.pooled || !call.output_gradient) {
+    RAKD_LAUNCH((spread<E, true>), grid, dim3(blocks.spread), bytes, stream, call);
+  } else {
+    RAKD_LAUNCH((spread<E, false>), grid, dim3(blocks.spread), bytes, stream, call);
+  }
 }
 
 }  // namespace gpu

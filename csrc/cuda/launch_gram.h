@@ -18,7 +18,7 @@ struct GramSizes {
 
 // Cells of a tile with its rim; more are not worth the memory.
 constexpr int32_t kStageCells = (kGramRows + 2 * kHaloRows) * (kGramColumns + 2 * kHaloColumns + 2);
-constexpr int64_t kEnoughBins = 100;               // from where the Gram form is expected to win
+constexpr int64_t kEnoughBins = 256;               // from where the Gram form is expected to win
 constexpr int64_t kFreeValues = int64_t(1) << 20;  // of bands, whatever the pooled form needs
 
 // double has half the channels a block.

@@ -2,8 +2,8 @@
 // kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
-//   atomicAdd(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at most 48 KiB; launches by
-//   RAKD_LAUNCH; RAKD_UNROLL.
+//   __popc; atomicAdd(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at most 48 KiB;
+//   launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_OPAQUE.
 #pragma once
 
 #if defined(RAKD_EMULATE)
@@ -11,6 +11,7 @@
 #include "emulator.h"
 
 #define RAKD_UNROLL
+#define RAKD_OPAQUE(pointer)
 
 #else
 
@@ -20,6 +21,13 @@
 
 // Before a loop whose array must stay in registers.
 #define RAKD_UNROLL _Pragma("unroll")
+
+// Keeps compilers from computing anew, at each use, what a pointer to global memory is made of.
+#define RAKD_OPAQUE(pointer)               \
+  do {                                     \
+    asm("" : "+l"(pointer));               \
+    __builtin_assume(__isGlobal(pointer)); \
+  } while (false)
 
 // The block's dynamic shared memory, 16-byte aligned, as an array of bytes.
 #define RAKD_SHARED(name) extern __shared__ __align__(16) unsigned char name[]

@@ -66,9 +66,12 @@ struct Owner {
   }
 };
 
-// One column of RoIAlign of one box, channel and bin of x, read bin by bin downwards. Where there is a second map, of
-// the same shape, it is taken off the first at load.
-template <class E>
+// One column of RoIAlign of one box, channel and bin of x, read bin by bin downwards. kDifference: a second map of the
+// same shape is taken off the first at load.
+//
+// The first cells that a bin weighs stay in registers, so that a row's loads are all under way together. Their offsets
+// in a row are of 32 bits (see pyramid() of tensors.h).
+template <class E, bool kDifference>
 class Column {
  public:
   typedef typename Accumulator<E>::type T;
@@ -79,17 +82,25 @@ class Column {
         cell_(x.cell + x.bin_cell[bin_x]),
         weight_(x.pool + x.bin_offset[bin_x]),
         taps_(x.bin_offset[bin_x + 1] - x.bin_offset[bin_x]),
-        a_(a.data + image * a.stride[0] + channel * a.stride[1]),
-        b_(b.data ? b.data + image * b.stride[0] + channel * b.stride[1] : nullptr),
-        a_stride_{a.stride[2], a.stride[3]},
-        b_stride_{b.stride[2], b.stride[3]} {}
+        first_{a.data + image * a.stride[0] + channel * a.stride[1],
+               kDifference ? b.data + image * b.stride[0] + channel * b.stride[1] : nullptr},
+        row_stride_{uint32_t(a.stride[2]), uint32_t(b.stride[2])},
+        stride_{uint32_t(a.stride[3]), uint32_t(b.stride[3])} {
+    for (int map = 0; map < kMaps; ++map) RAKD_OPAQUE(first_[map]);
+    RAKD_UNROLL
+    for (int t = 0; t < kKept; ++t) {
+      const bool there = t < taps_;
+      kept_weight_[t] = there ? weight_[t] : T(0);
+      for (int map = 0; map < kMaps; ++map) kept_at_[map][t] = there ? uint32_t(cell_[t]) * stride_[map] : 0;
+    }
+  }
 
   // The value of bin q. Bins are asked for in order.
   __device__ T operator()(int32_t q) {
     T sum = T(0);
-    const int32_t begin = y_.bin_offset[q], end = y_.bin_offset[q + 1];
+    const int32_t begin = y_.bin_offset[q], end = y_.bin_offset[q + 1], first = y_.bin_cell[q] - begin;
     for (int32_t j = begin; j < end; ++j) {
-      const int32_t row = y_.bin_cell[q] + j - begin;
+      const int32_t row = first + j;
       if (row > row_) {
         before_ = value_;
         value_ = row_sum(y_.cell[row]);
@@ -101,14 +112,26 @@ class Column {
   }
 
  private:
-  __device__ T row_sum(int64_t y) const {
-    const E* a = a_ + y * a_stride_[0];
-    const E* b = b_ ? b_ + y * b_stride_[0] : nullptr;
+  static constexpr int kKept = 4;  // all that a bin weighs at a sampling ratio of 2
+  static constexpr int kMaps = kDifference ? 2 : 1;
+
+  __device__ T row_sum(int32_t y) const {
+    const E* row[2];
+    for (int map = 0; map < kMaps; ++map) {
+      row[map] = first_[map] + uint64_t(uint32_t(y)) * row_stride_[map];
+      RAKD_OPAQUE(row[map]);
+    }
     T sum = T(0);
-    for (int32_t t = 0; t < taps_; ++t) {
-      const int64_t x = cell_[t];
-      T value = widen(a[x * a_stride_[1]]);
-      if (b) value -= widen(b[x * b_stride_[1]]);
+    RAKD_UNROLL
+    for (int t = 0; t < kKept; ++t) {
+      if (t >= taps_) continue;
+      T value = widen(row[0][kept_at_[0][t]]);
+      if (kDifference) value -= widen(row[1][kept_at_[1][t]]);
+      sum += kept_weight_[t] * value;
+    }
+    for (int32_t t = kKept; t < taps_; ++t) {
+      T value = widen(row[0][uint32_t(cell_[t]) * stride_[0]]);
+      if (kDifference) value -= widen(row[1][uint32_t(cell_[t]) * stride_[1]]);
       sum += weight_[t] * value;
     }
     return sum;
@@ -118,8 +141,10 @@ class Column {
   const int32_t* cell_;
   const T* weight_;
   int32_t taps_;
-  const E *a_, *b_;
-  int64_t a_stride_[2], b_stride_[2];
+  const E* first_[2];
+  uint32_t row_stride_[2], stride_[2];  // from row to row, from cell to cell
+  T kept_weight_[kKept];
+  uint32_t kept_at_[kMaps][kKept];
   int32_t row_ = -1;  // among the touched ones; its sum and that of the one before it
   T value_ = T(0), before_ = T(0);
 };
@@ -169,7 +194,7 @@ __global__ void distill_pool(DistillPool<E> call) {
     return;
   }
 
-  const MapView<const E>&a = call.map[0].level[level], &e = call.map[1].level[level], none{};
+  const MapView<const E>&a = call.map[0].level[level], &e = call.map[1].level[level];
   const Owner owner(columns, a.stride[1] == 1);
   const AxisTable<T> y = axis_table(tables, 0, level, 0, room), x = axis_table(tables, 0, level, 1, room);
   const int side = kTwoSides ? 1 : 0;
@@ -186,7 +211,8 @@ __global__ void distill_pool(DistillPool<E> call) {
       // Threads without a column read along with the first.
       const int32_t bin = real ? p : 0;
       const int64_t plane = real ? channel : 0;
-      Column<E> one(y, x, bin, image, plane, a, kTwoSides ? none : e), other(ey, ex, bin, image, plane, e, none);
+      Column<E, !kTwoSides> one(y, x, bin, image, plane, a, e);
+      Column<E, false> other(ey, ex, bin, image, plane, e, e);
       for (int32_t top = 0; top < bins_y; top += kStageBins) {
         const int32_t height = bins_y - top < kStageBins ? bins_y - top : kStageBins;
         for (int32_t q = 0; q < height; ++q) {
@@ -292,8 +318,9 @@ __global__ void align_pool(AlignPool<E> call) {
             if (scale == 0.0) continue;
             const int64_t image = int64_t(tables.rows[5 * box]);
             const Room<T> room = room_of(level);
-            Column<E> column(axis_table(tables, 0, level, 0, room), axis_table(tables, 0, level, 1, room),
-                             left + owner.column, image, channel, call.map.level[level], MapView<const E>{});
+            const MapView<const E>& map = call.map.level[level];
+            Column<E, false> column(axis_table(tables, 0, level, 0, room), axis_table(tables, 0, level, 1, room),
+                                    left + owner.column, image, channel, map, map);
             for (int32_t q = 0; q < height; ++q) mine[q * columns * kPitch] += T(scale) * column(top + q);
           }
         }

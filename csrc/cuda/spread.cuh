@@ -32,6 +32,7 @@ struct Spread {
 struct Meeting {
   int32_t box;                 // from the first candidate
   int32_t row, column;         // first touched row and column of the tile, by their numbers in the box's tables
+  uint32_t rows, columns;      // those of the tile that are touched, a bit each
   int32_t first_bin, end_bin;  // of x: those that feed the tile
 };
 
@@ -54,12 +55,6 @@ RAKD_HD int32_t lower_bound(const int32_t* values, int32_t low, int32_t high, in
   return low;
 }
 
-// Number of `cell` among the touched ones low .. high - 1, or -1.
-RAKD_HD int32_t find_cell(const int32_t* cells, int32_t low, int32_t high, int32_t cell) {
-  const int32_t found = lower_bound(cells, low, high, cell);
-  return found < high && cells[found] == cell ? found : -1;
-}
-
 // What a tile of one image of one level is about.
 struct Tile {
   int32_t image, top, left, rows, columns;
@@ -80,6 +75,16 @@ RAKD_HD CellRange cells_between(const int32_t* cells, int32_t count, int32_t low
   return CellRange{begin, lower_bound(cells, begin, most, low + size)};
 }
 
+// Bits of the touched cells from number `begin` on that lie before `low + size`, from `low` on; size is at most 32.
+RAKD_HD uint32_t touched_bits(const int32_t* cells, int32_t begin, int32_t count, int32_t low, int32_t size) {
+  uint32_t bits = 0;
+  for (int32_t t = begin; t < count && cells[t] < low + size; ++t) bits |= uint32_t(1) << (cells[t] - low);
+  return bits;
+}
+
+// Bits below `place`.
+RAKD_HD uint32_t bits_below(int32_t place) { return (uint32_t(1) << place) - 1; }
+
 // Whether `box` puts something into the tile, and where to look for it.
 template <class T>
 __device__ bool meet(const Tables<T>& tables, int side, int level, int64_t box, const Tile& tile, Meeting* found) {
@@ -87,13 +92,14 @@ __device__ bool meet(const Tables<T>& tables, int side, int level, int64_t box, 
   if (!extent_meets(extent, tables.boxes, tile)) return false;
   const Room<T> room = workspace_room(tables, level, box);
   const AxisTable<T> y = axis_table(tables, side, level, 0, room), x = axis_table(tables, side, level, 1, room);
-  const CellRange rows = cells_between(y.cell, *y.count, tile.top, tile.rows);
-  const CellRange columns = cells_between(x.cell, *x.count, tile.left, tile.columns);
-  if (rows.begin == rows.end || columns.begin == columns.end) return false;
-  found->row = rows.begin;
-  found->column = columns.begin;
-  found->first_bin = x.cell_bin[columns.begin];
-  found->end_bin = lower_bound(x.bin_cell, found->first_bin, tables.bins[1], columns.end);
+  found->row = lower_bound(y.cell, 0, *y.count, tile.top);
+  found->rows = touched_bits(y.cell, found->row, *y.count, tile.top, tile.rows);
+  found->column = lower_bound(x.cell, 0, *x.count, tile.left);
+  found->columns = touched_bits(x.cell, found->column, *x.count, tile.left, tile.columns);
+  if (found->rows == 0 || found->columns == 0) return false;
+  const int32_t end = found->column + __popc(found->columns);
+  found->first_bin = x.cell_bin[found->column];
+  found->end_bin = lower_bound(x.bin_cell, found->first_bin, tables.bins[1], end);
   return true;
 }
 
@@ -146,14 +152,31 @@ __device__ __forceinline__ void write_channels(const T* sum, T sign, E* out, int
   }
 }
 
-// Block (tile of all sides, levels and images, slab); blockDim.x is a multiple of 32.
-template <class E>
+// Values of the bins that feed a cell, from[i * stride], weighted.
+template <class E, class T, class GetTable>
+__device__ __forceinline__ T mix(const Feed<T>& feed, const GetTable& table, int32_t cell, const E* from,
+                                 int64_t stride) {
+  constexpr int kKept = Feed<T>::kKept;
+  T sum = T(0);
+  RAKD_UNROLL
+  for (int i = 0; i < kKept; ++i) {
+    if (i < feed.count) sum += feed.kept[i] * widen(from[i * stride]);
+  }
+  for (int32_t i = kKept; i < feed.count; ++i) sum += table().weight(feed.first + i, cell) * widen(from[i * stride]);
+  return sum;
+}
+
+// Block (tile of all sides, levels and images, slab); blockDim.x is a multiple of 32. kPooled: from pooled differences,
+// else from the output's gradient.
+template <class E, bool kPooled>
 __global__ void spread(Spread<E> call) {
   typedef typename Accumulator<E>::type T;
   RAKD_SHARED(shared);
   const Tables<T>& tables = call.tables;
   const int32_t bins_y = tables.bins[0], bins_x = tables.bins[1], bins = bins_y * bins_x;
-  const int warps = int(blockDim.x) / 32, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int warps = int(blockDim.x) / 32, lane = int(threadIdx.x) % 32;
+  // By way of a shuffle, so that compilers know it for the same in all lanes, and keep it.
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   T* mixed = reinterpret_cast<T*>(shared);  // [kMixBins, kMixPitch] a warp
   double* sums = reinterpret_cast<double*>(mixed + warps * kMixBins * kMixPitch);
   Meeting* meetings = reinterpret_cast<Meeting*>(sums + warps);
@@ -181,8 +204,18 @@ __global__ void spread(Spread<E> call) {
   RAKD_UNROLL
   for (int c = 0; c < kSlab; ++c) sum[c] = T(0);
 
+  // Of box 0; those of the others lie so far apart each.
+  const Feed<T>* row_feeds = axis_feeds(tables, side, level, 0, 0);
+  const Feed<T>* column_feeds = axis_feeds(tables, side, level, 1, 0);
+  const uint32_t feeds_apart = uint32_t(tables.level[level].feeds);
+  const T* pooled = kPooled ? call.pooled + (level * tables.boxes * slabs + slab) * bins * kSlab : nullptr;
+  const uint64_t pooled_apart = uint64_t(slabs) * kSlab * uint32_t(bins);
+  RAKD_OPAQUE(row_feeds);
+  RAKD_OPAQUE(column_feeds);
+  RAKD_OPAQUE(pooled);
+
   for (int64_t begin = 0; begin < tables.boxes; begin += blockDim.x) {
-    Meeting own{int32_t(threadIdx.x), 0, 0, 0, 0};
+    Meeting own{int32_t(threadIdx.x), 0, 0, 0, 0, 0, 0};
     const int64_t candidate = begin + threadIdx.x;
     const bool meets = candidate < tables.boxes && meet(tables, side, level, candidate, tile, &own);
     int32_t found;
@@ -191,39 +224,41 @@ __global__ void spread(Spread<E> call) {
     __syncthreads();
     for (int32_t n = 0; n < found; ++n) {
       const Meeting at = meetings[n];
-      const int64_t box = begin + at.box;
-      const Room<T> room = workspace_room(tables, level, box);
-      const AxisTable<T> ay = axis_table(tables, side, level, 0, room), ax = axis_table(tables, side, level, 1, room);
-      // A tile's row number r is at most the r-th touched one from the first.
-      const int32_t rows = at.row + warp + 1 < *ay.count ? at.row + warp + 1 : *ay.count;
-      const int32_t ty = find_cell(ay.cell, at.row, rows, y);
-      if (ty < 0) continue;  // the whole warp
-      const int32_t columns = at.column + lane + 1 < *ax.count ? at.column + lane + 1 : *ax.count;
-      const int32_t tx = find_cell(ax.cell, at.column, columns, x), first_q = ay.cell_bin[ty];
-      int32_t p = tx < 0 ? bins_x : ax.cell_bin[tx];  // the lane's next bin
-      const int64_t entry = (level * tables.boxes + box) * slabs + slab;
-      const T* pooled = call.pooled ? call.pooled + entry * bins * kSlab : nullptr;
-      const E* gradient = pooled ? nullptr : call.output_gradient + (box * call.channels + slab * kSlab) * bins;
+      if (!(at.rows >> warp & 1)) continue;  // the whole warp
+      const uint32_t box = uint32_t(begin + at.box);
+      const int32_t row = at.row + __popc(at.rows & bits_below(warp));
+      const int32_t column = at.column + __popc(at.columns & bits_below(lane));
+      const Feed<T> of_row = row_feeds[uint64_t(box) * feeds_apart + row];
+      Feed<T> of_column{};
+      if (at.columns >> lane & 1) of_column = column_feeds[uint64_t(box) * feeds_apart + column];
+      // For further weights than those of the feeds.
+      const auto table = [&](int axis) {
+        return axis_table(tables, side, level, axis, workspace_room(tables, level, int64_t(box)));
+      };
+      int32_t done = 0;  // of the lane's bins
       for (int32_t left = at.first_bin; left < at.end_bin; left += kMixBins) {
         const int32_t width_x = at.end_bin - left < kMixBins ? at.end_bin - left : kMixBins;
-        for (int32_t i = lane; i < width_x * kSlab; i += 32) {
-          // Neighbouring lanes read neighbouring addresses of either.
-          const int32_t bin = pooled ? i / kSlab : i % width_x, c = pooled ? i % kSlab : i / width_x;
-          T value = T(0);
-          for (int32_t q = first_q; q < bins_y && ay.bin_cell[q] <= ty; ++q) {
-            const int64_t from = int64_t(q) * bins_x + left + bin;
-            if (pooled) {
-              value += ay.weight(q, ty) * pooled[from * kSlab + c];
-            } else if (c < channels) {
-              value += ay.weight(q, ty) * widen(gradient[int64_t(c) * bins + from]);
-            }
+        if (kPooled) {
+          const T* from = pooled + box * pooled_apart + int64_t(of_row.first * bins_x + left) * kSlab;
+          T* to = mixed + lane / kSlab * kMixPitch + lane % kSlab;
+          for (int32_t i = lane; i < width_x * kSlab; i += 32, to += 32 / kSlab * kMixPitch) {
+            *to = mix(of_row, [&] { return table(0); }, row, from + i, int64_t(bins_x) * kSlab);
           }
-          if (!pooled) value *= T(tables.scales[level * tables.boxes + box]);
-          mixed[bin * kMixPitch + c] = value;
+        } else {
+          const E* gradient = call.output_gradient + (int64_t(box) * call.channels + slab * kSlab) * bins +
+                              of_row.first * bins_x + left;
+          const T scale = T(tables.scales[level * tables.boxes + box]);
+          for (int32_t i = lane; i < width_x * kSlab; i += 32) {
+            const int32_t bin = i % width_x, c = i / width_x;
+            const E* from = gradient + int64_t(c) * bins + bin;
+            const T value = c < channels ? mix(of_row, [&] { return table(0); }, row, from, bins_x) : T(0);
+            mixed[bin * kMixPitch + c] = value * scale;
+          }
         }
         __syncwarp();
-        for (; p < left + width_x && ax.bin_cell[p] <= tx; ++p) {
-          const T weight = ax.weight(p, tx);
+        for (; done < of_column.count && of_column.first + done < left + width_x; ++done) {
+          const int32_t p = of_column.first + done;
+          const T weight = done == 0 ? of_column.kept[0] : done == 1 ? of_column.kept[1] : table(1).weight(p, column);
           const Quad<T>* from = reinterpret_cast<const Quad<T>*>(mixed + (p - left) * kMixPitch);
           RAKD_UNROLL
           for (int quad = 0; quad < kSlab / 4; ++quad) {

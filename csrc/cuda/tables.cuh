@@ -15,13 +15,23 @@ namespace gpu {
 
 // Where the arrays of one axis begin in the room of its box and level.
 struct AxisLayout {
-  int32_t ints, weights;
+  int32_t ints, weights, feeds;
   int32_t cells;  // capacity
 };
 
 // Elements of the room of a box on one level, and of those on the levels before it.
 struct LevelLayout {
   int32_t ints, weights, ints_before, weights_before;
+  int32_t feeds = 0, feeds_before = 0;  // only of tables that have them
+};
+
+// R by columns: the bins that feed one touched cell, so many from the first on, and the weights of the first of them,
+// which are all there are where bins are wider than a cell. Read at once, as the tables would be one after another.
+template <class T>
+struct alignas(16) Feed {
+  static constexpr int kKept = 2;
+  int32_t first, count;
+  T kept[kKept];
 };
 
 // Everything about the call that is known before the boxes are.
@@ -43,6 +53,7 @@ struct Tables {
   const double* coefficients;  // [boxes] or nullptr for ones
   int32_t* ints;               // the workspace; nullptr where nothing reads it
   T* weights;
+  Feed<T>* feeds;    // of the touched cells of either axis, for the gradients
   int32_t* extents;  // [sides, levels, kExtent, boxes], for the gradients; nullptr: not wanted
   double* scales;    // [levels, boxes]: coefficient times level weight times factor; nullptr: not wanted
 };
@@ -64,19 +75,28 @@ RAKD_HD Room<T> workspace_room(const Tables<T>& tables, int level, int64_t box) 
                  tables.weights + tables.boxes * at.weights_before + box * at.weights};
 }
 
+// The feeds of the touched cells of one axis, in the workspace.
+template <class T>
+RAKD_HD Feed<T>* axis_feeds(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
+  const LevelLayout& at = tables.level[level];
+  return tables.feeds + tables.boxes * at.feeds_before + box * at.feeds + tables.axis[side][level][axis].feeds;
+}
+
 RAKD_HD int64_t axis_int_count(int64_t cells, int64_t bins) { return 2 * cells + 3 * bins + 2; }
 
 template <class T>
 RAKD_HD AxisTable<T> axis_table(const Tables<T>& tables, int side, int level, int axis, const Room<T>& room) {
   const AxisLayout& at = tables.axis[side][level][axis];
-  const int32_t bins = tables.bins[axis];
+  // Sums of 32 bits, added to a pointer once each, cost a device least.
+  const int32_t bins = tables.bins[axis], cell = at.ints + 1, cell_bin = cell + at.cells,
+                bin_cell = cell_bin + at.cells, bin_offset = bin_cell + bins, bin_new = bin_offset + bins + 1;
   AxisTable<T> table;
   table.count = room.ints + at.ints;
-  table.cell = table.count + 1;
-  table.cell_bin = table.cell + at.cells;
-  table.bin_cell = table.cell_bin + at.cells;
-  table.bin_offset = table.bin_cell + bins;
-  table.bin_new = table.bin_offset + bins + 1;
+  table.cell = room.ints + cell;
+  table.cell_bin = room.ints + cell_bin;
+  table.bin_cell = room.ints + bin_cell;
+  table.bin_offset = room.ints + bin_offset;
+  table.bin_new = room.ints + bin_new;
   table.pool = room.weights + at.weights;
   return table;
 }
@@ -155,12 +175,29 @@ __device__ void publish_extent(const Tables<T>& tables, int level, int64_t box, 
   }
 }
 
-// The same, and the tables themselves.
+template <class T>
+__device__ Feed<T> feed_of(const AxisTable<T>& table, int32_t bins, int32_t t) {
+  const int32_t first = table.cell_bin[t];
+  int32_t end = first + 1;
+  while (end < bins && table.bin_cell[end] <= t) ++end;
+  Feed<T> feed{first, end - first, {}};
+  for (int i = 0; i < Feed<T>::kKept; ++i) feed.kept[i] = i < feed.count ? table.weight(first + i, t) : T(0);
+  return feed;
+}
+
+// The same, the tables themselves, and the feeds.
 template <class T>
 __device__ void publish(const Tables<T>& tables, int level, int64_t box, const Room<T>& room, double scale) {
   publish_extent(tables, level, box, room, scale);
+  if (scale == 0.0) return;
+  for (int i = 0; i < 2 * tables.sides; ++i) {
+    const int side = i / 2, axis = i % 2;
+    const AxisTable<T> table = axis_table(tables, side, level, axis, room);
+    Feed<T>* feeds = axis_feeds(tables, side, level, axis, box);
+    for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) feeds[t] = feed_of(table, tables.bins[axis], t);
+  }
   const Room<T> kept = workspace_room(tables, level, box);
-  if (scale == 0.0 || kept.ints == room.ints) return;
+  if (kept.ints == room.ints) return;
   for (int32_t i = threadIdx.x; i < tables.level[level].ints; i += blockDim.x) kept.ints[i] = room.ints[i];
   for (int32_t i = threadIdx.x; i < tables.level[level].weights; i += blockDim.x) {
     kept.weights[i] = room.weights[i];

@@ -65,10 +65,19 @@ inline IntList shapes_of(const std::vector<Tensor>& maps, const char* name, cons
   return shapes;
 }
 
+// Kernels hold the strides of rows and columns, and what lies in a row, in 32 bits.
+inline void check_strides(const Tensor& map) {
+  const bool apart = map.size(2) == 1 || map.stride(2) <= INT32_MAX;
+  STD_TORCH_CHECK(apart && (map.size(3) - 1) * map.stride(3) <= INT32_MAX,
+                  "maps: expected rows less than 2^31 elements long and apart, got strides ", map.stride(2), " and ",
+                  map.stride(3), " for ", map.size(3), " columns");
+}
+
 template <class E>
 Pyramid<E> pyramid(const std::vector<Tensor>& maps) {
   Pyramid<E> result{};
   for (size_t l = 0; l < maps.size(); ++l) {
+    check_strides(maps[l]);
     result.level[l].data = static_cast<E*>(maps[l].data_ptr());
     for (int i = 0; i < 4; ++i) result.level[l].stride[i] = maps[l].stride(i);
   }
@@ -91,6 +100,7 @@ struct Workspace {
                     "boxes: expected contiguous float64 [K, 5] on the maps' device");
     STD_TORCH_CHECK(4 * strides.size() == shapes.size(), "strides: expected one per map");
     tables.boxes = boxes.size(0);
+    STD_TORCH_CHECK(tables.boxes <= INT32_MAX, "boxes: expected fewer than 2^31, got ", tables.boxes);
     tables.levels = static_cast<int32_t>(strides.size());
     tables.sides = other_shapes ? 2 : 1;
     tables.images = static_cast<int32_t>(shapes[0]);
@@ -120,6 +130,10 @@ struct Workspace {
     STD_TORCH_CHECK(sizes.room <= kMaxRoom, "maps: too many rows and columns for the tables of one box");
     memory.push_back(buffer(like, sizes.ints, ScalarType::Int, &tables.ints));
     memory.push_back(buffer(like, sizes.weights, scalar_type_of<T>(), &tables.weights));
+    int32_t* feeds = nullptr;
+    memory.push_back(
+        buffer(like, sizes.feeds * static_cast<int64_t>(sizeof(Feed<T>) / sizeof(int32_t)), ScalarType::Int, &feeds));
+    tables.feeds = reinterpret_cast<Feed<T>*>(feeds);
     memory.push_back(buffer(like, sizes.extents, ScalarType::Int, &tables.extents));
     memory.push_back(buffer(like, sizes.scales, ScalarType::Double, &tables.scales));
   }

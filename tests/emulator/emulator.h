@@ -131,6 +131,8 @@ inline void __threadfence() {
 #endif
 }
 
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
+
 template <typename T>
 T __ldg(const T* address) {
   return *address;

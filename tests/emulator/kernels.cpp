@@ -75,6 +75,7 @@ void allocate(Tables<T>& tables, const Problem& problem, Workspace& workspace, K
   const WorkspaceSizes sizes = plan_workspace(tables, keep, all_levels, block_sizes(problem));
   if (sizes.ints > 0) tables.ints = workspace.take<int32_t>(sizes.ints);
   if (sizes.weights > 0) tables.weights = workspace.take<T>(sizes.weights);
+  if (sizes.feeds > 0) tables.feeds = workspace.take<Feed<T>>(sizes.feeds);
   if (sizes.extents > 0) tables.extents = workspace.take<int32_t>(sizes.extents);
   if (sizes.scales > 0) tables.scales = workspace.take<double>(sizes.scales);
 }

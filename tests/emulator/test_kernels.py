@@ -255,6 +255,20 @@ def test_boxes_of_hardly_any_extent(module: ModuleType) -> None:
         call.check(call.align(module), call.expected_align())
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_cells_that_no_sample_touches_may_hold_anything(module: ModuleType, layout: str) -> None:
+    """Bins of two cells and more: one sample leaves cells unread, and some bins weigh fewer cells than others."""
+    call = Call(layout=layout, strides=(4,), channels=2, sampling_ratio=1, output_size=(3, 5), batch=1)
+    call.boxes = torch.tensor([[0.0, 9.3, 7.1, 61.7, 33.9], [0.0, 21.0, 5.0, 117.5, 38.0]], dtype=torch.float64)
+    call.coefficients = torch.ones(2, dtype=torch.float64)
+    clean = call.distill(module)
+    call.check(clean, call.expected_distill())
+    call.apprentice[0][:, :, ~clean[2].abs().sum(dim=(0, 1)).bool()] = float("inf")
+    assert not torch.isfinite(call.apprentice[0]).all()
+    for again, before in zip(call.distill(module), clean, strict=True):
+        assert torch.equal(again, before)
+
+
 @pytest.mark.parametrize("threads", OTHER_THREADS)
 def test_block_sizes(module: ModuleType, threads: tuple[int, ...]) -> None:
     call = Call(threads=threads)

@@ -16,7 +16,7 @@ import test_kernels
 # Name: (file, text, what replaces it), ...
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "barrier between mixing and spreading removed": [(
-        "cuda/spread.cuh", "__syncwarp();\n        for (; p", "for (; p",
+        "cuda/spread.cuh", "__syncwarp();\n        for (; done", "for (; done",
     )],
     "barrier after spreading removed": [("cuda/spread.cuh", "__syncwarp();  // the mixed row is written anew", "")],
     "barrier of the block sum removed": [(
@@ -52,9 +52,19 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "boxes of other images": [("cuda/spread.cuh", "if (extent[0] != tile.image) return false;", "")],
     "bounds check of the tile missing": [("cuda/spread.cuh", "if (y >= height || x >= width) return;", "")],
     "bounds check of channels missing": [("cuda/spread.cuh", "if (c < channels) narrow", "narrow")],
-    "a lane's last column missed": [("cuda/spread.cuh", "at.column + lane + 1 <", "at.column + lane <"), (
-        "cuda/spread.cuh", "at.column + lane + 1 :", "at.column + lane :",
+    "a tile's last column missed": [(
+        "cuda/spread.cuh", "t < count && cells[t] < low + size;", "t < count && cells[t] < low + size - 1;",
     )],
+    "a cell's own bit counted": [("cuda/spread.cuh", "(uint32_t(1) << place) - 1", "(uint32_t(2) << place) - 1")],
+    "bins beyond the kept ones forgotten": [(
+        "cuda/spread.cuh", "for (int32_t i = kKept; i < feed.count; ++i)", "for (int32_t i = 9; i < 9; ++i)",
+    )],
+    "a third bin of x forgotten": [("cuda/spread.cuh", "table(1).weight(p, column)", "T(0)")],
+    "feeds of another box": [("cuda/spread.cuh", "row_feeds[uint64_t(box) * feeds_apart + row]", "row_feeds[row]")],
+    "cells beyond the kept ones forgotten": [(
+        "cuda/pool.cuh", "for (int32_t t = kKept; t < taps_; ++t)", "for (int32_t t = taps_; t < taps_; ++t)",
+    )],
+    "cells kept that the bin does not weigh": [("cuda/pool.cuh", "if (t >= taps_) continue;", "")],
     "wrong weight": [("axis_table.h", "+= T(tap.weight_high / share)", "+= T(tap.weight_low / share)")],
     "a shared cell counted twice": [("axis_table.h", "count += cells - repeated;", "count += cells;")],
     "reordered samples": [("axis_table.h", "if (tap.low > 0 && next", "if (false && next")],
@@ -117,6 +127,7 @@ def battery(module: ModuleType) -> None:
             {"expert_strides": (3.0, 7.0), "channels": 17},
             {"threads": (32, 64, 64, 64, 32)},
             {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
+            {"sampling_ratio": 4, "strides": (2,), "output_size": (1, 1), "channels": 2},  # a bin weighs eight cells
         ):
             call = test_kernels.Call(**options)  # type: ignore[arg-type]
             call.check(call.distill(module), call.expected_distill())
@@ -132,6 +143,7 @@ def battery(module: ModuleType) -> None:
     call.boxes[1, 0] = 5.0
     assert call.distill(module)[0][1] == 0.0
     test_kernels.test_boxes_of_hardly_any_extent(module)
+    test_kernels.test_cells_that_no_sample_touches_may_hold_anything(module, "contiguous")
 
 
 CHILD = f"""
