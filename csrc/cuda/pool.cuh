@@ -70,7 +70,7 @@ struct Owner {
 // same shape is taken off the first at load.
 //
 // The first cells that a bin weighs stay in registers, so that a row's loads are all under way together. Their offsets
-// in a row are of 32 bits (see pyramid() of tensors.h).
+// in a row are of 32 bits (check_strides() of tensors.h).
 template <class E, bool kDifference>
 class Column {
  public:
