@@ -35,7 +35,7 @@ double factor_cost(const Patch<T>& patch, bool gradients) {
   return (3.2 * taps + 15.0 * bins) * (gradients ? 1.0 : 0.4);
 }
 
-// And for one cell of the operator's window of one cell.
+// Clock cycles that the operator takes for a block of channels, for one cell of one cell's window.
 constexpr double kCellOfWindow = 0.8;
 
 // G = R^T R along one axis, by distance on the map: value[(cell - first) * kHalf + distance], distances 0 to kRadius.
@@ -160,7 +160,7 @@ bool choose_assembled(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, 
     factors += factor_cost(patch, gradients);
   }
   // Far-reaching patches widen the windows of all the cells they cover, so they join last, if at all.
-  std::vector<uint8_t> window(plan.pixels, 0);  // cells of each one's window
+  std::vector<uint8_t> window(plan.pixels, 0);  // cells of the largest window at each
   double least = factors * channel_blocks;
   int limit = -1;
   for (int most = 0; most <= kRadius; ++most) {

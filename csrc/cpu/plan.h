@@ -96,6 +96,7 @@ struct GramRun {
 template <class T>
 struct GramOperator {
   static constexpr int kRadius = 4, kHalf = kRadius + 1;
+  static_assert(kRadius <= kGap, "windows reach over a segment's ends into the gap");
   T* weight = nullptr;  // [radius_y + 1][pixels and gaps][kHalf]; nullptr: no patch is assembled
   int64_t plane = 0;    // values from one row below to the next
   int radius_y = 0;

@@ -258,6 +258,7 @@ __global__ void spread(Spread<E> call) {
         __syncwarp();
         for (; done < of_column.count && of_column.first + done < left + width_x; ++done) {
           const int32_t p = of_column.first + done;
+          static_assert(Feed<T>::kKept == 2, "weights are told apart below");
           const T weight = done == 0 ? of_column.kept[0] : done == 1 ? of_column.kept[1] : table(1).weight(p, column);
           const Quad<T>* from = reinterpret_cast<const Quad<T>*>(mixed + (p - left) * kMixPitch);
           RAKD_UNROLL

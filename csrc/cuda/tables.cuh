@@ -25,8 +25,9 @@ struct LevelLayout {
   int32_t feeds = 0, feeds_before = 0;  // only of tables that have them
 };
 
-// R by columns: the bins that feed one touched cell, so many from the first on, and the weights of the first of them,
-// which are all there are where bins are wider than a cell. Read at once, as the tables would be one after another.
+// R by columns: the bins that feed one touched cell, so many from the first on, and the weights of the first two,
+// beyond which there are none where bins are two cells wide or more. Read at once, as the tables would be one after
+// another.
 template <class T>
 struct alignas(16) Feed {
   static constexpr int kKept = 2;

@@ -141,11 +141,11 @@ def test_boxes_of_hardly_any_extent(module: ModuleType) -> None:
 
 
 def test_chosen_by_shape(module: ModuleType) -> None:
-    """From 100 bins on, for one shape of maps; asked for, wherever its workspace is bounded."""
+    """From 256 bins on, for one shape of maps; asked for, wherever its workspace is bounded."""
     small = {"channels": 2, "boxes": 2}
     for options, gram in (
-        ({"form": "shape", "output_size": (10, 10)}, True),
-        ({"form": "shape", "output_size": (9, 11)}, False),
+        ({"form": "shape", "output_size": (16, 16)}, True),
+        ({"form": "shape", "output_size": (15, 17)}, False),
         ({"form": "pooled", "output_size": (10, 10)}, False),
         ({"expert_strides": (3.0, 7.0), "output_size": (10, 10)}, False),
         ({"boxes": 0}, False),
