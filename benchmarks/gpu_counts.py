@@ -21,20 +21,22 @@ from torch import Tensor
 
 from benchmarks.workloads import STRIDES, Workload
 
-# csrc/cuda: channels of a slab, rows and columns of a tile, bins of x mixed at a time, bins of y in the stage, threads
-# of a pooling block, and the number of pooling blocks beyond which each takes more channels.
-SLAB, TILE_ROWS, TILE_COLUMNS, MIX_BINS, STAGE_BINS, POOL_THREADS, ENOUGH_BLOCKS = 16, 8, 32, 16, 8, 128, 4096
+# csrc/cuda: channels of a slab, rows and columns of a tile, bins of x mixed between barriers and at once, bins of y in
+# the stage, threads of a pooling block, and the number of pooling blocks beyond which each takes more channels.
+SLAB, TILE_ROWS, TILE_COLUMNS, MIX_BINS, MIXED_AT_ONCE, STAGE_BINS, POOL_THREADS = 32, 8, 32, 16, 4, 8, 128
+ENOUGH_BLOCKS = 4096
 # Of the Gram form: channels, rows and columns of a tile, threads, cells that fit the stage (float32), cells around the
 # tile that are staged where not all fit, and bins from which it is chosen.
 GRAM_SLAB, GRAM_ROWS, GRAM_COLUMNS, GRAM_THREADS, STAGE_CELLS, HALO, GRAM_BINS = 32, 8, 16, 128, 321, 3, 256
 
-# Instructions of a warp: of a tap of a row's sum (up to four of them), of such a sum, of a tap of a bin; of 32 mixed
-# values, of each bin of y that they are mixed from (up to two); of a row of a box in a tile, of each bin of x (up to
-# two) that feeds a cell.
-TAP, ROW_SUM, BIN_TAP, MIX, MIX_BIN, SPREAD_ROW, SPREAD_BIN = 8, 24, 17, 12, 6, 102, 39
+# Instructions of a warp: of a tap of a row's sum (up to four of them), of such a sum, of a tap of a bin; of four bins
+# of x mixed together, of each bin of y that they are mixed from; where those are more than two, of each bin of x and of
+# each further bin of y; of a row of a box in a tile, of each bin of x that feeds a cell, and more from the third on.
+TAP, ROW_SUM, BIN_TAP, MIX, MIX_BIN, MIX_MANY, MIX_FURTHER = 8, 24, 17, 14, 9, 58, 35
+SPREAD_ROW, SPREAD_BIN, SPREAD_FURTHER = 85, 57, 50
 # Of a needed row of a piece, of a cell of the widest band; of making a piece, of a warp's beginning with it; of 32
 # staged quads; of a quad that is loaded because it is not staged.
-GRAM_ROW, GRAM_CELL, MAKE_PIECE, TAKE_PIECE, STAGE, DIRECT_CELL = 55, 9, 500, 100, 100, 100
+GRAM_ROW, GRAM_CELL, MAKE_PIECE, TAKE_PIECE, STAGE, DIRECT_CELL = 55, 9, 500, 100, 80, 80
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,13 @@ def pooled_work(workload: Workload, patches: list[Patches]) -> Work:
         work.multiply_adds += int((pooling + mixed + rows * taps_x).sum())
         pool = rows * (TAP * taps_x + ROW_SUM * bins) + BIN_TAP * taps_y * bins
         work.warps += float(pool.sum()) * channels / 32 * idle
-        mix = (-(-bins_of_tile // 2)).sum(-1) * (MIX_BIN * taps_y + MIX * rows)
+        of_row, many = patch.y.sum(1), patch.y.sum(1) > 2  # [K, H]: bins that feed it
+        few = (MIX_BIN * of_row + MIX * (of_row > 0)) * ~many
+        mix = (-(-bins_of_tile // MIXED_AT_ONCE)).sum(-1) * few.sum(-1)
+        mix += bins_of_tile.sum(-1) * (many * (MIX_MANY + MIX_FURTHER * (of_row - 2))).sum(-1)
         most = in_tiles(patch.x.sum(1), TILE_COLUMNS).amax(-1)
-        spread = rows * (SPREAD_ROW * (most > 0) + SPREAD_BIN * most).sum(-1)
+        further = SPREAD_FURTHER * (most - 2).clamp(min=0)
+        spread = rows * (SPREAD_ROW * (most > 0) + SPREAD_BIN * most + further).sum(-1)
         work.warps += float((mix + spread).sum()) * slabs
     return work
 

@@ -103,9 +103,12 @@ __device__ void fill_stage(const GramGradient<E>& call, int level, int32_t image
   const int32_t columns = stage.held.columns();
   if (first_channel + quad * kQuad >= call.channels) return;
   const Difference<E> difference(a, e, image, first_channel + quad * kQuad, call.channels);
-  for (int32_t i = channels_inner ? thread / quads : thread % kGramColumns; i < stage.held.rows() * columns;
-       i += kGramColumns) {
-    const int32_t row = i / columns, column = i % columns;
+  // i / columns = i * reciprocal >> kShift, exactly for any i of the stage, and in 31 bits.
+  constexpr int kShift = 20;
+  static_assert(kMaxStageCells * kMaxStageColumns <= 1 << kShift && kMaxStageCells << kShift > 0, "exact");
+  const int32_t reciprocal = ((1 << kShift) + columns - 1) / max(columns, 1), cells = stage.held.rows() * columns;
+  for (int32_t i = channels_inner ? thread / quads : thread % kGramColumns; i < cells; i += kGramColumns) {
+    const int32_t row = i * reciprocal >> kShift, column = i - row * columns;
     stage.data[row * columns * quads + stage.place(column, quad, quads)] =
         difference(stage.held.top + row, stage.held.left + column);
   }
@@ -154,6 +157,7 @@ __device__ __forceinline__ void apply_piece(const GramGradient<E>& call, int lev
   const int32_t* cell = bands_of(call.tables, level, 1, piece.box).cell + piece.first[column];
   for (int32_t row = 0; row < piece.rows; ++row) {
     T middle[kQuad] = {T(0), T(0), T(0), T(0)};
+    RAKD_ROLLED
     for (int32_t s = 0; s < length; ++s) {
       const Quad<T> values = difference(piece.row[row], cell[s]);
       const T weight = piece.weight_x[s][column];

@@ -19,6 +19,7 @@ constexpr int kPieceCells = 8;                  // a ratio of 2 has bands of at 
 constexpr int kPieceRows = 16;                  // and a tile's rows are coupled with at most 14
 constexpr int kHaloRows = 3, kHaloColumns = 3;  // around the tile: what is staged where not all that is needed fits
 constexpr int kMaxStageColumns = 256;           // as a piece has a byte for each place
+constexpr int kMaxStageCells = 1024;            // see fill_stage()
 
 // Cells top .. bottom - 1, left .. right - 1 of a map.
 struct Rectangle {
@@ -32,6 +33,49 @@ struct Rectangle {
   }
 };
 
+// A quad of channels of one image of a map. Offsets in a row are of 32 bits (check_strides() of tensors.h).
+template <class E>
+class QuadPlane {
+ public:
+  typedef typename Accumulator<E>::type T;
+
+  __device__ QuadPlane(const MapView<const E>& map, int32_t image, int32_t channel, int32_t channels)
+      : first_(map.data + image * map.stride[0] + channel * map.stride[1]),
+        channel_stride_(map.stride[1]),
+        row_stride_(uint32_t(map.stride[2])),
+        stride_(uint32_t(map.stride[3])),
+        channels_(channels - channel < kQuad ? channels - channel : kQuad) {
+    constexpr uint32_t kWord = alignof(Together) / sizeof(E);
+    together_ = channel_stride_ == 1 && channels_ == kQuad && row_stride_ % kWord == 0 && stride_ % kWord == 0 &&
+                reinterpret_cast<uintptr_t>(first_) % alignof(Together) == 0;
+    RAKD_OPAQUE(first_);
+  }
+
+  // At a cell; zero for channels past the last.
+  __device__ __forceinline__ Quad<T> operator()(int32_t y, int32_t x) const {
+    const E* from = first_ + uint64_t(uint32_t(y)) * row_stride_ + uint32_t(x) * stride_;
+    Quad<T> values;
+    if (together_) {
+      const Together together = *reinterpret_cast<const Together*>(from);
+      RAKD_UNROLL
+      for (int c = 0; c < kQuad; ++c) values.value[c] = widen(together.value[c]);
+    } else {
+      RAKD_UNROLL
+      for (int c = 0; c < kQuad; ++c) values.value[c] = c < channels_ ? widen(from[c * channel_stride_]) : T(0);
+    }
+    return values;
+  }
+
+ private:
+  typedef Channels<E, kQuad> Together;
+
+  const E* first_;
+  int64_t channel_stride_;
+  uint32_t row_stride_, stride_;
+  int32_t channels_;
+  bool together_;  // whether each quad is a whole word
+};
+
 // A - E of a quad of channels of one image and level.
 template <class E>
 class Difference {
@@ -40,39 +84,18 @@ class Difference {
 
   __device__ Difference(const MapView<const E>& a, const MapView<const E>& e, int32_t image, int32_t channel,
                         int32_t channels)
-      : a_(a.data + image * a.stride[0] + channel * a.stride[1]),
-        e_(e.data + image * e.stride[0] + channel * e.stride[1]),
-        a_stride_{a.stride[1], a.stride[2], a.stride[3]},
-        e_stride_{e.stride[1], e.stride[2], e.stride[3]},
-        channels_(channels - channel < kQuad ? channels - channel : kQuad) {}
+      : a_(a, image, channel, channels), e_(e, image, channel, channels) {}
 
-  // At a cell; zero for channels past the last.
-  __device__ __forceinline__ Quad<T> operator()(int64_t y, int64_t x) const {
-    Quad<T> a, e;
-    load(a_ + y * a_stride_[1] + x * a_stride_[2], a_stride_[0], &a);
-    load(e_ + y * e_stride_[1] + x * e_stride_[2], e_stride_[0], &e);
+  __device__ __forceinline__ Quad<T> operator()(int32_t y, int32_t x) const {
+    Quad<T> value = a_(y, x);
+    const Quad<T> other = e_(y, x);
     RAKD_UNROLL
-    for (int c = 0; c < kQuad; ++c) a.value[c] -= e.value[c];
-    return a;
+    for (int c = 0; c < kQuad; ++c) value.value[c] -= other.value[c];
+    return value;
   }
 
  private:
-  typedef Channels<E, kQuad> Together;
-
-  __device__ __forceinline__ void load(const E* from, int64_t stride, Quad<T>* to) const {
-    if (stride == 1 && channels_ == kQuad && reinterpret_cast<uintptr_t>(from) % alignof(Together) == 0) {
-      const Together together = *reinterpret_cast<const Together*>(from);
-      RAKD_UNROLL
-      for (int c = 0; c < kQuad; ++c) to->value[c] = widen(together.value[c]);
-      return;
-    }
-    RAKD_UNROLL
-    for (int c = 0; c < kQuad; ++c) to->value[c] = c < channels_ ? widen(from[c * stride]) : T(0);
-  }
-
-  const E *a_, *e_;
-  int64_t a_stride_[3], e_stride_[3];
-  int32_t channels_;
+  QuadPlane<E> a_, e_;
 };
 
 // Differences in shared memory: [rows, columns, quads] of Quads. Quads of neighbouring columns are mixed such that

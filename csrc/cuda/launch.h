@@ -19,7 +19,7 @@ constexpr int64_t kMaxTiles = INT32_MAX - 1;  // of all gradients
 // Threads of a block, multiples of 32. Others are right as well (the tests run several); these are for speed. `gram` is
 // 32 times a power of two, on a GPU kGramThreads at most.
 struct BlockSizes {
-  int tables = 64, pool = 128, sum = 256, spread = 256, gram = 128;
+  int tables = 64, pool = 128, sum = 256, spread = kSpreadThreads, gram = 128;
 };
 
 // What a call keeps of the tables in the workspace, whatever fits shared memory: nothing, extents and scales, or all.

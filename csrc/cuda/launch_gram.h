@@ -105,6 +105,7 @@ template <class E>
 void launch_gram_gradient(GramGradient<E> call, const BlockSizes& blocks, cudaStream_t stream) {
   typedef typename Accumulator<E>::type T;
   static_assert(sizeof(call) <= 4096, "parameters of a kernel");
+  static_assert(kStageCells <= kMaxStageCells, "cells of the stage are divided by its columns");
   const GramTables<T>& gram = call.tables;
   call.first_tile[0] = 0;
   for (int level = 0; level < gram.levels; ++level) {

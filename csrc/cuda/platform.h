@@ -3,7 +3,7 @@
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
 //   __popc; atomicAdd(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at most 48 KiB;
-//   launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_OPAQUE.
+//   launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE.
 #pragma once
 
 #if defined(RAKD_EMULATE)
@@ -11,6 +11,7 @@
 #include "emulator.h"
 
 #define RAKD_UNROLL
+#define RAKD_ROLLED
 #define RAKD_OPAQUE(pointer)
 
 #else
@@ -21,6 +22,8 @@
 
 // Before a loop whose array must stay in registers.
 #define RAKD_UNROLL _Pragma("unroll")
+// Before a loop that is not worth more code.
+#define RAKD_ROLLED _Pragma("unroll 1")
 
 // Keeps compilers from computing anew, at each use, what a pointer to global memory is made of.
 #define RAKD_OPAQUE(pointer)               \

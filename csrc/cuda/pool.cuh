@@ -11,7 +11,7 @@
 namespace rakd {
 namespace gpu {
 
-constexpr int kSlab = 16;          // channels worked on together; the innermost dimension of pooled differences
+constexpr int kSlab = 32;          // channels worked on together; the innermost dimension of pooled differences
 constexpr int kPitch = kSlab + 1;  // of the stage: threads side by side in bins meet different banks
 constexpr int kStageBins = 8;      // bins of y in the stage
 constexpr int kMaxThreads = 1024;  // of a block

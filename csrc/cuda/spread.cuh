@@ -10,6 +10,7 @@
 namespace rakd {
 namespace gpu {
 
+constexpr int kSpreadThreads = 256;   // of a block at most; two of them fit a processor's registers
 constexpr int kTileColumns = 32;      // a warp's lanes lie side by side in a row of the tile
 constexpr int kMixBins = 16;          // bins of x that a warp mixes at a time
 constexpr int kMixPitch = kSlab + 4;  // of the mixed row: whole Quads, and bins side by side meet different banks
@@ -162,14 +163,50 @@ __device__ __forceinline__ T mix(const Feed<T>& feed, const GetTable& table, int
   for (int i = 0; i < kKept; ++i) {
     if (i < feed.count) sum += feed.kept[i] * widen(from[i * stride]);
   }
+  RAKD_ROLLED
   for (int32_t i = kKept; i < feed.count; ++i) sum += table().weight(feed.first + i, cell) * widen(from[i * stride]);
   return sum;
+}
+
+// A channel of the mixed row of `width` bins of x, from kBins bins of y that lie `next` apart. The loads of several
+// bins of x are under way together.
+template <int kBins, class T>
+__device__ __forceinline__ void mix_kept(const Feed<T>& feed, const T* from, int64_t next, int32_t width, T* to) {
+  constexpr int kTogether = 4;
+  const T* row[kBins];
+  RAKD_UNROLL
+  for (int b = 0; b < kBins; ++b) {
+    row[b] = from + b * next;
+    RAKD_OPAQUE(row[b]);
+  }
+  RAKD_ROLLED
+  for (; width > 0; width -= kTogether) {
+    T value[kTogether][kBins];
+    RAKD_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      if (i >= width) continue;
+      RAKD_UNROLL
+      for (int b = 0; b < kBins; ++b) value[i][b] = row[b][i * kSlab];
+    }
+    RAKD_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      if (i >= width) continue;
+      T sum = T(0);
+      RAKD_UNROLL
+      for (int b = 0; b < kBins; ++b) sum += feed.kept[b] * value[i][b];
+      to[i * kMixPitch] = sum;
+    }
+    RAKD_UNROLL
+    for (int b = 0; b < kBins; ++b) row[b] += kTogether * kSlab;
+    to += kTogether * kMixPitch;
+  }
 }
 
 // Block (tile of all sides, levels and images, slab); blockDim.x is a multiple of 32. kPooled: from pooled differences,
 // else from the output's gradient.
 template <class E, bool kPooled>
-__global__ void spread(Spread<E> call) {
+__global__ void __launch_bounds__(kSpreadThreads, sizeof(typename Accumulator<E>::type) == 4 ? 2 : 1)
+    spread(Spread<E> call) {
   typedef typename Accumulator<E>::type T;
   RAKD_SHARED(shared);
   const Tables<T>& tables = call.tables;
@@ -240,9 +277,19 @@ __global__ void spread(Spread<E> call) {
         const int32_t width_x = at.end_bin - left < kMixBins ? at.end_bin - left : kMixBins;
         if (kPooled) {
           const T* from = pooled + box * pooled_apart + int64_t(of_row.first * bins_x + left) * kSlab;
-          T* to = mixed + lane / kSlab * kMixPitch + lane % kSlab;
-          for (int32_t i = lane; i < width_x * kSlab; i += 32, to += 32 / kSlab * kMixPitch) {
-            *to = mix(of_row, [&] { return table(0); }, row, from + i, int64_t(bins_x) * kSlab);
+          static_assert(kSlab == 32, "each lane has a channel");
+          T* to = mixed + lane;
+          from += lane;
+          const int64_t next = int64_t(bins_x) * kSlab;
+          if (of_row.count == 1) {
+            mix_kept<1>(of_row, from, next, width_x, to);
+          } else if (of_row.count == 2) {
+            mix_kept<2>(of_row, from, next, width_x, to);
+          } else {
+            RAKD_ROLLED
+            for (int32_t p = 0; p < width_x; ++p) {
+              to[p * kMixPitch] = mix(of_row, [&] { return table(0); }, row, from + p * kSlab, next);
+            }
           }
         } else {
           const E* gradient = call.output_gradient + (int64_t(box) * call.channels + slab * kSlab) * bins +

@@ -24,7 +24,7 @@ BINDING, KERNELS = build.HERE / "kernels_binding.cpp", build.HERE / "kernels.cpp
 TYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 1e-2, "bfloat16": 1e-2}
 DEFAULT_THREADS = (64, 128, 256, 256, 128)
-OTHER_THREADS = ((32, 32, 32, 32, 32), (128, 64, 1024, 64, 64), (96, 224, 96, 128, 256), (256, 512, 512, 512, 512))
+OTHER_THREADS = ((32, 32, 32, 32, 32), (128, 64, 1024, 64, 64), (96, 224, 96, 128, 256), (256, 512, 512, 256, 512))
 FORMS = ("shape", "pooled", "gram")  # csrc/cuda/launch_gram.h: Form
 
 
@@ -89,7 +89,7 @@ class Call:
         sampling_ratio: int = 2,
         assignment: str = "soft",
         threads: tuple[int, ...] = DEFAULT_THREADS,
-        channels: int = 19,
+        channels: int = 35,
         boxes: int = 5,
         seed: int = 0,
         batch: int = 2,
@@ -196,7 +196,7 @@ def test_dtypes_and_layouts(module: ModuleType, dtype: str, layout: str) -> None
     {"assignment": "uniform", "strides": (4, 16)},
     {"expert_strides": (3.0, 7.0)},
     {"expert_strides": (2.0, 4.0), "sampling_ratio": 0, "dtype": "float64"},
-    {"batch": 3, "channels": 16},
+    {"batch": 3, "channels": 32},
     {"boxes": 40, "channels": 2, "size": (20, 40)},
     {"boxes": 0},
     {"size": (3, 200)},
@@ -212,7 +212,7 @@ def test_options(module: ModuleType, options: dict[str, Any]) -> None:
     {"output_size": (41, 45), "channels": 3, "boxes": 2},
     {"output_size": (29, 30), "channels": 2, "boxes": 2, "dtype": "float64", "layout": "channels_last"},
     {"output_size": (2, 3000), "channels": 2, "boxes": 1, "size": (20, 40)},  # tables beyond shared memory
-    {"output_size": (1500, 1), "channels": 17, "boxes": 1, "size": (20, 40), "dtype": "float64"},
+    {"output_size": (1500, 1), "channels": 33, "boxes": 1, "size": (20, 40), "dtype": "float64"},
     {"output_size": (1, 1200), "channels": 2, "boxes": 1, "expert_strides": (3.0, 7.0), "dtype": "float64"},
     {"output_size": (2, 2), "sampling_ratio": 0, "channels": 1, "boxes": 2, "strides": (1,), "size": (4, 6000)},
 ])  # fmt: skip

@@ -59,6 +59,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "bins beyond the kept ones forgotten": [(
         "cuda/spread.cuh", "for (int32_t i = kKept; i < feed.count; ++i)", "for (int32_t i = 9; i < 9; ++i)",
     )],
+    "a second bin of y forgotten": [("cuda/spread.cuh", "mix_kept<2>(", "mix_kept<1>(")],
+    "bins of x beyond the first four mixed wrongly": [("cuda/spread.cuh", "row[b] += kTogether * kSlab;", "")],
     "a third bin of x forgotten": [("cuda/spread.cuh", "table(1).weight(p, column)", "T(0)")],
     "feeds of another box": [("cuda/spread.cuh", "row_feeds[uint64_t(box) * feeds_apart + row]", "row_feeds[row]")],
     "cells beyond the kept ones forgotten": [(
@@ -102,9 +104,10 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         "const bool staged = held.holds(needed) || held.columns() > 0;",
     )],
     "Gram: past the last channel": [(
-        "cuda/gram_piece.cuh", "to->value[c] = c < channels_ ? widen(from[c * stride]) : T(0);",
-        "to->value[c] = widen(from[c * stride]);",
+        "cuda/gram_piece.cuh", "values.value[c] = c < channels_ ? widen(from[c * channel_stride_]) : T(0);",
+        "values.value[c] = widen(from[c * channel_stride_]);",
     )],
+    "Gram: cells of the stage divided wrongly": [("cuda/gram.cuh", "(1 << kShift) + columns - 1", "1 << kShift")],
     "Gram: wrong weight": [("gram_table.h", "table.weight(bin, u));", "table.weight(bin, t));")],
     "Gram: narrow band": [(
         "gram_table.h", "if (end > band.end) band.end = end;", "if (end > band.end) band.end = end - 1;",
@@ -124,7 +127,7 @@ def battery(module: ModuleType) -> None:
         module.schedule(seed, shuffle_blocks=True)
         for options in (
             {"boxes": 6},
-            {"expert_strides": (3.0, 7.0), "channels": 17},
+            {"expert_strides": (3.0, 7.0), "channels": 33},
             {"threads": (32, 64, 64, 64, 32)},
             {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
             {"sampling_ratio": 4, "strides": (2,), "output_size": (1, 1), "channels": 2},  # a bin weighs eight cells
