@@ -131,6 +131,13 @@ struct GramMeeting {
   CellRange rows, columns;
 };
 
+// The touched cells from position `low` to before `low + size`. Between the cells that a large box touches there may be
+// tiles without any.
+RAKD_HD CellRange cells_between(const int32_t* cells, int32_t count, int32_t low, int32_t size) {
+  const int32_t begin = lower_bound(cells, 0, count, low), most = begin + size < count ? begin + size : count;
+  return CellRange{begin, lower_bound(cells, begin, most, low + size)};
+}
+
 // Whether `box` puts something into the tile, where, and which cells of the maps that needs.
 template <class T>
 __device__ bool meet(const GramTables<T>& tables, int level, int64_t box, const Tile& tile, GramMeeting* found,

@@ -69,13 +69,6 @@ RAKD_HD bool extent_meets(const int32_t* extent, int64_t boxes, const Tile& tile
   return extent[3 * boxes] < tile.left + tile.columns && extent[4 * boxes] >= tile.left;
 }
 
-// The touched cells from position `low` to before `low + size`. Between the cells that a large box touches there may be
-// tiles without any.
-RAKD_HD CellRange cells_between(const int32_t* cells, int32_t count, int32_t low, int32_t size) {
-  const int32_t begin = lower_bound(cells, 0, count, low), most = begin + size < count ? begin + size : count;
-  return CellRange{begin, lower_bound(cells, begin, most, low + size)};
-}
-
 // Bits of the touched cells from number `begin` on that lie before `low + size`, from `low` on; size is at most 32.
 RAKD_HD uint32_t touched_bits(const int32_t* cells, int32_t begin, int32_t count, int32_t low, int32_t size) {
   uint32_t bits = 0;

@@ -87,7 +87,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     )],
     "Gram: barrier in a piece removed": [("cuda/gram_piece.cuh", "  __syncwarp();\n  if (t < at", "  if (t < at")],
     "Gram: a tile's last column missed": [(
-        "cuda/spread.cuh", "lower_bound(cells, begin, most, low + size)",
+        "cuda/gram_piece.cuh", "lower_bound(cells, begin, most, low + size)",
         "lower_bound(cells, begin, most, low + size - 1)",
     )],
     "Gram: a row of the tile missed": [(

@@ -90,7 +90,7 @@ def test_both_forms_on_the_same_cells(layout, side):
 @pytest.mark.parametrize("cells", [0.6, 1.4, 2.2, 3.0, 3.8, 4.6])
 @pytest.mark.parametrize("ratio", [1, 2, 6])
 def test_bins_of_all_widths(channels, cells, ratio):
-    """Bins of so many cells, and a few wider ones: from windows of one cell to the widest, and past them."""
+    """Bins of so many cells, and a few wider ones: from windows of 3 x 3 cells to the widest, and past them."""
     apprentice = pyramid(1, channels, 160, 192, strides=(4,), dtype=torch.float32, layout="channels_last")
     expert = pyramid(1, channels, 160, 192, strides=(4,), dtype=torch.float32, layout="channels_last", seed=1)
     generator = torch.Generator().manual_seed(3)
