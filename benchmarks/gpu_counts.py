@@ -29,10 +29,11 @@ ENOUGH_BLOCKS = 4096
 # tile that are staged where not all fit, and bins from which it is chosen.
 GRAM_SLAB, GRAM_ROWS, GRAM_COLUMNS, GRAM_THREADS, STAGE_CELLS, HALO, GRAM_BINS = 32, 8, 16, 128, 321, 3, 256
 
-# Instructions of a warp: of a tap of a row's sum (up to four of them), of such a sum, of a tap of a bin; of four bins
-# of x mixed together, of each bin of y that they are mixed from; where those are more than two, of each bin of x and of
-# each further bin of y; of a row of a box in a tile, of each bin of x that feeds a cell, and more from the third on.
-TAP, ROW_SUM, BIN_TAP, MIX, MIX_BIN, MIX_MANY, MIX_FURTHER = 8, 24, 17, 14, 9, 58, 35
+# Instructions of a warp: of a tap of a row's sum (up to four of them), of such a sum, of a tap of a bin, of a bin, of
+# writing 32 pooled values; of four bins of x mixed together, of each bin of y that they are mixed from; where those are
+# more than two, of each bin of x and of each further bin of y; of a row of a box in a tile, of each bin of x that feeds
+# a cell, and more from the third on.
+TAP, ROW_SUM, BIN_TAP, BIN, STORE, MIX, MIX_BIN, MIX_MANY, MIX_FURTHER = 8, 17, 14, 35, 16, 14, 9, 58, 35
 SPREAD_ROW, SPREAD_BIN, SPREAD_FURTHER = 85, 57, 50
 # Of a needed row of a piece, of a cell of the widest band; of making a piece, of a warp's beginning with it; of 32
 # staged quads; of a quad that is loaded because it is not staged.
@@ -203,7 +204,7 @@ def pooled_work(workload: Workload, patches: list[Patches]) -> Work:
         work.shared += int((rows * taps_x).sum())
         pooling = 2 * rows * taps_x + taps_y * bins
         work.multiply_adds += int((pooling + mixed + rows * taps_x).sum())
-        pool = rows * (TAP * taps_x + ROW_SUM * bins) + BIN_TAP * taps_y * bins
+        pool = rows * (TAP * taps_x + ROW_SUM * bins) + BIN_TAP * taps_y * bins + (BIN + STORE) * bins**2
         work.warps += float(pool.sum()) * channels / 32 * idle
         of_row, many = patch.y.sum(1), patch.y.sum(1) > 2  # [K, H]: bins that feed it
         few = (MIX_BIN * of_row + MIX * (of_row > 0)) * ~many

@@ -269,10 +269,12 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
         const Quad<T> values = stage.held.holds(y, x)
                                    ? stage.data[stage.row(y, quads) + stage.place(x - stage.held.left, quad, quads)]
                                    : difference(y, x);
+        T products = T(0);  // few enough for T; double is slow on many GPUs
         RAKD_UNROLL
         for (int c = 0; c < kQuad; ++c) {
-          if (sum[r][c] != T(0)) loss += double(sum[r][c]) * double(values.value[c]);
+          if (sum[r][c] != T(0)) products += sum[r][c] * values.value[c];
         }
+        loss += double(products);
       }
       for (int output = 0; output < 2; ++output) {
         const MapView<E>& view = call.gradient[output].level[level];

@@ -3,7 +3,7 @@
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
 //   __popc; atomicAdd(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at most 48 KiB;
-//   launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE.
+//   launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP.
 #pragma once
 
 #if defined(RAKD_EMULATE)
@@ -13,6 +13,7 @@
 #define RAKD_UNROLL
 #define RAKD_ROLLED
 #define RAKD_OPAQUE(pointer)
+#define RAKD_KEEP(pointer)
 
 #else
 
@@ -25,10 +26,13 @@
 // Before a loop that is not worth more code.
 #define RAKD_ROLLED _Pragma("unroll 1")
 
-// Keeps compilers from computing anew, at each use, what a pointer to global memory is made of.
+// Keeps compilers from computing anew, at each use, what a pointer is made of.
+#define RAKD_KEEP(pointer) asm("" : "+l"(pointer))
+
+// The same, of a pointer to global memory, which compilers could no longer tell.
 #define RAKD_OPAQUE(pointer)               \
   do {                                     \
-    asm("" : "+l"(pointer));               \
+    RAKD_KEEP(pointer);                    \
     __builtin_assume(__isGlobal(pointer)); \
   } while (false)
 

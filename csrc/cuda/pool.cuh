@@ -87,6 +87,8 @@ class Column {
         row_stride_{uint32_t(a.stride[2]), uint32_t(b.stride[2])},
         stride_{uint32_t(a.stride[3]), uint32_t(b.stride[3])} {
     for (int map = 0; map < kMaps; ++map) RAKD_OPAQUE(first_[map]);
+    RAKD_KEEP(y_.cell);
+    RAKD_KEEP(y_.pool);
     RAKD_UNROLL
     for (int t = 0; t < kKept; ++t) {
       const bool there = t < taps_;
@@ -215,23 +217,26 @@ __global__ void distill_pool(DistillPool<E> call) {
       Column<E, false> other(ey, ex, bin, image, plane, e, e);
       for (int32_t top = 0; top < bins_y; top += kStageBins) {
         const int32_t height = bins_y - top < kStageBins ? bins_y - top : kStageBins;
+        T squares = T(0);  // few enough for T; double is slow on many GPUs
         for (int32_t q = 0; q < height; ++q) {
           T difference = T(0);
           if (real) {
             difference = one(top + q);
             if (kTwoSides) difference -= other(top + q);
           }
-          sum += double(difference) * double(difference);
+          squares += difference * difference;
           if (call.pooled && mine) {
             memory.stage[(q * columns + owner.column) * kPitch + owner.channel] = T(2.0 * scale) * difference;
           }
         }
+        sum += double(squares);
         if (!call.pooled) continue;
         __syncthreads();
-        for (int32_t i = threadIdx.x; i < height * width * kSlab; i += blockDim.x) {
-          const int32_t c = i % kSlab, from = i / kSlab % width, q = i / kSlab / width;
-          const int64_t to = (entry * bins_y + top + q) * bins_x + left + from;
-          call.pooled[to * kSlab + c] = memory.stage[(q * columns + from) * kPitch + c];
+        static_assert(kSlab == 32, "each lane has a channel");
+        for (int32_t q = threadIdx.x / 32; q < height; q += blockDim.x / 32) {
+          const T* from = memory.stage + q * columns * kPitch + threadIdx.x % 32;
+          T* to = call.pooled + ((entry * bins_y + top + q) * bins_x + left) * kSlab + threadIdx.x % 32;
+          for (int32_t i = 0; i < width; ++i) to[i * kSlab] = from[i * kPitch];
         }
         __syncthreads();
       }

@@ -42,8 +42,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         "cuda/pool.cuh", "if (!call.pooled) continue;\n        __syncthreads();", "if (!call.pooled) continue;",
     )],
     "barrier after the stage is read removed": [(
-        "cuda/pool.cuh", "memory.stage[(q * columns + from) * kPitch + c];\n        }\n        __syncthreads();",
-        "memory.stage[(q * columns + from) * kPitch + c];\n        }",
+        "cuda/pool.cuh", "to[i * kSlab] = from[i * kPitch];\n        }\n        __syncthreads();",
+        "to[i * kSlab] = from[i * kPitch];\n        }",
     )],
     "a row's sum taken for another's": [("cuda/pool.cuh", "before_ = value_;", "")],
     "off by one in the tile's overlap": [(
