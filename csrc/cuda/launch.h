@@ -16,10 +16,10 @@ constexpr size_t kSharedBytes = 48 << 10;     // what every architecture gives a
 constexpr int64_t kMaxRoom = INT32_MAX;       // elements of one box's tables
 constexpr int64_t kMaxTiles = INT32_MAX - 1;  // of all gradients
 
-// Threads of a block, multiples of 32. Others are right as well (the tests run several); these are for speed. `gram` is
-// 32 times a power of two, on a GPU kGramThreads at most.
+// Threads of a block, multiples of 32; `gram` is 32 times a power of two. On a GPU, `pool`, `spread` and `gram` are at
+// most what is set here; any others are right as well (the tests run several), these are for speed.
 struct BlockSizes {
-  int tables = 64, pool = 128, sum = 256, spread = kSpreadThreads, gram = 128;
+  int tables = 64, pool = kPoolThreads, sum = 256, spread = kSpreadThreads, gram = kGramThreads;
 };
 
 // What a call keeps of the tables in the workspace, whatever fits shared memory: nothing, extents and scales, or all.

@@ -14,7 +14,8 @@ namespace gpu {
 constexpr int kSlab = 32;          // channels worked on together; the innermost dimension of pooled differences
 constexpr int kPitch = kSlab + 1;  // of the stage: threads side by side in bins meet different banks
 constexpr int kStageBins = 8;      // bins of y in the stage
-constexpr int kMaxThreads = 1024;  // of a block
+constexpr int kPoolThreads = 128;  // of a pooling block at most, for registers
+constexpr int kMaxThreads = 1024;  // of any block
 
 RAKD_HD int64_t slabs_of(int64_t channels) { return (channels + kSlab - 1) / kSlab; }
 
@@ -177,7 +178,8 @@ struct DistillPool {
 // Block (group of slabs, box, level). Leaves losses, and for gradients the pooled differences and the box's tables.
 // kTwoSides: the maps have tables of their own, so they are pooled apart.
 template <class E, bool kTwoSides>
-__global__ void distill_pool(DistillPool<E> call) {
+__global__ void __launch_bounds__(kPoolThreads, kTwoSides || sizeof(typename Accumulator<E>::type) == 8 ? 4 : 6)
+    distill_pool(DistillPool<E> call) {
   typedef typename Accumulator<E>::type T;
   RAKD_SHARED(shared);
   const Tables<T>& tables = call.tables;
