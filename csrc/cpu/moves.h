@@ -88,7 +88,6 @@ inline void gather_run(const E* a, const ImageView& va, const E* b, const ImageV
     if (Mode == Gather::kDifference) return first - widen<T>(b[c * vb.channel_stride + x * vb.column_stride]);
     return first;
   };
-  const auto put = [](auto* to, auto v) { *to = Mode == Gather::kSubtract ? *to - v : v; };
 
   const bool channels_inner = va.channel_stride == 1 && (Mode != Gather::kDifference || vb.channel_stride == 1);
   if (channels_inner && channels == W) {
@@ -99,7 +98,8 @@ inline void gather_run(const E* a, const ImageView& va, const E* b, const ImageV
       for (int c = 0; c < W; c += N) {
         auto cells = load_vector<E, T, N>(pa + c);
         if (Mode == Gather::kDifference) cells -= load_vector<E, T, N>(pb + c);
-        put(reinterpret_cast<typename VectorOf<T, N>::unaligned*>(out + x * W + c), cells);
+        typename VectorOf<T, N>::unaligned* to = reinterpret_cast<typename VectorOf<T, N>::unaligned*>(out + x * W + c);
+        *to = Mode == Gather::kSubtract ? *to - cells : cells;
       }
     }
     return;
@@ -123,7 +123,11 @@ inline void gather_run(const E* a, const ImageView& va, const E* b, const ImageV
       }
     }
     for (; x < length; ++x) {
-      for (int64_t c = c0; c < c0 + N; ++c) put(out + x * W + c, c < channels ? value(c, x) : T(0));
+      for (int64_t c = c0; c < c0 + N; ++c) {
+        const T cell = c < channels ? value(c, x) : T(0);
+        T& to = out[x * W + c];
+        to = Mode == Gather::kSubtract ? to - cell : cell;
+      }
     }
   }
 }
