@@ -1,7 +1,5 @@
 // The registered ops on CUDA tensors: reads tensors, allocates results and workspace, launches on torch's stream.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 
 #include <cstdlib>
 #include <string>
@@ -72,9 +70,9 @@ void distill_gram(const Distillation& call, Workspace<T>& workspace, GramTables<
   gradient.total = static_cast<double*>(out.total.data_ptr());
   make_gradients(call, out, gradient.gradient);
   launch_make_gram(workspace.tables, gram, gradient.finished, BlockSizes{}, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  RAKD_CHECK_LAUNCH();
   launch_gram_gradient(gradient, BlockSizes{}, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  RAKD_CHECK_LAUNCH();
 }
 
 template <class E>
@@ -112,13 +110,13 @@ void distill_as(const Distillation& call, const IntList& shapes, const IntList& 
   const Tensor pooled = buffer(like, gradients ? values : 0, scalar_type_of<T>(), &pool.pooled);
   if (entries > 0) {
     launch_distill_pool(pool, division, BlockSizes{}, stream);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    RAKD_CHECK_LAUNCH();
   }
   const SumLosses<double> sum{pool.partial, tables.boxes, tables.levels * division.groups,
                               static_cast<double*>(out.per_box.data_ptr()), static_cast<double*>(out.total.data_ptr())};
   if (!gradients) {
     launch_sum_losses(sum, BlockSizes{}, stream);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    RAKD_CHECK_LAUNCH();
     return;
   }
   check_tiles(shapes);
@@ -130,7 +128,7 @@ void distill_as(const Distillation& call, const IntList& shapes, const IntList& 
   spread.pooled = pool.pooled;
   spread.sum = sum;
   launch_spread(spread, BlockSizes{}, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  RAKD_CHECK_LAUNCH();
 }
 
 Losses distill(const Distillation& call) {
@@ -141,9 +139,9 @@ Losses distill(const Distillation& call) {
                   "expert: expected as many maps and strides as apprentice");
   STD_TORCH_CHECK(call.coefficients.dim() == 1 && call.coefficients.size(0) == call.boxes.size(0) &&
                       call.coefficients.scalar_type() == ScalarType::Double && call.coefficients.is_contiguous() &&
-                      call.coefficients.is_cuda(),
+                      is_on_device(call.coefficients),
                   "coefficients: expected contiguous float64 [K] on the maps' device");
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const DeviceGuard guard(like.get_device_index());
   const cudaStream_t stream = current_stream(like.get_device_index());
   Losses out{torch::stable::empty({}, ScalarType::Double, std::nullopt, like.device()),
              torch::stable::empty({call.boxes.size(0)}, ScalarType::Double, std::nullopt, like.device()),
@@ -194,7 +192,7 @@ void align_as(const std::vector<Tensor>& features, const IntList& shapes, const 
   pool.channels = static_cast<int32_t>(shapes[1]);
   pool.output = static_cast<E*>(output.data_ptr());
   launch_align_pool(pool, BlockSizes{}, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  RAKD_CHECK_LAUNCH();
 }
 
 template <class E>
@@ -206,7 +204,7 @@ void align_backward_as(const Tensor& output_gradient, const std::vector<Tensor>&
   check_tiles(shapes);
   if (workspace.tables.boxes > 0) {
     launch_tables(workspace.tables, BlockSizes{}, stream);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    RAKD_CHECK_LAUNCH();
   }
   Spread<E> spread{};
   spread.tables = workspace.tables;
@@ -214,7 +212,7 @@ void align_backward_as(const Tensor& output_gradient, const std::vector<Tensor>&
   spread.channels = static_cast<int32_t>(shapes[1]);
   spread.output_gradient = static_cast<const E*>(output_gradient.data_ptr());
   launch_spread(spread, BlockSizes{}, stream);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  RAKD_CHECK_LAUNCH();
 }
 
 Tensor align(std::vector<Tensor> features, Tensor boxes, DoubleList strides, IntList output_size,
@@ -222,7 +220,7 @@ Tensor align(std::vector<Tensor> features, Tensor boxes, DoubleList strides, Int
   const Options options = make_options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
   const Tensor& like = features.at(0);
   const IntList shapes = shapes_of(features, "features", like);
-  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const DeviceGuard guard(like.get_device_index());
   const cudaStream_t stream = current_stream(like.get_device_index());
   Tensor output = empty_map(like, {boxes.size(0), shapes[1], output_size[0], output_size[1]}, false);
   RAKD_DISPATCH(like.scalar_type(), align_as, features, shapes, boxes, strides, options, output, stream);
@@ -237,11 +235,11 @@ std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList
   STD_TORCH_CHECK(shapes.size() == 4 * strides.size() && channels_last.size() == strides.size() && !strides.empty() &&
                       strides.size() <= kMaxLevels,
                   "shapes: expected four numbers per map");
-  const torch::stable::accelerator::DeviceGuard guard(output_gradient.get_device_index());
+  const DeviceGuard guard(output_gradient.get_device_index());
   const cudaStream_t stream = current_stream(output_gradient.get_device_index());
   const Tensor dense = torch::stable::contiguous(output_gradient);
-  STD_TORCH_CHECK(dense.dim() == 4 && dense.is_cuda() && dense.size(0) == boxes.size(0) && dense.size(1) == shapes[1] &&
-                      dense.size(2) == output_size[0] && dense.size(3) == output_size[1],
+  STD_TORCH_CHECK(dense.dim() == 4 && is_on_device(dense) && dense.size(0) == boxes.size(0) &&
+                      dense.size(1) == shapes[1] && dense.size(2) == output_size[0] && dense.size(3) == output_size[1],
                   "output_gradient: expected CUDA [K, C, ", output_size[0], ", ", output_size[1], "]");
   std::vector<Tensor> gradients;
   for (size_t l = 0; l < strides.size(); ++l) {
@@ -255,7 +253,7 @@ std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList
 }  // namespace gpu
 }  // namespace rakd
 
-STABLE_TORCH_LIBRARY_IMPL(rakd_ops, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(RAKD_OPS, RAKD_DEVICE, m) {
   m.impl("distill_loss", TORCH_BOX(&rakd::gpu::distill_loss));
   m.impl("distill_gradient", TORCH_BOX(&rakd::gpu::distill_gradient));
   m.impl("align", TORCH_BOX(&rakd::gpu::align));

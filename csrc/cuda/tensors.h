@@ -1,7 +1,6 @@
 // What the registered CUDA ops share: torch tensors as the kernels want them, options, and the workspace.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "torch_platform.h"
 
 namespace rakd {
 namespace gpu {
@@ -18,12 +18,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using DoubleList = std::vector<double>;
 using IntList = std::vector<int64_t>;
-
-inline cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 template <class U>
 Tensor buffer(const Tensor& like, int64_t count, ScalarType type, U** pointer) {
@@ -47,6 +41,8 @@ inline Options make_options(const IntList& output_size, int64_t sampling_ratio, 
                             double canonical_size, double canonical_level) {
   STD_TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0,
                   "output_size: expected two positive numbers");
+  STD_TORCH_CHECK(output_size[0] <= INT32_MAX / output_size[1], "output_size: expected fewer than 2^31 bins, got ",
+                  output_size[0], " x ", output_size[1]);
   STD_TORCH_CHECK(assignment >= 0 && assignment <= 2, "assignment: expected 0, 1 or 2");
   return Options{output_size, sampling_ratio,
                  LevelRule{static_cast<Assignment>(assignment), sigma, canonical_size, canonical_level}};
@@ -57,7 +53,7 @@ inline IntList shapes_of(const std::vector<Tensor>& maps, const char* name, cons
   STD_TORCH_CHECK(!maps.empty() && maps.size() <= kMaxLevels, name, ": expected 1 to ", kMaxLevels, " maps");
   IntList shapes;
   for (const Tensor& t : maps) {
-    STD_TORCH_CHECK(t.dim() == 4 && t.is_cuda() && t.get_device_index() == like.get_device_index() &&
+    STD_TORCH_CHECK(t.dim() == 4 && is_on_device(t) && t.get_device_index() == like.get_device_index() &&
                         t.scalar_type() == like.scalar_type() && t.size(0) == like.size(0) && t.size(1) == like.size(1),
                     name, ": expected CUDA maps [B, C, H, W] of one device, dtype, batch size and channel count");
     for (int64_t i = 0; i < 4; ++i) shapes.push_back(t.size(i));
@@ -96,7 +92,8 @@ struct Workspace {
             const DoubleList& strides, const DoubleList* other_strides, const Options& options, double factor,
             const double* coefficients) {
     STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5 && boxes.scalar_type() == ScalarType::Double &&
-                        boxes.is_contiguous() && boxes.is_cuda() && boxes.get_device_index() == like.get_device_index(),
+                        boxes.is_contiguous() && is_on_device(boxes) &&
+                        boxes.get_device_index() == like.get_device_index(),
                     "boxes: expected contiguous float64 [K, 5] on the maps' device");
     STD_TORCH_CHECK(4 * strides.size() == shapes.size(), "strides: expected one per map");
     tables.boxes = boxes.size(0);

@@ -128,9 +128,7 @@ def compile_module(
 
     def compile_object(task: tuple[Path, Sequence[str]]) -> Path:
         source, options = task
-        # What the compiler sees after the preprocessor tells whether this was compiled before.
-        key = _compiler([*options, "-E", "-P", str(source)]) + repr((_toolchain(), FLAGS, options[len(folders) :]))
-        return _made(f"{source.stem}.o", key, [*options, "-c", str(source)])
+        return _object(source, options, repr(options[len(folders) :]))
 
     of_kernels = ["-O2", *of_sanitizer, *flags]
     of_binding = ["-O1", "-DRAKD_EMULATE_BINDING"] if kernels else of_kernels
@@ -140,7 +138,39 @@ def compile_module(
     ]
     with ThreadPoolExecutor(2) as pool:
         objects = [str(path) for path in pool.map(compile_object, tasks)]
-    return _made(f"{binding.stem}.so", repr(objects), ["-shared", "-pthread", *of_sanitizer, *objects])
+    return _linked(binding.stem, objects, of_sanitizer)
+
+
+def _linked(stem: str, objects: Sequence[str], of_sanitizer: Sequence[str], libraries: Sequence[str] = ()) -> Path:
+    command = ["-shared", "-pthread", *of_sanitizer, *objects, *libraries]
+    return _made(f"{stem}.so", repr((objects, libraries)), command)
+
+
+def compile_ops(sanitizer: str | None = None) -> Path:
+    """Compile the registered CUDA ops, with their kernels, for tensors on the CPU.
+
+    Args:
+        sanitizer: As of ``compile_module``.
+
+    Returns:
+        The shared library, for ``torch.ops.load_library``; its ops are those of the namespace ``rakd_emulated``.
+
+    Raises:
+        BuildError: With the compiler's messages.
+    """
+    from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
+
+    of_sanitizer = SANITIZER_FLAGS[SANITIZER if sanitizer is None else sanitizer]
+    torch_flags = [f"-isystem{path}" for path in include_paths()]
+    options = [f"-I{CSRC}", f"-I{HERE}", *torch_flags, "-DTORCH_TARGET_VERSION=0x020a000000000000", *FLAGS, "-O2"]
+    compiled = _object(HERE / "emulated_ops.cpp", [*options, *of_sanitizer], repr(of_sanitizer))
+    return _linked("emulated_ops", [str(compiled)], of_sanitizer, [f"-L{TORCH_LIB_PATH}", "-ltorch_cpu", "-lc10"])
+
+
+def _object(source: Path, options: Sequence[str], flags: str) -> Path:
+    # What the compiler sees after the preprocessor, and its flags, tell whether this was compiled before.
+    key = _compiler([*options, "-E", "-P", str(source)]) + repr((_toolchain(), FLAGS, flags))
+    return _made(f"{source.stem}.o", key, [*options, "-c", str(source)])
 
 
 def load(

@@ -65,6 +65,7 @@ def check_align(case: Case, dtype: torch.dtype, backend: str) -> None:
     slack = SUBNORMAL if dtype == torch.float16 else 0.0
     assert_close(output, expected, expected, TOLERANCE[dtype], slack)
     factors = torch.linspace(50.0, 100.0, output.numel(), dtype=torch.float64, device=device).view(output.shape)
+    factors = factors.transpose(2, 3).contiguous().transpose(2, 3)  # a gradient may have any layout
     gradients = torch.autograd.grad(output, maps, factors.to(dtype))
     for got, wanted in zip(gradients, expected_gradients, strict=True):
         assert_close(got, wanted, wanted, TOLERANCE[dtype], slack)
@@ -115,12 +116,24 @@ def test_realistic_sizes(backend: str, layout: str, dtype: torch.dtype, output_s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output_size", [3, 17])
+def test_other_strides_of_an_expert_of_the_same_shape(backend: str, output_size: int) -> None:
+    """Maps of 2 x 3 cells either way, that lie elsewhere."""
+    options = {"strides": (4,), "output_size": output_size}
+    case = Case(1, 3, 5, 9, (4,), ("contiguous",) * 2, 0.75, random_boxes(4, 1, 5, 9), None, options)
+    maps, expert = case.maps(torch.float64)
+    assert case.expert_strides == (3.0,) and maps[0].shape == expert[0].shape
+    check_distill(case, torch.float64, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_layout_follows_the_map(backend: str) -> None:
     for layout, channels_last in (("contiguous", False), ("channels_last", True)):
         maps = pyramid(layout=layout, device=DEVICE_OF[backend], requires_grad=True)
         boxes = random_boxes(4).to(DEVICE_OF[backend])
         loss = soft_roi_distill(maps, [m.detach() * 2 for m in maps], boxes, backend=backend)
-        for gradient in torch.autograd.grad(loss, maps):
+        pooled = multilevel_roi_align(maps, boxes, backend=backend)
+        for gradient in (*torch.autograd.grad(loss, maps), *torch.autograd.grad(pooled.sum(), maps)):
             expected = torch.channels_last if channels_last else torch.contiguous_format
             assert gradient.is_contiguous(memory_format=expected)
 
