@@ -23,6 +23,7 @@ from benchmarks.workloads import STRIDES, Workload
 
 # csrc/cuda: channels of a slab, rows and columns of a tile, bins of x mixed between barriers and at once, bins of y in
 # the stage, threads of a pooling block, and the number of pooling blocks beyond which each takes more channels.
+ASSEMBLED_SLAB = 16  # of the form that is not built
 SLAB, TILE_ROWS, TILE_COLUMNS, MIX_BINS, MIXED_AT_ONCE, STAGE_BINS, POOL_THREADS = 32, 8, 32, 16, 4, 8, 128
 ENOUGH_BLOCKS = 4096
 # Of the Gram form: channels, rows and columns of a tile, threads, cells that fit the stage (float32), cells around the
@@ -194,7 +195,7 @@ def pooled_work(workload: Workload, patches: list[Patches]) -> Work:
     """Count the pooled form."""
     work, bins = Work(), workload.output_size
     channels, slabs = workload.channels, -(-workload.channels // SLAB)
-    columns = POOL_THREADS // SLAB
+    columns = min(POOL_THREADS // SLAB, bins)
     idle = -(-bins // columns) * columns / bins  # of the pooling threads' columns, the last ones may be no bins
     for patch in patches:
         rows, taps_y, taps_x = patch.y.any(1).sum(-1), patch.y.sum((1, 2)), patch.x.sum((1, 2))

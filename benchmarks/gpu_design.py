@@ -121,7 +121,7 @@ def model(name: str, workload: Workload, boxes: Tensor, machine: Machine) -> lis
     for design, work, workspace, slab in (
         ("pooled", gpu_counts.pooled_work(workload, patches), pooled_bytes, gpu_counts.SLAB),
         ("gram", gpu_counts.gram_work(workload, patches), gpu_counts.band_bytes(workload), gpu_counts.GRAM_SLAB),
-        ("assembled", gpu_counts.assembled_work(patches), gpu_counts.band_bytes(workload), gpu_counts.SLAB),
+        ("assembled", gpu_counts.assembled_work(patches), gpu_counts.band_bytes(workload), gpu_counts.ASSEMBLED_SLAB),
     ):
         requested, shared = (count * workload.channels * BYTES for count in (work.loads, work.shared))
         operations = work.multiply_adds * workload.channels + work.once

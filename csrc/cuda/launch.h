@@ -17,7 +17,8 @@ constexpr int64_t kMaxRoom = INT32_MAX;       // elements of one box's tables
 constexpr int64_t kMaxTiles = INT32_MAX - 1;  // of all gradients
 
 // Threads of a block, multiples of 32; `gram` is 32 times a power of two. On a GPU, `pool`, `spread` and `gram` are at
-// most what is set here; any others are right as well (the tests run several), these are for speed.
+// most what is set here, and `spread` may nowhere take more shared memory than kSharedBytes; any others are right as
+// well (the tests run several), these are for speed.
 struct BlockSizes {
   int tables = 64, pool = kPoolThreads, sum = 256, spread = kSpreadThreads, gram = kGramThreads;
 };

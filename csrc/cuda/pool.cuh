@@ -12,10 +12,11 @@ namespace rakd {
 namespace gpu {
 
 constexpr int kSlab = 32;          // channels worked on together; the innermost dimension of pooled differences
-constexpr int kPitch = kSlab + 1;  // of the stage: threads side by side in bins meet different banks
-constexpr int kStageBins = 8;      // bins of y in the stage
-constexpr int kPoolThreads = 128;  // of a pooling block at most, for registers
-constexpr int kMaxThreads = 1024;  // of any block
+constexpr int kPitch = kSlab + 8;  // of the stage: a warp's 4 bins by 8 channels (channels-first) meet different banks
+constexpr int kRowPitch = kSlab + 1;  // of the stage that is read along bins
+constexpr int kStageBins = 8;         // bins of y in the stage
+constexpr int kPoolThreads = 128;     // of a pooling block at most, for registers
+constexpr int kMaxThreads = 1024;     // of any block
 
 RAKD_HD int64_t slabs_of(int64_t channels) { return (channels + kSlab - 1) / kSlab; }
 
@@ -30,7 +31,7 @@ template <class T>
 struct PoolMemory {
   double* sums;    // [kMaxThreads / 32]
   double* scales;  // [kMaxLevels]
-  T* stage;        // [kStageBins, columns, kPitch]
+  T* stage;        // [kStageBins, columns, kPitch], or kRowPitch
   T* weights;      // the rooms of the block's levels, where tables are in shared memory
   int32_t* ints;
 };
@@ -317,9 +318,9 @@ __global__ void align_pool(AlignPool<E> call) {
       const bool real = owner.mine && owner.column < width && owner.channel < count;
       for (int32_t top = 0; top < bins_y; top += kStageBins) {
         const int32_t height = bins_y - top < kStageBins ? bins_y - top : kStageBins;
-        T* mine = memory.stage + owner.column * kPitch + owner.channel;  // [kStageBins], columns * kPitch apart
+        T* mine = memory.stage + owner.column * kRowPitch + owner.channel;  // [kStageBins], columns * kRowPitch apart
         if (real) {
-          for (int32_t q = 0; q < height; ++q) mine[q * columns * kPitch] = T(0);
+          for (int32_t q = 0; q < height; ++q) mine[q * columns * kRowPitch] = T(0);
           for (int level = 0; level < tables.levels; ++level) {
             const double scale = memory.scales[level];
             if (scale == 0.0) continue;
@@ -328,14 +329,14 @@ __global__ void align_pool(AlignPool<E> call) {
             const MapView<const E>& map = call.map.level[level];
             Column<E, false> column(axis_table(tables, 0, level, 0, room), axis_table(tables, 0, level, 1, room),
                                     left + owner.column, image, channel, map, map);
-            for (int32_t q = 0; q < height; ++q) mine[q * columns * kPitch] += T(scale) * column(top + q);
+            for (int32_t q = 0; q < height; ++q) mine[q * columns * kRowPitch] += T(scale) * column(top + q);
           }
         }
         __syncthreads();
         for (int32_t i = threadIdx.x; i < count * height * width; i += blockDim.x) {
           const int32_t from = i % width, q = i / width % height, c = i / width / height;
           E* to = call.output + ((box * call.channels + slab * kSlab + c) * bins_y + top + q) * bins_x + left + from;
-          narrow(memory.stage[(q * columns + from) * kPitch + c], to);
+          narrow(memory.stage[(q * columns + from) * kRowPitch + c], to);
         }
         __syncthreads();
       }

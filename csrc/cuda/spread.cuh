@@ -10,9 +10,9 @@
 namespace rakd {
 namespace gpu {
 
-constexpr int kSpreadThreads = 256;   // of a block at most; two of them fit a processor's registers
+constexpr int kSpreadThreads = 256;   // of a block at most; two of them fit a processor's registers, of float64 one
 constexpr int kTileColumns = 32;      // a warp's lanes lie side by side in a row of the tile
-constexpr int kMixBins = 16;          // bins of x that a warp mixes at a time
+constexpr int kMixBins = 16;          // bins of x that a warp mixes between barriers
 constexpr int kMixPitch = kSlab + 4;  // of the mixed row: whole Quads, and bins side by side meet different banks
 
 template <class E>

@@ -60,7 +60,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         "cuda/spread.cuh", "for (int32_t i = kKept; i < feed.count; ++i)", "for (int32_t i = 9; i < 9; ++i)",
     )],
     "a second bin of y forgotten": [("cuda/spread.cuh", "mix_kept<2>(", "mix_kept<1>(")],
-    "bins of x beyond the first four mixed wrongly": [("cuda/spread.cuh", "row[b] += kTogether * kSlab;", "")],
+    "bins of x beyond the first four mixed wrongly": [("cuda/spread.cuh", "row[b] += kTogether * kSlab;", ";")],
     "a third bin of x forgotten": [("cuda/spread.cuh", "table(1).weight(p, column)", "T(0)")],
     "feeds of another box": [("cuda/spread.cuh", "row_feeds[uint64_t(box) * feeds_apart + row]", "row_feeds[row]")],
     "cells beyond the kept ones forgotten": [(
