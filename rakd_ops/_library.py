@@ -5,6 +5,7 @@ is computed, one float64 coefficient per box (its weight and the reduction's fac
 
 - ``distill_loss``: total and per-box losses.
 - ``distill_gradient``: total, and the gradient of the total with respect to the maps asked for (on the CPU also none).
+- ``scale_gradients``: multiplies gradients in place by a number on their device (CUDA only).
 - ``align``, ``align_backward``: multi-level RoIAlign and its transpose.
 - ``level_weights``: the level rule of compiled code, for the tests that hold it equal to ``levels.py``.
 - ``release_memory``: gives back what the CPU library keeps between calls.
@@ -38,10 +39,12 @@ _SCHEMAS = {
         "(Tensor output_gradient, Tensor boxes, SymInt[] shapes, bool[] channels_last, float[] strides, "
         f"{_GEOMETRY}) -> Tensor[]"
     ),
+    "scale_gradients": "(Tensor(a!)[] gradients, Tensor factor) -> ()",
     "level_weights": f"(Tensor boxes, float[] strides, {_RULE}) -> Tensor",
     "release_memory": "() -> ()",
 }
 _CPU_ONLY = ("level_weights", "release_memory")
+_CUDA_ONLY = ("scale_gradients",)
 
 
 def _triton_op(name: str) -> Callable[..., Any]:
@@ -55,7 +58,7 @@ def _triton_op(name: str) -> Callable[..., Any]:
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"rakd_ops::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if _name not in _CPU_ONLY:
+    if _name not in (*_CPU_ONLY, *_CUDA_ONLY):
         torch.library.define(f"rakd_ops::triton_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(f"rakd_ops::triton_{_name}", ("cpu", "cuda"), _triton_op(_name))
 _backends.load_backends()
@@ -69,6 +72,10 @@ def _op(name: str, backend: str) -> Any:
 def _is_channels_last(feature: Tensor) -> bool:
     """Layout that a map's gradient takes (``csrc/maps.h`` states the same rule)."""
     return feature.stride(1) == 1 and feature.size(1) > 1 and not feature.is_contiguous()
+
+
+def _is_dense(feature: Tensor) -> bool:
+    return feature.is_contiguous() or feature.is_contiguous(memory_format=torch.channels_last)
 
 
 def _empty_gradient(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
@@ -110,6 +117,11 @@ def _(
         _empty_gradient(output_gradient, shapes[4 * level : 4 * level + 4], last)
         for level, last in enumerate(channels_last)
     ]
+
+
+@torch.library.register_fake("rakd_ops::scale_gradients")
+def _(gradients: list[Tensor], factor: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("rakd_ops::level_weights")
@@ -212,6 +224,7 @@ class _DistillTotal(torch.autograd.Function):
         apprentice, expert = _split(maps)
         total, gradients = _op("distill_gradient", backend)(apprentice, expert, boxes, coefficients, *options, *wanted)
         ctx.save_for_backward(anchor, *gradients)
+        ctx.backend = backend
         ctx.wanted = wanted
         ctx.levels = len(apprentice)
         return total.to(_loss_dtype(maps))
@@ -220,11 +233,16 @@ class _DistillTotal(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         anchor, *saved = ctx.saved_tensors
         scaled: Sequence[Tensor]
-        if torch.compiler.is_compiling() or gradient.device.type != "cpu" or _graph_is_kept():
+        # Where nobody will read the saved tensors again, they become the result: no further memory, and no pass over
+        # it where the factor is 1.
+        last = not torch.compiler.is_compiling() and not _graph_is_kept()
+        if last and ctx.backend == "cuda" and all(map(_is_dense, saved)):  # which hooks on saved tensors may change
+            _op("scale_gradients", "cuda")(saved, gradient)
+            scaled = saved
+        elif not last or gradient.device.type != "cpu":
             # The product in the loss's dtype: a scalar rounded to bfloat16 would put all gradients off alike.
             scaled = [(g.to(gradient.dtype) * gradient).to(g.dtype) for g in saved]
         else:
-            # Nobody will read the saved tensors again, so they become the result without a second pass over memory.
             factor = gradient.item()
             scaled = saved if factor == 1.0 else [g.mul_(factor) for g in saved]
         scaled = _once(anchor, scaled)

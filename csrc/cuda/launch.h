@@ -5,6 +5,7 @@
 // (distill_pool, sum_losses); pooling one (align_pool), its gradient two (make_tables, spread).
 #pragma once
 
+#include "scale.cuh"
 #include "spread.cuh"
 
 namespace rakd {
@@ -15,6 +16,7 @@ constexpr int64_t kEnoughBlocks = 4096;       // pooling blocks take more channe
 constexpr size_t kSharedBytes = 48 << 10;     // what every architecture gives a block unasked
 constexpr int64_t kMaxRoom = INT32_MAX;       // elements of one box's tables
 constexpr int64_t kMaxTiles = INT32_MAX - 1;  // of all gradients
+constexpr int64_t kScaleBlocks = 1024;        // at most; they end at once where there is nothing to scale
 
 // Threads of a block, multiples of 32; `gram` is 32 times a power of two. On a GPU, `pool`, `spread` and `gram` are at
 // most what is set here, and `spread` may nowhere take more shared memory than kSharedBytes; any others are right as
@@ -166,6 +168,21 @@ void launch_spread(Spread<E> call, const BlockSizes& blocks, cudaStream_t stream
   } else {
     RAKD_LAUNCH((spread<E, false>), grid, dim3(blocks.spread), bytes, stream, call);
   }
+}
+
+// Scales call.data[0] to call.data[arrays - 1], whose counts are there; fills call.first_piece.
+template <class E>
+void launch_scale(Scale<E> call, int arrays, cudaStream_t stream) {
+  const int64_t of_piece = kScaleThreads * Vector<E>::kCount;
+  call.first_piece[0] = 0;
+  for (int i = 0; i < kMostScaled; ++i) {
+    const int64_t pieces = i < arrays ? (call.count[i] + of_piece - 1) / of_piece : 0;
+    call.first_piece[i + 1] = call.first_piece[i] + pieces;
+  }
+  const int64_t pieces = call.first_piece[kMostScaled];
+  if (pieces == 0) return;
+  const dim3 grid(static_cast<unsigned>(pieces < kScaleBlocks ? pieces : kScaleBlocks));
+  RAKD_LAUNCH((scale<E>), grid, dim3(kScaleThreads), 0, stream, call);
 }
 
 }  // namespace gpu

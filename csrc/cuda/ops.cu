@@ -180,6 +180,36 @@ std::tuple<Tensor, std::vector<Tensor>> distill_gradient(std::vector<Tensor> app
 }
 
 template <class E>
+void scale_as(const std::vector<Tensor>& gradients, const Tensor& factor, cudaStream_t stream) {
+  typedef typename Accumulator<E>::type T;
+  STD_TORCH_CHECK(is_on_device(factor) && factor.get_device_index() == gradients[0].get_device_index() &&
+                      factor.dim() == 0 && factor.scalar_type() == scalar_type_of<T>(),
+                  "factor: expected one number in the loss's dtype on the gradients' device");
+  Scale<E> call{};
+  call.factor = static_cast<const T*>(factor.data_ptr());
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    call.data[i] = static_cast<E*>(gradients[i].data_ptr());
+    call.count[i] = gradients[i].numel();
+  }
+  launch_scale(call, static_cast<int>(gradients.size()), stream);
+  RAKD_CHECK_LAUNCH();
+}
+
+void scale_gradients(std::vector<Tensor> gradients, Tensor factor) {
+  STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= kMostScaled, "gradients: expected 1 to ", kMostScaled,
+                  " maps");
+  const Tensor& like = gradients[0];
+  for (const Tensor& t : gradients) {
+    const bool same = t.dim() == 4 && is_on_device(t) && t.get_device_index() == like.get_device_index() &&
+                      t.scalar_type() == like.scalar_type();
+    STD_TORCH_CHECK(same && is_dense(t), "gradients: expected dense CUDA maps of one device and dtype");
+  }
+  const DeviceGuard guard(like.get_device_index());
+  const cudaStream_t stream = current_stream(like.get_device_index());
+  RAKD_DISPATCH(like.scalar_type(), scale_as, gradients, factor, stream);
+}
+
+template <class E>
 void align_as(const std::vector<Tensor>& features, const IntList& shapes, const Tensor& boxes,
               const DoubleList& strides, const Options& options, const Tensor& output, cudaStream_t stream) {
   typedef typename Accumulator<E>::type T;
@@ -256,6 +286,7 @@ std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList
 STABLE_TORCH_LIBRARY_IMPL(RAKD_OPS, RAKD_DEVICE, m) {
   m.impl("distill_loss", TORCH_BOX(&rakd::gpu::distill_loss));
   m.impl("distill_gradient", TORCH_BOX(&rakd::gpu::distill_gradient));
+  m.impl("scale_gradients", TORCH_BOX(&rakd::gpu::scale_gradients));
   m.impl("align", TORCH_BOX(&rakd::gpu::align));
   m.impl("align_backward", TORCH_BOX(&rakd::gpu::align_backward));
 }

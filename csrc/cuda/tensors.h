@@ -136,6 +136,14 @@ struct Workspace {
   }
 };
 
+// Whether a map's elements fill its memory, in one of the layouts that gradients have.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const int64_t channels = t.size(1), row = t.size(3) * channels;
+  return t.stride(1) == 1 && (t.size(3) == 1 || t.stride(3) == channels) && (t.size(2) == 1 || t.stride(2) == row) &&
+         (t.size(0) == 1 || t.stride(0) == t.size(2) * row);
+}
+
 // Refuses gradients of more tiles than a grid has blocks.
 inline void check_tiles(const IntList& shapes) {
   int64_t tiles = 0;

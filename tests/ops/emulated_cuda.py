@@ -20,7 +20,7 @@ from rakd_ops import multilevel_roi_align, soft_roi_distill
 
 
 def launches(call: Any) -> int:
-    """How often a call launches."""
+    """How often a call launches kernels."""
     library().rakd_emulated_launches()
     call()
     return int(library().rakd_emulated_launches())
@@ -42,7 +42,10 @@ def test_launches(count: int) -> None:
     boxes = boxes[:count]
     wanted = 2 if count else 1  # without boxes nothing is pooled
     for output_size in (7, 19):
-        assert launches(lambda n=output_size: step(maps, expert, boxes, output_size=n)) == wanted
+        loss = []
+        options = {"output_size": output_size, "backend": "cuda"}
+        assert launches(lambda: loss.append(soft_roi_distill(maps, expert, boxes, **options))) == wanted  # noqa: B023
+        assert launches(lambda: torch.autograd.grad(loss[0], maps)) == 1  # noqa: B023
     with torch.no_grad():
         assert launches(lambda: soft_roi_distill(maps, expert, boxes, backend="cuda")) == wanted
         assert launches(lambda: multilevel_roi_align(maps, boxes, backend="cuda")) == wanted - 1
@@ -156,6 +159,65 @@ def test_boxes_that_count_nothing() -> None:
     expected = OPS.align_backward(ones[:3], right, shapes, [False] * 4, *GEOMETRY)
     got = OPS.align_backward(ones, mixed, shapes, [False] * 4, *GEOMETRY)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+def test_scaling(dtype: torch.dtype, layout: str) -> None:
+    """In place, whole vectors and odd ends; nothing is touched where the factor is 1."""
+    shapes = [(2, 5, 61, 97), (1, 1, 1, 1), (2, 3, 1, 7), (0, 3, 2, 2), (1, 8, 3, 5)]
+    loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    maps = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    if layout == "channels_last":
+        maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
+    if layout == "misaligned":
+        maps = [torch.cat([m.new_full((1,), 7.0), m.flatten()])[1:].view(m.shape) for m in maps]
+    before = [m.clone() for m in maps]
+    for factor in (1.0, -1.7, 1.0, 1e-3):
+        number = torch.tensor(factor, dtype=loss_dtype)
+        assert launches(lambda: OPS.scale_gradients(maps, number)) == 1  # noqa: B023
+        before = [(m.to(loss_dtype) * number).to(dtype) for m in before]
+        assert all(torch.equal(a, b) for a, b in zip(maps, before, strict=True))
+    if layout == "misaligned":
+        assert all(m._base is not None and m._base.flatten()[0] == 7 for m in maps)
+
+
+def test_gradients_are_scaled_in_place_only_where_none_reads_them_again() -> None:
+    maps, expert, boxes = inputs()
+    loss = soft_roi_distill(maps, expert, boxes, backend="cuda")
+    kept = torch.autograd.grad(3.0 * loss, maps, retain_graph=True)
+    assert launches(lambda: torch.autograd.grad(loss, maps, retain_graph=True)) == 0
+    once = torch.autograd.grad(loss, maps)
+    for a, b in zip(kept, once, strict=True):
+        torch.testing.assert_close(a, 3.0 * b)
+
+
+def test_saved_gradients_that_a_hook_has_changed() -> None:
+    maps, expert, boxes = inputs()
+    expected = step(maps, expert, boxes)[1:]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.expand(2, *t.shape)[0] if t.dim() < 4 else
+                                                  torch.stack([t, t], -1)[..., 0]):  # fmt: skip
+        loss = soft_roi_distill(maps, expert, boxes, backend="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, maps), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("gradients", "factor"),
+    [
+        ([], torch.ones(())),
+        ([torch.ones(1, 2, 3, 4)] * 33, torch.ones(())),
+        ([torch.ones(2, 3, 4)], torch.ones(())),
+        ([torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4).double()], torch.ones(())),
+        ([torch.ones(2, 3, 4, 5).transpose(2, 3)], torch.ones(())),
+        ([torch.ones(2, 3, 4, 10)[..., ::2]], torch.ones(())),
+        ([torch.ones(2, 3, 4, 5)], torch.ones(1)),
+        ([torch.ones(2, 3, 4, 5)], torch.ones((), dtype=torch.float64)),
+        ([torch.ones(2, 3, 4, 5, dtype=torch.bfloat16)], torch.ones((), dtype=torch.bfloat16)),
+    ],
+)
+def test_scaling_refuses(gradients: list[Tensor], factor: Tensor) -> None:
+    with pytest.raises(RuntimeError, match=r"(gradients|factor): expected"):
+        OPS.scale_gradients(gradients, factor)
 
 
 MAP = torch.zeros(2, 40, 4, 4, dtype=torch.float64)
