@@ -149,7 +149,7 @@ class BuildLibraries(build_ext):
         units = self.cuda_units() if ext.name.endswith("_cuda") else self.cpu_units()
         objects_dir = Path(self.build_temp) / ext.name
         objects_dir.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(self.jobs()) as pool:
             objects = list(pool.map(lambda unit: self.compile_unit(unit, objects_dir), units))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +178,10 @@ class BuildLibraries(build_ext):
             str(library),
         ]
         self.check_call(command)
+
+    def jobs(self) -> int:
+        """Return how many compilations may run at a time; the architectures of a CUDA file are one each."""
+        return int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
 
     def cxx(self) -> list[str]:
         """Return the C++ compiler: CXX if set."""
@@ -219,7 +223,7 @@ class BuildLibraries(build_ext):
         """Compile one unit unless its object is newer than all sources."""
         target = objects_dir / f"{unit.source.stem}{'-' + unit.tag if unit.tag else ''}.o"
         if unit.source.suffix == ".cu":
-            compiler = [str(self.cuda.home / "bin" / "nvcc"), "-std=c++17", "-O3", "--threads=2"]
+            compiler = [str(self.cuda.home / "bin" / "nvcc"), "-std=c++17", "-O3", f"--threads={self.jobs()}"]
             compiler += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
             compiler += ["-Werror=all-warnings"] if WARNINGS_ARE_ERRORS else []
         else:

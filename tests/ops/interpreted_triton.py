@@ -63,7 +63,7 @@ def test_backend_says_it_is_there() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes(dtype: torch.dtype) -> None:
-    case = small_case(random_boxes(2, 2, HEIGHT, WIDTH, seed=2))
+    case = small_case(random_boxes(2, 2, HEIGHT, WIDTH, seed=2), strides=(2.0,), output_size=(2, 2))
     check_distill(case, dtype, "triton")
     check_align(case, dtype, "triton")
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cases import DEVICE_OF, as_layout, backend_params, pyramid, random_boxes
@@ -195,68 +190,6 @@ def test_level_rule_is_one_rule(assignment: str, strides: tuple[float, ...], sig
     compiled = _library.compiled_level_weights(boxes, settings)
     torch.testing.assert_close(compiled, reference.weigh_boxes(boxes, settings), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(compiled.sum(dim=1), torch.ones(len(boxes), dtype=torch.float64))
-
-
-RUN = """
-import hashlib, sys, torch
-sys.path.insert(0, {folder!r})
-from cases import pyramid, random_boxes
-from rakd_ops import soft_roi_distill, multilevel_roi_align
-torch.set_num_threads({threads})
-
-def results(backend, a, e, boxes, size, steps):
-    options = dict(output_size=size, backend=backend)
-    loss = soft_roi_distill(a, e, boxes, expert_strides=steps, **options)
-    losses = soft_roi_distill(a, e, boxes, expert_strides=steps, reduction="none", **options)
-    pooled = multilevel_roi_align(a, boxes, **options)
-    scalars = (loss, losses.sum() / 60, pooled.double().square().sum())
-    return [loss, losses, pooled, *(g for scalar in scalars for g in torch.autograd.grad(scalar, a))]
-
-digest = hashlib.sha256()
-tolerances = {{torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-2}}
-for dtype, tolerance in tolerances.items():
-    for layout in ("contiguous", "channels_last"):
-        for size in (7, 19) if dtype == torch.float32 else (7,):
-            for steps in (None, (3.0, 6.0, 12.0, 24.0)):
-                shape = (3, 35, 160, 320)
-                a = pyramid(*shape, dtype=dtype, layout=layout, requires_grad=True)
-                e = pyramid(*shape, strides=steps or (4, 8, 16, 32), dtype=dtype, layout=layout, seed=1)
-                boxes = random_boxes(60, 3, 160, 320)
-                got = results("cpu", a, e, boxes, size, steps)
-                for t in got:
-                    digest.update(t.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
-                if {check}:
-                    exact = [m.detach().double().requires_grad_() for m in a]
-                    expected = results("reference", exact, [m.double() for m in e], boxes, size, steps)
-                    for x, y in zip(got, expected):
-                        error, slack = float((x.double() - y).abs().max()), 1e-6 * (dtype == torch.float16)
-                        assert error <= tolerance * float(y.abs().max()) + slack, (dtype, error)
-print(digest.hexdigest())
-"""
-
-
-def digest(threads: int, check: bool = False, **environment: str) -> str:
-    folder = str(Path(__file__).parent)
-    code = RUN.format(folder=folder, threads=threads, check=check)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_same_bits_for_any_number_of_threads() -> None:
-    assert len({digest(threads) for threads in (1, 2, 7)}) == 1
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_every_instruction_set_is_right(isa: str) -> None:
-    """The kernels are compiled several times; the ones this machine would not choose are run as well."""
-    digest(2, check=True, RAKD_CPU_ISA=isa)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

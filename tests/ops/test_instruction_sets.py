@@ -1,0 +1,102 @@
+"""The CPU kernels as each instruction set has them: right values, and the same bits for any number of threads.
+
+The instruction set is chosen once in a process; so this file is also a program, run in processes of its own::
+
+    python tests/ops/test_instruction_sets.py THREADS [EXPECTED]
+
+It prints a digest of all results, and fails where they differ from those in the file EXPECTED.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import pyramid, random_boxes
+
+from rakd_ops import multilevel_roi_align, soft_roi_distill
+
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-2}
+STRIDES = (4.0, 8.0, 16.0, 32.0)
+
+
+def runs(layout: str) -> Iterator[tuple[torch.dtype, list[Any]]]:
+    """Every dtype, both forms of the kernels, experts at the same and at another resolution."""
+    shape = (3, 35, 160, 320)
+    boxes = random_boxes(60, 3, 160, 320)
+    for dtype, size in [*((dtype, 7) for dtype in TOLERANCES), (torch.float32, 19)]:
+        for steps in (STRIDES, (3.0, 6.0, 12.0, 24.0)):
+            maps = pyramid(*shape, STRIDES, dtype, layout=layout, requires_grad=True)
+            yield dtype, [maps, pyramid(*shape, steps, dtype, layout=layout, seed=1), boxes, size, steps]
+
+
+def results(
+    backend: str,
+    maps: list[torch.Tensor],
+    expert: list[torch.Tensor],
+    boxes: torch.Tensor,
+    size: int,
+    steps: tuple[float, ...],
+) -> list[torch.Tensor]:
+    """Loss, losses, pooled values, and the gradients of each."""
+    options: dict[str, Any] = {"output_size": size, "backend": backend}
+    loss = soft_roi_distill(maps, expert, boxes, expert_strides=steps, **options)
+    losses = soft_roi_distill(maps, expert, boxes, expert_strides=steps, reduction="none", **options)
+    pooled = multilevel_roi_align(maps, boxes, **options)
+    scalars = (loss, losses.sum() / 60, pooled.double().square().sum())
+    return [loss, losses, pooled, *(g for scalar in scalars for g in torch.autograd.grad(scalar, maps))]
+
+
+def main(threads: int, expected: str | None = None) -> None:
+    torch.set_num_threads(threads)
+    every = torch.load(expected) if expected else None
+    digest = hashlib.sha256()
+    for layout in ("contiguous", "channels_last"):
+        for number, (dtype, call) in enumerate(runs(layout)):
+            got = [t.detach() for t in results("cpu", *call)]
+            for t in got:
+                digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+            for x, y in zip(got, every[number], strict=True) if every else ():
+                error, slack = float((x.double() - y).abs().max()), 1e-6 * (dtype == torch.float16)
+                assert error <= TOLERANCES[dtype] * float(y.abs().max()) + slack, (layout, dtype, error)
+    print(digest.hexdigest())
+
+
+def run(threads: int, *expected: str, **environment: str) -> str:
+    command = [sys.executable, __file__, str(threads), *expected]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The reference's results in float64; those of one layout, as they do not depend on it."""
+    every = []
+    for _, (maps, expert, *call) in runs("contiguous"):
+        exact = [m.detach().double().requires_grad_() for m in maps]
+        every.append([t.detach() for t in results("reference", exact, [m.double() for m in expert], *call)])
+    path = tmp_path_factory.mktemp("reference") / "results.pt"
+    torch.save(every, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set_is_right(isa: str, expected: str) -> None:
+    """The kernels are compiled several times; the ones this machine would not choose are run as well."""
+    run(2, expected, RAKD_CPU_ISA=isa)
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    assert len({run(threads) for threads in (1, 2, 7)}) == 1
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
