@@ -38,7 +38,7 @@ NAMES = {
     "torchvision-compiled": "torchvision, compiled",
     "difference-compiled": "torchvision, difference map, compiled",
 }
-LAYOUT_NAMES = {"nchw": "NCHW", "nhwc": "channels-last"}
+LAYOUT_NAMES = {"nchw": "channels-first", "nhwc": "channels-last"}
 WHAT_NAMES = {FORWARD: "forward", TRAINING: "forward + backward"}
 OP_NAMES = {"distill": "soft_roi_distill", "align": "multilevel_roi_align"}
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"

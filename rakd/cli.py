@@ -13,6 +13,9 @@ from typing import Any, Protocol, TextIO, cast
 USER_ERROR = 2
 INTERRUPTED = 130
 
+# Commands that go on where they stopped.
+_RESUMING = ("Distill", "Train", "MakeScenes", "DistillFeatures")
+
 
 class Command(Protocol):
     """What a command is: options as fields, work in ``run``."""
@@ -52,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0, or 2 for a user's error, after one line on stderr that says what is wrong. ``--help``
-        exits from within, by SystemExit with 0.
+        Exit code: 0; 2 for a user's error, after one line on stderr that says what is wrong; 130 if interrupted.
+        ``--help`` and ``--version`` exit from within, by SystemExit with 0.
     """
+    command: Command | str = ""
     try:
         command = _parse(argv)
         if isinstance(command, str):
@@ -67,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"{error.name} is not installed; run: pip install '.[train]'")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        resumes = type(command).__name__ in _RESUMING
+        print(f"rakd: interrupted{'; repeat the command to go on' if resumes else ''}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError) as error:
         return _fail(str(error))
@@ -78,11 +83,21 @@ def _parse(argv: Sequence[str] | None) -> Command | str:
     """The command that the arguments ask for, or what is wrong with them."""
     import tyro
 
+    given = sys.argv[1:] if argv is None else list(argv)
+    commands = _commands()
+    if given == ["--version"]:
+        from rakd_ops import __version__
+
+        print(f"rakd {__version__}")
+        raise SystemExit(0)
+    if not given or (given[0] not in commands and not given[0].startswith("-")):
+        what = f"got {given[0]!r}" if given else "got none"
+        return f"expected a command, one of {', '.join(commands)}; {what} (--help says more)"
     # tyro prints a framed page about a malformed option; its first paragraph says it all.
     page = io.StringIO()
     try:
         with contextlib.redirect_stderr(page):
-            parsed = tyro.extras.subcommand_cli_from_dict(_commands(), prog="rakd", description=_DESCRIPTION, args=argv)
+            parsed = tyro.extras.subcommand_cli_from_dict(commands, prog="rakd", description=_DESCRIPTION, args=given)
     except SystemExit as stop:
         if not stop.code:
             raise

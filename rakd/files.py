@@ -30,6 +30,23 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_folder(path: Path, name: str) -> None:
+    """Make sure that files can be written into a folder, which need not be there yet.
+
+    Args:
+        path: The folder.
+        name: The option's, for errors.
+
+    Raises:
+        NotADirectoryError: It is a file, or lies in one.
+    """
+    for place in (path, *path.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise NotADirectoryError(f"{name}: expected a folder to write to, {place} is a file")
+            return
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically."""
     with replacing(path) as temporary:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from matplotlib.patches import Arc, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 
 from rakd.data.labels import Objects
-from rakd.files import replacing
+from rakd.files import check_folder, replacing
 from rakd.geometry import BOX_EDGES, NEAR, Calibration, FloatArray, box_corners
 
 TRUTH_COLOR = "#19e08f"
@@ -27,7 +28,8 @@ _GRID = "#3d4650"
 
 _FRONT_CROSS = ((0, 5), (1, 4))
 _DPI = 110
-_LETTER_WIDTH, _TEXT_HEIGHT = 7.5, 13.0  # rough size of drawn letters in image pixels
+_TEXT_SIZE = 8.0  # points, of what stands beside boxes
+_LETTER_WIDTH, _TEXT_HEIGHT = 0.6 * _TEXT_SIZE, 1.05 * _TEXT_SIZE  # of a letter, roughly
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,23 @@ def truth_layer(objects: Objects) -> Layer:
 def prediction_layer(objects: Objects) -> Layer:
     """Predictions, in the colour of predictions."""
     return Layer(objects, PREDICTION_COLOR, "prediction", dashed=True)
+
+
+def check_picture(path: Path, name: str) -> None:
+    """Make sure that a picture can be written to a file, before the work of drawing it.
+
+    Args:
+        path: The file.
+        name: The option's, for errors.
+
+    Raises:
+        ValueError: The suffix is not that of a picture.
+        NotADirectoryError: Its folder is a file.
+    """
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known or path.is_dir():
+        raise ValueError(f"{name}: expected a picture file (.png, .pdf, .svg, ...), got {path}")
+    check_folder(path.parent, name)
 
 
 def draw_frame(
@@ -86,10 +105,11 @@ def draw_frame(
     for row, (draw, name) in enumerate(((draw_boxes_3d, "3D boxes"), (draw_boxes_2d, "2D boxes"))):
         axis = figure.add_subplot(grid[row, 0])
         show_image(axis, image, name)
-        draw(axis, calibration, layers)
-    draw_from_above(figure.add_subplot(grid[:, 1]), calibration, width, layers, reach)
+        draw(axis, calibration, layers, inches=panel_width)
+    axis = figure.add_subplot(grid[:, 1])
+    draw_from_above(axis, calibration, width, layers, reach, inches=above_width)
     figure.suptitle(title, color=_LIGHT, fontsize=13, x=0.01, ha="left")
-    _add_legend(figure, layers, regions=True)
+    _add_legend(figure, layers, regions=any(layer.objects.is_type("DontCare").any() for layer in layers))
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
 
@@ -114,10 +134,10 @@ def draw_sheet(
     """
     if not frames:
         raise ValueError("frames must hold at least one frame, got none")
-    columns = min(columns, len(frames))
+    columns, inches = min(columns, len(frames)), 9.0
     rows = -(-len(frames) // columns)
     ratio = max(image.shape[0] / image.shape[1] for _, image, _, _ in frames)
-    size = (9.0 * columns, (9.0 * ratio + 0.3) * rows + 0.5)
+    size = (inches * columns, (inches * ratio + 0.3) * rows + 0.5)
     figure = Figure(figsize=size, facecolor=_DARK, layout="constrained")
     figure.suptitle(title, color=_LIGHT, fontsize=15)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -125,7 +145,7 @@ def draw_sheet(
         axis.set_axis_off()
     for axis, (name, image, calibration, objects) in zip(axes, frames, strict=False):
         show_image(axis, image, name)
-        draw_boxes_3d(axis, calibration, [truth_layer(objects)])
+        draw_boxes_3d(axis, calibration, [truth_layer(objects)], inches=inches)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
 
@@ -179,9 +199,9 @@ def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", r
         for place, (model, objects) in enumerate(frame.predictions.items()):
             layers = [truth_layer(frame.labels), prediction_layer(objects)]
             show_image(axes[pair, place], frame.image, f"{model} · {frame.name}")
-            draw_boxes_3d(axes[pair, place], frame.calibration, layers)
-            width = frame.image.shape[1]
-            draw_from_above(axes[pair + 1, place], frame.calibration, width, layers, reach, side=side)
+            draw_boxes_3d(axes[pair, place], frame.calibration, layers, inches=column)
+            width, above = frame.image.shape[1], axes[pair + 1, place]
+            draw_from_above(above, frame.calibration, width, layers, reach, side=side, inches=column)
     figure.suptitle(title, color=_LIGHT, fontsize=14, x=0.01, ha="left")
     _add_legend(figure, layers)
     with replacing(path) as temporary:
@@ -196,9 +216,16 @@ def show_image(axis: Axes, image: npt.NDArray[np.uint8], title: str) -> None:
     axis.spines[:].set_visible(False)
 
 
-def draw_boxes_3d(axis: Axes, calibration: Calibration, layers: Sequence[Layer]) -> None:
-    """Draw the edges of 3D boxes, with a cross on the front face, type and distance (or score)."""
-    texts = _Texts(axis)
+def draw_boxes_3d(axis: Axes, calibration: Calibration, layers: Sequence[Layer], *, inches: float) -> None:
+    """Draw the edges of 3D boxes, with a cross on the front face, type and distance.
+
+    Args:
+        axis: One that shows the image.
+        calibration: Of its camera.
+        layers: What to draw, later ones on top.
+        inches: How wide the axis is drawn: texts that would then cover each other are left out.
+    """
+    texts = _Texts(axis, inches)
     for layer in layers:
         objects = layer.objects.select(layer.objects.has_box_3d)
         objects = objects.select(np.argsort(objects.location[:, 2], kind="stable"))
@@ -210,15 +237,19 @@ def draw_boxes_3d(axis: Axes, calibration: Calibration, layers: Sequence[Layer])
             _add_lines(axis, edges, layer, 1.6)
             cross = _visible_segments(calibration, box, np.array(_FRONT_CROSS))
             _add_lines(axis, cross, layer, 0.8)
-            text = f"{objects.types[i]} {objects.location[i, 2]:.0f} m"
-            if objects.scores is not None:
-                text = f"{objects.scores[i]:.2f}"
-            texts.add(edges.reshape(-1, 2), text, layer)
+            texts.add(edges.reshape(-1, 2), f"{objects.types[i]} {objects.location[i, 2]:.0f} m", layer)
 
 
-def draw_boxes_2d(axis: Axes, calibration: Calibration, layers: Sequence[Layer]) -> None:
-    """Draw 2D boxes with type or score; DontCare regions dotted, without a name."""
-    texts = _Texts(axis)
+def draw_boxes_2d(axis: Axes, calibration: Calibration, layers: Sequence[Layer], *, inches: float) -> None:
+    """Draw 2D boxes with type, and score if there is one; DontCare regions dotted, without a name.
+
+    Args:
+        axis: As in `draw_boxes_3d`, and so are the others.
+        calibration: See there.
+        layers: See there.
+        inches: See there.
+    """
+    texts = _Texts(axis, inches)
     for layer in layers:
         objects = layer.objects
         regions = objects.is_type("DontCare")
@@ -229,7 +260,9 @@ def draw_boxes_2d(axis: Axes, calibration: Calibration, layers: Sequence[Layer])
                 Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.1 if regions[i] else 1.6, ls=style)
             )
             if not regions[i]:
-                text = str(objects.types[i]) if objects.scores is None else f"{objects.scores[i]:.2f}"
+                text = (
+                    str(objects.types[i]) if objects.scores is None else f"{objects.types[i]} {objects.scores[i]:.2f}"
+                )
                 texts.add(np.array([(x1, y1), (x2, y2)]), text, layer)
 
 
@@ -241,6 +274,7 @@ def draw_from_above(
     reach: float,
     *,
     side: float | None = None,
+    inches: float,
 ) -> None:
     """Draw boxes from above, the camera at the bottom, with arcs of equal distance as a scale.
 
@@ -251,6 +285,7 @@ def draw_from_above(
         layers: What to draw, later ones on top.
         reach: How far the view goes ahead, metres.
         side: How far it goes to either side, metres; by default 0.45 times ``reach``.
+        inches: How wide the axis is drawn: scores that would then cover each other are left out, lower ones first.
     """
     side = 0.45 * reach if side is None else side
     axis.set_facecolor("#1d232a")
@@ -264,8 +299,11 @@ def draw_from_above(
         axis.add_patch(Arc((0, 0), 2 * distance, 2 * distance, theta1=0, theta2=180, ec=_GRID, lw=0.8))
         axis.text(0.4, distance + 0.4, f"{distance} m", color="#9aa5b1", fontsize=8, ha="left")
     axis.plot([0], [0], marker="^", color=_LIGHT, markersize=9)
+    texts = _Texts(axis, inches)
     for layer in layers:
         objects = layer.objects.select(layer.objects.has_box_3d)
+        if objects.scores is not None:
+            objects = objects.select(np.argsort(-objects.scores, kind="stable"))
         corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)[:, :4][:, :, [0, 2]]
         for i, ring in enumerate(corners):
             style = "--" if layer.dashed else "-"
@@ -273,9 +311,7 @@ def draw_from_above(
             center, front = ring.mean(axis=0), ring[:2].mean(axis=0)
             axis.plot(*zip(center, front, strict=True), color=layer.color, lw=1.6)
             if objects.scores is not None and abs(center[0]) < side and center[1] < reach:
-                label = f"{objects.scores[i]:.2f}"
-                place = (float(ring[:, 0].max()) + 0.4, float(center[1]))
-                axis.text(*place, label, color=layer.color, fontsize=8, va="center", clip_on=True)
+                texts.add_beside(float(ring[:, 0].max()) + 0.4, float(center[1]), f"{objects.scores[i]:.2f}", layer)
 
 
 def _visible_segments(calibration: Calibration, corners: FloatArray, edges: npt.NDArray[np.integer]) -> FloatArray:
@@ -318,11 +354,14 @@ def _add_lines(axis: Axes, segments: FloatArray, layer: Layer, width: float) -> 
 
 
 class _Texts:
-    """Texts beside boxes in an image; one that would cover another is left out."""
+    """Texts beside boxes; one that would cover another is left out."""
 
-    def __init__(self, axis: Axes) -> None:
+    def __init__(self, axis: Axes, inches: float) -> None:
         self._axis = axis
         self._taken: list[tuple[float, float, float]] = []
+        left, right = axis.get_xlim()
+        point = (right - left) / (72 * inches)  # in units of the axis, which are the same in x and y
+        self._letter, self._height = _LETTER_WIDTH * point, _TEXT_HEIGHT * point
 
     def add(self, points: FloatArray, text: str, layer: Layer) -> None:
         """Put a text over the points (under them for a dashed layer), inside the image."""
@@ -330,20 +369,27 @@ class _Texts:
         low, high = points.min(axis=0), points.max(axis=0)
         if high[0] < 0 or low[0] > right or high[1] < 0 or low[1] > bottom:
             return
-        half = _LETTER_WIDTH * len(text) / 2
-        x = float(np.clip((max(low[0], 0) + min(high[0], right)) / 2, half, right - half))
-        y = float(high[1] + _TEXT_HEIGHT if layer.dashed else low[1] - 3)
-        y = float(np.clip(y, _TEXT_HEIGHT, bottom - 4))
-        for x_other, y_other, half_other in self._taken:
-            if abs(x - x_other) < half + half_other and abs(y - y_other) < _TEXT_HEIGHT:
-                return
+        half = self._letter * len(text) / 2
+        x = float(np.clip((max(low[0], 0) + min(high[0], right)) / 2, half, max(half, right - half)))
+        y = float(high[1] + self._height if layer.dashed else low[1] - self._height / 4)
+        y = float(np.clip(y, self._height, max(self._height, bottom - self._height / 3)))
+        self._write(x, y, text, layer, va="bottom")
+
+    def add_beside(self, x: float, y: float, text: str, layer: Layer) -> None:
+        """Put a text to the right of a point."""
+        self._write(x + self._letter * len(text) / 2, y, text, layer, va="center")
+
+    def _write(self, x: float, y: float, text: str, layer: Layer, *, va: Literal["bottom", "center"]) -> None:
+        half = self._letter * len(text) / 2
+        if any(abs(x - a) < half + b and abs(y - c) < self._height for a, c, b in self._taken):
+            return
         self._taken.append((x, y, half))
         self._axis.text(
             *(x, y, text),
             color=layer.color,
-            fontsize=8,
+            fontsize=_TEXT_SIZE,
             ha="center",
-            va="bottom",
+            va=va,
             clip_on=True,
             path_effects=[withStroke(linewidth=2, foreground=_DARK)],
         )

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from rakd.distill import MethodName, Regions
+from rakd.files import check_folder
 from rakd.scenes import make_scenes
 from rakd.study.settings import ALL_METHODS, STUDIES
 from rakd.training.settings import TrainSettings
@@ -31,7 +32,7 @@ class Distill:
     ResNet-18 learns from ResNet-50 on images 512 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder in KITTI's layout. Without it street scenes are rendered into the run's folder."""
+    """Folder in KITTI's layout. Without it street scenes are rendered into the run's folder (study tiny)."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""
@@ -85,12 +86,17 @@ class Distill:
         )
         if self.expert is not None and not self.expert.is_file():
             raise ValueError(f"--expert: {self.expert} is not there")
+        if self.data is None and self.study == "kitti":
+            raise ValueError(
+                "--data: --study kitti needs a folder in KITTI's layout; scenes are rendered for tiny only"
+            )
+        check_folder(self.out, "--out")
         with start_processes(self.device) as processes:
             data = self.data
             if data is None:
                 data = self.out / "scenes"
                 if processes.main:
-                    print(f"no data given: rendering {_SCENES} street scenes into {data}", flush=True)
+                    print(f"no data given: learning from {_SCENES} rendered street scenes in {data}", flush=True)
                     make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
                 wait_for_all(processes)
             study = Study(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from rakd.distill import Weights
+from rakd.files import check_folder
 from rakd.scenes import make_scenes
 
 _SCENES = 12  # frames rendered where no data are given
@@ -58,10 +59,11 @@ class DistillFeatures:
         from rakd.distill.features import FeatureDistillation, FeatureRun
 
         device = choose_device(self.device)
+        check_folder(self.out, "--out")
         data, split = self.data, self.split
         if data is None:
             data = self.out / "scenes"
-            print(f"no data given: rendering {_SCENES} street scenes into {data}")
+            print(f"no data given: learning from {_SCENES} rendered street scenes in {data}", flush=True)
             make_scenes(data, _SCENES, self.seed, workers=os.cpu_count() or 1, progress=True)
         settings = FeatureDistillation(
             data=str(data),

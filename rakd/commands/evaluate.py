@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from rakd.data.frames import read_split
 from rakd.evaluation import report
 from rakd.evaluation.kitti import Overlaps, evaluate
+from rakd.files import check_folder
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Evaluate:
     pred: Annotated[Positional[Path], arg(metavar="PRED")]
     """Folder of result files NNNNNN.txt, one for each evaluated frame (if only an empty one)."""
 
-    split: Annotated[Path | None, arg(metavar="FILE")] = None
-    """File that lists the frames to evaluate, such as KITTI/ImageSets/val.txt; without it, all of GT."""
+    split: Annotated[Path | None, arg(metavar="NAME|FILE")] = None
+    """Frames to evaluate: a list in the ImageSets beside GT's training folder, such as val, or a file of that form;
+    without it, all of GT."""
 
     overlaps: Overlaps = "official"
     """How much a detection must overlap an object. official: Car 0.7, others 0.5. loose: in 3D and from above
@@ -38,12 +40,46 @@ class Evaluate:
 
     def run(self) -> None:
         """Evaluate, print the tables and write the files."""
-        frames = None if self.split is None else read_split(self.split)
+        for name, folder in (("GT", self.gt), ("PRED", self.pred)):
+            if not folder.is_dir():
+                what = "is a file" if folder.exists() else "is not there"
+                raise NotADirectoryError(f"{name}: expected a folder of files NNNNNN.txt, {folder} {what}")
+        frames = None if self.split is None else read_split(self._split_file(self.split))
+        _check_scored(self.pred)
+        if self.out is not None:
+            check_folder(self.out, "--out")
         result = evaluate(self.gt, self.pred, frames=frames, overlaps=self.overlaps)
         print(report.format_table(result, "R40", self.overlaps))
         print()
         print(report.format_table(result, "R11", self.overlaps))
+        few = report.format_ceilings(result)
+        if few:
+            print(f"\n{few}")
         if self.out is not None:
             report.write_json(self.out / "evaluation.json", result)
             report.write_curves(self.out / "curves.png", result, self.overlaps)
             print(f"\nwritten: {self.out / 'evaluation.json'}, {self.out / 'curves.png'}")
+
+    def _split_file(self, split: Path) -> Path:
+        """The file of a list that is given by its name."""
+        named = self.gt.resolve().parent.parent / "ImageSets" / f"{split}.txt"
+        return named if split.name == str(split) and not split.exists() and named.exists() else split
+
+
+def _check_scored(folder: Path) -> None:
+    """Refuse a folder of labels in the place of results: all of its rows would be skipped."""
+    empty = True
+    for path in sorted(folder.glob("*.txt")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            columns = len(line.split())
+            if columns > _LABEL_COLUMNS:
+                return
+            empty = empty and not columns
+    if not empty:
+        raise ValueError(
+            f"PRED: no row in {folder} has a score (16th column): expected results; "
+            "are GT and PRED in each other's place?"
+        )
+
+
+_LABEL_COLUMNS = 15

@@ -1,5 +1,6 @@
 """``rakd inspect``: what a data set holds."""
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from rakd.evaluation.kitti import DIFFICULTIES, LEVELS
 class Inspect:
     """Count the objects of a data set by type and difficulty, and draw a sheet of labelled frames.
 
-    Reads every label and calibration file, so malformed ones show up with file and line.
+    Reads every label and calibration file, so malformed ones show up with file and line; what can be read but cannot be
+    meant, such as a negative size, is a warning.
     """
 
     data: Annotated[Path, arg(metavar="DIR")]
@@ -35,17 +37,25 @@ class Inspect:
 
     def run(self) -> None:
         """Print the counts and write the sheet."""
-        from rakd.visualize import draw_sheet
+        from rakd.visualize import check_picture, draw_sheet
 
         if self.count < 1:
             raise ValueError(f"count must be at least 1, got {self.count}")
+        check_picture(self.out, "--out")
         frames = find_frames(self.data, self.split)
         labels = []
         for frame in tqdm(frames, desc="reading", unit="frame", delay=2):
             frame.read_calibration()
-            labels.append(frame.read_labels())
-        print(f"{self.data}: {len(frames)} frames, {sum(map(len, labels))} labelled objects\n")
-        print(format_counts(concatenate(labels)))
+            objects = frame.read_labels()
+            doubts = doubtful(objects)
+            if doubts:
+                warnings.warn(f"{frame.label}: {'; '.join(doubts)}", stacklevel=1)
+            labels.append(objects)
+        together = concatenate(labels)
+        regions = int(np.count_nonzero(together.is_type("DontCare")))
+        count = len(together) - regions
+        print(f"{self.data}: {len(frames)} frames, {count} labelled objects, {regions} DontCare regions\n")
+        print(format_counts(together))
         step = max(1, len(frames) // self.count)
         chosen = list(zip(frames, labels, strict=True))[::step][: self.count]
         sheet = [
@@ -54,6 +64,27 @@ class Inspect:
         ]
         draw_sheet(self.out, sheet, title=f"{self.data.resolve().name}: {len(frames)} frames")
         print(f"\nsheet of {len(sheet)} frames: {self.out}")
+
+
+def doubtful(objects: Objects) -> list[str]:
+    """What can be read in a label file, but cannot be meant.
+
+    Returns:
+        A phrase for each kind of fault, with how many objects have it; DontCare regions are not looked at.
+    """
+    objects = objects.select(~objects.is_type("DontCare"))
+    width, height = (objects.boxes[:, 2:] - objects.boxes[:, :2]).T
+    faults = {
+        "a 2D box without area": (width <= 0) | (height <= 0),
+        "no 3D box (a size that is not positive, or no place or angle)": ~objects.has_box_3d,
+        "a place behind the camera": objects.has_box_3d & (objects.location[:, 2] <= 0),
+        "an angle beyond half a turn": objects.has_box_3d & (np.abs(objects.rotation_y) > _HALF_TURN),
+    }
+    counts = {fault: int(np.count_nonzero(rows)) for fault, rows in faults.items()}
+    return [f"{count} of {len(objects)} objects: {fault}" for fault, count in counts.items() if count]
+
+
+_HALF_TURN = np.pi + 0.01  # files round to two digits
 
 
 def format_counts(objects: Objects) -> str:

@@ -1,10 +1,15 @@
 """``rakd predict``: what a trained detector sees in any image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+from rakd.data.frames import is_image, read_calibration, read_image, read_image_size
+from rakd.files import check_folder
 
 if TYPE_CHECKING:
     from rakd.detector.configs import DetectorConfig
@@ -18,7 +23,7 @@ class Predict:
     """
 
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
-    """Images, PNG or JPEG."""
+    """Images, PNG or JPEG, or folders of them."""
 
     calib: Annotated[Path, arg(metavar="FILE")]
     """KITTI calibration file (its P2 is used) for all images, or a folder with one NAME.txt for each."""
@@ -40,23 +45,25 @@ class Predict:
         from PIL import Image
 
         from rakd.commands.devices import choose_device
-        from rakd.data.frames import read_calibration, read_image
         from rakd.data.kitti import make_sample
         from rakd.data.labels import write_objects
         from rakd.detector.files import load_detector
         from rakd.detector.inference import detect
         from rakd.visualize import draw_frame, prediction_layer
 
-        self._check_names()
+        if not isfinite(self.min_score):
+            raise ValueError(f"min_score must be a finite number, got {self.min_score}")
+        images = self._find_images()
+        self._check_names(images)
+        check_folder(self.out, "--out")
         device = choose_device(self.device)
         detector = load_detector(self.checkpoint).to(device)
         # What is wrong with the last image is said before the first detection.
+        _check_sizes(images, detector.config)
         calibrations = [
-            read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib)
-            for path in self.images
+            read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib) for path in images
         ]
-        self._check_sizes(detector.config)
-        for path, calibration in zip(self.images, calibrations, strict=True):
+        for path, calibration in zip(images, calibrations, strict=True):
             pixels = read_image(path)
             sample = make_sample(path.stem, Image.fromarray(pixels), calibration, None, detector.config.height)
             objects = detect(detector, sample, device)
@@ -67,31 +74,41 @@ class Predict:
             print(f"{path}: {len(objects)} objects, {len(shown)} of them with a score of {self.min_score:g} or more")
         print(f"results and pictures are in {self.out}")
 
-    def _check_names(self) -> None:
-        """Refuse images of one name, and to write over what is read."""
+    def _find_images(self) -> list[Path]:
+        """The images, with those of folders in the order of their names."""
         if not self.images:
             raise ValueError("IMAGE: expected at least one image, got none")
-        names = [image.stem for image in self.images]
+        found: list[Path] = []
+        for path in self.images:
+            inside = sorted(p for p in path.iterdir() if is_image(p)) if path.is_dir() else [path]
+            if not inside:
+                raise ValueError(f"IMAGE: the folder {path} holds no PNG or JPEG files")
+            found += inside
+        return found
+
+    def _check_names(self, images: Sequence[Path]) -> None:
+        """Refuse images of one name, and to write over what is read."""
+        names = [image.stem for image in images]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"images must have different names, {', '.join(twice)} stands for several")
         calibrations = self.calib.iterdir() if self.calib.is_dir() else [self.calib]
-        inputs = {path.resolve() for path in (*self.images, *calibrations)}
+        inputs = {path.resolve() for path in (*images, *calibrations)}
         for name in names:
             for path in (self.out / f"{name}.txt", self.out / f"{name}.png"):
                 if path.resolve() in inputs:
                     raise ValueError(f"out must be another folder: {path}, which is an input, would be overwritten")
 
-    def _check_sizes(self, config: "DetectorConfig") -> None:
-        """Refuse images that are wider than the detector's."""
-        from rakd.data.frames import read_image_size
-        from rakd.data.kitti import resized_width
 
-        for path in self.images:
-            size = read_image_size(path)
-            width = resized_width(size, config.height)
-            if config.width is not None and width > config.width:
-                raise ValueError(
-                    f"{path}: too wide for the detector: resized from {size[0]} x {size[1]} pixels to its height, "
-                    f"{config.height}, it is {width} wide; expected at most {config.width}"
-                )
+def _check_sizes(images: Sequence[Path], config: "DetectorConfig") -> None:
+    """Refuse images that are wider than the detector's."""
+    from rakd.data.kitti import resized_width
+
+    for path in images:
+        size = read_image_size(path)
+        width = resized_width(size, config.height)
+        if config.width is not None and width > config.width:
+            raise ValueError(
+                f"{path}: too wide for the detector: resized from {size[0]} x {size[1]} pixels to its height, "
+                f"{config.height}, it is {width} wide; expected at most {config.width}"
+            )

@@ -1,6 +1,7 @@
 """``rakd show``: draw labels and predictions."""
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from tyro.conf import arg
 
 from rakd.data.frames import find_frames
 from rakd.data.labels import Objects, read_labels, read_results
+from rakd.files import check_folder
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Show:
     part: Literal["training", "testing"] = "training"
     """Which part of the data; testing has no labels."""
 
-    min_score: Annotated[float | None, arg(metavar="FLOAT")] = None
+    min_score: float = 0.1
     """Leave out predictions that score less."""
 
     reach: float = 70.0
@@ -53,30 +55,40 @@ class Show:
             raise ValueError(f"count must be at least 1, got {self.count}")
         if not self.reach > 0:
             raise ValueError(f"reach must be positive, got {self.reach}")
+        if not isfinite(self.min_score):
+            raise ValueError(f"min_score must be a finite number, got {self.min_score}")
+        check_folder(self.out, "--out")
         found = {frame.id: frame for frame in find_frames(self.data, self.split, self.part)}
         unknown = [id_ for id_ in self.frames if id_ not in found]
         if unknown:
             raise ValueError(f"frames: {unknown[0]} is not among the {len(found)} frames of {self.data}")
-        if self.pred is not None and not self.pred.is_dir():
-            raise FileNotFoundError(f"pred: {self.pred} is not a folder")
-        for id_ in tqdm(self.frames or list(found)[: self.count], desc="drawing", unit="frame", delay=2):
+        chosen = self.frames or list(found)[: self.count]
+        predictions = {} if self.pred is None else {id_: _read_predictions(self.pred, id_) for id_ in chosen}
+        left_out = 0
+        for id_ in tqdm(chosen, desc="drawing", unit="frame", delay=2):
             frame = found[id_]
             layers = [] if frame.label is None else [truth_layer(frame.read_labels())]
-            if self.pred is not None:
-                objects = _read_predictions(self.pred / f"{id_}.txt")
-                if objects.scores is not None and self.min_score is not None:
-                    objects = objects.select(objects.scores >= self.min_score)
-                layers.append(prediction_layer(objects))
+            if id_ in predictions:
+                objects = predictions[id_]
+                shown = objects if objects.scores is None else objects.select(objects.scores >= self.min_score)
+                left_out += len(objects) - len(shown)
+                layers.append(prediction_layer(shown))
             draw_frame(
                 *(self.out / f"{id_}.png", frame.read_image(), frame.read_calibration(), layers),
                 title=f"Frame {id_}",
                 reach=self.reach,
             )
+        if left_out:
+            print(f"left out: {left_out} predictions that score less than {self.min_score:g} (--min-score)")
         print(f"pictures are in {self.out}")
 
 
-def _read_predictions(path: Path) -> Objects:
+def _read_predictions(folder: Path, id_: str) -> Objects:
     """Read a result file, or a label file given in its place (15 columns throughout)."""
+    path = folder / f"{id_}.txt"
+    if not path.is_file():
+        what = f"has no {path.name}, the results of frame {id_}" if folder.is_dir() else "is not a folder"
+        raise FileNotFoundError(f"--pred: {folder} {what}")
     with path.open(encoding="utf-8") as lines:
         is_labels = any(len(line.split()) == 15 for line in lines)
     return read_labels(path) if is_labels else read_results(path)

@@ -1,5 +1,6 @@
 """``rakd train``: a detector on its own."""
 
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from rakd.detector.configs import DETECTORS, DetectorName
+from rakd.files import check_folder
 from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ class Train:
         from rakd.training.processes import start_processes, wait_for_all
         from rakd.training.trainer import Trainer
 
+        check_folder(self.out, "--out")
         config = DETECTORS[self.detector]
         settings = TrainSettings(
             steps=self.steps,
@@ -93,6 +96,12 @@ class Train:
             workers=self.workers,
             seed=self.seed,
         )
+        if self.warm_up >= self.steps:
+            warnings.warn(
+                f"--warm-up: the learning rate rises over {self.warm_up} steps and the training has {self.steps}: "
+                "it ends before its height",
+                stacklevel=1,
+            )
         dataset = KittiDataset(
             self.data,
             self.splits[0],

@@ -79,11 +79,7 @@ def find_frames(root: Path, split: str | None = None, part: Part = "training") -
     images = folder / "image_2"
     if not images.is_dir():
         raise FileNotFoundError(f"{images} is not there: expected a KITTI folder with {part}/image_2")
-    found = {
-        path.stem: path
-        for path in sorted(images.iterdir())
-        if path.suffix.lower() in _IMAGE_SUFFIXES and path.stem.isdigit()
-    }
+    found = {path.stem: path for path in sorted(images.iterdir()) if is_image(path) and path.stem.isdigit()}
     ids = sorted(found) if split is None else read_split(root / "ImageSets" / f"{split}.txt")
     if not ids:
         raise ValueError(f"{images} holds no images NNNNNN.png or .jpg")
@@ -130,10 +126,8 @@ def read_split(path: Path) -> list[str]:
         FileNotFoundError: There is no such file.
         ValueError: It is not a text file, a line is not a frame number, a frame is listed twice, or the list is empty.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not there: expected a list of frame numbers, one a line")
     lines: dict[str, int] = {}
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(_read_lines(path, "a list of frame numbers, one a line"), start=1):
         id_ = line.strip()
         if not id_:
             continue
@@ -145,6 +139,11 @@ def read_split(path: Path) -> list[str]:
     if not lines:
         raise ValueError(f"{path} lists no frames")
     return list(lines)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's name is that of an image (PNG or JPEG)."""
+    return path.suffix.lower() in _IMAGE_SUFFIXES
 
 
 def read_image(path: Path) -> npt.NDArray[np.uint8]:
@@ -180,7 +179,7 @@ def read_calibration(path: Path, camera: str = "P2") -> Calibration:
         FileNotFoundError: There is no such file.
         ValueError: It is not a text file, or the matrix is missing or malformed; names file and line.
     """
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(_read_lines(path, "a calibration file"), start=1):
         name, _, rest = line.partition(":")
         if name.strip() != camera:
             continue
@@ -214,16 +213,22 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 @contextmanager
 def _open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image; what goes wrong in the block, too, is said of the file."""
+    _check_file(path, "an image")
     try:
         with Image.open(path) as image:
             yield image
-    except FileNotFoundError:
-        raise
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path}: cannot be read as an image: {error}") from error
 
 
-def _read_lines(path: Path) -> list[str]:
+def _check_file(path: Path, expected: str) -> None:
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "is not there"
+        raise FileNotFoundError(f"{path} {what}: expected {expected}")
+
+
+def _read_lines(path: Path, expected: str) -> list[str]:
+    _check_file(path, expected)
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -229,6 +229,7 @@ def draw_curve(outcome: Outcome, settings: FeatureDistillation) -> Figure:
         axis.set_yscale("log")
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             ticks(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("step")
         axis.set_ylabel("distillation loss (RAKD, soft)")
         axis.set_title(f"{settings.apprentice} learns the features of {settings.expert}", loc="left")

@@ -46,6 +46,29 @@ def format_table(result: Result, average: str = "R40", overlaps: Overlaps = "off
     return "\n".join([head, levels, rule, *rows])
 
 
+def format_ceilings(result: Result) -> str:
+    """Say where few objects keep average precision low whatever the detections are.
+
+    The official rule takes at most one point of recall for each object, and leaves out the first of 41: N objects,
+    all found without a false one, reach (N - 1) / 40 by R40.
+
+    Args:
+        result: What `rakd.evaluation.kitti.evaluate` gives.
+
+    Returns:
+        A line of text; empty if every class has at least 41 objects of each difficulty, or none.
+    """
+    few = []
+    for name in CLASSES:
+        counts = result[name]["3d"]["objects"]
+        reached = [f"{level} {100 * (n - 1) / 40:g}" for level, n in zip(LEVELS, counts, strict=True) if 0 < n < 41]
+        if reached:
+            few.append(f"{name} {', '.join(reached)}")
+    if not few:
+        return ""
+    return f"Few objects: by the official rule even perfect detections reach no more than (AP R40, %) {'; '.join(few)}."
+
+
 def write_json(path: Path, result: Result) -> None:
     """Write all figures and curves as JSON, atomically; NaN, which JSON does not know, becomes null."""
     write_text(path, json.dumps(without_nan(result), indent=1) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from rakd.data.frames import write_calibration
+from rakd.data.frames import read_split, write_calibration
 from rakd.data.labels import Objects, write_objects
 from rakd.files import write_bytes, write_text
 from rakd.geometry import Calibration
@@ -59,7 +59,7 @@ def make_scenes(
         progress: Show a progress bar when it takes more than two seconds.
 
     Raises:
-        ValueError: An argument is out of range, or ``out`` holds something else.
+        ValueError: An argument is out of range, or ``out`` holds something else, or more frames.
     """
     out = Path(out)
     _check_count("frames", frames, 2)
@@ -69,6 +69,7 @@ def make_scenes(
         _check_count(f"size: {name}", value, 32)
     _claim(out, {"version": _VERSION, "seed": seed, "width": size[0], "height": size[1]})
     camera, calibration = _camera(*size)
+    _check_split(out, frames)
     for left_over in out.glob("training/*/.*"):  # temporary files of a run that was killed
         left_over.unlink()
     missing = [i for i in range(frames) if not all(path.exists() for path in _paths(out, i))]
@@ -100,6 +101,14 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
         raise ValueError(f"out: {out} is not an empty folder and holds no {_MANIFEST}; choose another folder")
     else:
         write_text(manifest, json.dumps(settings) + "\n")
+
+
+def _check_split(out: Path, frames: int) -> None:
+    """Refuse to leave frames out of the lists of a data set that is complete already."""
+    path = out / "ImageSets" / "trainval.txt"
+    there = len(read_split(path)) if path.exists() else 0
+    if there > frames:
+        raise ValueError(f"frames must be at least {there}, which {out} holds already, got {frames}")
 
 
 def _camera(width: int, height: int) -> tuple[Camera, Calibration]:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES
@@ -145,8 +145,10 @@ def _draw_loss_panel(axis: Axes, name: str, logs: Sequence[TrainingLog]) -> None
     drawn = np.concatenate(smooth)
     if drawn.min() > 0 and drawn.max() > 10 * drawn.min():
         axis.set_yscale("log")
+        decades = np.log10(drawn.max() / drawn.min())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5), labelOnlyBase=False))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.tick_params(axis="y", which="both", colors=MUTED, labelsize=8.5, length=0)
         axis.set_ylim(drawn.min() / 1.2, drawn.max() * 1.2)
         return

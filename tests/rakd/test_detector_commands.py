@@ -53,7 +53,9 @@ def test_train(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "tiny: random weights" in text
     assert "R40" in text and "R11" in text
     assert main([*train(scenes, run), "--seed", "1"]) == 2
-    assert "settings.seed is 0 there and 1 here" in capsys.readouterr().err
+    captured = capsys.readouterr().err
+    assert "settings.seed is 0 there and 1 here" in captured
+    assert "--warm-up: the learning rate rises over 500 steps and the training has 2" in captured
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -93,7 +95,18 @@ def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.Capture
         with Image.open(tmp_path / "out" / f"{frame.id}.png") as picture:
             assert picture.size[0] > 400
     assert main([*arguments, "--calib", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    assert "nowhere is not there: expected a calibration file" in capsys.readouterr().err
+    # A folder of images is all of its images.
+    images = tmp_path / "images"
+    images.mkdir()
+    for frame in frames:
+        shutil.copy(frame.image, images)
+    (images / "notes.txt").touch()
+    arguments = ["predict", str(images), "--checkpoint", str(run / "detector.pt"), "--out", str(tmp_path / "again")]
+    assert main([*arguments, "--calib", str(frames[0].calib.parent), "--device", "cpu"]) == 0
+    for frame in frames:
+        name = f"{frame.id}.txt"
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "out" / name).read_text()
 
 
 def test_predict_overwrites_no_input(
@@ -144,7 +157,7 @@ def test_predict_says_what_is_wrong_with_the_last_image_before_it_begins(
         )
     elif fault == "missing":
         last.unlink()
-        message = f"No such file or directory: '{last}'"
+        message = f"{last} is not there: expected an image"
     else:
         shutil.copy(frame.image, calib / "last.txt")
         message = f"{calib / 'last.txt'}: not a text file"
@@ -235,7 +248,7 @@ def test_distill_renders_what_it_learns_from(
 ) -> None:
     monkeypatch.setattr(distill_module, "_SCENES", 2)
     assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert "rendering 2 street scenes" in capsys.readouterr().out
+    assert "learning from 2 rendered street scenes" in capsys.readouterr().out
     assert asked.asked[1] == tmp_path / "scenes"
     assert len(find_frames(tmp_path / "scenes", "train")) == 1
     manifest = json.loads((tmp_path / "scenes" / "scenes.json").read_text())

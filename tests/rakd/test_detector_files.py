@@ -1,5 +1,6 @@
 """Detectors in files: what is read is what was written, and nothing else is taken for one."""
 
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -63,8 +64,24 @@ def test_other_files_are_refused(detector: Detector, tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     with pytest.raises(FileNotFoundError, match=r"file\.pt is not there"):
         load_detector(path)
-    path.write_bytes(b"no weights at all")
-    with pytest.raises(ValueError, match=r"file\.pt: expected a file of weights"):
+    others = {
+        "is empty": b"",
+        "is of another kind, or cut off": b"no weights at all",
+    }
+    save_detector(path, detector)
+    whole = path.read_bytes()
+    for length in (1, 100, len(whole) // 2, len(whole) - 1):
+        others[f"is of another kind, or cut off{'':{length}}"] = whole[:length]
+    for message, content in others.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"file\.pt: expected a file of weights, this one {message.strip()}"):
+            load_detector(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "not torch's")
+    with pytest.raises(ValueError, match=r"file\.pt: expected a file of weights, this cannot be read as one: \S"):
+        load_detector(path)
+    torch.save({"format": "rakd weights 1", "state": Path("code")}, path)
+    with pytest.raises(ValueError, match=r"file\.pt: .* holds other things than tensors and text$"):
         load_detector(path)
     save_checkpoint(path, {"step": 3})
     with pytest.raises(ValueError, match=r"file\.pt: expected the format 'rakd weights 1', got 'rakd checkpoint 1'"):

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -59,11 +60,12 @@ def axis_for(frame):
 
 def test_boxes_2d_stand_at_their_place_with_scores(frame, results):
     axis = axis_for(frame)
-    draw_boxes_2d(axis, frame.read_calibration(), [prediction_layer(results)])
+    draw_boxes_2d(axis, frame.read_calibration(), [prediction_layer(results)], inches=6.4)
     drawn = np.array([[*patch.get_xy(), patch.get_width(), patch.get_height()] for patch in axis.patches])
     np.testing.assert_allclose(drawn[:, :2], results.boxes[:, :2])
     np.testing.assert_allclose(drawn[:, :2] + drawn[:, 2:], results.boxes[:, 2:])
-    assert {text.get_text() for text in axis.texts} <= {f"{score:.2f}" for score in results.scores}
+    texts = {f"{name} {score:.2f}" for name, score in zip(results.types, results.scores, strict=True)}
+    assert {text.get_text() for text in axis.texts} <= texts
     assert axis.texts
 
 
@@ -71,7 +73,7 @@ def test_boxes_3d_have_twelve_edges_and_a_cross_each(frame):
     labels = frame.read_labels()
     labels = labels.select(labels.has_box_3d & (labels.location[:, 2] > 6))
     axis = axis_for(frame)
-    draw_boxes_3d(axis, frame.read_calibration(), [truth_layer(labels)])
+    draw_boxes_3d(axis, frame.read_calibration(), [truth_layer(labels)], inches=6.4)
     assert [len(lines.get_segments()) for lines in axis.collections] == [12, 2] * len(labels)
 
 
@@ -80,7 +82,9 @@ def test_objects_behind_or_through_the_camera_do_not_break_the_picture(frame):
     objects = objects.select(objects.has_box_3d).select(np.array([0, 1]))
     places = np.array([[0.0, 1.6, -20.0], [1.5, 1.6, 0.5]])
     axis = axis_for(frame)
-    draw_boxes_3d(axis, frame.read_calibration(), [truth_layer(dataclasses.replace(objects, location=places))])
+    draw_boxes_3d(
+        axis, frame.read_calibration(), [truth_layer(dataclasses.replace(objects, location=places))], inches=6.4
+    )
     (edges, cross) = axis.collections
     assert 0 < len(edges.get_segments()) <= 12
     assert np.isfinite(np.concatenate(edges.get_segments())).all()
@@ -89,17 +93,18 @@ def test_objects_behind_or_through_the_camera_do_not_break_the_picture(frame):
 
 def test_view_from_above_has_a_scale_and_the_boxes(frame, results):
     axis = Figure().add_subplot()
-    draw_from_above(axis, frame.read_calibration(), 414, [prediction_layer(results)], 50.0)
+    draw_from_above(axis, frame.read_calibration(), 414, [prediction_layer(results)], 50.0, inches=6.4)
     texts = {text.get_text() for text in axis.texts}
     assert {"10 m", "20 m", "50 m"} <= texts
     polygons = [patch for patch in axis.patches if type(patch).__name__ == "Polygon"]
     centers = np.array([polygon.get_xy()[:4].mean(axis=0) for polygon in polygons])
-    np.testing.assert_allclose(centers, results.location[:, [0, 2]], atol=1e-9)
+    # Best scores first, whose texts then have their place.
+    np.testing.assert_allclose(centers, results.location[::-1, [0, 2]], atol=1e-9)
 
 
 def test_view_from_above_can_be_wider(frame, results):
     axis = Figure().add_subplot()
-    draw_from_above(axis, frame.read_calibration(), 414, [prediction_layer(results)], 50.0, side=40.0)
+    draw_from_above(axis, frame.read_calibration(), 414, [prediction_layer(results)], 50.0, side=40.0, inches=6.4)
     assert axis.get_xlim() == (-40, 40)
 
 
@@ -141,8 +146,28 @@ def test_texts_do_not_cover_each_other(frame):
     objects = frame.read_labels()
     objects = objects.select(np.zeros(5, dtype=np.int64))
     axis = axis_for(frame)
-    draw_boxes_2d(axis, frame.read_calibration(), [Layer(objects, "#ffffff", "same")])
+    draw_boxes_2d(axis, frame.read_calibration(), [Layer(objects, "#ffffff", "same")], inches=6.4)
     assert len(axis.texts) == 1
+
+
+@pytest.mark.parametrize("inches", [3.0, 12.0])
+def test_texts_do_not_cover_each_other_at_the_size_they_are_drawn(inches, frame, results):
+    # A row of the same object, a little to the right each time.
+    objects = results.select(np.zeros(40, dtype=np.int64))
+    aside = np.linspace(0, 1, 40)[:, None]
+    boxes = np.array([[10.0, 50, 20, 70]]) + aside * np.array([[380, 0, 380, 0]])
+    places = np.array([[-12.0, 1.6, 20.0]]) + aside * np.array([[22.0, 0, 0]])
+    objects = dataclasses.replace(objects, boxes=boxes, location=places)
+    figure = Figure(figsize=(inches, 2 * inches), dpi=100)
+    image, above = (figure.add_axes((0, half, 1, 0.5)) for half in (0.5, 0))
+    show_image(image, frame.read_image(), "")
+    draw_boxes_2d(image, frame.read_calibration(), [prediction_layer(objects)], inches=inches)
+    draw_from_above(above, frame.read_calibration(), 414, [prediction_layer(objects)], 30.0, side=30.0, inches=inches)
+    figure.draw_without_rendering()
+    for axis in (image, above):
+        drawn = [text.get_window_extent() for text in axis.texts if not text.get_text().endswith(" m")]
+        assert len(drawn) > 2
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(drawn, 2))
 
 
 def test_sheet(scenes, tmp_path):
