@@ -41,7 +41,8 @@ def soft_roi_distill(
         expert: The expert's maps, as many, with the apprentice's batch size, channels, dtype and device. Other
             heights and widths need ``expert_strides``.
         boxes: ``[K, 5]`` rows ``(batch_index, x1, y1, x2, y2)`` in pixels of the apprentice's input image, or a list
-            of one ``[K_b, 4]`` per image. Data: no gradient flows to them.
+            of one ``[K_b, 4]`` per image. Data: no gradient flows to them. For ``torch.compile`` take ``[K, 5]``: a
+            list is compiled anew for each pattern of images with no box, one and more, up to its recompile limit.
         strides: Pixels per cell of each of the apprentice's maps, increasing.
         expert_strides: How many of the boxes' pixels one cell of each expert map covers; default ``strides``.
         output_size: Bins of RoIAlign: one integer, or (height, width).
