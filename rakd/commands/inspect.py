@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from tqdm import tqdm
 from tyro.conf import arg
 
 from rakd.data.frames import find_frames
 from rakd.data.labels import LABEL_TYPES, Objects, concatenate
 from rakd.evaluation.kitti import DIFFICULTIES, LEVELS
+from rakd.progress import bar
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Inspect:
         check_picture(self.out, "--out")
         frames = find_frames(self.data, self.split)
         labels = []
-        for frame in tqdm(frames, desc="reading", unit="frame", delay=2):
+        for frame in bar(frames, desc="reading", unit="frame", delay=2):
             frame.read_calibration()
             objects = frame.read_labels()
             doubts = doubtful(objects)
@@ -60,7 +60,7 @@ class Inspect:
         chosen = list(zip(frames, labels, strict=True))[::step][: self.count]
         sheet = [
             (f"frame {frame.id}", frame.read_image(), frame.read_calibration(), objects)
-            for frame, objects in tqdm(chosen, desc="drawing", unit="frame", delay=2)
+            for frame, objects in bar(chosen, desc="drawing", unit="frame", delay=2)
         ]
         draw_sheet(self.out, sheet, title=f"{self.data.resolve().name}: {len(frames)} frames")
         print(f"\nsheet of {len(sheet)} frames: {self.out}")

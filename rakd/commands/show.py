@@ -5,12 +5,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tqdm import tqdm
 from tyro.conf import arg
 
 from rakd.data.frames import find_frames
 from rakd.data.labels import Objects, read_labels, read_results
 from rakd.files import check_folder
+from rakd.progress import bar
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Show:
         chosen = self.frames or list(found)[: self.count]
         predictions = {} if self.pred is None else {id_: _read_predictions(self.pred, id_) for id_ in chosen}
         left_out = 0
-        for id_ in tqdm(chosen, desc="drawing", unit="frame", delay=2):
+        for id_ in bar(chosen, desc="drawing", unit="frame", delay=2):
             frame = found[id_]
             layers = [] if frame.label is None else [truth_layer(frame.read_labels())]
             if id_ in predictions:

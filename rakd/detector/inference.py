@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from rakd.data.kitti import KittiDataset, Sample, collate
 from rakd.data.labels import Objects, write_objects
 from rakd.detector.detector import Detector
+from rakd.progress import bar
 
 _BAR_DELAY = 2.0  # seconds before a progress bar shows
 
@@ -34,7 +34,7 @@ def detect_all(
     detector: Detector, dataset: KittiDataset, device: torch.device, *, progress: bool = True
 ) -> Iterator[tuple[str, Objects]]:
     """Find the objects of all frames of a data set; gives each frame's name and objects."""
-    for index in tqdm(range(len(dataset)), desc="detecting", unit="frame", delay=_BAR_DELAY, disable=not progress):
+    for index in bar(range(len(dataset)), desc="detecting", unit="frame", delay=_BAR_DELAY, disable=not progress):
         sample = dataset[index]
         yield sample.id, detect(detector, sample, device)
 

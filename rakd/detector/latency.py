@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from rakd.data.frames import Frame
 from rakd.data.kitti import Batch, collate, make_sample
 from rakd.detector.detector import Detector
+from rakd.progress import bar
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def measure(
     for detector in detectors:
         detector.to(device).eval()
     times: list[list[float]] = [[] for _ in detectors]
-    for turn in tqdm(range(warm_up + repeats), desc="timing", disable=not progress):
+    for turn in bar(range(warm_up + repeats), desc="timing", disable=not progress):
         for detector, batch, row in zip(detectors, inputs, times, strict=True):
             seconds = _time(detector, batch, device)
             if turn >= warm_up:

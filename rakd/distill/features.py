@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rakd.data.frames import Frame
 from rakd.data.kitti import Batch, KittiDataset, collate
@@ -20,6 +19,7 @@ from rakd.distill import Weights
 from rakd.distill.distiller import Distiller
 from rakd.distill.methods import RegionDistillation
 from rakd.files import replacing, write_text
+from rakd.progress import bar
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 
@@ -181,7 +181,7 @@ class FeatureRun:
         return outcome
 
     def _all_frames(self, what: str) -> Iterator[Batch]:
-        for index in tqdm(range(len(self.dataset)), desc=what, unit="frame", leave=False, delay=2):
+        for index in bar(range(len(self.dataset)), desc=what, unit="frame", leave=False, delay=2):
             yield collate([self.dataset[index]])
 
     @torch.no_grad()

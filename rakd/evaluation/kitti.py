@@ -8,12 +8,12 @@ from typing import Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from rakd.data.labels import Objects, concatenate, read_labels, read_results
 from rakd.evaluation import curves, matching
 from rakd.evaluation.matching import DROPPED, IGNORED, VALID, Problem
 from rakd.evaluation.overlaps import METRICS, Indices, Pairs, find_pairs
+from rakd.progress import bar
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 LEVELS = ("easy", "moderate", "hard")
@@ -116,7 +116,7 @@ def evaluate(
     data = _prepare(truths, detections, LIMITS[overlaps])
     result: Result = {}
     steps = [(name, metric) for name in CLASSES for metric in METRICS]
-    for name, metric in tqdm(steps, desc="matching", delay=_BAR_DELAY, disable=not progress):
+    for name, metric in bar(steps, desc="matching", delay=_BAR_DELAY, disable=not progress):
         result.setdefault(name, {}).update(_evaluate_metric(data, name, metric))
     return {name: {metric: result[name][metric] for metric in ("bbox", "aos", "bev", "3d")} for name in CLASSES}
 
@@ -134,7 +134,7 @@ def read_folders(
     """
     names = _frame_names(Path(gt_dir), Path(pred_dir), frames)
     truths, detections = [], []
-    for name in tqdm(names, desc="reading", unit="frame", delay=_BAR_DELAY, disable=not progress):
+    for name in bar(names, desc="reading", unit="frame", delay=_BAR_DELAY, disable=not progress):
         truths.append(read_labels(Path(gt_dir) / name))
         detections.append(read_results(Path(pred_dir) / name))
     return truths, detections

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from rakd.data.frames import read_split, write_calibration
 from rakd.data.labels import Objects, write_objects
 from rakd.files import write_bytes, write_text
 from rakd.geometry import Calibration
+from rakd.progress import bar
 from rakd.scenes.draws import Draws
 from rakd.scenes.png import encode_png
 from rakd.scenes.raster import Camera, Drawn
@@ -74,9 +74,9 @@ def make_scenes(
         left_over.unlink()
     missing = [i for i in range(frames) if not all(path.exists() for path in _paths(out, i))]
     write = partial(_write_frame, out, seed, camera, calibration)
-    with tqdm(total=len(missing), desc="rendering", unit="frame", delay=2, disable=not progress) as bar:
+    with bar(total=len(missing), desc="rendering", unit="frame", delay=2, disable=not progress) as shown:
         for _ in _run(write, missing, min(workers, max(1, len(missing)))):
-            bar.update()
+            shown.update()
     _write_splits(out, frames)
 
 

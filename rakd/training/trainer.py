@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from tqdm import tqdm
 
 from rakd.data.frames import digest
 from rakd.data.kitti import Batch, KittiDataset
+from rakd.progress import bar
 from rakd.training.checkpoints import differences, load_checkpoint, plain, remove_leftovers, save_checkpoint
 from rakd.training.loading import make_loader
 from rakd.training.log import RESERVED, Log, Row
@@ -125,7 +125,7 @@ class Trainer:
         cuda = self.device.type == "cuda"
         loader = make_loader(self.dataset, sampler, image_size=self.image_size, workers=self.settings.workers, pin=cuda)
         self.learner.train()
-        progress = tqdm(initial=self.step, total=self.settings.steps, desc=self.name, unit="step", disable=self.quiet)
+        progress = bar(initial=self.step, total=self.settings.steps, desc=self.name, unit="step", disable=self.quiet)
         with torch.random.fork_rng(devices=[self.device] if cuda else []), progress:
             last = perf_counter()
             # Without steps left no worker is to be started.
@@ -239,7 +239,8 @@ class Trainer:
                     "fingerprint": self._fingerprint,
                     "step": self.step,
                     "learner": self.learner.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
+                    # Two thirds of the file, and nobody goes on from the end.
+                    "optimizer": None if self.step == self.settings.steps else self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
                     "log": self.log.state_dict(),
                 },
@@ -265,7 +266,8 @@ class Trainer:
             raise ValueError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
         try:
             self.learner.load_state_dict(state["learner"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if state["optimizer"] is not None:
+                self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self._checkpoint} holds another model: {error}") from error
         self.scaler.load_state_dict(state["scaler"])

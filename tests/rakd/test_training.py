@@ -17,6 +17,7 @@ from toy_learner import CPU, ToyLearner, assert_same_bits, make_trainer, setting
 
 from rakd.data.frames import find_frames
 from rakd.data.kitti import Batch, KittiDataset, Sample
+from rakd.training.checkpoints import load_checkpoint
 from rakd.training.log import Row
 from rakd.training.trainer import Trainer
 
@@ -111,6 +112,13 @@ def test_an_interrupted_run_resumes_to_the_same_bits(scenes: Path, tmp_path: Pat
     assert_same_bits(weights(again), weights(whole))
     assert without_times(again.log.rows) == without_times(rows)
     assert [row["step"] for row in rows] == [4, 8, 10]
+
+
+def test_a_finished_run_keeps_no_state_of_the_optimizer(scenes: Path, tmp_path: Path) -> None:
+    rows = make_trainer(scenes, tmp_path, optimizer="adamw", checkpoint_every=4, steps=6).run()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["optimizer"] is None
+    done = make_trainer(scenes, tmp_path, Interrupted(0), optimizer="adamw", steps=6)
+    assert done.run() == rows
 
 
 def test_float16_resumes_to_the_same_bits(scenes: Path, tmp_path: Path) -> None:
