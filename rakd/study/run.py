@@ -92,6 +92,9 @@ class Study:
         settings = self.settings
         expert = self._build_expert()
         self._claim()
+        names = ["expert", *(f"{method}-seed{seed}" for seed in settings.seeds for method in settings.methods)]
+        if all((self.out / name / "result.json").exists() for name in names):
+            self._say("all runs are finished already: only tables and pictures are made anew")
         runs = [self._teach_expert(expert)]
         for seed in settings.seeds:
             for method in settings.methods:

@@ -139,11 +139,12 @@ def test_apprentices_of_a_seed_start_alike_and_learn_differently(finished: Finis
 
 
 def test_starting_again_does_nothing_again(
-    bare: None, finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch
+    bare: None, finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forbid_work(monkeypatch)
-    again = Study(settings(), scenes, finished.out, CPU, quiet=True).run()
+    again = Study(settings(), scenes, finished.out, CPU).run()
     assert figures(again) == figures(finished.result)
+    assert "all runs are finished already" in capsys.readouterr().out
 
 
 def test_an_interrupted_study_goes_on(
