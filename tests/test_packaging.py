@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # CPU only: the compiled CUDA code is checked where it is built, and it takes minutes for all architectures.
 ENVIRONMENT = {**os.environ, "RAKD_CUDA": "0"}
+ONE_WORKER = pytest.mark.xdist_group("packaging")  # which builds the wheel once
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -48,6 +49,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@ONE_WORKER
 def test_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -59,6 +61,7 @@ def test_sdist(sdist: Path) -> None:
 
 
 @pytest.mark.slow
+@ONE_WORKER
 def test_wheel(wheel: Path) -> None:
     assert re.fullmatch(r"rakd-[\d.]+-cp310-abi3-\w+\.whl", wheel.name), wheel.name
     with zipfile.ZipFile(wheel) as archive:
@@ -75,6 +78,7 @@ def test_wheel(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@ONE_WORKER
 def test_the_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:

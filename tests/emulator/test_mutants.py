@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import build
 import pytest
-import test_gram
-import test_kernels
+from battery import judge
 
 # Name: (file, text, what replaces it), ...
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
@@ -120,57 +116,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
 }  # fmt: skip
 
 
-def battery(module: ModuleType) -> None:
-    """A short run over what the kernels do; raises where something is wrong."""
-    for seed in range(3):
-        module.schedule(seed, shuffle_blocks=True)
-        for options in (
-            {"boxes": 6},
-            {"expert_strides": (3.0, 7.0), "channels": 33},
-            {"threads": (32, 64, 64, 64, 32)},
-            {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
-            {"sampling_ratio": 4, "strides": (2,), "output_size": (1, 1), "channels": 2},  # a bin weighs eight cells
-        ):
-            call = test_kernels.Call(**options)  # type: ignore[arg-type]
-            call.check(call.distill(module), call.expected_distill())
-            call.check(call.align(module), call.expected_align())
-        for options in (
-            {"boxes": 6},
-            {"boxes": 150, "channels": 3, "size": (40, 60), "output_size": (7, 7), "threads": (64, 128, 256, 256, 64)},
-            {"sampling_ratio": 0, "strides": (1,), "output_size": (2, 1), "channels": 2, "boxes": 2},
-            {"size": (70, 300), "strides": (2,), "channels": 2},  # boxes that need more than the stage holds
-        ):
-            test_gram.right(module, test_gram.GramCall(**options))  # type: ignore[arg-type]
-    call = test_kernels.Call(boxes=3, channels=2)
-    call.boxes[1, 0] = 5.0
-    assert call.distill(module)[0][1] == 0.0
-    test_kernels.test_boxes_of_hardly_any_extent(module)
-    test_kernels.test_cells_that_no_sample_touches_may_hold_anything(module, "contiguous")
-
-
-CHILD = f"""
-import sys
-from pathlib import Path
-sys.path.insert(0, {str(build.HERE)!r})
-import torch
-torch.set_num_threads(1)
-import build, test_kernels, test_mutants
-# Most mutants are caught at once: compiling them is what takes the time.
-kernels = build.load(test_kernels.BINDING, [test_kernels.KERNELS], include=[Path(sys.argv[1])], flags=["-Og"])
-test_mutants.battery(kernels)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(bool(build.SANITIZER), reason="mutants are judged without a sanitizer")
 @pytest.mark.parametrize("name", ["none", *MUTANTS])
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     source = build.mutate(build.CSRC, MUTANTS[name], tmp_path / "source") if name in MUTANTS else build.CSRC
-    # In a process of its own: a mutant may well crash it.
-    done = subprocess.run([sys.executable, "-c", CHILD, str(source)], capture_output=True, text=True, check=False)
-    assert "BuildError" not in done.stderr, done.stderr
-    assert (done.returncode != 0) == (name in MUTANTS), done.stderr
-
-
-def test_the_battery_passes_without_mutation() -> None:
-    battery(build.load(test_kernels.BINDING, [test_kernels.KERNELS]))
+    status, stderr = judge(source)
+    assert "BuildError" not in stderr, stderr
+    assert (status != 0) == (name in MUTANTS), stderr

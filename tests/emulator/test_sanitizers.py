@@ -9,7 +9,10 @@ import build
 import pytest
 from test_emulator import BARRIERS, KERNELS
 
-pytestmark = pytest.mark.skipif(bool(build.SANITIZER), reason="this process runs under a sanitizer already")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(build.SANITIZER), reason="this process runs under a sanitizer already"),
+]
 
 SCRIPT = """
 import sys
@@ -110,7 +113,6 @@ print("finished")
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_THE_GRAM_FORM)
 def test_races_of_the_gram_form(name: str, tmp_path: Path) -> None:
     replacements = [("cuda/gram.cuh", *texts) for texts in OF_THE_GRAM_FORM[name]]

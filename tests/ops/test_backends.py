@@ -108,7 +108,7 @@ def test_align_other_dtypes(backend: str, dtype: torch.dtype, case: Case) -> Non
 def test_realistic_sizes(backend: str, layout: str, dtype: torch.dtype, output_size: int) -> None:
     """Many overlapping boxes and enough channels for whole vector blocks, as in training."""
     case = Case(
-        2, 70, 160, 320, (4, 8, 16, 32), (layout, layout), 1.0, random_boxes(60, 2, 160, 320, seed=3), None,
+        2, 70, 96, 192, (4, 8, 16, 32), (layout, layout), 1.0, random_boxes(60, 2, 96, 192, seed=3), None,
         {"output_size": output_size},
     )  # fmt: skip
     check_distill(case, dtype, backend)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from rakd_ops import multilevel_roi_align, soft_roi_distill
 
 BACKENDS = backend_params("cpu", "cuda", "triton", "reference")
-SMALL: dict[str, Any] = {"batch": 2, "channels": 2, "height": 12, "width": 16, "strides": (2, 4)}
+SMALL: dict[str, Any] = {"batch": 2, "channels": 2, "height": 8, "width": 12, "strides": (2, 4)}
 
 
 def small_maps(backend: str, seed: int = 0) -> list[torch.Tensor]:
@@ -20,7 +20,7 @@ def small_maps(backend: str, seed: int = 0) -> list[torch.Tensor]:
 
 
 def small_boxes(backend: str) -> torch.Tensor:
-    return random_boxes(4, 2, 12, 16, seed=1).to(DEVICE_OF[backend])
+    return random_boxes(4, 2, 8, 12, seed=1).to(DEVICE_OF[backend])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

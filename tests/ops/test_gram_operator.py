@@ -24,19 +24,26 @@ def gradients(distill, apprentice, expert, boxes, **options):
 
 
 def check_in_float64(apprentice, expert, boxes, wanted_of, tolerance, **options):
-    """Compare gradients of `wanted_of` ("apprentice", "expert" or "both") with the reference's in float64."""
-    results = []
-    for distill, dtype in ((soft_roi_distill, None), (reference.soft_roi_distill, torch.float64)):
-        sides = {"apprentice": apprentice, "expert": expert}
-        maps = {name: [m.detach().to(dtype or m.dtype) for m in side] for name, side in sides.items()}
-        leaves = [m.requires_grad_() for name in sides if wanted_of in (name, "both") for m in maps[name]]
-        backend = {} if dtype else {"backend": "cpu"}
-        loss = distill(maps["apprentice"], maps["expert"], boxes, **options, **backend)
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
-    for value, expected in zip(*results, strict=True):
-        torch.testing.assert_close(
-            value.double(), expected, rtol=0.0, atol=tolerance * float(expected.detach().abs().max())
-        )
+    """Compare with the reference in float64: gradients of "apprentice", "expert", "both", or of several in turn."""
+    wanted_of = (wanted_of,) if isinstance(wanted_of, str) else wanted_of
+    names = ("apprentice", "expert")
+    given = dict(zip(names, (apprentice, expert), strict=True))
+
+    def values_and_gradients(distill, dtype, sides, **options):
+        maps = {name: [m.detach().to(dtype or m.dtype) for m in given[name]] for name in names}
+        leaves = [m.requires_grad_() for name in sides for m in maps[name]]
+        loss = distill(maps["apprentice"], maps["expert"], boxes, **options)
+        found = iter(torch.autograd.grad(loss, leaves))
+        return {"loss": [loss.detach()], **{name: [next(found) for _ in given[name]] for name in sides}}
+
+    needed = [name for name in names if {name, "both"} & set(wanted_of)]
+    expected = values_and_gradients(reference.soft_roi_distill, torch.float64, needed, **options)
+    for side in wanted_of:
+        sides = names if side == "both" else (side,)
+        got = values_and_gradients(soft_roi_distill, None, sides, backend="cpu", **options)
+        for name, values in got.items():
+            for value, exact in zip(values, expected[name], strict=True):
+                torch.testing.assert_close(value.double(), exact, rtol=0.0, atol=tolerance * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -63,17 +70,16 @@ def test_float32_stays_within_rounding(layout):
 # boxes (many bins); with few bins it stands for some, with few boxes for none.
 @pytest.mark.parametrize("bins, count", [(19, 200), (7, 120), (7, 3)])
 @pytest.mark.parametrize("channels", [32, 40, 64, 70, 96])
-@pytest.mark.parametrize("side", ["apprentice", "expert", "both"])
-def test_wide_blocks(bins, count, channels, side):
+def test_wide_blocks(bins, count, channels):
     apprentice = pyramid(2, channels, dtype=torch.float32, layout="channels_last")
     expert = pyramid(2, channels, dtype=torch.float32, layout="channels_last", seed=1)
     height, width = (4 * n for n in apprentice[0].shape[2:])
-    check_in_float64(apprentice, expert, crowd(count, height, width, 2, 5), side, 2e-6, output_size=bins)
+    sides = ("apprentice", "expert", "both")
+    check_in_float64(apprentice, expert, crowd(count, height, width, 2, 5), sides, 2e-6, output_size=bins)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("side", ["apprentice", "expert", "both"])
-def test_both_forms_on_the_same_cells(layout, side):
+def test_both_forms_on_the_same_cells(layout):
     """Many boxes with narrow bins, which go into the operator, beside and upon a few whose bins are too wide for it."""
     apprentice = pyramid(1, 40, 192, 256, strides=(4,), dtype=torch.float32, layout=layout)
     expert = pyramid(1, 40, 192, 256, strides=(4,), dtype=torch.float32, layout=layout, seed=1)
@@ -83,7 +89,8 @@ def test_both_forms_on_the_same_cells(layout, side):
     narrow = torch.cat([torch.zeros(160, 1, dtype=torch.float64), corner - 35.0, corner + 35.0], dim=1)
     wide = torch.tensor([[0.0, 2.0, 6.0, 250.0, 190.0], [0.0, 10.0, 5.0, 245.0, 160.0]], dtype=torch.float64)
     boxes = torch.cat([narrow, wide])
-    check_in_float64(apprentice, expert, boxes, side, 2e-6, strides=(4.0,), output_size=7)
+    sides = ("apprentice", "expert", "both")
+    check_in_float64(apprentice, expert, boxes, sides, 2e-6, strides=(4.0,), output_size=7)
 
 
 @pytest.mark.parametrize("channels", [24, 40])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +24,47 @@ def settings(scenes: Path, **options: Any) -> FeatureDistillation:
     return FeatureDistillation(data=str(scenes), **small)
 
 
-def test_the_loss_falls(scenes: Path, tmp_path: Path) -> None:
-    outcome = FeatureRun(settings(scenes, steps=15), tmp_path, CPU).run()
+@pytest.fixture(scope="module")
+def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureRun, Outcome]:
+    """A run of 15 steps, done."""
+    run = FeatureRun(settings(scenes, steps=15), tmp_path_factory.mktemp("features"), CPU)
+    return run, run.run()
+
+
+def test_the_loss_falls(finished: tuple[FeatureRun, Outcome]) -> None:
+    run, outcome = finished
     assert len(outcome.steps) == 15
     assert outcome.ratio > 2
-    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    rows = list(csv.DictReader((run.out / "log.csv").open()))
     assert [float(row["loss"]) for row in rows] == pytest.approx(outcome.steps, rel=1e-6)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((run.out / "summary.json").read_text())
     assert summary["times_fallen"] == outcome.ratio
     assert "random weights" in summary["expert_started_from"]
-    with Image.open(tmp_path / "loss.png") as picture:
+    with Image.open(run.out / "loss.png") as picture:
         assert picture.size[0] > 600
-    state = torch.load(tmp_path / "apprentice.pt", weights_only=True)
+    state = torch.load(run.out / "apprentice.pt", weights_only=True)
     Pyramid("resnet18", "random", 9).load_state_dict(state)
 
 
-def test_the_expert_learns_nothing(scenes: Path, tmp_path: Path) -> None:
-    run = FeatureRun(settings(scenes, steps=1), tmp_path, CPU)
-    run.run()
+def test_a_finished_run_gives_the_same_again(finished: tuple[FeatureRun, Outcome]) -> None:
+    run, outcome = finished
+    assert FeatureRun(run.settings, run.out, CPU).run() == outcome
+
+
+def test_another_run_in_the_folder_is_refused(finished: tuple[FeatureRun, Outcome]) -> None:
+    run, _ = finished
+    with pytest.raises(ValueError, match=r"other settings: settings.steps is 15 there and 16 here"):
+        FeatureRun(replace(run.settings, steps=16), run.out, CPU).run()
+
+
+def test_the_expert_learns_nothing(finished: tuple[FeatureRun, Outcome]) -> None:
+    run, _ = finished
     after = {k: v.clone() for k, v in run.expert.state_dict().items()}
     learner = FeatureLearner(run.apprentice, run.expert).train()
     learner(collate([run.dataset[0]]))["loss"].backward()
     assert all(p.grad is None for p in run.expert.parameters())
     assert all(torch.equal(v, after[k]) for k, v in run.expert.state_dict().items())
     assert any(p.grad is not None for p in run.apprentice.parameters())
-
-
-def test_a_finished_run_gives_the_same_again(scenes: Path, tmp_path: Path) -> None:
-    outcome = FeatureRun(settings(scenes), tmp_path, CPU).run()
-    assert FeatureRun(settings(scenes), tmp_path, CPU).run() == outcome
-
-
-def test_another_run_in_the_folder_is_refused(scenes: Path, tmp_path: Path) -> None:
-    FeatureRun(settings(scenes, steps=1), tmp_path, CPU).run()
-    with pytest.raises(ValueError, match=r"other settings: settings.steps is 1 there and 2 here"):
-        FeatureRun(settings(scenes, steps=2), tmp_path, CPU).run()
 
 
 def test_dontcare_regions_are_no_objects(scenes: Path, tmp_path: Path) -> None:

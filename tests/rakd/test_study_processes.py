@@ -10,12 +10,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from rakd.detector.configs import DetectorConfig
 from rakd.study.results import read_study
 
 SCRIPT = Path(__file__).with_name("distributed_study.py")
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_study(scenes: Path, tmp_path: Path, small_config: DetectorConfig) -> None:
     (tmp_path / "config").write_bytes(pickle.dumps(replace(small_config, width=224)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,0 +1,73 @@
+"""What judges mutants of the CUDA kernels: a short run over all that the kernels do, in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import build
+import test_gram
+import test_kernels
+import torch
+
+
+def battery(module: ModuleType) -> None:
+    """A short run over what the kernels do; raises where something is wrong."""
+    for seed in range(3):
+        module.schedule(seed, shuffle_blocks=True)
+        for options in (
+            {"boxes": 6},
+            {"expert_strides": (3.0, 7.0), "channels": 33},
+            {"threads": (32, 64, 64, 64, 32)},
+            {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
+            {"sampling_ratio": 4, "strides": (2,), "output_size": (1, 1), "channels": 2},  # a bin weighs eight cells
+        ):
+            call = test_kernels.Call(**options)  # type: ignore[arg-type]
+            call.check(call.distill(module), call.expected_distill())
+            call.check(call.align(module), call.expected_align())
+        for options in (
+            {"boxes": 6},
+            {"boxes": 150, "channels": 3, "size": (40, 60), "output_size": (7, 7), "threads": (64, 128, 256, 256, 64)},
+            {"sampling_ratio": 0, "strides": (1,), "output_size": (2, 1), "channels": 2, "boxes": 2},
+            {"size": (70, 300), "strides": (2,), "channels": 2},  # boxes that need more than the stage holds
+        ):
+            test_gram.right(module, test_gram.GramCall(**options))  # type: ignore[arg-type]
+    call = test_kernels.Call(boxes=3, channels=2)
+    call.boxes[1, 0] = 5.0
+    assert call.distill(module)[0][1] == 0.0
+    test_kernels.test_boxes_of_hardly_any_extent(module)
+    test_kernels.test_cells_that_no_sample_touches_may_hold_anything(module, "contiguous")
+
+
+def _judge(source: str, log: str) -> None:
+    with Path(log).open("w", encoding="utf-8") as stream:
+        os.dup2(stream.fileno(), 2)
+        torch.set_num_threads(1)
+        # Most mutants are caught at once: compiling them is what takes the time.
+        kernels = build.load(test_kernels.BINDING, [test_kernels.KERNELS], include=[Path(source)], flags=["-Og"])
+        battery(kernels)
+
+
+def judge(source: Path) -> tuple[int, str]:
+    """Compile kernels and run the battery over them, in a process of its own, which a mutant may well crash.
+
+    Args:
+        source: Folder of the sources, a copy of csrc/.
+
+    Returns:
+        The exit status, 0 if nothing was found wrong, and what was printed to stderr.
+    """
+    # The server has imported what takes long, and nothing else: a child of this process would share its threads' locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytest", "rakd_ops"])
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "stderr"
+        log.touch()
+        child = context.Process(target=_judge, args=(str(source), str(log)))
+        child.start()
+        child.join()
+        assert child.exitcode is not None
+        return child.exitcode, log.read_text(encoding="utf-8", errors="replace")
