@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -42,32 +41,29 @@ def battery(module: ModuleType) -> None:
     test_kernels.test_cells_that_no_sample_touches_may_hold_anything(module, "contiguous")
 
 
-def _judge(source: str, log: str) -> None:
-    with Path(log).open("w", encoding="utf-8") as stream:
+def _judge(source: Path, log: Path) -> None:
+    with log.open("w", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 2)
-        torch.set_num_threads(1)
-        # Most mutants are caught at once: compiling them is what takes the time.
-        kernels = build.load(test_kernels.BINDING, [test_kernels.KERNELS], include=[Path(source)], flags=["-Og"])
-        battery(kernels)
+    torch.set_num_threads(1)
+    # Most mutants are caught at once: compiling them is what takes the time.
+    battery(build.load(test_kernels.BINDING, [test_kernels.KERNELS], include=[source], flags=["-Og"]))
 
 
-def judge(source: Path) -> tuple[int, str]:
+def judge(source: Path, log: Path) -> int:
     """Compile kernels and run the battery over them, in a process of its own, which a mutant may well crash.
 
     Args:
         source: Folder of the sources, a copy of csrc/.
+        log: Where what is printed to stderr goes. Not made where the process fails before it comes to the kernels.
 
     Returns:
-        The exit status, 0 if nothing was found wrong, and what was printed to stderr.
+        The exit status, 0 if nothing was found wrong.
     """
     # The server has imported what takes long, and nothing else: a child of this process would share its threads' locks.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "pytest", "rakd_ops"])
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "stderr"
-        log.touch()
-        child = context.Process(target=_judge, args=(str(source), str(log)))
-        child.start()
-        child.join()
-        assert child.exitcode is not None
-        return child.exitcode, log.read_text(encoding="utf-8", errors="replace")
+    child = context.Process(target=_judge, args=(source, log))
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import build
 import pytest
-from battery import judge
+import test_kernels
+from battery import battery, judge
 
 # Name: (file, text, what replaces it), ...
 MUTANTS: dict[str, list[tuple[str, str, str]]] = {
@@ -121,6 +122,13 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
 @pytest.mark.parametrize("name", ["none", *MUTANTS])
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     source = build.mutate(build.CSRC, MUTANTS[name], tmp_path / "source") if name in MUTANTS else build.CSRC
-    status, stderr = judge(source)
+    status = judge(source, tmp_path / "log")
+    stderr = (tmp_path / "log").read_text(encoding="utf-8", errors="replace")
     assert "BuildError" not in stderr, stderr
     assert (status != 0) == (name in MUTANTS), stderr
+
+
+@pytest.mark.slow
+def test_the_battery_passes_without_mutation() -> None:
+    """As the other tests have the kernels, optimized."""
+    battery(build.load(test_kernels.BINDING, [test_kernels.KERNELS]))

@@ -32,6 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(scope="module", autouse=True)
 def language_patched_once_a_launch() -> Iterator[None]:
     """The interpreter patches Triton's language anew in every call inside a kernel, a third of these tests' time."""
+    if not hasattr(interpreter, "_LangPatchScope"):  # of another Triton, which may patch in another way
+        yield
+        return
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_once(fn: Any) -> Any:
@@ -45,9 +48,8 @@ def language_patched_once_a_launch() -> Iterator[None]:
         launch(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if hasattr(interpreter, "_LangPatchScope"):
-            monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-            monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         yield
 
 

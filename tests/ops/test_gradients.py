@@ -20,7 +20,7 @@ def small_maps(backend: str, seed: int = 0) -> list[torch.Tensor]:
 
 
 def small_boxes(backend: str) -> torch.Tensor:
-    return random_boxes(4, 2, 8, 12, seed=1).to(DEVICE_OF[backend])
+    return random_boxes(4, SMALL["batch"], SMALL["height"], SMALL["width"], seed=1).to(DEVICE_OF[backend])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

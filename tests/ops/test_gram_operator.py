@@ -6,6 +6,8 @@ from cases import pyramid
 
 from rakd_ops import reference, soft_roi_distill
 
+EACH_SIDE = ("apprentice", "expert", "both")  # whose gradients are wanted
+
 
 def crowd(count, image_height, image_width, objects, seed, batch=2):
     """Boxes around a few places, of sizes that make bins of a fraction of a cell to several cells."""
@@ -74,8 +76,7 @@ def test_wide_blocks(bins, count, channels):
     apprentice = pyramid(2, channels, dtype=torch.float32, layout="channels_last")
     expert = pyramid(2, channels, dtype=torch.float32, layout="channels_last", seed=1)
     height, width = (4 * n for n in apprentice[0].shape[2:])
-    sides = ("apprentice", "expert", "both")
-    check_in_float64(apprentice, expert, crowd(count, height, width, 2, 5), sides, 2e-6, output_size=bins)
+    check_in_float64(apprentice, expert, crowd(count, height, width, 2, 5), EACH_SIDE, 2e-6, output_size=bins)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -89,8 +90,7 @@ def test_both_forms_on_the_same_cells(layout):
     narrow = torch.cat([torch.zeros(160, 1, dtype=torch.float64), corner - 35.0, corner + 35.0], dim=1)
     wide = torch.tensor([[0.0, 2.0, 6.0, 250.0, 190.0], [0.0, 10.0, 5.0, 245.0, 160.0]], dtype=torch.float64)
     boxes = torch.cat([narrow, wide])
-    sides = ("apprentice", "expert", "both")
-    check_in_float64(apprentice, expert, boxes, sides, 2e-6, strides=(4.0,), output_size=7)
+    check_in_float64(apprentice, expert, boxes, EACH_SIDE, 2e-6, strides=(4.0,), output_size=7)
 
 
 @pytest.mark.parametrize("channels", [24, 40])

@@ -28,8 +28,8 @@ STRIDES = (4.0, 8.0, 16.0, 32.0)
 
 def runs(layout: str) -> Iterator[tuple[torch.dtype, list[Any]]]:
     """Every dtype, both forms of the kernels, experts at the same and at another resolution."""
-    shape = (3, 35, 96, 192)
-    boxes = random_boxes(60, 3, 96, 192)
+    batch, _, height, width = shape = (3, 35, 96, 192)
+    boxes = random_boxes(60, batch, height, width)
     for dtype, size in [*((dtype, 7) for dtype in TOLERANCES), (torch.float32, 19)]:
         for steps in (STRIDES, (3.0, 6.0, 12.0, 24.0)):
             maps = pyramid(*shape, STRIDES, dtype, layout=layout, requires_grad=True)
