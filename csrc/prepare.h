@@ -2,8 +2,8 @@
 //
 //   row = (image, x1, y1, x2, y2, w_1 .. w_L)      w_l = factor * box weight * level weight
 //
-// All later steps read these rows and nothing else of boxes, weights or the level rule. A box that is not finite, that is
-// turned around, or whose image does not exist gets image -1 and zeros: every later step skips it in the same way.
+// All later steps read these rows and nothing else of boxes, weights or the level rule. A box that is not finite, that
+// is turned around, or whose image does not exist gets image -1 and zeros: every later step skips it in the same way.
 #pragma once
 
 #include <cstring>
@@ -86,8 +86,8 @@ RAKD_HD Fault box_fault(const Preparation& call, const double* box) {
   return box[1] <= box[3] && box[2] <= box[4] ? Fault::kNone : Fault::kTurned;
 }
 
-// Fills row[0 .. 5 + levels) of box number k from box = (image, x1, y1, x2, y2). A weight that is not finite counts zero,
-// as does a negative level weight; the fault is returned for callers that can raise it.
+// Fills row[0 .. 5 + levels) of box number k from box = (image, x1, y1, x2, y2). A weight that is not finite counts
+// zero, as does a negative level weight; the fault is returned for callers that can raise it.
 RAKD_HD Fault prepare_row(const Preparation& call, const double* box, int64_t k, double* row) {
   double* weights = row + 5;
   Fault fault = box_fault(call, box);
