@@ -196,8 +196,8 @@ class BuildLibraries(build_ext):
         units = [
             Unit(CSRC / "cpu" / "kernels.cpp", (*flags, f"-DRAKD_ISA={name}"), name) for name, flags in isas.items()
         ]
-        for name in ("plan", "assemble", "dispatch", "kept_memory", "distill", "align"):
-            units.append(Unit(CSRC / "cpu" / f"{name}.cpp", (*GEOMETRY_FLAGS, *macros, *torch_flags)))
+        sources = sorted(source for source in (CSRC / "cpu").glob("*.cpp") if source.stem != "kernels")
+        units += [Unit(source, (*GEOMETRY_FLAGS, *macros, *torch_flags)) for source in sources]
         return sorted(units, key=lambda unit: unit.tag, reverse=True)  # the slow ones first
 
     def cuda_units(self) -> list[Unit]:
