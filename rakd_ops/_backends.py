@@ -167,7 +167,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend not in ("auto", *BACKENDS):
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
-    serving = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}.get(device.type, ("reference",))
+    serving = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference"), "meta": ("cpu", "reference")}.get(
+        device.type, ("reference",)
+    )
     if backend == "auto":
         chosen = next(name for name in serving if _why_not_on(name, device) is None)
         if chosen != serving[0] and not torch.compiler.is_compiling():
