@@ -93,7 +93,7 @@ void for_each_block(int64_t channels, int64_t width, const F& f) {
 // The pieces end at the ends of huge pages, and come before all other tasks, as they are the first to touch fresh
 // memory: where two threads touch one page at the same time, the system makes it twice.
 inline void append_clearing(Work& work, int64_t level, int64_t side, const MapBatch& map) {
-  if (!map.channels_last) return;
+  if (map.stride[3] == 1) return;
   const int64_t cell = map.channels * map.element_size, cells = map.height * map.width;
   for (int64_t image = 0; image < map.batch; ++image) {
     const auto data = reinterpret_cast<uintptr_t>(map.data) + static_cast<uintptr_t>(image * cells * cell);
