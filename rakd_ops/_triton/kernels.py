@@ -378,4 +378,7 @@ def gather_tiles(
     at_x = x.to(tl.int64) * pick(gradients.strides, level, 3, 4, LEVELS)
     in_map = (x < width)[:, None, None] & (y < height)[None, :, None] & (c < many)[None, None, :]
     place = target + at_x[:, None, None] + at_y[None, :, None] + at_c[None, None, :]
-    tl.store(place, total.to(gradients.data[0].dtype.element_ty), mask=in_map)
+    dtype = gradients.data[0].dtype.element_ty
+    if dtype != tl.float64:
+        total = total.to(tl.float32)  # Triton's interpreter turns float64 into zeros of bfloat16
+    tl.store(place, total.to(dtype), mask=in_map)

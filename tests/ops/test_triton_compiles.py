@@ -105,7 +105,7 @@ def run_all(
     "options",
     [
         {"dtype": torch.float32, "vast": True, "channels": (64, 128, 256, 256)},
-        {"dtype": torch.float64, "layout": "channels_last", "ratio": 0, "factor": (3,)},
+        {"dtype": torch.bfloat16, "expert_dtype": torch.float64, "layout": "channels_last", "ratio": 0, "factor": (3,)},
         {"dtype": torch.float16, "layout": "channels_last", "expert_scale": 0.5, "factor": ()},
         {"dtype": torch.bfloat16, "expert_dtype": torch.float32, "layout": "strided", "channels": (1, 5, 40, 65),
          "boxes": 130},
