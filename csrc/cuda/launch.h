@@ -197,10 +197,10 @@ void align(Memory& memory, const Problem& problem, const Maps& maps, void* outpu
               pool_shared_bytes<T>(blocks.pool, plan.tables.bins[1]), stream, pool);
 }
 
-// T: the accumulation type of the element type E.
-template <class T, class E, class Memory>
-void align_backward(Memory& memory, const Problem& problem, const void* output_gradient, const Maps& gradients,
-                    const BlockSizes& blocks, cudaStream_t stream) {
+template <class E, class Memory>
+void align_backward_as(Memory& memory, const Problem& problem, const void* output_gradient, const Maps& gradients,
+                       const BlockSizes& blocks, cudaStream_t stream) {
+  typedef decltype(to_accum(E())) T;
   TablePlan<T> plan(problem, gradients, nullptr);
   memory.lay_out([&](auto& arena) { plan.place(arena); });
   if (problem.boxes > 0) launch_tables(plan.tables, Numbers{}, blocks, stream);
@@ -209,6 +209,18 @@ void align_backward(Memory& memory, const Problem& problem, const void* output_g
   backward.gradient[0] = pyramid(gradients);
   backward.output_gradient = output_gradient;
   launch_backward<T, E>(backward, blocks, stream);
+}
+
+// output_gradient: of the gradients' element type, which is one for all levels.
+template <class Memory>
+void align_backward(Memory& memory, const Problem& problem, const void* output_gradient, const Maps& gradients,
+                    const BlockSizes& blocks, cudaStream_t stream) {
+  const Number type = gradients[0].view.type;
+  const auto run = type == Number::kFloat    ? align_backward_as<float, Memory>
+                   : type == Number::kDouble ? align_backward_as<double, Memory>
+                   : type == Number::kHalf   ? align_backward_as<__half, Memory>
+                                             : align_backward_as<__nv_bfloat16, Memory>;
+  run(memory, problem, output_gradient, gradients, blocks, stream);
 }
 
 // Scales call.data[0] to call.data[arrays - 1], whose types and counts are there; fills call.first_piece.

@@ -62,7 +62,7 @@ struct Boxes {
     preparation.levels = static_cast<int32_t>(strides.size());
     preparation.rule = LevelRule{static_cast<Assignment>(assignment), sigma, canonical_size, canonical_level};
     for (size_t l = 0; l < strides.size(); ++l) preparation.level_of[l] = std::log2(strides[l]);
-    preparation.images = INT32_MAX;
+    preparation.images = INT64_MAX;
     preparation.factor = 1.0;
   }
 };
@@ -201,15 +201,16 @@ void scale_as(const Tensors& gradients, const Tensor& factor, cudaStream_t strea
 void scale_gradients(Tensors gradients, Tensor factor) {
   STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= kMaxScaled, "gradients: expected 1 to ", kMaxScaled,
                   " maps");
-  bool is_double = false;
+  const bool is_double = factor.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(same_device(factor, gradients[0]) && factor.dim() == 0 &&
+                      (is_double || factor.scalar_type() == ScalarType::Float),
+                  "factor: expected one float32 or float64 number on the gradients' device");
   for (const Tensor& t : gradients) {
     const bool good = t.dim() == 4 && same_device(t, gradients[0]) && is_floating(number_type(t, "gradients"));
     STD_TORCH_CHECK(good && is_dense(t), "gradients: expected dense CUDA maps of one device");
-    is_double = is_double || t.scalar_type() == ScalarType::Double;
+    STD_TORCH_CHECK(is_double || t.scalar_type() != ScalarType::Double,
+                    "factor: expected float64 as some gradients are, got float32");
   }
-  const bool of_loss = factor.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float);
-  STD_TORCH_CHECK(same_device(factor, gradients[0]) && factor.dim() == 0 && of_loss,
-                  "factor: expected one number in the loss's dtype on the gradients' device");
   const Stream on(gradients[0]);
   if (is_double) {
     scale_as<double>(gradients, factor, on.stream);
@@ -266,16 +267,7 @@ Tensors align_backward(Tensor output_gradient, Tensor rows, Tensor index, IntLis
     maps.push_back(map_view(gradients.back(), "shapes"));
   }
   Workspace workspace(dense);
-  const auto run = [&](auto element) {
-    using E = decltype(element);
-    gpu::align_backward<decltype(to_accum(E())), E>(workspace, problem, dense.data_ptr(), maps, BlockSizes{}, on.stream);
-  };
-  switch (maps[0].view.type) {
-    case Number::kFloat: run(float()); break;
-    case Number::kDouble: run(double()); break;
-    case Number::kHalf: run(__half()); break;
-    default: run(__nv_bfloat16());
-  }
+  gpu::align_backward(workspace, problem, dense.data_ptr(), maps, BlockSizes{}, on.stream);
   RAKD_CHECK_LAUNCH();
   return gradients;
 }
