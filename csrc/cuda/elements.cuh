@@ -22,8 +22,8 @@ RAKD_HD void from_accum(float value, __nv_bfloat16* out) { *out = __float2bfloat
 // Bytes of an element of a map.
 RAKD_HD int64_t element_bytes(Number type) { return type == Number::kDouble ? 8 : type == Number::kFloat ? 4 : 2; }
 
-// Calls f(E()) for the element type E that `type` names. Kernels do so outside of their loops. A call that sums in float
-// has no float64 maps, so its kernels have no code for them.
+// Calls f(E()) for the element type E that `type` names. Kernels do so outside of their loops. A call that sums in
+// float has no float64 maps, so its kernels have no code for them.
 template <class T, class F>
 __device__ __forceinline__ void with_element_type(Number type, const F& f) {
   if (type == Number::kHalf) {

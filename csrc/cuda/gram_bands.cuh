@@ -1,5 +1,5 @@
-// Gram bands on the GPU (../gram_table.h), made from the sampling tables: for each box and level, and of either axis, the
-// cells of the support, the band of each and its values. gram_gradient reads nothing else of a box.
+// Gram bands on the GPU (../gram_table.h), made from the sampling tables: for each box and level, and of either axis,
+// the cells of the support, the band of each and its values. gram_gradient reads nothing else of a box.
 #pragma once
 
 #include "../gram_table.h"
@@ -84,7 +84,8 @@ __global__ void build_bands(Tables<T> tables, GramTables<T> gram, int32_t* finis
       bands.begin[t] = band.begin;
       bands.end[t] = band.end;
       T* value = bands.value + int64_t(t) * bands.pitch;
-      for (int32_t u = band.begin; u < band.end; ++u) value[u - band.begin] = T(gram_value(table, tables.bins[axis], t, u));
+      for (int32_t u = band.begin; u < band.end; ++u)
+        value[u - band.begin] = T(gram_value(table, tables.bins[axis], t, u));
     }
   }
 }

@@ -1,9 +1,9 @@
-// Inputs of gram_gradient on the GPU: differences of both maps, staged or loaded, and fragments of the boxes' operators,
-// laid out for a tile in shared memory.
+// Inputs of gram_gradient on the GPU: differences of both maps, staged or loaded, and fragments of the boxes'
+// operators, laid out for a tile in shared memory.
 //
-// A box adds G_y S G_x to a tile (S = A - E on the support of the box, ../gram_table.h). Its fragment holds the bands of
-// G_x of the tile's columns, and, for each row that the tile's own rows are coupled with, the weights of G_y that spread
-// it over them. Longer bands and more rows come in several parts, one fragment after another.
+// A box adds G_y S G_x to a tile (S = A - E on the support of the box, ../gram_table.h). Its fragment holds the bands
+// of G_x of the tile's columns, and, for each row that the tile's own rows are coupled with, the weights of G_y that
+// spread it over them. Longer bands and more rows come in several parts, one fragment after another.
 #pragma once
 
 #include "gram_bands.cuh"
@@ -15,8 +15,8 @@ namespace gpu {
 constexpr int kGramRows = 8;                    // of a tile, in a thread's registers
 constexpr int kGramColumns = 16;                // of a tile, side by side in half a warp
 constexpr int kQuad = 4;                        // channels of a thread; half a warp has a quad
-constexpr int kFragmentCells = 8;                  // a ratio of 2 has bands of at most 7 cells,
-constexpr int kFragmentRows = 16;                  // and a tile's rows are coupled with at most 14
+constexpr int kFragmentCells = 8;               // a ratio of 2 has bands of at most 7 cells,
+constexpr int kFragmentRows = 16;               // and a tile's rows are coupled with at most 14
 constexpr int kHaloRows = 3, kHaloColumns = 3;  // around the tile: staged where not all cells that boxes need fit
 constexpr int kMaxStageColumns = 256;           // as a fragment has a byte for each place
 constexpr int kMaxStageCells = 1024;            // see fill_stage()
@@ -115,12 +115,12 @@ struct alignas(16) Fragment {
   T weight_y[kFragmentRows][kGramRows];               // times twice the scale; zero where rows are not coupled
   T weight_x[kFragmentCells][kGramColumns];           // the bands of the tile's columns
   int32_t row[kFragmentRows];                         // positions
-  int32_t first[kGramColumns];                     // of each column's band, by its number in the support
+  int32_t first[kGramColumns];                        // of each column's band, by its number in the support
   unsigned char place[kFragmentCells][kGramColumns];  // from the left of what is staged
-  unsigned char length[kGramColumns];              // cells; 0 for columns that the box does not touch
-  int32_t rows, widest;                            // rows, and cells of the widest band
-  int32_t parts;                                   // of the box on this tile
-  int32_t staged;                                  // whether the stage holds all that the box needs
+  unsigned char length[kGramColumns];                 // cells; 0 for columns that the box does not touch
+  int32_t rows, widest;                               // rows, and cells of the widest band
+  int32_t parts;                                      // of the box on this tile
+  int32_t staged;                                     // whether the stage holds all that the box needs
   int32_t box;
 };
 
@@ -155,8 +155,8 @@ __device__ bool find_tile_box(const GramTables<T>& tables, int level, int64_t bo
 
 // By a whole warp: part `part` of the operator of the box on the tile. A part past the last has no rows.
 template <class T>
-__device__ void make_fragment(const GramTables<T>& tables, int level, const Tile& tile, const GramTileBox& at, int32_t part,
-                              const Rectangle& held, Fragment<T>* fragment) {
+__device__ void make_fragment(const GramTables<T>& tables, int level, const Tile& tile, const GramTileBox& at,
+                              int32_t part, const Rectangle& held, Fragment<T>* fragment) {
   const int32_t lane = int32_t(threadIdx.x) % 32;
   const int64_t box = at.box;
   const Bands<T> y = bands_of(tables, level, 0, box), x = bands_of(tables, level, 1, box);
@@ -172,7 +172,8 @@ __device__ void make_fragment(const GramTables<T>& tables, int level, const Tile
   }
   const int32_t cell_parts = (widest + kFragmentCells - 1) / kFragmentCells;
   const int32_t row_parts = (rows.end - rows.begin + kFragmentRows - 1) / kFragmentRows;
-  const int32_t skipped = part % cell_parts * kFragmentCells, first_row = rows.begin + part / cell_parts * kFragmentRows;
+  const int32_t skipped = part % cell_parts * kFragmentCells,
+                first_row = rows.begin + part / cell_parts * kFragmentRows;
   const int32_t left_rows = rows.end - first_row, row_count = left_rows < kFragmentRows ? left_rows : kFragmentRows;
   const bool staged = held.holds(needed);
   if (lane == 0) {

@@ -33,9 +33,9 @@ struct GramGradient {
 // The block's shared memory, in this order; the stage fills the rest.
 template <class T>
 struct GramMemory {
-  Fragment<T>* fragments;  // [warps]
-  double* sums;            // [warps], or counts of boxes
-  int32_t* bounds;         // [warps, 4]
+  Fragment<T>* fragments;   // [warps]
+  double* sums;             // [warps], or counts of boxes
+  int32_t* bounds;          // [warps, 4]
   GramTileBox* tile_boxes;  // [threads]
   Quad<T>* stage;
 
@@ -116,7 +116,8 @@ __device__ void fill_stage(const GramGradient<E>& call, int level, int32_t image
 // sum[r][c] += Σ_rows weight_y[row][r] Σ_cells weight_x[cell] S[row][cell][c], for the thread's column.
 template <class E, class T>
 __device__ __forceinline__ void apply_fragment(const GramGradient<E>& call, int level, int32_t image, int32_t channel,
-                                            const Fragment<T>& fragment, const Stage<T>& stage, T (&sum)[kGramRows][kQuad]) {
+                                               const Fragment<T>& fragment, const Stage<T>& stage,
+                                               T (&sum)[kGramRows][kQuad]) {
   const int32_t column = int32_t(threadIdx.x) % kGramColumns, quad = int32_t(threadIdx.x) / kGramColumns;
   const int32_t quads = int32_t(blockDim.x) / kGramColumns, length = fragment.length[column];
   if (length == 0) return;
@@ -189,7 +190,8 @@ __device__ __forceinline__ void finish_loss(const GramGradient<E>& call, double 
   if (threadIdx.x == 0) *call.total = static_cast<decltype(to_accum(E()))>(total);
 }
 
-// Block (level, channel block: a quad of channels each half a warp, image, tile); blockDim.x is 32 times a power of two.
+// Block (level, channel block: a quad of channels each half a warp, image, tile); blockDim.x is 32 times a power of
+// two.
 template <class E>
 __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E> call) {
   typedef decltype(to_accum(E())) T;
@@ -220,8 +222,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
   for (int64_t begin = range.begin; begin < range.end; begin += blockDim.x) {
     GramTileBox own{};
     Rectangle needed{INT32_MAX, INT32_MAX, -INT32_MAX, -INT32_MAX};
-    const bool meets =
-        find_tile_box(tables, level, range.box(begin + threadIdx.x, tables.boxes), tile, &own, &needed);
+    const bool meets = find_tile_box(tables, level, range.box(begin + threadIdx.x, tables.boxes), tile, &own, &needed);
     int32_t found;
     const int32_t place = rank_in_block(meets, reinterpret_cast<int32_t*>(memory.sums), &found);
     if (meets) memory.tile_boxes[place] = own;
@@ -235,7 +236,8 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
       int32_t parts = 1;
       for (int32_t part = 0; part < parts; ++part) {
         if (first + warp < found) {
-          make_fragment(tables, level, tile, memory.tile_boxes[first + warp], part, stage.held, memory.fragments + warp);
+          make_fragment(tables, level, tile, memory.tile_boxes[first + warp], part, stage.held,
+                        memory.fragments + warp);
         }
         __syncthreads();
         for (int32_t n = 0; n < warps && first + n < found; ++n) {

@@ -1,5 +1,5 @@
-// Host side of the kernels: layouts of the workspace, grids, launches. Free of torch, so that the emulator's bindings and
-// the registered ops launch the same things in the same way.
+// Host side of the kernels: layouts of the workspace, grids, launches. Free of torch, so that the emulator's bindings
+// and the registered ops launch the same things in the same way.
 //
 //   prepare_boxes            1 launch, before all others
 //   loss and its gradient    build_tables, distill_pool, roi_align_backward (or those of launch_gram.h)
@@ -18,14 +18,14 @@
 namespace rakd {
 namespace gpu {
 
-constexpr int64_t kTargetBlocks = 4096;      // pooling blocks take more channels each when there are more of them
-constexpr size_t kSharedBytes = 48 << 10;    // every architecture gives a block so much without being asked
+constexpr int64_t kTargetBlocks = 4096;        // pooling blocks take more channels each when there are more of them
+constexpr size_t kSharedBytes = 48 << 10;      // every architecture gives a block so much without being asked
 constexpr int64_t kMaxBlocks = INT32_MAX - 1;  // of a grid, and bytes of one box's tables
-constexpr int64_t kScaleBlocks = 1024;       // at most; they end at once where there is nothing to scale
+constexpr int64_t kScaleBlocks = 1024;         // at most; they end at once where there is nothing to scale
 
-// Threads of a block, multiples of 32; `gram` is 32 times a power of two. On a GPU, `pool`, `backward` and `gram` are at
-// most the values here, and `backward` may nowhere take more shared memory than kSharedBytes. Results are right for any
-// others as well (the tests run several).
+// Threads of a block, multiples of 32; `gram` is 32 times a power of two. On a GPU, `pool`, `backward` and `gram` are
+// at most the values here, and `backward` may nowhere take more shared memory than kSharedBytes. Results are right for
+// any others as well (the tests run several).
 struct BlockSizes {
   int tables = 64, pool = kPoolThreads, sum = 256, backward = kBackwardThreads, gram = kGramThreads;
 };
@@ -88,9 +88,8 @@ struct TablePlan {
         int64_t bytes = 0;
         for (int axis = 0; axis < 2; ++axis) {
           const AxisCapacity capacity = axis_capacity(map.size[axis], problem.bins[axis], problem.sampling_ratio);
-          layout.axis[axis] =
-              AxisLayout{static_cast<int32_t>(map.size[axis]), static_cast<int32_t>(capacity.cells),
-                         static_cast<int32_t>(capacity.weights), static_cast<int32_t>(bytes)};
+          layout.axis[axis] = AxisLayout{static_cast<int32_t>(map.size[axis]), static_cast<int32_t>(capacity.cells),
+                                         static_cast<int32_t>(capacity.weights), static_cast<int32_t>(bytes)};
           bytes += axis_bytes<T>(capacity, problem.bins[axis]);
           require(bytes <= kMaxBlocks, "maps: too many rows and columns for the tables of one box");
         }
@@ -130,7 +129,8 @@ int32_t choose_group(const Tables<T>& tables, int64_t entries) {
 }
 
 // Tiles of so many rows and columns, for all images and channel blocks of `channels` channels.
-inline int64_t tile_count(int64_t images, const AxisLayout* axis, int64_t channel_blocks, int64_t rows, int64_t columns) {
+inline int64_t tile_count(int64_t images, const AxisLayout* axis, int64_t channel_blocks, int64_t rows,
+                          int64_t columns) {
   return images * channel_blocks * ((axis[0].size + rows - 1) / rows) * ((axis[1].size + columns - 1) / columns);
 }
 
@@ -172,8 +172,8 @@ template <class T>
 void launch_distill_pool(const DistillPool<T>& call, const BlockSizes& blocks, cudaStream_t stream) {
   static_assert(sizeof(call) <= 4096, "parameters of a kernel");
   const dim3 grid(static_cast<unsigned>(distill_blocks(call.tables, call.group)));
-  RAKD_LAUNCH((distill_pool<T>), grid, dim3(blocks.pool), pool_shared_bytes<T>(blocks.pool, call.tables.bins[1]), stream,
-              call);
+  RAKD_LAUNCH((distill_pool<T>), grid, dim3(blocks.pool), pool_shared_bytes<T>(blocks.pool, call.tables.bins[1]),
+              stream, call);
 }
 
 template <class T>

@@ -12,8 +12,8 @@ enum class Algorithm { kByShape, kPooled, kGram };
 
 // Cells of a tile with its rim; more are not worth the memory.
 constexpr int32_t kStageCells = (kGramRows + 2 * kHaloRows) * (kGramColumns + 2 * kHaloColumns + 2);
-constexpr int64_t kMinGramBins = 256;                // the Gram form is expected to win from there on
-constexpr int64_t kMinValues = int64_t(1) << 20;     // bands up to this size are allowed whatever the pooled form needs
+constexpr int64_t kMinGramBins = 256;             // the Gram form is expected to win from there on
+constexpr int64_t kMinValues = int64_t(1) << 20;  // bands up to this size are allowed whatever the pooled form needs
 
 // double has half the channels a block.
 template <class T>
@@ -68,8 +68,9 @@ struct GramPlan {
 };
 
 // Whether a training step takes the Gram form: by shapes alone, where both networks' maps agree in them and all maps in
-// their element type. Where it is asked for, it is still refused where its workspace would be larger than that of pooled
-// differences and not small either, as for adaptive sampling on large maps, whose bands have no bound but the map.
+// their element type. Where it is asked for, it is still refused where its workspace would be larger than that of
+// pooled differences and not small either, as for adaptive sampling on large maps, whose bands have no bound but the
+// map.
 template <class T>
 bool choose_gram(const Distillation& call, const TablePlan<T>& plan, const GramPlan<T>& gram) {
   if (call.algorithm == Algorithm::kPooled || call.problem.boxes == 0 || !gram.fits) return false;

@@ -119,8 +119,8 @@ Tensor level_weights(Tensors boxes, DoubleList strides, int64_t assignment, doub
 std::tuple<Tensor, Tensor, Tensors> distill_as(const Tensors& apprentice, const Tensors& expert, const Tensor& rows,
                                                const Tensor& index, const std::optional<Tensor>& factor,
                                                const DoubleList& strides, const DoubleList& expert_strides,
-                                               const IntList& output_size, int64_t sampling_ratio, const bool (&wanted)[2],
-                                               Algorithm algorithm) {
+                                               const IntList& output_size, int64_t sampling_ratio,
+                                               const bool (&wanted)[2], Algorithm algorithm) {
   STD_TORCH_CHECK(!apprentice.empty(), "apprentice: expected 1 to ", kMaxLevels, " maps, got 0");
   STD_TORCH_CHECK(apprentice[0].dim() == 4, "apprentice: expected maps [B, C, H, W]");
   const Tensor& like = apprentice[0];
@@ -221,7 +221,7 @@ void scale_gradients(Tensors gradients, Tensor factor) {
 }
 
 Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, IntList output_size,
-                      int64_t sampling_ratio) {
+             int64_t sampling_ratio) {
   STD_TORCH_CHECK(!features.empty() && features[0].dim() == 4, "features: expected 1 to ", kMaxLevels,
                   " maps [B, C, H, W]");
   const Tensor& like = features[0];
@@ -245,8 +245,8 @@ Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, In
 }
 
 Tensors align_backward(Tensor output_gradient, Tensor rows, Tensor index, IntList shapes,
-                                std::vector<bool> channels_last, DoubleList strides, IntList output_size,
-                                int64_t sampling_ratio) {
+                       std::vector<bool> channels_last, DoubleList strides, IntList output_size,
+                       int64_t sampling_ratio) {
   const size_t levels = strides.size();
   STD_TORCH_CHECK(shapes.size() == 4 * levels && channels_last.size() == levels && levels > 0 && levels <= kMaxLevels,
                   "shapes: expected four numbers per map");

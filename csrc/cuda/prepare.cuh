@@ -1,6 +1,6 @@
-// Preparation of boxes on the GPU: one launch turns boxes, box weights and level weights as the caller has them into the
-// rows of ../prepare.h, and sorts box numbers by image. A box that is wrong counts zero; its values are not looked at on
-// the host, which would wait for the device.
+// Preparation of boxes on the GPU: one launch turns boxes, box weights and level weights as the caller has them into
+// the rows of ../prepare.h, and sorts box numbers by image. A box that is wrong counts zero; its values are not looked
+// at on the host, which would wait for the device.
 #pragma once
 
 #include "elements.cuh"
@@ -34,9 +34,9 @@ __device__ __forceinline__ void read_box(const PrepareBoxes& call, int64_t k, do
   for (int i = 0; i < 4; ++i) box[1 + i] = call.list[list].at(k - call.first_box[list], i);
 }
 
-// How many boxes come before (image, position) when boxes are sorted stably by image. Boxes of no image come last. Called
-// by the whole block; images[] is shared memory of a number a thread. Each thread compares with all boxes: they are few,
-// and the order then needs neither atomics nor a second launch.
+// How many boxes come before (image, position) when boxes are sorted stably by image. Boxes of no image come last.
+// Called by the whole block; images[] is shared memory of a number a thread. Each thread compares with all boxes: they
+// are few, and the order then needs neither atomics nor a second launch.
 __device__ __forceinline__ int32_t rank_of(const PrepareBoxes& call, int64_t image, int64_t position, int32_t* images) {
   int32_t rank = 0;
   for (int64_t begin = 0; begin < call.boxes; begin += blockDim.x) {
@@ -55,8 +55,8 @@ __device__ __forceinline__ int32_t rank_of(const PrepareBoxes& call, int64_t ima
   return rank;
 }
 
-// A thread a box; of one [K, 5], images + 1 further threads find the ranges. A list's boxes keep their order, those that
-// are wrong included: their rows say that they count nothing.
+// A thread a box; of one [K, 5], images + 1 further threads find the ranges. A list's boxes keep their order, those
+// that are wrong included: their rows say that they count nothing.
 __global__ void __launch_bounds__(kPrepareThreads) prepare_boxes(PrepareBoxes call) {
   RAKD_SHARED(shared);
   const Preparation& preparation = call.preparation;

@@ -6,8 +6,8 @@
 // tile of one map's gradient and a block of channels: it gathers from all boxes of its image and writes each element
 // once, zeros included. No atomics, and boxes add up in their order.
 //
-// A warp owns a row of the tile. For each box that meets the tile it forms the inner sum, one row of bins of x, in shared
-// memory of its own, from which each lane then takes the bins that feed its cell.
+// A warp owns a row of the tile. For each box that meets the tile it forms the inner sum, one row of bins of x, in
+// shared memory of its own, from which each lane then takes the bins that feed its cell.
 #pragma once
 
 #include "roi_align_forward.cuh"
@@ -102,8 +102,8 @@ RAKD_HD bool extent_meets(const int32_t* extent, int64_t boxes, const Tile& tile
   return extent[3 * boxes] < tile.left + tile.columns && extent[4 * boxes] >= tile.left;
 }
 
-// A bit for each cell low .. low + size - 1 that is in the support, of which cells from number `begin` on are looked at;
-// size is at most 32.
+// A bit for each cell low .. low + size - 1 that is in the support, of which cells from number `begin` on are looked
+// at; size is at most 32.
 RAKD_HD uint32_t support_bits(const int32_t* cells, int32_t begin, int32_t count, int32_t low, int32_t size) {
   uint32_t bits = 0;
   for (int32_t t = begin; t < count && cells[t] < low + size; ++t) bits |= uint32_t(1) << (cells[t] - low);
@@ -224,7 +224,8 @@ __device__ __forceinline__ void fill_row(const CellBins<T>& bins, const T* from,
 // Block (side, level, channel block, image, tile); blockDim.x is a multiple of 32. E: element type of the output's
 // gradient, or void for pooled differences.
 template <class T, class E>
-__global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1) roi_align_backward(RoiAlignBackward<T> call) {
+__global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1)
+    roi_align_backward(RoiAlignBackward<T> call) {
   constexpr bool kPooled = std::is_void<E>::value;
   RAKD_SHARED(shared);
   const Tables<T>& tables = call.tables;
@@ -272,8 +273,7 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1) roi_
   const BoxRange range(tables, tile.image);
   for (int64_t begin = range.begin; begin < range.end; begin += blockDim.x) {
     TileBox own{};
-    const bool meets =
-        find_tile_box(tables, side, level, range.box(begin + threadIdx.x, tables.boxes), tile, &own);
+    const bool meets = find_tile_box(tables, side, level, range.box(begin + threadIdx.x, tables.boxes), tile, &own);
     int32_t found;
     const int32_t place = rank_in_block(meets, counts, &found);
     if (meets) tile_boxes[place] = own;
@@ -323,8 +323,9 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1) roi_
         for (; done < column_cell.count && column_cell.first + done < left + count; ++done) {
           const int32_t p = column_cell.first + done;
           static_assert(CellBins<T>::kStored == 2, "weights are told apart below");
-          const T weight =
-              done == 0 ? column_cell.weight[0] : done == 1 ? column_cell.weight[1] : table(1).weight(p, column);
+          const T weight = done == 0   ? column_cell.weight[0]
+                           : done == 1 ? column_cell.weight[1]
+                                       : table(1).weight(p, column);
           const Quad<T>* from = reinterpret_cast<const Quad<T>*>(row_bins + (p - left) * kRowBinPitch);
           RAKD_UNROLL
           for (int quad = 0; quad < kChannelBlock / 4; ++quad) {

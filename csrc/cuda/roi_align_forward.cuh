@@ -1,8 +1,8 @@
 // RoIAlign on the GPU: a block pools one box, for the loss on one level, for multi-level RoIAlign on all.
 //
 // A thread owns whole columns (bin p of x, channel c) of the pooled patch and walks them down, bin by bin: it sums each
-// row of the support once, over the cells of its bin of x, and keeps the sums of the last two rows, which are all that a
-// further bin may want again. Values stay in registers, and each sum has a fixed order. On their way to memory a few
+// row of the support once, over the cells of its bin of x, and keeps the sums of the last two rows, which are all that
+// a further bin may want again. Values stay in registers, and each sum has a fixed order. On their way to memory a few
 // bins at a time pass through shared memory, so that neighbouring threads write neighbouring addresses.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace rakd {
 namespace gpu {
 
 constexpr int kChannelBlock = 32;  // channels worked on together; the innermost dimension of pooled differences
-constexpr int kStagePitch = kChannelBlock + 8;      // a warp's 4 bins by 8 channels (channels-first) hit different banks
+constexpr int kStagePitch = kChannelBlock + 8;  // a warp's 4 bins by 8 channels (channels-first) hit different banks
 constexpr int kTransposePitch = kChannelBlock + 1;  // where the stage is read along bins
 constexpr int kStageBins = 8;                       // bins of y in the stage
 constexpr int kPoolThreads = 128;                   // of a pooling block at most, for registers
@@ -162,11 +162,13 @@ struct DistillPool {
   Pyramid map[2];   // apprentice, expert
   int32_t group;    // channel blocks that one thread block takes
   double* partial;  // out [thread blocks]: losses
-  T* pooled;        // out, per level [K, channel blocks, bins, kChannelBlock]: 2 * scale * difference; nullptr: not wanted
+  T* pooled;  // out, per level [K, channel blocks, bins, kChannelBlock]: 2 * scale * difference; nullptr: not wanted
 };
 
 // Thread blocks of a box on one level.
-RAKD_HD int32_t groups_of(const Level& level, int32_t group) { return (channel_blocks(level.channels) + group - 1) / group; }
+RAKD_HD int32_t groups_of(const Level& level, int32_t group) {
+  return (channel_blocks(level.channels) + group - 1) / group;
+}
 
 // Block (level, box, group of channel blocks): the loss, and the pooled differences that the gradient is made from.
 //

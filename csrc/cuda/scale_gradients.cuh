@@ -1,5 +1,5 @@
-// The backward pass of the loss: gradients that were computed with the loss, times the incoming one; in place, and without
-// touching memory where the incoming one is 1, which only the device knows.
+// The backward pass of the loss: gradients that were computed with the loss, times the incoming one; in place, and
+// without touching memory where the incoming one is 1, which only the device knows.
 #pragma once
 
 #include "elements.cuh"
@@ -13,11 +13,11 @@ constexpr int kVectorBytes = 16;            // that are loaded and stored at onc
 
 template <class T>
 struct ScaleGradients {
-  const T* factor;                       // [1]
-  void* data[kMaxScaled];                // each dense
-  Number type[kMaxScaled];               // of their elements
-  int64_t count[kMaxScaled];             // elements of each
-  int64_t first_piece[kMaxScaled + 1];   // pieces of kScaleThreads vectors, numbered through; then their number
+  const T* factor;                      // [1]
+  void* data[kMaxScaled];               // each dense
+  Number type[kMaxScaled];              // of their elements
+  int64_t count[kMaxScaled];            // elements of each
+  int64_t first_piece[kMaxScaled + 1];  // pieces of kScaleThreads vectors, numbered through; then their number
 };
 
 template <class E, class T>

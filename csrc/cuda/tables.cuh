@@ -38,11 +38,11 @@ struct SideLayout {
 };
 
 struct Level {
-  int32_t sides;        // 1: the expert's maps have the apprentice's shape and stride, and share its tables; else 2
-  int32_t channels;     // C
-  double normalizer;    // of weights: 1 / (C * bins) for the loss, 1 for pooling
-  int64_t pooled;       // elements of pooled differences on the levels before
-  SideLayout side[2];   // apprentice, expert
+  int32_t sides;       // 1: the expert's maps have the apprentice's shape and stride, and share its tables; else 2
+  int32_t channels;    // C
+  double normalizer;   // of weights: 1 / (C * bins) for the loss, 1 for pooling
+  int64_t pooled;      // elements of pooled differences on the levels before
+  SideLayout side[2];  // apprentice, expert
 };
 
 // A column of R: the bins that one cell of the support feeds, and their weights. A cell feeds more than two bins only

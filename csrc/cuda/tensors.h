@@ -58,16 +58,26 @@ inline bool same_device(const Tensor& t, const Tensor& like) {
 
 inline Number number_type(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Number::kFloat;
-    case ScalarType::Double: return Number::kDouble;
-    case ScalarType::Half: return Number::kHalf;
-    case ScalarType::BFloat16: return Number::kBFloat16;
-    case ScalarType::Byte: return Number::kUInt8;
-    case ScalarType::Char: return Number::kInt8;
-    case ScalarType::Short: return Number::kInt16;
-    case ScalarType::Int: return Number::kInt32;
-    case ScalarType::Long: return Number::kInt64;
-    default: STD_TORCH_CHECK(false, name, ": expected floating-point numbers or integers");
+    case ScalarType::Float:
+      return Number::kFloat;
+    case ScalarType::Double:
+      return Number::kDouble;
+    case ScalarType::Half:
+      return Number::kHalf;
+    case ScalarType::BFloat16:
+      return Number::kBFloat16;
+    case ScalarType::Byte:
+      return Number::kUInt8;
+    case ScalarType::Char:
+      return Number::kInt8;
+    case ScalarType::Short:
+      return Number::kInt16;
+    case ScalarType::Int:
+      return Number::kInt32;
+    case ScalarType::Long:
+      return Number::kInt64;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected floating-point numbers or integers");
   }
 }
 
@@ -87,8 +97,8 @@ inline Map map_view(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(is_floating(type), name, ": expected float32, float64, float16 or bfloat16 maps");
   STD_TORCH_CHECK(t.size(1) > 0 && t.size(1) < INT32_MAX, name, ": expected 1 to 2^31 - 2 channels, got ", t.size(1));
   for (int64_t i = 2; i < 4; ++i) {
-    STD_TORCH_CHECK(t.size(i) > 0 && t.size(i) < INT32_MAX, name,
-                    ": expected 1 to 2^31 - 2 rows and columns, got ", t.size(i));
+    STD_TORCH_CHECK(t.size(i) > 0 && t.size(i) < INT32_MAX, name, ": expected 1 to 2^31 - 2 rows and columns, got ",
+                    t.size(i));
   }
   STD_TORCH_CHECK((t.size(2) == 1 || t.stride(2) <= INT32_MAX) && (t.size(3) - 1) * t.stride(3) <= INT32_MAX, name,
                   ": expected rows less than 2^31 elements long and apart, got strides ", t.stride(2), " and ",
