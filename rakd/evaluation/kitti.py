@@ -1,6 +1,5 @@
 """Evaluation of KITTI results by the official rules: 2D boxes, orientation, bird's-eye view, 3D boxes."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from rakd.data.frames import is_frame_name
 from rakd.data.labels import Objects, concatenate, read_labels, read_results
+from rakd.errors import MissingFileError, NotAFolderError, UserError
 from rakd.evaluation import curves, matching
 from rakd.evaluation.matching import DROPPED, IGNORED, VALID, Problem
 from rakd.evaluation.overlaps import METRICS, Indices, Pairs, find_pairs
@@ -39,7 +40,6 @@ DIFFICULTIES = ((40.0, 0, 0.15), (25.0, 1, 0.3), (25.0, 2, 0.5))
 
 _NO_PLACE = -1000.0
 _NO_ANGLE = -10.0
-_FRAME_FILE = re.compile(r"[0-9]{6}\.txt")
 _BAR_DELAY = 2.0  # seconds before a progress bar shows
 
 
@@ -102,10 +102,11 @@ def evaluate(
         precision without any detections (0/0) makes its average NaN, as in the kit.
 
     Raises:
-        FileNotFoundError: A folder or a frame's file is missing.
-        NotADirectoryError: ``gt_dir`` or ``pred_dir`` is not a folder.
-        ValueError: ``overlaps`` is neither, or ``gt_dir`` holds no frames; or a row does not parse, holds NaN,
-            or has exactly one of width and length not positive: names file and line.
+        MissingFileError: A folder or a frame's file is missing.
+        NotAFolderError: ``gt_dir`` or ``pred_dir`` is not a folder.
+        UserError: ``gt_dir`` holds no frames; or a row does not parse, holds NaN, or has exactly one of width and
+            length not positive: names file and line.
+        ValueError: ``overlaps`` is neither.
 
     Warns:
         UserWarning: Once for each result file with rows that lack a score; they are skipped.
@@ -144,13 +145,13 @@ def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> 
     """File names of the frames to evaluate, after checking that all are there."""
     for argument, folder in (("gt_dir", gt_dir), ("pred_dir", pred_dir)):
         if not folder.exists():
-            raise FileNotFoundError(f"{argument}: {folder} is not there")
+            raise MissingFileError(f"{argument}: {folder} is not there")
         if not folder.is_dir():
-            raise NotADirectoryError(f"{argument}: {folder} is not a folder")
+            raise NotAFolderError(f"{argument}: {folder} is not a folder")
     if frames is None:
-        names = sorted(path.name for path in gt_dir.iterdir() if _FRAME_FILE.fullmatch(path.name))
+        names = sorted(path.name for path in gt_dir.iterdir() if path.suffix == ".txt" and is_frame_name(path.stem))
         if not names:
-            raise ValueError(f"gt_dir: {gt_dir} holds no label files NNNNNN.txt")
+            raise UserError(f"gt_dir: {gt_dir} holds no label files NNNNNN.txt")
     else:
         names = [f"{frame}.txt" for frame in frames]
         if not names or len(set(names)) < len(names):
@@ -159,7 +160,7 @@ def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> 
         there = {path.name for path in folder.iterdir()}
         missing = [name for name in names if name not in there]
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{argument}: {folder / missing[0]} is not there ({len(missing)} of {len(names)} frames lack "
                 "a file; a frame without objects needs an empty one)"
             )

@@ -17,7 +17,18 @@ from rakd.cli import main
 from rakd.data.frames import find_frames
 from rakd.data.labels import write_objects
 
-COMMANDS = ("distill", "train", "predict", "evaluate", "show", "latency", "inspect", "make-scenes", "distill-features")
+COMMANDS = (
+    "distill",
+    "train",
+    "predict",
+    "evaluate",
+    "compare",
+    "show",
+    "latency",
+    "inspect",
+    "make-scenes",
+    "distill-features",
+)
 
 
 @pytest.fixture(scope="module")

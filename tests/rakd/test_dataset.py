@@ -133,7 +133,9 @@ def test_collate_pads_images_of_different_sizes(scenes, plain):
 
 
 def test_bad_input(scenes, plain):
-    with pytest.raises(ValueError, match=r"size must hold every image, got \(100, 100\) for .* \(414, 125\)"):
+    with pytest.raises(
+        ValueError, match=r"frame 000000: too large: resized it is 414 x 125 pixels, expected at most 100 x 100"
+    ):
         collate([plain[0]], size=(100, 100))
     with pytest.raises(ValueError, match="samples must hold at least one"):
         collate([])

@@ -41,7 +41,13 @@ def train(scenes: Path, out: Path) -> list[str]:
 
 
 def test_train(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {path.name for path in run.iterdir()} == {"checkpoint.pt", "log.csv", "detector.pt", "detections"}
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoint.pt",
+        "log.csv",
+        "detector.pt",
+        "detections",
+        "result.json",
+    }
     assert load_detector(run / "detector.pt").config == DETECTORS["tiny"]
     frames = [frame.id for frame in find_frames(scenes, "val")]
     assert sorted(path.stem for path in (run / "detections").iterdir()) == sorted(frames)
@@ -75,7 +81,7 @@ def test_no_process_leaves_the_training_before_the_evaluation(
     )
     assert main(train(scenes, tmp_path)) == 0
     written = {"checkpoint.pt", "log.csv"}
-    assert there == [written if rank else written | {"detector.pt", "detections"}]
+    assert there == [written if rank else written | {"detector.pt", "detections", "result.json"}]
 
 
 def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,7 @@ def test_calibration_round_trip(tmp_path):
         ("P0: 1\nP2: 1 2 3\n", r"c\.txt:2: P2 must be 12 numbers, got '1 2 3'"),
         ("P2: " + "x " * 12, r"c\.txt:1: P2 must be 12 numbers"),
         ("P2: " + "1 " * 12, r"c\.txt:1: projection must be a rectified pinhole"),
-        ("P0: 1\n", r"c\.txt: expected a line 'P2: <12 numbers>', found none"),
+        ("P0: 1\n", r"c\.txt: expected a line 'P2: <12 numbers>' \(or P_rect_02, as in raw data\), found only P0"),
     ],
 )
 def test_bad_calibrations(tmp_path, text, message):

@@ -164,7 +164,7 @@ def test_writer_refuses_what_the_reader_would_not_take(tmp_path, labels):
     path = tmp_path / "a.txt"
     path.write_text("as it was")
     for change, message in (
-        ({"types": np.array(["Car", "Person sitting"])}, "single words .* got 'Person sitting'"),
+        ({"types": np.array(["Car", "Person sitting"])}, "plain words .* got 'Person sitting'"),
         ({"alpha": np.array([0.0, np.nan])}, "object 1 is not"),
         ({"scores": np.array([np.nan, 1.0])}, "object 0's is"),
     ):
