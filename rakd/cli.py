@@ -21,9 +21,9 @@ _RESUMING = ("Distill", "Train", "MakeScenes", "DistillFeatures")
 
 
 # Of torch's errors, for memory of the GPU and of the machine.
-_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "not enough memory")
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
 # Options that take less memory, as far as a command has them.
-_SAVING = {"batch_size": "lower --batch-size", "amp": "set --amp bfloat16", "device": "set --device cpu"}
+_SAVING = {"batch_size": "lower --batch-size", "amp": "set --amp bfloat16"}
 
 
 class Command(Protocol):
@@ -97,8 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
-        saving = ", or ".join(text for option, text in _SAVING.items() if hasattr(command, option))
-        return _fail(f"{str(error).partition('. ')[0]}; to need less, {saving or 'use smaller images'}")
+        saving = [text for option, text in _SAVING.items() if hasattr(command, option)]
+        if "CUDA" in str(error) and hasattr(command, "device"):
+            saving.append("set --device cpu")
+        return _fail(f"out of memory: {' or '.join(saving) or 'use smaller images'} (torch says: {error})")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Evaluation of KITTI results by the official rules: 2D boxes, orientation, bird's-eye view, 3D boxes."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +110,14 @@ def evaluate(
         ValueError: ``overlaps`` is neither.
 
     Warns:
-        UserWarning: Once for each result file with rows that lack a score; they are skipped.
+        UserWarning: Once for each result file with rows that lack a score; they are skipped. Once for each class of
+            which objects count, but no detection.
     """
     if overlaps not in LIMITS:
         raise ValueError(f"overlaps must be one of {', '.join(LIMITS)}, got {overlaps!r}")
     truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
     data = _prepare(truths, detections, LIMITS[overlaps])
+    _check_heights(data, pred_dir)
     result: Result = {}
     steps = [(name, metric) for name in CLASSES for metric in METRICS]
     for name, metric in bar(steps, desc="matching", delay=_BAR_DELAY, disable=not progress):
@@ -205,6 +208,23 @@ def _evaluate_metric(data: _Data, name: str, metric: str) -> dict[str, MetricRes
             result["precision"].append(curve.tolist())
             result["objects"].append(objects)
     return results
+
+
+def _check_heights(data: _Data, pred_dir: Path | str) -> None:
+    """Say when objects count, but all detections of their class are too low in the image to count.
+
+    Results of 3D boxes alone, whose 2D boxes are -1, would score 0 without a word.
+    """
+    least = DIFFICULTIES[-1][0]
+    heights = np.abs(data.detections.boxes[:, 3] - data.detections.boxes[:, 1])
+    for name in CLASSES:
+        own = heights[data.detections.is_type(name)]
+        if len(own) and (own < least).all() and (truth_flags(data.truth, name, len(LEVELS) - 1) == VALID).any():
+            warnings.warn(
+                f"{pred_dir}: none of the {len(own)} detections of {name} counts, in 3D neither: the official rule "
+                f"wants 2D boxes {least:g} pixels high, the highest is {own.max():g}",
+                stacklevel=3,
+            )
 
 
 def _has_data(detections: Objects, metric: str) -> bool:
