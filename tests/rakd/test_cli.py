@@ -491,7 +491,7 @@ def test_errors_of_loading_processes_are_one_line(error, monkeypatch, capsys):
         (
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB. See docs",
             {"batch_size": 8, "amp": "off", "device": "auto"},
-            "out of memory: lower --batch-size or set --amp bfloat16 or set --device cpu (torch says: CUDA out of memory. Tr",
+            "out of memory: lower --batch-size or set --amp bfloat16 or set --device cpu (torch says: CUDA out",
         ),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", {"device": "auto"}, "--device"),
         ("CUDA error: out of memory\nCUDA kernel errors might be", {"batch_size": 1}, "lower --batch-size"),
