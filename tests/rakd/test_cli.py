@@ -103,6 +103,7 @@ def test_help_lists_the_commands(capsys):
         (["distill", "--study", "kitti"], "--data: --study kitti needs a folder in KITTI's layout"),
         (["distill", "--out", "file"], "--out: expected a folder to write to, file is a file"),
         (["distill-features", "--out", "file"], "--out: expected a folder to write to, file is a file"),
+        (["distill-features", "--out", "x", "--steps", "0"], "steps must be 1 or more, got 0"),
         (["train", "--data", "nowhere", "--out", "file"], "--out: expected a folder to write to, file is a file"),
         (["train", "--out", "x"], "--data"),
         (["train", "--data", "nowhere", "--out", "x", "--steps", "-1"], "steps must be 1 or more, got -1"),
@@ -423,6 +424,12 @@ def test_missing_extras_are_told(missing, scenes, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(builtins, "__import__", guarded)
     assert main(["show", "--data", str(scenes), "--out", str(tmp_path), "--count", "1"]) == 2
     assert capsys.readouterr().err == f"rakd: error: {missing} is not installed; run: pip install '.[train]'\n"
+
+
+def test_commands_raise_what_is_told_in_one_line():
+    for path in sorted(Path(cli.__file__).parent.glob("commands/*.py")):
+        names = set(re.findall(r"raise (\w+Error)\(", path.read_text(encoding="utf-8")))
+        assert names <= {"UserError", "MissingFileError", "NotAFolderError"}, path.name
 
 
 def run_broken(error, monkeypatch, **options):

@@ -290,6 +290,13 @@ def test_images_stand_upright(tmp_path, kind, orientation):
     assert read_image_size(path) == expected.shape[::-1]
 
 
+def test_images_that_pillow_takes_for_an_attack_are_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"P5 40000 40000 255\n")
+    for read in (read_image, read_image_size):
+        with pytest.raises(UserError, match=r"a\.png: cannot be read as an image: Image size"):
+            read(tmp_path / "a.png")
+
+
 @given(st.data(), st.sampled_from(["PNG", "JPEG"]))
 def test_damaged_images_are_read_or_refused_by_name(tmp_path_factory, data, kind):
     buffer = io.BytesIO()
