@@ -103,7 +103,7 @@ def test_help_lists_the_commands(capsys):
         (["distill", "--study", "kitti"], "--data: --study kitti needs a folder in KITTI's layout"),
         (["distill", "--out", "file"], "--out: expected a folder to write to, file is a file"),
         (["distill-features", "--out", "file"], "--out: expected a folder to write to, file is a file"),
-        (["distill-features", "--out", "x", "--steps", "0"], "steps must be 1 or more, got 0"),
+        (["distill-features", "--data", "no", "--out", "x", "--steps", "0"], "steps must be 1 or more, got 0"),
         (["train", "--data", "nowhere", "--out", "file"], "--out: expected a folder to write to, file is a file"),
         (["train", "--out", "x"], "--data"),
         (["train", "--data", "nowhere", "--out", "x", "--steps", "-1"], "steps must be 1 or more, got -1"),
