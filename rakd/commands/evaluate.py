@@ -68,12 +68,13 @@ class Evaluate:
         files = [] if self.json is None or is_printed else [self.json]
         if self.out is not None:
             files.append(self.out / "evaluation.json")
-            report.write_curves(self.out / "curves.png", result, self.overlaps)
         for file in files:
             report.write_json(file, result)
+        if self.out is not None:
+            files.append(self.out / "curves.png")
+            report.write_curves(files[-1], result, self.overlaps)
         if files and not is_printed:
-            pictures = [] if self.out is None else [self.out / "curves.png"]
-            print(f"\nwritten: {', '.join(map(str, files + pictures))}")
+            print(f"\nwritten: {', '.join(map(str, files))}")
 
     def _split_file(self, split: Path) -> Path:
         """The file of a list that is given by its name."""

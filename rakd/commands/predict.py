@@ -24,7 +24,7 @@ class Predict:
     """
 
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
-    """Images, PNG or JPEG, or folders of them."""
+    """Images, PNG or JPEG (turned as their EXIF orientation says), or folders of them."""
 
     calib: Annotated[Path, arg(metavar="FILE")]
     """KITTI calibration file for all images (its P2 is used; of raw data, P_rect_02 of calib_cam_to_cam.txt), or a

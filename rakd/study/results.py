@@ -224,8 +224,8 @@ def read_run(path: Path) -> RunResult:
     """
     try:
         run: RunResult = _run(json.loads(path.read_text(encoding="utf-8")), "run")
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected the result of a run: {error}") from None
     return run
 
 

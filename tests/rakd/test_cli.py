@@ -256,9 +256,15 @@ def test_compare_says_when_runs_have_other_frames(finished, capsys):
         "rakd: warning: the runs were evaluated on different frames: objects to find are 7, 8"
         in capsys.readouterr().err
     )
-    (finished / "alone" / "result.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"depth": {"all": {}}}', '{"precisions": {"official": 3}}', '{"seed": 1}']
+)
+def test_compare_names_a_file_that_holds_no_result(text, finished, capsys):
+    (finished / "alone" / "result.json").write_text(text)
     assert main(["compare", str(finished / "alone")]) == 2
-    assert "alone/result.json: " in capsys.readouterr().err
+    assert "alone/result.json: expected the result of a run: " in capsys.readouterr().err
 
 
 def test_evaluate_a_split(scenes, results, capsys):
