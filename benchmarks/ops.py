@@ -297,15 +297,15 @@ def _time_on_gpu(steps: dict[str, Step], protocol: Protocol, advance: Advance) -
 
     host = interleave({name: timing.host_sampler(step) for name, step in steps.items()})
     torch.cuda.synchronize()
-    launches = {name: len(timing.list_kernels(step)) for name, step in steps.items()}
-    samplers, ways = {}, {}
-    for name, step in steps.items():
-        samplers[name], ways[name] = timing.device_sampler(step)
-    device = interleave(samplers)
+    launches = {name: len(timing.list_kernels(step)) or None for name, step in steps.items()}
+    replays = {name: timing.device_sampler(step) for name, step in steps.items()}
+    device = interleave({name: sampler for name, (sampler, _) in replays.items() if sampler is not None})
     columns: dict[str, dict[str, object]] = {}
     for name in steps:
-        columns[name] = {"device_by": ways[name], "launches": launches[name]}
-        for prefix, found in (("host", host[name]), ("device", device[name])):
+        columns[name] = {"device_by": replays[name][1], "launches": launches[name]}
+        for prefix, found in (("host", host.get(name)), ("device", device.get(name))):
+            if found is None:
+                continue
             columns[name][f"{prefix}_us"] = 1000.0 * found.median
             columns[name][f"{prefix}_p20_us"] = 1000.0 * found.p20
             columns[name][f"{prefix}_p80_us"] = 1000.0 * found.p80

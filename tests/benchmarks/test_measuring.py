@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import figures, ops, options, results, scaling, tables
+from benchmarks import figures, ops, options, results, scaling, tables, timing
 from benchmarks.ops import Case, Implementation, Protocol, check_agreement, make_implementations, measure_case
 from benchmarks.results import Row, describe_machine, read_rows
 from benchmarks.timing import count_dispatched, measure_peak_mib, time_interleaved
@@ -257,3 +257,19 @@ def test_readme_table(make_row: Callable[..., Row]) -> None:
     head, _, line, *_ = tables.format_readme(gpu).splitlines()
     assert "| host, µs | device, µs | launches |" in head and "| 50 | 140 | 4 |" in line
     assert "host µs" in tables.format_case(gpu)
+
+
+def test_the_three_numbers_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On steps that only say which they are; the samplers themselves need a GPU."""
+    steps = {"fast": lambda: "fast", "uncaptured": lambda: "uncaptured", "blind": lambda: "blind"}
+    device = {"fast": (lambda: 0.14, "graph"), "uncaptured": (lambda: 0.5, "profiler (why)"), "blind": (None, "none")}
+    kernels = {"fast": [("a", 90.0), ("b", 50.0)], "uncaptured": [("a", 500.0)], "blind": []}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "host_sampler", lambda step: lambda: 0.05)
+    monkeypatch.setattr(timing, "list_kernels", lambda step: kernels[step()])
+    monkeypatch.setattr(timing, "device_sampler", lambda step: device[step()])
+    columns = ops._time_on_gpu(steps, _protocol(()), lambda _: None)  # type: ignore[arg-type]
+    assert [columns[name]["launches"] for name in steps] == [2, 1, None]
+    assert [columns[name].get("device_us") for name in steps] == [pytest.approx(140), pytest.approx(500), None]
+    assert [columns[name]["device_by"] for name in steps] == ["graph", "profiler (why)", "none"]
+    assert all(columns[name]["host_us"] == pytest.approx(50) for name in steps)
