@@ -45,25 +45,26 @@ def test_host_time_of_both_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     cases = [case for case in beside.host_cases() if case.workload.batch == 2]
     monkeypatch.setattr(beside, "host_cases", lambda: cases)
     rows = run(monkeypatch, tmp_path, "host", "--beside", str(other))
-    assert [(row.boxes_as, row.passes) for row in rows] == [(case.boxes_as, case.passes) for case in cases]
-    for row in rows:
+    this, other_rows = rows[::2], rows[1::2]
+    assert [(row.boxes_as, row.passes) for row in this] == [(case.boxes_as, case.passes) for case in cases]
+    for row, beside_it in zip(this, other_rows, strict=True):
+        assert (row.tree, beside_it.tree) == ("this", "other")
         assert (row.batch, row.boxes, row.rounds, row.calls, row.threads) == (2, 8, 2, 2, 1)
-        assert row.other_median_us is not None and row.ratio is not None
+        assert row.ratio is not None and beside_it.ratio is None
         assert 0 < row.p20_us <= row.median_us <= row.p80_us
-        assert row.own_ops == row.other_own_ops >= 1
-        assert row.other_torch_ops == row.torch_ops + 1  # the other tree's own torch.ones: it was that tree that ran
-        assert row.other_commit is None  # no checkout
+        assert row.own_ops == beside_it.own_ops >= 1
+        assert beside_it.torch_ops == row.torch_ops + 1  # that tree's own torch.ones: it was that tree that ran
+        assert beside_it.commit == ""  # no checkout
 
 
 @needs_library
 def test_training_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: Path) -> None:
     monkeypatch.setitem(beside.DISTILL_WORKLOADS, "gt", MICRO)
     rows = run(monkeypatch, tmp_path, "steps", "--beside", str(other), "--workloads", "gt", "--threads", "1")
-    assert [(row.workload, row.layout, row.passes) for row in rows] == [
-        ("gt", "nchw", "forward+backward"),
-        ("gt", "nhwc", "forward+backward"),
-    ]
-    assert all(row.ratio is not None and row.ratio_p20 <= row.ratio <= row.ratio_p80 for row in rows)
+    cases = [(row.tree, row.workload, row.layout) for row in rows]
+    assert cases == [(tree, "gt", layout) for layout in ("nchw", "nhwc") for tree in ("this", "other")]
+    assert {row.passes for row in rows} == {"forward+backward"}
+    assert all(row.ratio_p20 <= row.ratio <= row.ratio_p80 for row in rows[::2])  # type: ignore[operator]
 
 
 @needs_library
@@ -72,7 +73,7 @@ def test_without_another_tree(
 ) -> None:
     monkeypatch.setitem(beside.DISTILL_WORKLOADS, "gt", MICRO)
     (row,) = run(monkeypatch, tmp_path, "steps", "--workloads", "gt", "--layouts", "nchw", "--threads", "1")
-    assert row.ratio is row.other_median_us is row.other_commit is None
+    assert row.ratio is None and row.tree == "this"
     assert "gt nchw list forward+backward" in capsys.readouterr().out
 
 

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks import __main__ as program
 from benchmarks import figures, ops, options, results, scaling, tables, timing
-from benchmarks.ops import Case, Implementation, Protocol, check_agreement, make_implementations, measure_case
+from benchmarks.implementations import DisagreementError, Implementation, check_agreement, make_implementations
+from benchmarks.ops import Case, Protocol, measure_case
 from benchmarks.results import Row, describe_machine, read_rows
 from benchmarks.timing import count_dispatched, measure_peak_mib, time_interleaved
 from benchmarks.workloads import PASSES, TRAINING, Workload, make_inputs
@@ -93,13 +94,13 @@ def test_an_implementation_that_computes_something_else_stops_the_run() -> None:
     maps = inputs.apprentice
     check_agreement([right, right], maps, upstream, "float32", lambda _: None)
     wrong = Implementation("wrong", lambda: 1.01 * right.forward())
-    with pytest.raises(ops.DisagreementError, match=r"wrong and rakd:\w+ disagree: the output differs by 1.0e-02"):
+    with pytest.raises(DisagreementError, match=r"wrong and rakd:\w+ disagree: the output differs by 1.0e-02"):
         check_agreement([right, wrong], maps, upstream, "float32", lambda _: None)
     sly = Implementation("sly", lambda: right.forward() + (maps[2] - maps[2].detach()).sum())
-    with pytest.raises(ops.DisagreementError, match="the gradient of map 2 differs"):
+    with pytest.raises(DisagreementError, match="the gradient of map 2 differs"):
         check_agreement([right, sly], maps, upstream, "float32", lambda _: None)
     nothing = Implementation("nothing", lambda: right.forward() * float("nan"))
-    with pytest.raises(ops.DisagreementError, match="differs by inf"):
+    with pytest.raises(DisagreementError, match="differs by inf"):
         check_agreement([right, nothing], maps, upstream, "float32", lambda _: None)
 
 
