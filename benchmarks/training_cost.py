@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks import options as checks
-from benchmarks.ops import Implementation, check_agreement, torchvision_loss
+from benchmarks.implementations import Implementation, check_agreement, torchvision_loss
 from benchmarks.results import Machine, StepRow, csv_path, describe_machine, exit_with_errors, write_rows
 from benchmarks.tables import format_ratio, format_time
 from benchmarks.timing import Sampler, Timing, end_to_end_sampler, time_interleaved, wall_sampler
