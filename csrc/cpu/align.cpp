@@ -19,7 +19,7 @@ std::vector<Plan<T>> plans_of(const Maps& maps, const BoxRows& boxes, const Doub
 }
 
 // Pooled values [K, C, bins_y, bins_x] as a map of K rows and of as many columns as there are bins.
-ImageView view_of_pooled(const Tensor& pooled, Element element) {
+ImageView view_of_pooled(const Tensor& pooled, Number element) {
   const int64_t bins = pooled.size(2) * pooled.size(3);
   return ImageView{pooled.data_ptr(), element, bins, pooled.size(1) * bins, 1};
 }
@@ -120,7 +120,7 @@ Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, In
     std::memset(output.data_ptr(), 0, output.numel() * maps[0].element_size);
   }
   const ImageView view = view_of_pooled(output, maps[0].element);
-  if (maps[0].element == Element::kDouble) {
+  if (maps[0].element == Number::kDouble) {
     align_forward<double>(maps, boxes, strides, options, view);
   } else {
     align_forward<float>(maps, boxes, strides, options, view);
@@ -151,7 +151,7 @@ Tensors align_backward(Tensor output_gradient, Tensor rows, Tensor index, IntLis
                   "output_gradient: expected CPU [", boxes.count, ", ", maps[0].channels, ", ", options.bins_y, ", ",
                   options.bins_x, "]");
   const ImageView view = view_of_pooled(dense, maps[0].element);
-  if (maps[0].element == Element::kDouble) {
+  if (maps[0].element == Number::kDouble) {
     align_gradient<double>(maps, boxes, strides, options, view);
   } else {
     align_gradient<float>(maps, boxes, strides, options, view);

@@ -187,7 +187,7 @@ class Job {
 };
 
 bool any_double(const Maps& maps) {
-  return std::any_of(maps.begin(), maps.end(), [](const MapBatch& map) { return map.element == Element::kDouble; });
+  return std::any_of(maps.begin(), maps.end(), [](const MapBatch& map) { return map.element == Number::kDouble; });
 }
 
 Tensor tensor_of(ScalarType type, const IntList& shape, const double* values) {

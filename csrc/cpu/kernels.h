@@ -1,20 +1,19 @@
 // Interface between the CPU ops and the kernels, which are compiled several times for different instruction sets. Plain
-// structs only: a kernel file must not instantiate templates of the standard library, or the linker might hand the
-// AVX-512 copy of one to code that runs everywhere.
+// structs only: a kernel file must not instantiate functions of the standard library's templates, or the linker might
+// hand the AVX-512 copy of one to code that runs everywhere.
 #pragma once
 
 #include <cstdint>
 
+#include "../prepare.h"
 #include "box_plan.h"
 
 namespace rakd {
 
-enum class Element : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
-
 // One image of a feature map, [C, H, W]; strides in elements.
 struct ImageView {
   void* data = nullptr;
-  Element element = Element::kFloat;
+  Number element = Number::kFloat;  // or kDouble, kHalf, kBFloat16
   int64_t channel_stride = 0, row_stride = 0, column_stride = 0;
 };
 

@@ -11,7 +11,7 @@
 
 namespace rakd {
 
-// Values of the computation's type that one worker's buffers need.
+// Values of the computation's type that one worker's buffers need; see Scratch.
 struct ScratchSizes {
   int64_t values[2] = {0, 0}, gradients[2] = {0, 0}, sums = 0, pooled = 0;
 
@@ -27,28 +27,18 @@ struct ScratchSizes {
 
 // One worker's buffers in one allocation, each on a cache line of its own.
 template <class T>
-class WorkerScratch {
- public:
-  explicit WorkerScratch(const ScratchSizes& sizes) : layout_(sizes), memory_(layout_.bytes) {
-    const auto at = [&](int i) { return reinterpret_cast<T*>(memory_.data() + layout_.offsets[i]); };
-    scratch = Scratch<T>{{at(0), at(1)}, {at(2), at(3)}, {at(4), at(5)}, {at(6), at(7)}};
+struct WorkerScratch {
+  explicit WorkerScratch(const ScratchSizes& s) {
+    const int64_t counts[8] = {s.values[0], s.values[1], s.gradients[0], s.gradients[1],
+                               s.sums,      s.sums,      s.pooled,       s.pooled};
+    size_t at[9] = {0};
+    for (int i = 0; i < 8; ++i) at[i + 1] = at[i] + (counts[i] * sizeof(T) + kLine - 1) / kLine * kLine;
+    memory = Buffer(at[8]);
+    const auto buffer = [&](int i) { return reinterpret_cast<T*>(memory.data() + at[i]); };
+    scratch = {{buffer(0), buffer(1)}, {buffer(2), buffer(3)}, {buffer(4), buffer(5)}, {buffer(6), buffer(7)}};
   }
   Scratch<T> scratch;
-
- private:
-  struct Layout {
-    explicit Layout(const ScratchSizes& sizes) {
-      const int64_t counts[8] = {sizes.values[0], sizes.values[1], sizes.gradients[0], sizes.gradients[1],
-                                 sizes.sums,      sizes.sums,      sizes.pooled,       sizes.pooled};
-      for (int i = 0; i < 8; ++i) {
-        offsets[i] = bytes;
-        bytes += (static_cast<size_t>(counts[i]) * sizeof(T) + kLine - 1) / kLine * kLine;
-      }
-    }
-    size_t offsets[8], bytes = 0;
-  };
-  Layout layout_;
-  Buffer memory_;
+  Buffer memory;
 };
 
 // One (level, image, channel block), or a run of cells of a channels-last gradient to be cleared.
