@@ -147,7 +147,7 @@ void distill_pooled(DistillTask<T>& task, Scratch<T>& scratch) {
     if (task.gradient[side].data) clear(scratch.gradients[side], task.plan[side]->pixels * W);
   }
   task.total = 0.0;
-  const int64_t bins = task.bins_y * task.bins_x;
+  const int64_t bins = task.bins;
   for (int64_t n = 0; n < task.plan[0]->patch_count; ++n) {
     const Patch<T>& patch = task.plan[0]->patches[n];
     pool<T, W>(patch, scratch.values[0], scratch.sums[0], pooled[0]);
@@ -186,7 +186,7 @@ void distill_block(DistillTask<T>& task, Scratch<T>& scratch) {
 template <class T, int W>
 void align_block(const AlignTask<T>& task, Scratch<T>& scratch) {
   T *pooled = scratch.pooled[0], *sum = scratch.pooled[1], *values = scratch.values[0];
-  const int64_t bins = task.bins_y * task.bins_x;
+  const int64_t bins = task.bins;
   for (int64_t l = 0; l < task.levels; ++l) {
     const Plan<T>& plan = task.plans[l * task.plan_stride];
     gather<T, W>(plan, task.maps[l], ImageView{}, task.channels, values);
@@ -216,7 +216,7 @@ template <class T, int W>
 void align_backward_block(const AlignBackwardTask<T>& task, Scratch<T>& scratch) {
   const Plan<T>& plan = *task.plan;
   T *gradient = scratch.gradients[0], *pooled = scratch.pooled[0];
-  const int64_t bins = task.bins_y * task.bins_x;
+  const int64_t bins = task.bins;
   const ImageView& in = task.output_gradient;
   const auto gather_box = gather_function<Gather::kCopy, T, W>(in.element);
   clear(gradient, plan.pixels * W);

@@ -117,29 +117,20 @@ std::tuple<Tensor, Tensor> prepare_boxes(Tensors tensors, std::optional<Tensor> 
   return {rows, index};
 }
 
-template <class T>
-void fill_level_weights(const BoxList& boxes, const Preparation& call, T* weights) {
-  boxes.for_each([&](int64_t k, const double* box) {
-    double row[5 + kMaxLevels];
-    checked_row(call, box, k, row);
-    std::copy_n(row + 5, call.levels, weights + k * call.levels);
-  });
-}
-
 // [K, L], for boxes of any number of images.
 Tensor level_weights_of(Tensors tensors, DoubleList strides, int64_t assignment, double sigma, double canonical_size,
                         double canonical_level) {
   const Preparation call =
       preparation(std::numeric_limits<int64_t>::max(), strides, assignment, sigma, canonical_size, canonical_level);
   const BoxList boxes(tensors);
+  DoubleList weights(boxes.count * call.levels);
+  boxes.for_each([&](int64_t k, const double* box) {
+    double row[5 + kMaxLevels];
+    checked_row(call, box, k, row);
+    std::copy_n(row + 5, call.levels, weights.data() + k * call.levels);
+  });
   const bool wide = tensors[0].scalar_type() == ScalarType::Double;
-  Tensor weights = empty_tensor(wide ? ScalarType::Double : ScalarType::Float, {boxes.count, call.levels});
-  if (wide) {
-    fill_level_weights(boxes, call, static_cast<double*>(weights.data_ptr()));
-  } else {
-    fill_level_weights(boxes, call, static_cast<float*>(weights.data_ptr()));
-  }
-  return weights;
+  return tensor_of(wide ? ScalarType::Double : ScalarType::Float, {boxes.count, call.levels}, weights.data());
 }
 
 }  // namespace

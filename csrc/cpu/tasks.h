@@ -55,9 +55,14 @@ struct Work {
   ScratchSizes sizes;
   int64_t values = 0;
 
-  void add(const Item& item, int64_t item_values) {
-    items.push_back(item);
-    values += item_values;
+  // All channels of an image and level in blocks; channel_values: those that one channel computes.
+  void add_blocks(int64_t level, int64_t image, int64_t channels, int64_t width, int64_t channel_values,
+                  const ScratchSizes& needed) {
+    for (int64_t c = 0; c < channels; c += width) {
+      items.push_back(Item{level, image, ChannelBlock{c, std::min(width, channels - c), width}});
+    }
+    sizes.include(needed);
+    values += channels * channel_values;
   }
 };
 
@@ -68,15 +73,10 @@ int64_t block_width(int64_t channels) {
   return kWidth > 8 && channels <= 8 ? 8 : kWidth;
 }
 
-// Values that a block of one channel computes on a plan.
+// Values that one channel computes on a plan.
 template <class T>
 int64_t plan_values(const Plan<T>& plan, int64_t bins) {
   return plan.pixels + 2 * plan.patch_count * bins;
-}
-
-template <class F>
-void for_each_block(int64_t channels, int64_t width, const F& f) {
-  for (int64_t c = 0; c < channels; c += width) f(ChannelBlock{c, std::min(width, channels - c), width});
 }
 
 // Clearing of one gradient [B, C, H, W], if it is channels-last; channels-first ones are written whole by their blocks.
@@ -85,13 +85,14 @@ void for_each_block(int64_t channels, int64_t width, const F& f) {
 inline void append_clearing(Work& work, int64_t level, int64_t side, const MapBatch& map) {
   if (map.stride[3] == 1) return;
   const int64_t cell = map.channels * map.element_size, cells = map.height * map.width;
+  work.values += map.batch * cells * cell / 8;
   for (int64_t image = 0; image < map.batch; ++image) {
     const auto data = reinterpret_cast<uintptr_t>(map.data) + static_cast<uintptr_t>(image * cells * cell);
     for (int64_t begin = 0; begin < cells;) {
       const uintptr_t at = data + static_cast<uintptr_t>(begin * cell);
       const auto left = static_cast<int64_t>(kHugePage - at % kHugePage);
       const int64_t end = std::min(cells, begin + (left + cell - 1) / cell);
-      work.add(Item{level, image, {}, side, begin, end}, (end - begin) * cell / 8);
+      work.items.push_back(Item{level, image, {}, side, begin, end});
       begin = end;
     }
   }

@@ -161,4 +161,16 @@ inline Tensor empty_tensor(ScalarType type, const IntList& shape, bool channels_
   return Tensor(handle);
 }
 
+// The same, filled; float32 or float64.
+inline Tensor tensor_of(ScalarType type, const IntList& shape, const double* values) {
+  Tensor t = empty_tensor(type, shape);
+  const int64_t count = t.numel();
+  if (type == ScalarType::Double) {
+    std::copy_n(values, count, static_cast<double*>(t.data_ptr()));
+  } else {
+    std::copy_n(values, count, static_cast<float*>(t.data_ptr()));
+  }
+  return t;
+}
+
 }  // namespace rakd
