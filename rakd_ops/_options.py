@@ -44,9 +44,9 @@ class RoIOptions(NamedTuple):
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     """Return ``value`` as a finite float, positive where asked."""
-    if isinstance(value, float) and torch.compiler.is_compiling():
-        # A float that changes from call to call is symbolic here; asking whether it is finite would fix its value.
-        return value
+    if isinstance(value, (int, float)) and torch.compiler.is_compiling():
+        # A number that changes from call to call is symbolic here; asking whether it is finite would fix its value.
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
