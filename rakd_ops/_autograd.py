@@ -213,13 +213,13 @@ def distill(inputs: Distillation, options: RoIOptions, reduction: str, backend: 
     _refuse_transforms()
     rows, index = prepare(inputs.boxes, options, backend)
     maps = (*inputs.apprentice, *inputs.expert)
-    geometry = (options.strides, options.expert_strides, options.output_size, options.sampling_ratio)
+    geometry = options.for_distill()
     wanted = (any(m.requires_grad for m in inputs.apprentice), any(m.requires_grad for m in inputs.expert))
     differentiated = torch.is_grad_enabled() and any(wanted)
     if _needs_no_function(maps):
         pyramids = inputs.apprentice, inputs.expert
         total, losses = op("distill_loss", backend)(*pyramids, rows, index, *geometry)
-        return losses if reduction == "none" else total  # type: ignore[no-any-return]
+        return losses if reduction == "none" else total
     if not differentiated or reduction == "none" or any(m.dtype == torch.float16 for m in maps):
         arguments = (rows, index, geometry, wanted, backend, reduction != "none")
         if differentiated:
@@ -232,7 +232,7 @@ def align(maps: list[Tensor], boxes: BoxInputs, options: RoIOptions, backend: st
     """``multilevel_roi_align`` by the registered ops, on checked arguments."""
     _refuse_transforms()
     rows, index = prepare(boxes, options, backend)
-    geometry = (options.strides, options.output_size, options.sampling_ratio)
+    geometry = options.for_align()
     if _needs_no_function(maps):
-        return op("align", backend)(maps, rows, index, *geometry)  # type: ignore[no-any-return]
+        return op("align", backend)(maps, rows, index, *geometry)
     return _Align.apply(rows, index, geometry, backend, *maps)

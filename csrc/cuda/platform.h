@@ -2,8 +2,8 @@
 // kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
-//   __popc; atomicAdd(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at most 48 KiB;
-//   launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP.
+//   __popc; atomicAdd and atomicMin(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at
+//   most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP.
 #pragma once
 
 #if defined(RAKD_EMULATE)

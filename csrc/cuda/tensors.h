@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -57,31 +59,25 @@ inline bool same_device(const Tensor& t, const Tensor& like) {
 }
 
 inline Number number_type(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Number::kFloat;
-    case ScalarType::Double:
-      return Number::kDouble;
-    case ScalarType::Half:
-      return Number::kHalf;
-    case ScalarType::BFloat16:
-      return Number::kBFloat16;
-    case ScalarType::Byte:
-      return Number::kUInt8;
-    case ScalarType::Char:
-      return Number::kInt8;
-    case ScalarType::Short:
-      return Number::kInt16;
-    case ScalarType::Int:
-      return Number::kInt32;
-    case ScalarType::Long:
-      return Number::kInt64;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected floating-point numbers or integers");
-  }
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half,  ScalarType::BFloat16,
+                                   ScalarType::Byte,  ScalarType::Char,   ScalarType::Short, ScalarType::Int,
+                                   ScalarType::Long};  // in the order of Number
+  const auto found = std::find(std::begin(kTypes), std::end(kTypes), t.scalar_type());
+  STD_TORCH_CHECK(found != std::end(kTypes), name, ": expected floating-point numbers or integers");
+  return static_cast<Number>(found - std::begin(kTypes));
 }
 
 inline bool is_floating(Number type) { return type <= Number::kBFloat16; }
+
+// Calls f(T()) with the accumulation type.
+template <class F>
+void with_accumulation_type(bool is_double, const F& f) {
+  if (is_double) {
+    f(double());
+  } else {
+    f(float());
+  }
+}
 
 // Numbers [n] or [n, m] on the device of `like`.
 inline Numbers numbers(const Tensor& t, const Tensor& like, const char* name) {
@@ -104,7 +100,9 @@ inline Map map_view(const Tensor& t, const char* name) {
                   ": expected rows less than 2^31 elements long and apart, got strides ", t.stride(2), " and ",
                   t.stride(3), " for ", t.size(3), " columns");
   return Map{MapView{t.data_ptr(), t.stride(0), t.stride(1), static_cast<uint32_t>(t.stride(2)),
-                     static_cast<uint32_t>(t.stride(3)), type, static_cast<int32_t>(t.size(1))},
+                     static_cast<uint32_t>(t.stride(3))},
+             type,
+             static_cast<int32_t>(t.size(1)),
              {t.size(2), t.size(3)}};
 }
 

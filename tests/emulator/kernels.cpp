@@ -39,7 +39,9 @@ Maps maps_of(const Arrays& arrays) {
   Maps maps;
   for (const Array& a : arrays) {
     maps.push_back(Map{MapView{a.data, a.stride[0], a.stride[1], static_cast<uint32_t>(a.stride[2]),
-                               static_cast<uint32_t>(a.stride[3]), a.type, static_cast<int32_t>(a.size[1])},
+                               static_cast<uint32_t>(a.stride[3])},
+                       a.type,
+                       static_cast<int32_t>(a.size[1]),
                        {a.size[2], a.size[3]}});
   }
   return maps;
