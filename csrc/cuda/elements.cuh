@@ -55,17 +55,14 @@ struct Pyramid {
   Number type[kMaxLevels];
 };
 
-// Four values that are moved as one or two 16-byte words.
-template <class T>
-struct alignas(16) Quad {
-  T value[4];
-};
-
-// Neighbouring channels, which are moved in words of up to 16 bytes where they lie together.
+// Neighbouring values, which are moved in words of up to 16 bytes where they lie together.
 template <class E, int kCount>
 struct alignas(kCount * sizeof(E) < 16 ? kCount * sizeof(E) : 16) ChannelGroup {
   E value[kCount];
 };
+
+template <class T>
+using Quad = ChannelGroup<T, 4>;
 
 }  // namespace gpu
 }  // namespace rakd

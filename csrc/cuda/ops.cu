@@ -149,9 +149,9 @@ std::tuple<Tensor, Tensor, Tensors> distill_as(const Tensors& apprentice, const 
   Tensors made;
   for (int side = 0; side < 2; ++side) {
     if (!wanted[side]) continue;
-    for (const Tensor& t : empty_gradients(side == 0 ? apprentice : expert)) {
-      call.gradient[side].push_back(map_view(t, "gradients"));
-      made.push_back(t);
+    for (const Tensor& map : side == 0 ? apprentice : expert) {
+      made.push_back(empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, is_channels_last(map)));
+      call.gradient[side].push_back(map_view(made.back(), "gradients"));
     }
   }
   call.total = total.data_ptr();

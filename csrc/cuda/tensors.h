@@ -41,6 +41,7 @@ class Workspace {
   template <class F>
   void lay_out(const F& f) {
     f(*this);
+    bytes_ = std::max<int64_t>(bytes_, 1);  // kernels may assume that no pointer is null
     tensor_ = torch::stable::empty({bytes_}, ScalarType::Byte, std::nullopt, device_);
     memory_ = static_cast<unsigned char*>(tensor_->data_ptr());
     bytes_ = 0;
@@ -117,15 +118,6 @@ inline Maps map_views(const std::vector<Tensor>& maps, const Tensor& like, const
     views.push_back(map_view(t, name));
   }
   return views;
-}
-
-// Tensors as the maps have them, unwritten.
-inline std::vector<Tensor> empty_gradients(const std::vector<Tensor>& maps) {
-  std::vector<Tensor> gradients;
-  for (const Tensor& t : maps) {
-    gradients.push_back(empty_map(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, is_channels_last(t)));
-  }
-  return gradients;
 }
 
 inline Problem make_problem(const Tensor& rows, const Tensor& index, int64_t images, const Tensor& like,

@@ -111,9 +111,8 @@ bool run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradi
   distillation.losses = has_gradients ? nullptr : losses.data;
   distillation.total = total.data;
   Memory memory;
-  const bool gram = total.type == Number::kDouble
-                        ? distill<double>(memory, distillation, block_sizes(call), nullptr)
-                        : distill<float>(memory, distillation, block_sizes(call), nullptr);
+  const bool gram = total.type == Number::kDouble ? distill<double>(memory, distillation, block_sizes(call), nullptr)
+                                                  : distill<float>(memory, distillation, block_sizes(call), nullptr);
   memory.check();
   return gram;
 }
