@@ -24,6 +24,7 @@ class MethodSpec:
         paper: Where it comes from, and where the default weight does.
         color: Of its bars and curves. Told apart by lightness as well, so that no kind of colour blindness merges them.
         role: See `Role`.
+        term: Its name in the table of the loss's terms, for ablations.
         options: Arguments of the class that make it this method.
     """
 
@@ -33,6 +34,7 @@ class MethodSpec:
     paper: str
     color: str
     role: Role = ""
+    term: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> Any:
@@ -61,9 +63,13 @@ METHODS: dict[str, MethodSpec] = {
         "#f0bf7d",
         "compared",
     ),
-    "l_roi": MethodSpec("L_RoI", _REGIONS, 1.0, _RAKD, "#a9c1e6", "ablation", {"assignment": "uniform"}),
-    "hfa": MethodSpec("HFA", _REGIONS, 1.0, _RAKD, "#17877a", "ablation", {"assignment": "hard"}),
-    "rakd": MethodSpec("RAKD", _REGIONS, 1.0, _RAKD, "#1f5fbf", "proposed", {"assignment": "soft"}),
+    "l_roi": MethodSpec(
+        "L_RoI", _REGIONS, 1.0, _RAKD, "#a9c1e6", "ablation", "L_RoI (uniform)", {"assignment": "uniform"}
+    ),
+    "hfa": MethodSpec("HFA", _REGIONS, 1.0, _RAKD, "#17877a", "ablation", "HFA (hard)", {"assignment": "hard"}),
+    "rakd": MethodSpec(
+        "RAKD", _REGIONS, 1.0, _RAKD, "#1f5fbf", "proposed", "SFA (soft) = RAKD", {"assignment": "soft"}
+    ),
     "box_l2": MethodSpec(
         "Box L2",
         "rakd.distill.masked:BoxMaskedL2",

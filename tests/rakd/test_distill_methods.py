@@ -155,7 +155,7 @@ def slow_semckd(method: SemanticCalibration, expert: list[Tensor], apprentice: l
             weights = [m.weight for m in method.projections[i][j] if isinstance(m, nn.Conv2d)]  # type: ignore[index]
             difference = project(weights, a) - e
             for image in range(len(ours)):
-                query = embed(method.queries[i], learner, image)
+                query = embed(method.queries[i], ours, image)
                 scores = torch.stack(
                     [query @ embed(key, m, image) for key, m in zip(method.keys, expert, strict=True)]
                 ).exp()
@@ -218,7 +218,7 @@ def test_gradients_reach_the_apprentice_and_what_is_learnt_and_no_expert(name: s
         assert learnt.grad is not None
         assert learnt.grad.isfinite().all()
     assert all(m.grad is not None and m.grad.abs().sum() > 0 for m in apprentice.values())
-    assert bool(list(method.parameters())) == (name == "semckd" or channels != (3, 3))
+    assert bool(list(method.parameters())) == (name in ("semckd", "mgd") or channels != (3, 3))
 
 
 @pytest.mark.parametrize("name", ["rakd", "pkd"])
@@ -315,8 +315,10 @@ def test_maps_are_checked(name: str) -> None:
 
 def test_boxes_are_checked() -> None:
     method, expert, apprentice = make("rakd"), make_maps(1), make_maps(2)
-    with pytest.raises(TypeError, match="boxes: expected a sequence of tensors, one per image, got Tensor"):
-        method(expert, apprentice, torch.zeros(3, 5))
+    with pytest.raises(TypeError, match=r"boxes: expected \[K, 5\] or a sequence of tensors, one per image, got dict"):
+        method(expert, apprentice, {})
+    rows = torch.cat([torch.cat([torch.full((len(b), 1), float(i)), b], dim=1) for i, b in enumerate(BOXES)])
+    assert torch.equal(method(expert, apprentice, rows), method(expert, apprentice, BOXES))
     with pytest.raises(ValueError, match="boxes: expected 2 tensors, one per image, got 1"):
         method(expert, apprentice, BOXES[:1])
     with pytest.raises(ValueError, match="apprentice: expected 3 maps, one per stride, got 2"):

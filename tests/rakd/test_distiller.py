@@ -159,7 +159,7 @@ def test_wrong_arguments() -> None:
         Distiller(Network(3), None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expert: expected a module, an object with extract_features, a function"):
         make_distiller(3)
-    with pytest.raises(TypeError, match="weight: expected a number or .auto:SHARE., got list"):
+    with pytest.raises(TypeError, match=r"weight: expected a number or .auto:SHARE., got list"):
         make_distiller(None, weight=[1])
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="weight: expected a finite number of 0 or more"):
