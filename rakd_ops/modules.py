@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from rakd_ops import _inputs
 from rakd_ops._backends import BACKENDS
 from rakd_ops._inputs import Boxes, Maps
-from rakd_ops.functional import soft_roi_distill
+from rakd_ops._options import REDUCTIONS, check_choice, check_options
+from rakd_ops.functional import distill
 
 
 class SoftRoIDistillLoss(nn.Module):
     """:func:`rakd_ops.soft_roi_distill` with its options fixed in the constructor.
 
-    It has no parameters and no state. Options are checked at construction.
+    It has no parameters and no state. Options are checked at construction, and again when one is assigned anew
+    (an annealed ``sigma``).
 
     Args:
         strides: See :func:`rakd_ops.soft_roi_distill`, as all others.
@@ -29,6 +30,17 @@ class SoftRoIDistillLoss(nn.Module):
         reduction: Same.
         backend: Same.
     """
+
+    _OPTIONS = (
+        "strides",
+        "expert_strides",
+        "output_size",
+        "sampling_ratio",
+        "assignment",
+        "sigma",
+        "canonical_size",
+        "canonical_level",
+    )
 
     def __init__(
         self,
@@ -45,11 +57,11 @@ class SoftRoIDistillLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _inputs.check_settings(strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level)
-        if expert_strides is not None:
-            _inputs.check_expert_strides(expert_strides, len(strides))
-        _inputs.check_choice("reduction", reduction, _inputs.REDUCTIONS)
-        _inputs.check_choice("backend", backend, ("auto", *BACKENDS))
+        check_options(
+            strides, expert_strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
+        )
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("backend", backend, ("auto", *BACKENDS))
         self.strides = tuple(strides)
         self.expert_strides = None if expert_strides is None else tuple(expert_strides)
         self.output_size = output_size
@@ -61,20 +73,22 @@ class SoftRoIDistillLoss(nn.Module):
         self.reduction = reduction
         self.backend = backend
 
-    def forward(self, apprentice: Maps, expert: Maps, boxes: Boxes, box_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        apprentice: Maps,
+        expert: Maps,
+        boxes: Boxes,
+        box_weights: Tensor | None = None,
+        level_weights: Tensor | None = None,
+    ) -> Tensor:
         """Return the loss; see :func:`rakd_ops.soft_roi_distill` for the arguments."""
-        return soft_roi_distill(
+        options = check_options(*(getattr(self, name) for name in self._OPTIONS))
+        return distill(
             apprentice,
             expert,
             boxes,
-            strides=self.strides,
-            expert_strides=self.expert_strides,
-            output_size=self.output_size,
-            sampling_ratio=self.sampling_ratio,
-            assignment=self.assignment,
-            sigma=self.sigma,
-            canonical_size=self.canonical_size,
-            canonical_level=self.canonical_level,
+            options,
+            level_weights=level_weights,
             box_weights=box_weights,
             reduction=self.reduction,
             backend=self.backend,
@@ -82,8 +96,5 @@ class SoftRoIDistillLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the options in ``repr``."""
-        return (
-            f"strides={self.strides}, output_size={self.output_size}, sampling_ratio={self.sampling_ratio}, "
-            f"assignment={self.assignment!r}, sigma={self.sigma}, reduction={self.reduction!r}, "
-            f"backend={self.backend!r}"
-        )
+        names = ("strides", "output_size", "sampling_ratio", "assignment", "sigma", "reduction", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
