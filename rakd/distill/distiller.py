@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rakd.distill.boxes import BoxFormat
+from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
 from rakd.distill.checks import Report
 from rakd.distill.expert import Expert, find_modules
@@ -267,6 +267,7 @@ class Distiller(nn.Module):
             RuntimeError: The hooked modules did not run.
             FloatingPointError: The loss is not finite; names the level.
         """
+        refuse_maps(boxes)
         maps = self._apprentice_maps(images) if apprentice_features is None else apprentice_features
         step = self._gather(
             images, boxes, maps, expert_features, keys=keys, scores=scores, expert_images=expert_images, size=image_size
