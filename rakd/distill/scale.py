@@ -28,6 +28,12 @@ def _exact(value: Tensor) -> Tensor:
     return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
+def _number(value: Tensor | float, device: torch.device) -> Tensor:
+    """A value as it is measured, or as it was loaded, to the bit."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.as_tensor(value, dtype=dtype, device=device)
+
+
 class RunningEnergy:
     """The expert's energy: the method's loss of an apprentice of zeros, as a running mean.
 
@@ -55,8 +61,8 @@ class RunningEnergy:
         if self.due:
             energy = mean_over_processes(_exact(measure()))
             there = energy > 0
-            count = torch.as_tensor(self.count, dtype=energy.dtype, device=energy.device) + there
-            value = torch.as_tensor(self.value, dtype=energy.dtype, device=energy.device)
+            count = _number(self.count, energy.device) + there
+            value = _number(self.value, energy.device)
             step = (energy - value) / count.clamp(1, self.SPAN)
             self.value = torch.where(there, value + step, value)
             self.count = count
@@ -64,7 +70,7 @@ class RunningEnergy:
 
     def factor(self, device: torch.device) -> Tensor:
         """What the loss is multiplied with, a scalar; 1 as long as there was no energy."""
-        value = _exact(torch.as_tensor(self.value, device=device))
+        value = _number(self.value, device)
         return torch.where(value > 0, 1 / value, torch.ones_like(value))
 
     def state(self) -> list[float]:
@@ -99,13 +105,13 @@ class TaskShare:
     def update(self, task: Tensor, loss: Tensor) -> None:
         """Count a call with its task loss and its unweighted distillation loss."""
         pair = mean_over_processes(torch.stack([_exact(task), _exact(loss).to(task.device)]))
-        self.task = torch.as_tensor(self.task, dtype=pair.dtype, device=pair.device) + pair[0]
-        self.loss = torch.as_tensor(self.loss, dtype=pair.dtype, device=pair.device) + pair[1]
+        self.task = _number(self.task, pair.device) + pair[0]
+        self.loss = _number(self.loss, pair.device) + pair[1]
         self.calls += 1
 
     def factor(self, device: torch.device) -> Tensor:
         """The weight, a scalar; 0 as long as the distillation loss was."""
-        task, loss = (_exact(torch.as_tensor(value, device=device)) for value in (self.task, self.loss))
+        task, loss = _number(self.task, device), _number(self.loss, device)
         return torch.where(loss > 0, self.share * task / loss, torch.zeros_like(loss))
 
     def state(self) -> list[float]:
