@@ -147,7 +147,6 @@ for step in range(60):
     got = distiller.expert_features(images(1, seed=key), [key])
     for name, feature in expected.expert_features(images(1, seed=key)).items():
         assert torch.equal(feature, got[name]), (step, name)
-assert cache.misses
 """
 
 
@@ -161,6 +160,9 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     for process in processes:
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
+    # Each process looks through the folder after it wrote a sixteenth of the bound, or an entry that is larger.
+    entries = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert 0 < sum(entries) <= 40_000 + 3 * max(entries)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
