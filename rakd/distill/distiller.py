@@ -18,7 +18,7 @@ from rakd.distill.optimizing import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.parallel import GradientAverage
 from rakd.distill.registry import find_method
-from rakd.distill.scale import RunningEnergy, TaskShare, parse_weight
+from rakd.distill.scale import RunningEnergy, TaskShare, number_on, parse_weight
 from rakd.distill.step import Facts, Step, check_form, image_batch, inspect
 
 __all__ = ["Distiller", "Expert", "tap"]
@@ -74,12 +74,11 @@ class Distiller(Lifecycle):
         ValueError: An argument has a wrong value, or expert and apprentice share parameters.
 
     Example:
-        A torchvision RetinaNet learns from a larger one. Torchvision's detectors resize images and boxes inside, so
-        both are taken from inside, as the backbone sees them.
+        A torchvision RetinaNet learns from a larger one. Torchvision's detectors resize and normalise images and boxes
+        inside. Both are taken from inside, as the backbone sees them, and given to the expert's backbone alone: the
+        whole expert would normalise them again.
 
-        >>> distiller = Distiller(
-        ...     expert, apprentice=apprentice, features="backbone", apprentice_features="backbone", weight=0.5
-        ... )
+        >>> distiller = Distiller(expert.backbone, apprentice=apprentice, apprentice_features="backbone", weight=0.5)
         >>> optimizer = torch.optim.SGD([*apprentice.parameters(), *distiller.parameters()], lr=0.001)
         >>> for images, targets in loader:
         ...     with tap(apprentice.transform) as transform:
@@ -328,7 +327,7 @@ class Distiller(Lifecycle):
         weight = self._weight
         if not isinstance(weight, TaskShare):
             if weight != 1.0:
-                number = torch.full((), weight, dtype=torch.float32 if factor is None else factor.dtype, device=device)
+                number = number_on(device, weight)
                 factor = number if factor is None else factor * number
             return step.loss(self.method, factor)
         if weight.measuring and self.training and update:

@@ -96,7 +96,7 @@ def object_boxes(batch: Batch) -> list[Tensor]:
     return boxes
 
 
-class FeatureLearner(nn.Module):
+class FeatureModel(nn.Module):
     """The distillation loss alone, for `rakd.training.trainer.Trainer`.
 
     Args:
@@ -154,10 +154,10 @@ class FeatureRun:
         for pyramid in (self.expert, self.apprentice):
             if pyramid.loaded != "ImageNet weights":
                 pyramid.calibrate(batch.images.to(self.device) for batch in self._all_frames("calibrating"))
-        learner = FeatureLearner(self.apprentice, self.expert)
-        before = self._evaluate(learner, "loss before")
+        model = FeatureModel(self.apprentice, self.expert)
+        before = self._evaluate(model, "loss before")
         trainer = Trainer(
-            learner,
+            model,
             self.dataset,
             TrainSettings(
                 steps=settings.steps,
@@ -176,7 +176,7 @@ class FeatureRun:
             fingerprint={"expert": settings.expert, "apprentice": settings.apprentice, "weights": settings.weights},
         )
         rows = trainer.run()
-        outcome = Outcome([row["loss"] for row in rows], before, self._evaluate(learner, "loss after"))
+        outcome = Outcome([row["loss"] for row in rows], before, self._evaluate(model, "loss after"))
         self._write_results(outcome)
         return outcome
 
@@ -185,10 +185,10 @@ class FeatureRun:
             yield collate([self.dataset[index]])
 
     @torch.no_grad()
-    def _evaluate(self, learner: FeatureLearner, what: str) -> float:
+    def _evaluate(self, model: FeatureModel, what: str) -> float:
         """Mean loss over all frames, apprentice in eval mode."""
-        learner.eval()
-        losses = [float(learner(batch)["loss"]) for batch in self._all_frames(what)]
+        model.eval()
+        losses = [float(model(batch)["loss"]) for batch in self._all_frames(what)]
         return sum(losses) / len(losses)
 
     def _write_results(self, outcome: Outcome) -> None:

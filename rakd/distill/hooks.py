@@ -18,8 +18,11 @@ Names = str | tuple[str, str] | Sequence[str | tuple[str, str]]
 """Module names; ``"input:NAME"`` or ``(NAME, "input")`` means what the module is given."""
 
 
-class Enough(Exception):  # noqa: N818
-    """Raised by the last of a network's hooks where the rest of its forward is not needed."""
+class Enough(BaseException):
+    """Raised by the last of a network's hooks where the rest of its forward is not needed.
+
+    A network's own ``except Exception`` does not stop it.
+    """
 
 
 class _Hook:

@@ -28,10 +28,12 @@ def _exact(value: Tensor) -> Tensor:
     return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
-def _number(value: Tensor | float, device: torch.device) -> Tensor:
-    """A value as it is measured, or as it was loaded, to the bit."""
+def number_on(device: torch.device, value: Tensor | float) -> Tensor:
+    """Bring a number to a device without waiting for it, in float64 where the device has it."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.as_tensor(value, dtype=dtype, device=device)
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    return value.to(device, dtype)
 
 
 class RunningEnergy:
@@ -61,8 +63,8 @@ class RunningEnergy:
         if self.due:
             energy = mean_over_processes(_exact(measure()))
             there = energy > 0
-            count = _number(self.count, energy.device) + there
-            value = _number(self.value, energy.device)
+            count = number_on(energy.device, self.count) + there
+            value = number_on(energy.device, self.value)
             step = (energy - value) / count.clamp(1, self.SPAN)
             self.value = torch.where(there, value + step, value)
             self.count = count
@@ -70,7 +72,7 @@ class RunningEnergy:
 
     def factor(self, device: torch.device) -> Tensor:
         """What the loss is multiplied with, a scalar; 1 as long as there was no energy."""
-        value = _number(self.value, device)
+        value = number_on(device, self.value)
         return torch.where(value > 0, 1 / value, torch.ones_like(value))
 
     def state(self) -> list[float]:
@@ -105,13 +107,13 @@ class TaskShare:
     def update(self, task: Tensor, loss: Tensor) -> None:
         """Count a call with its task loss and its unweighted distillation loss."""
         pair = mean_over_processes(torch.stack([_exact(task), _exact(loss).to(task.device)]))
-        self.task = _number(self.task, pair.device) + pair[0]
-        self.loss = _number(self.loss, pair.device) + pair[1]
+        self.task = number_on(pair.device, self.task) + pair[0]
+        self.loss = number_on(pair.device, self.loss) + pair[1]
         self.calls += 1
 
     def factor(self, device: torch.device) -> Tensor:
         """The weight, a scalar; 0 as long as the distillation loss was."""
-        task, loss = _number(self.task, device), _number(self.loss, device)
+        task, loss = number_on(device, self.task), number_on(device, self.loss)
         return torch.where(loss > 0, self.share * task / loss, torch.zeros_like(loss))
 
     def state(self) -> list[float]:

@@ -21,8 +21,8 @@ from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import write_detections
 from rakd.detector.latency import measure
 from rakd.distill import registry
-from rakd.distill.learner import make_learner
 from rakd.distill.methods import make_method
+from rakd.distill.model import make_distillation_model
 from rakd.evaluation.depth import depth_errors
 from rakd.evaluation.kitti import DIFFICULTIES, evaluate
 from rakd.files import write_text
@@ -214,10 +214,10 @@ class Study:
                 canonical_size=detector.config.heads.canonical_size,
             )
         name = "expert" if expert is None else f"{method}-seed{seed}"
-        learner = make_learner(detector, expert, term, weight, self.settings.regions)
+        model = make_distillation_model(detector, expert, term, weight, self.settings.regions)
         config = detector.config
         trainer = Trainer(
-            learner,
+            model,
             self._training_frames(config.height, seed),
             training,
             self.out / name,

@@ -210,7 +210,7 @@ def test_every_method_is_one_class_with_a_weight_of_its_own(name: str) -> None:
     distiller = Distiller(None, name, expert_channels=channels, apprentice_channels=channels, **options).double()
     assert distiller.weight == spec.weight
     loss = distiller(None, BOXES, apprentice, expert, image_size=(16, 32), scores=scores)
-    torch.testing.assert_close(loss, spec.weight * raw, rtol=1e-6, atol=0)  # a weight is a float32 number
+    torch.testing.assert_close(loss, spec.weight * raw, rtol=1e-12, atol=0)
     assert spec.paper
 
 

@@ -251,7 +251,7 @@ def run(wrap, method):
         apprentice_features="input:head", seed=rank, strides=(4, 8, 16), expert_channels=(4, 8, 8),
         apprentice_channels=(4, 6, 8), **options
     )  # other weights in each process
-    teach = torch.nn.parallel.DistributedDataParallel(distiller) if wrap else distiller
+    called = torch.nn.parallel.DistributedDataParallel(distiller) if wrap else distiller
     optimizer = torch.optim.SGD([*network.parameters(), *distiller.parameters()], lr=0.05)
     for step in range(4):
         # Rank 1 has no boxes now and then: it must not wait, nor be waited for.
@@ -259,7 +259,7 @@ def run(wrap, method):
         batch = images(seed=10 * rank + step)
         task = sum(m.square().mean() for m in network(batch)["boxes"])
         optimizer.zero_grad()
-        (task + teach(batch, boxes, task_loss=task)).backward()
+        (task + called(batch, boxes, task_loss=task)).backward()
         torch.nn.utils.clip_grad_norm_([*network.parameters(), *distiller.parameters()], 0.1)
         optimizer.step()
     learnt = [p.detach().clone() for p in (*distiller.parameters(), *apprentice.parameters())]

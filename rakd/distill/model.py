@@ -11,7 +11,7 @@ from rakd.distill import Regions
 from rakd.distill.distiller import Distiller
 
 
-class Learner(nn.Module):
+class DistillationModel(nn.Module):
     """A detector with its losses, and a term more where it is distilled. For `rakd.training.trainer.Trainer`.
 
     Args:
@@ -47,10 +47,10 @@ class Learner(nn.Module):
         return losses
 
 
-def make_learner(
+def make_distillation_model(
     apprentice: Detector, expert: Detector | None, method: nn.Module | None, weight: float, regions: Regions
-) -> Learner:
-    """A learner of the apprentice; without a method or expert it learns alone."""
+) -> DistillationModel:
+    """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:
-        return Learner(apprentice)
-    return Learner(apprentice, Distiller(expert, method, weight), regions)
+        return DistillationModel(apprentice)
+    return DistillationModel(apprentice, Distiller(expert, method, weight), regions)
