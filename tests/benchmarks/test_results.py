@@ -7,45 +7,47 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import records
-from benchmarks.records import Row, describe_machine, read_all, read_csv, write_csv
+from benchmarks.results import Row, describe_machine, git_state, read_all, read_rows, write_rows
 
 
 def test_round_trip(tmp_path: Path, make_row: Callable[..., Row]) -> None:
-    rows = [make_row(), make_row(peak_extra_mib=None, commit="", dirty=False, contender="rakd:cpu")]
+    rows = [
+        make_row(),
+        make_row(peak_extra_mib=None, commit="", dirty=False, implementation="rakd:cpu", host_us=12.5, launches=4),
+    ]
     path = tmp_path / "new" / "rows.csv"
-    write_csv(path, rows)
-    assert read_csv(path) == rows
+    write_rows(path, Row, rows)
+    assert read_rows(path, Row) == rows
     assert [file.name for file in path.parent.iterdir()] == ["rows.csv"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, make_row: Callable[..., Row]) -> None:
     path = tmp_path / "rows.csv"
-    write_csv(path, [make_row()])
+    write_rows(path, Row, [make_row()])
 
     def broken() -> object:
         yield make_row(ratio=1.0)
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        write_csv(path, broken())  # type: ignore[arg-type]
-    assert read_csv(path) == [make_row()]
+        write_rows(path, Row, broken())  # type: ignore[arg-type]
+    assert read_rows(path, Row) == [make_row()]
     assert [file.name for file in tmp_path.iterdir()] == ["rows.csv"]
 
 
 def test_bad_files_are_named(tmp_path: Path, make_row: Callable[..., Row]) -> None:
     with pytest.raises(ValueError, match=r"absent\.csv: no such file"):
-        read_csv(tmp_path / "absent.csv")
+        read_rows(tmp_path / "absent.csv", Row)
     other = tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"other\.csv: not a benchmark CSV, lacks the columns op, workload"):
-        read_csv(other)
+        read_rows(other, Row)
     broken = tmp_path / "broken.csv"
-    write_csv(broken, [make_row()])
+    write_rows(broken, Row, [make_row()])
     broken.write_text(broken.read_text().replace("1950.5", "fast"))
     with pytest.raises(ValueError, match=r"broken\.csv, line 2: median_ms is 'fast'"):
-        read_csv(broken)
-    write_csv(broken, [])
+        read_rows(broken, Row)
+    write_rows(broken, Row, [])
     with pytest.raises(ValueError, match="no rows"):
         read_all([broken])
 
@@ -60,4 +62,5 @@ def test_machine_is_described() -> None:
 
 def test_without_git_the_commit_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert records.describe_machine("cpu").commit == ""
+    assert describe_machine("cpu").commit == ""
+    assert git_state(Path()) == ("", False)

@@ -1,4 +1,4 @@
-// The loss and its gradient on the GPU without pooled values: the Gram form.
+// The loss and its gradient on the GPU without pooled values: the Gram form, gradient = sum over boxes of G_y S G_x.
 //
 // A block owns a tile of one map's gradient, 8 x 16 cells, and a quad of channels each half a warp. Where boxes meet
 // the tile, the difference of the maps on the cells that they need is staged in shared memory. A thread owns a column
@@ -10,7 +10,7 @@
 // order of the blocks.
 #pragma once
 
-#include "gram_piece.cuh"
+#include "gram_fragment.cuh"
 
 namespace rakd {
 namespace gpu {
@@ -19,33 +19,32 @@ constexpr int kGramThreads = 128;  // of a block at most; four of them fit a pro
 
 template <class E>
 struct GramGradient {
-  typedef typename Accumulator<E>::type T;
+  typedef decltype(to_accum(E())) T;
   GramTables<T> tables;
-  Pyramid<const E> map[2];
-  Pyramid<E> gradient[2];              // out: the apprentice's and the expert's, the latter with the opposite sign
-  int32_t first_tile[kMaxLevels + 1];  // of each level, then the end; image-major
-  int32_t channels;
-  int32_t stage_cells;  // that the stage has room for
-  double* partial;      // [slabs, tiles]: losses
-  int32_t* finished;    // blocks; zero at the launch
-  double* total;        // out
+  Pyramid map[2];                      // apprentice, expert; all of element type E
+  Pyramid gradient[2];                 // out: the apprentice's and the expert's, the latter with the opposite sign
+  int32_t first_tile[kMaxLevels + 1];  // of each level: channel block, image, tile; then the end
+  int32_t stage_cells;                 // that the stage has room for
+  double* partial;                     // [blocks]: losses
+  int32_t* finished;                   // [1] blocks; zero at the launch
+  T* total;                            // out [1]
 };
 
 // The block's shared memory, in this order; the stage fills the rest.
 template <class T>
 struct GramMemory {
-  Piece<T>* pieces;       // [warps]
-  double* sums;           // [warps], or counts of meetings
-  int32_t* bounds;        // [warps, 4]
-  GramMeeting* meetings;  // [threads]
+  Fragment<T>* fragments;   // [warps]
+  double* sums;             // [warps], or counts of boxes
+  int32_t* bounds;          // [warps, 4]
+  GramTileBox* tile_boxes;  // [threads]
   Quad<T>* stage;
 
   __device__ GramMemory(unsigned char* shared, int32_t warps) {
-    pieces = reinterpret_cast<Piece<T>*>(shared);
-    bounds = reinterpret_cast<int32_t*>(pieces + warps);
+    fragments = reinterpret_cast<Fragment<T>*>(shared);
+    bounds = reinterpret_cast<int32_t*>(fragments + warps);
     sums = reinterpret_cast<double*>(bounds + 4 * warps);
-    meetings = reinterpret_cast<GramMeeting*>(sums + 2 * ((warps + 1) / 2));
-    stage = reinterpret_cast<Quad<T>*>(meetings + 32 * warps);
+    tile_boxes = reinterpret_cast<GramTileBox*>(sums + 2 * ((warps + 1) / 2));
+    stage = reinterpret_cast<Quad<T>*>(tile_boxes + 32 * warps);
   }
 };
 
@@ -53,8 +52,8 @@ struct GramMemory {
 template <class T>
 RAKD_HD size_t gram_shared_bytes(int threads) {
   const size_t warps = size_t(threads) / 32;
-  return warps * (sizeof(Piece<T>) + 4 * sizeof(int32_t)) + 2 * ((warps + 1) / 2) * sizeof(double) +
-         size_t(threads) * sizeof(GramMeeting);
+  return warps * (sizeof(Fragment<T>) + 4 * sizeof(int32_t)) + 2 * ((warps + 1) / 2) * sizeof(double) +
+         size_t(threads) * sizeof(GramTileBox);
 }
 
 // The least rectangle that holds those of all threads; `bounds` must not be written before another barrier.
@@ -79,7 +78,7 @@ __device__ __forceinline__ Rectangle read_bounds(const int32_t* bounds) {
   return Rectangle{least[0], least[1], -least[2], -least[3]};
 }
 
-// What to stage of the cells that are needed: all, or a tile with a rim, or nothing.
+// The cells to stage of those that are needed: all, or the tile with a rim, or nothing.
 __device__ __forceinline__ Rectangle choose_stage(Rectangle needed, const Tile& tile, int32_t cells) {
   const auto fits = [&] {
     return needed.columns() <= kMaxStageColumns && int64_t(needed.rows()) * needed.columns() <= cells;
@@ -96,13 +95,13 @@ __device__ __forceinline__ Rectangle choose_stage(Rectangle needed, const Tile& 
 template <class E, class T>
 __device__ void fill_stage(const GramGradient<E>& call, int level, int32_t image, int32_t first_channel,
                            const Stage<T>& stage) {
-  const MapView<const E>&a = call.map[0].level[level], &e = call.map[1].level[level];
+  const MapView &a = call.map[0].level[level], &e = call.map[1].level[level];
   const int32_t quads = int32_t(blockDim.x) / kGramColumns, thread = int32_t(threadIdx.x);
-  const bool channels_inner = a.stride[1] == 1;
+  const bool channels_inner = a.channel_stride == 1;
   const int32_t quad = channels_inner ? thread % quads : thread / kGramColumns;
   const int32_t columns = stage.held.columns();
-  if (first_channel + quad * kQuad >= call.channels) return;
-  const Difference<E> difference(a, e, image, first_channel + quad * kQuad, call.channels);
+  if (first_channel + quad * kQuad >= a.channels) return;
+  const Difference<E> difference(a, e, image, first_channel + quad * kQuad);
   // i / columns = i * reciprocal >> kShift, exactly for any i of the stage, and in 31 bits.
   constexpr int kShift = 20;
   static_assert(kMaxStageCells * kMaxStageColumns <= 1 << kShift && kMaxStageCells << kShift > 0, "exact");
@@ -116,35 +115,36 @@ __device__ void fill_stage(const GramGradient<E>& call, int level, int32_t image
 
 // sum[r][c] += Σ_rows weight_y[row][r] Σ_cells weight_x[cell] S[row][cell][c], for the thread's column.
 template <class E, class T>
-__device__ __forceinline__ void apply_piece(const GramGradient<E>& call, int level, int32_t image, int32_t channel,
-                                            const Piece<T>& piece, const Stage<T>& stage, T (&sum)[kGramRows][kQuad]) {
+__device__ __forceinline__ void apply_fragment(const GramGradient<E>& call, int level, int32_t image, int32_t channel,
+                                               const Fragment<T>& fragment, const Stage<T>& stage,
+                                               T (&sum)[kGramRows][kQuad]) {
   const int32_t column = int32_t(threadIdx.x) % kGramColumns, quad = int32_t(threadIdx.x) / kGramColumns;
-  const int32_t quads = int32_t(blockDim.x) / kGramColumns, length = piece.length[column];
+  const int32_t quads = int32_t(blockDim.x) / kGramColumns, length = fragment.length[column];
   if (length == 0) return;
   const auto spread_row = [&](int32_t row, const T* middle) {
     RAKD_UNROLL
     for (int r = 0; r < kGramRows; ++r) {
-      const T weight = piece.weight_y[row][r];
-      if (weight == T(0)) continue;  // what is not coupled must not meet, lest NaN spreads
+      const T weight = fragment.weight_y[row][r];
+      if (weight == T(0)) continue;  // a row that is not coupled may hold NaN, and 0 * NaN is NaN
       RAKD_UNROLL
       for (int c = 0; c < kQuad; ++c) sum[r][c] += weight * middle[c];
     }
   };
-  if (piece.staged) {
-    // Shorter bands than the widest repeat their first cell with weight zero.
-    T weight[kPieceCells];
-    const Quad<T>* from[kPieceCells];
+  if (fragment.staged) {
+    // A band shorter than the widest repeats its first cell with weight zero, so that all lanes run the same loop.
+    T weight[kFragmentCells];
+    const Quad<T>* from[kFragmentCells];
     RAKD_UNROLL
-    for (int s = 0; s < kPieceCells; ++s) {
-      weight[s] = s < length ? piece.weight_x[s][column] : T(0);
-      from[s] = stage.data + stage.place(piece.place[s < length ? s : 0][column], quad, quads);
+    for (int s = 0; s < kFragmentCells; ++s) {
+      weight[s] = s < length ? fragment.weight_x[s][column] : T(0);
+      from[s] = stage.data + stage.place(fragment.place[s < length ? s : 0][column], quad, quads);
     }
-    for (int32_t row = 0; row < piece.rows; ++row) {
-      const int32_t skipped = stage.row(piece.row[row], quads);
+    for (int32_t row = 0; row < fragment.rows; ++row) {
+      const int32_t skipped = stage.row(fragment.row[row], quads);
       T middle[kQuad] = {T(0), T(0), T(0), T(0)};
       RAKD_UNROLL
-      for (int s = 0; s < kPieceCells; ++s) {
-        if (s >= piece.widest) break;
+      for (int s = 0; s < kFragmentCells; ++s) {
+        if (s >= fragment.widest) break;
         const Quad<T> values = from[s][skipped];
         RAKD_UNROLL
         for (int c = 0; c < kQuad; ++c) middle[c] += weight[s] * values.value[c];
@@ -153,14 +153,14 @@ __device__ __forceinline__ void apply_piece(const GramGradient<E>& call, int lev
     }
     return;
   }
-  const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], image, channel, call.channels);
-  const int32_t* cell = bands_of(call.tables, level, 1, piece.box).cell + piece.first[column];
-  for (int32_t row = 0; row < piece.rows; ++row) {
+  const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], image, channel);
+  const int32_t* cell = bands_of(call.tables, level, 1, fragment.box).cell + fragment.first[column];
+  for (int32_t row = 0; row < fragment.rows; ++row) {
     T middle[kQuad] = {T(0), T(0), T(0), T(0)};
     RAKD_ROLLED
     for (int32_t s = 0; s < length; ++s) {
-      const Quad<T> values = difference(piece.row[row], cell[s]);
-      const T weight = piece.weight_x[s][column];
+      const Quad<T> values = difference(fragment.row[row], cell[s]);
+      const T weight = fragment.weight_x[s][column];
       RAKD_UNROLL
       for (int c = 0; c < kQuad; ++c) middle[c] += weight * values.value[c];
     }
@@ -172,29 +172,29 @@ __device__ __forceinline__ void apply_piece(const GramGradient<E>& call, int lev
 template <class E>
 __device__ __forceinline__ void finish_loss(const GramGradient<E>& call, double loss, double* sums) {
   loss = block_sum(loss, sums);
-  const int64_t blocks = int64_t(gridDim.x) * gridDim.y;
+  const int64_t blocks = gridDim.x;
   int32_t* last = reinterpret_cast<int32_t*>(sums);
   if (threadIdx.x == 0) {
-    call.partial[blockIdx.y * int64_t(gridDim.x) + blockIdx.x] = 0.5 * loss;
-    __threadfence();  // before the counter tells of it
+    call.partial[blockIdx.x] = 0.5 * loss;
+    __threadfence();  // the part is visible before the counter
     *last = atomicAdd(call.finished, 1) == blocks - 1;
-    __threadfence();  // before the others' parts are read
+    __threadfence();  // the other parts are visible from here on
   }
   __syncthreads();
   if (!*last) return;
   const volatile double* partial = call.partial;
   double total = 0.0;
   for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) total += partial[i];
-  __syncthreads();  // sums[] held the verdict
+  __syncthreads();  // sums[] held `last`
   total = block_sum(total, sums);
-  if (threadIdx.x == 0) *call.total = total;
+  if (threadIdx.x == 0) *call.total = static_cast<decltype(to_accum(E()))>(total);
 }
 
-// Block (tile of all levels and images, slab: a quad of channels each half a warp); blockDim.x is 32 times a power of
+// Block (level, channel block: a quad of channels each half a warp, image, tile); blockDim.x is 32 times a power of
 // two.
 template <class E>
 __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E> call) {
-  typedef typename Accumulator<E>::type T;
+  typedef decltype(to_accum(E())) T;
   RAKD_SHARED(shared);
   const GramTables<T>& tables = call.tables;
   const int32_t warps = int32_t(blockDim.x) / 32, warp = int32_t(threadIdx.x) / 32;
@@ -204,13 +204,11 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
   const int32_t number = int32_t(blockIdx.x);
   int level = 0;
   while (number >= call.first_tile[level + 1]) ++level;
-  const int32_t height = tables.size[level][0], width = tables.size[level][1];
-  const int32_t tiles_x = (width + kGramColumns - 1) / kGramColumns, tiles_y = (height + kGramRows - 1) / kGramRows;
-  const int32_t within = number - call.first_tile[level];
-  const Tile tile{within / (tiles_x * tiles_y), within / tiles_x % tiles_y * kGramRows, within % tiles_x * kGramColumns,
-                  kGramRows, kGramColumns};
-  const int32_t slab = int32_t(blockIdx.y) * quads * kQuad, channel = slab + quad * kQuad;
-  const bool real = channel < call.channels;
+  const BandLayout& layout = tables.level[level];
+  const int32_t height = layout.axis[0].size, width = layout.axis[1].size;
+  const Tile tile(number - call.first_tile[level], tables.images, height, width, kGramRows, kGramColumns);
+  const int32_t first_channel = tile.channel_block * quads * kQuad, channel = first_channel + quad * kQuad;
+  const bool real = channel < layout.channels;
 
   T sum[kGramRows][kQuad];
   RAKD_UNROLL
@@ -220,34 +218,34 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
   }
   Stage<T> stage{memory.stage, {0, 0, 0, 0}};
   bool met = false;
-  for (int64_t begin = 0; begin < tables.boxes; begin += blockDim.x) {
-    GramMeeting own{int32_t(threadIdx.x), {0, 0}, {0, 0}};
+  const BoxRange range(tables, tile.image);
+  for (int64_t begin = range.begin; begin < range.end; begin += blockDim.x) {
+    GramTileBox own{};
     Rectangle needed{INT32_MAX, INT32_MAX, -INT32_MAX, -INT32_MAX};
-    const int64_t candidate = begin + threadIdx.x;
-    const bool meets = candidate < tables.boxes && meet(tables, level, candidate, tile, &own, &needed);
+    const bool meets = find_tile_box(tables, level, range.box(begin + threadIdx.x, tables.boxes), tile, &own, &needed);
     int32_t found;
     const int32_t place = rank_in_block(meets, reinterpret_cast<int32_t*>(memory.sums), &found);
-    if (meets) memory.meetings[place] = own;
+    if (meets) memory.tile_boxes[place] = own;
     if (found > 0) bound_in_block(needed, memory.bounds);
     __syncthreads();
     if (found == 0) continue;
     met = true;
     stage.held = choose_stage(read_bounds(memory.bounds), tile, call.stage_cells);
-    fill_stage(call, level, tile.image, slab, stage);
+    fill_stage(call, level, tile.image, first_channel, stage);
     for (int32_t first = 0; first < found; first += warps) {
       int32_t parts = 1;
       for (int32_t part = 0; part < parts; ++part) {
         if (first + warp < found) {
-          const GramMeeting at = memory.meetings[first + warp];
-          make_piece(tables, level, tile, begin + at.box, at, part, stage.held, memory.pieces + warp);
+          make_fragment(tables, level, tile, memory.tile_boxes[first + warp], part, stage.held,
+                        memory.fragments + warp);
         }
         __syncthreads();
         for (int32_t n = 0; n < warps && first + n < found; ++n) {
-          const Piece<T>& piece = memory.pieces[n];
-          parts = max(parts, piece.parts);
-          if (real && piece.rows > 0) apply_piece(call, level, tile.image, channel, piece, stage, sum);
+          const Fragment<T>& fragment = memory.fragments[n];
+          parts = max(parts, fragment.parts);
+          if (real && fragment.rows > 0) apply_fragment(call, level, tile.image, channel, fragment, stage, sum);
         }
-        __syncthreads();  // pieces, meetings and stage are written anew
+        __syncthreads();  // fragments, boxes and stage are written anew
       }
     }
   }
@@ -255,9 +253,8 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
   double loss = 0.0;
   const int32_t x = tile.left + int32_t(threadIdx.x) % kGramColumns;
   if (real && x < width) {
-    const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], tile.image, channel,
-                                   call.channels);
-    const int32_t channels = call.channels - channel < kQuad ? call.channels - channel : kQuad;
+    const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], tile.image, channel);
+    const int32_t channels = layout.channels - channel < kQuad ? layout.channels - channel : kQuad;
     RAKD_UNROLL
     for (int r = 0; r < kGramRows; ++r) {
       const int32_t y = tile.top + r;
@@ -277,11 +274,10 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
         loss += double(products);
       }
       for (int output = 0; output < 2; ++output) {
-        const MapView<E>& view = call.gradient[output].level[level];
+        const MapView& view = call.gradient[output].level[level];
         if (!view.data) continue;
-        E* out = view.data + tile.image * view.stride[0] + channel * view.stride[1] + y * view.stride[2] +
-                 x * view.stride[3];
-        write_channels<kQuad>(sum[r], output == 0 ? T(1) : T(-1), out, view.stride[1], channels);
+        E* out = view.plane<E>(tile.image, channel) + uint64_t(y) * view.row_stride + uint64_t(x) * view.column_stride;
+        write_channels<E, kQuad>(sum[r], output == 0 ? T(1) : T(-1), out, view.channel_stride, channels);
       }
     }
   }
