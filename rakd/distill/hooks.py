@@ -7,7 +7,7 @@ tensors and copies no expert. Whoever copies hooks and network together (a deep 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +85,12 @@ def unwrap(network: nn.Module) -> nn.Module:
         network = inner
 
 
+def _versions(value: Any) -> list[int]:
+    """How often each tensor in a value was changed in place."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+    return [part._version for part in parts if isinstance(part, Tensor)]
+
+
 class FeatureHooks:
     """Hooks on modules of a network, from now until `close`.
 
@@ -104,7 +110,7 @@ class FeatureHooks:
         if not self.names:
             raise ValueError(f"{argument}: expected at least one name of a module, got none")
         self.values: dict[str, Any] = {}
-        self.versions: dict[str, int] = {}
+        self.versions: dict[str, list[int]] = {}
         network = unwrap(network)
         # The modules, not the network: in a copy they are complete before the hooks are, even where the network holds
         # the distiller.
@@ -133,11 +139,12 @@ class FeatureHooks:
         )
 
     def note(self, key: str, value: Any) -> None:
-        """Keep a value (called by the hooks)."""
+        """Keep a value (called by the hooks): a copy of a list, since detection heads put their results into it."""
+        if type(value) in (list, dict):
+            value = value.copy()
         self.values[key] = value
         if not torch.compiler.is_compiling():
-            if isinstance(value, Tensor):
-                self.versions[key] = value._version
+            self.versions[key] = _versions(value)
             if self.stop_when is not None and self.stop_when():
                 raise Enough
 
@@ -167,8 +174,7 @@ class FeatureHooks:
                     f"{self.argument}: {key} did not run since the last step, so there are no maps; run the network "
                     "before the distiller, call modules as module(...), and step the distiller once for each run"
                 )
-            value = self.values[key]
-            if isinstance(value, Tensor) and key in self.versions and value._version != self.versions[key]:
+            if key in self.versions and _versions(self.values[key]) != self.versions[key]:
                 raise RuntimeError(
                     f"{self.argument}: {key} was changed in place after it was noted (by a following inplace=True "
                     "activation); name the module that changed it instead"

@@ -107,7 +107,7 @@ class RegionDistillation(DistillationMethod):
     def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
         """See `DistillationMethod.energy`."""
         maps = [feature.detach() for feature in check_maps("expert", expert)]
-        own = self.loss
+        own: Any = self.loss
         strides = own.expert_strides or own.strides
         # Zeros need no size: one cell per level that covers the image, with strides that increase as the op expects.
         extent = max(n * stride for m, stride in zip(maps, strides, strict=True) for n in m.shape[2:])

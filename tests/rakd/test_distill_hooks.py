@@ -141,6 +141,26 @@ def test_what_is_changed_in_place_afterwards_is_told() -> None:
         distiller(images(), BOXES)
 
 
+def test_a_head_that_puts_its_results_into_its_inputs_list() -> None:
+    class Overwriting(Network):
+        def forward(self, x: Tensor) -> Any:
+            return self.outer(self.features(x))
+
+    class Outer(nn.Module):
+        def forward(self, maps: list[Tensor]) -> list[Tensor]:
+            for i, feature in enumerate(maps):
+                maps[i] = feature[:, :1] * 0
+            return maps
+
+    expert, apprentice = Overwriting((4, 8, 8), seed=1), Overwriting(seed=2)
+    expert.outer = apprentice.outer = Outer()
+    distiller = Distiller(
+        expert, apprentice=apprentice, features="input:outer", apprentice_features="input:outer", canonical_size=24
+    )
+    expected, _, network = make()
+    assert torch.equal(value(distiller, apprentice), value(expected, network))
+
+
 def test_close_and_with() -> None:
     distiller, expert, apprentice = make()
     with distiller:
