@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill.cache import FeatureCache, fingerprint
-from rakd.distill.hooks import Enough, FeatureHooks, Names, unwrap
+from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, unwrap
 from rakd.distill.outputs import Layout, find_maps
 
 
@@ -130,6 +130,8 @@ class Expert:
         named = features is not None and not callable(features)
         if features is not None and len(self.roots) != 1:
             raise TypeError(f"features: expected one expert module to take them from, got {len(self.roots)}")
+        if callable(features):
+            check_function("features", features)
         names: tuple[tuple[str, str], ...] = ()
         if named:
             self.hooks = FeatureHooks(self.roots[0], cast(Names, features), "features")

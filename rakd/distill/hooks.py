@@ -7,6 +7,7 @@ tensors and copies no expert. Whoever copies hooks and network together (a deep 
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,20 @@ def list_names(names: Any) -> list[Any]:
     if isinstance(names, str) or (isinstance(names, tuple) and len(names) == 2 and names[1] in ("input", "output")):
         return [names]
     return list(names)
+
+
+def check_function(argument: str, function: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with a network and images.
+
+    Raises:
+        TypeError: It takes other arguments.
+    """
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"{argument}: expected a function of (network, images) that gives maps: {error}") from None
+    except ValueError:  # built in: it cannot be asked
+        return
 
 
 def unwrap(network: nn.Module) -> nn.Module:

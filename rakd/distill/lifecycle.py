@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill.expert import Expert, find_modules
-from rakd.distill.hooks import FeatureHooks, unwrap
+from rakd.distill.hooks import FeatureHooks, check_function, unwrap
 from rakd.distill.optimizing import add_parameters
 from rakd.distill.outputs import Layout
 from rakd.distill.parallel import GradientAverage
@@ -72,6 +72,9 @@ class Lifecycle(nn.Module):
                 )
         if expert is not None:
             if isinstance(expert, Expert):
+                told = [name for name, value in self._expert_settings.items() if value is not None]
+                if told:
+                    raise ValueError(f"{told[0]}: expected it to be told to the Expert, beside which it does nothing")
                 self._expert = expert
             else:
                 self._expert = Expert(expert, layout=self.expert_layout, **self._expert_settings)
@@ -80,7 +83,9 @@ class Lifecycle(nn.Module):
             self._apprentice = (learns,)
             if self._hooks is not None:
                 self._hooks.close()
-            if wanted is not None and not callable(wanted):
+            if callable(wanted):
+                check_function("apprentice_features", wanted)
+            elif wanted is not None:
                 assert learns is not None
                 self._hooks = FeatureHooks(learns, wanted, "apprentice_features")
 

@@ -16,7 +16,7 @@ from distill_cases import BOXES, ROWS, STAGES, Network, images, same_state, snap
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rakd.distill import Distiller
+from rakd.distill import Distiller, Expert
 from rakd.distill.expert import find_modules
 from rakd.distill.outputs import find_maps, pair_names
 
@@ -113,6 +113,15 @@ def test_the_rest_of_the_experts_forward_is_not_run() -> None:
     distiller, expert, apprentice = make(features="input:head")
     value(distiller, apprentice)
     assert (expert.head.runs, apprentice.head.runs) == (0, 1)
+
+
+def test_functions_and_settings_that_do_nothing_are_told() -> None:
+    with pytest.raises(TypeError, match=r"features: expected a function of \(network, images\) that gives maps"):
+        make(features=lambda x: x)
+    with pytest.raises(TypeError, match=r"apprentice_features: expected a function of \(network, images\)"):
+        make(apprentice_features=lambda: None)
+    with pytest.raises(ValueError, match="features: expected it to be told to the Expert"):
+        Distiller(Expert(Network()), features=STAGES)
 
 
 def test_names_that_are_not_there_are_told_with_those_that_are() -> None:
@@ -347,3 +356,16 @@ def test_an_expert_that_is_or_shares_the_apprentice_is_refused() -> None:
         Distiller(other, apprentice=network)
     assert network.training
     assert all(p.requires_grad for p in (*network.parameters(), *other.parameters()))
+
+
+def test_the_distiller_needs_torch_and_the_op_alone() -> None:
+    code = """
+import sys
+from rakd.distill import Distiller, Expert, FeatureCache, make_method, tap
+from rakd.distill.registry import METHODS
+for spec in METHODS.values():
+    spec.load()
+heavy = ("rakd.detector", "rakd.data", "rakd.training", "torchvision", "matplotlib", "PIL")
+assert not [name for name in sys.modules if name.startswith(heavy)]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
