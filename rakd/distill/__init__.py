@@ -1,8 +1,8 @@
 """Distillation: an apprentice (student) learns from the features of an expert (teacher).
 
-`Distiller` brings an expert, a method and a weight into any trainer; the methods are in `rakd.distill.registry`.
-Importing this package loads no torch, since the command line reads its choices here; `Distiller` is loaded when it is
-asked for.
+`rakd.distill.distiller.Distiller` brings an expert, a method and a weight into any trainer; the methods are in
+`rakd.distill.registry`. Importing this package loads no torch, since the command line reads its choices here;
+``Distiller`` is loaded when it is asked for.
 """
 
 from typing import TYPE_CHECKING, Any, Literal

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
 from rakd.distill.checks import Report
-from rakd.distill.expert import Expert
 from rakd.distill.finite import FiniteCheck
-from rakd.distill.hooks import Names, tap
+from rakd.distill.hooks import Names
+from rakd.distill.hooks import tap as tap
 from rakd.distill.lifecycle import Lifecycle
 from rakd.distill.methods import check_options
 from rakd.distill.optimizing import TrainingWatch
@@ -20,8 +20,6 @@ from rakd.distill.parallel import GradientAverage
 from rakd.distill.registry import find_method
 from rakd.distill.scale import RunningEnergy, TaskShare, number_on, parse_weight
 from rakd.distill.step import Facts, Step, check_form, image_batch, inspect
-
-__all__ = ["Distiller", "Expert", "tap"]
 
 
 class Distiller(Lifecycle):
@@ -33,13 +31,14 @@ class Distiller(Lifecycle):
     along.
 
     Channels that differ are adapted by 1×1 convolutions, which must be trained: give ``parameters()`` to the optimizer,
-    or call `add_to` where one exists already. Over several processes their gradients are averaged here, whether or not
-    DistributedDataParallel wraps the distiller; every process must then call it equally often.
+    or call ``add_to`` where one exists already. Over several processes their gradients are averaged here, whether or
+    not DistributedDataParallel wraps the distiller; every process must then call it equally often.
 
     Args:
         expert: Gives feature maps for a batch of images: a module, an object with ``extract_features``, a function or
-            method, or ``(module, function)`` where the module cannot be found in the function; an `Expert` for one with
-            its own dtype, memory format or compilation. None where all calls bring ``expert_features``.
+            method, or ``(module, function)`` where the module cannot be found in the function; an
+            `rakd.distill.expert.Expert` for one with its own dtype, memory format or compilation. None where all calls
+            bring ``expert_features``.
         method: A name of `rakd.distill.registry.METHODS`, or a module called as ``method(expert, apprentice, boxes)``.
         weight: Factor of the loss; None: the method's own default, 1 with ``normalize``. ``"auto:0.1"``: that share of
             the task loss, which calls then bring as ``task_loss``, measured over the first 20 training steps, then
@@ -49,7 +48,7 @@ class Distiller(Lifecycle):
         features: Where the expert's maps come from: names of its modules whose outputs they are, ``"input:NAME"`` or
             ``(NAME, "input")`` for what a module is given, or a function ``features(expert, images)``. Default: what
             the expert returns. By names, the rest of the expert's forward is not run.
-        apprentice_features: The same of the apprentice; hooks stay until `close`. Default: calls bring the maps.
+        apprentice_features: The same of the apprentice; hooks stay until ``close``. Default: calls bring the maps.
         scores: Names of the expert's modules that give class logits, for methods that take them.
         strides: Pixels per cell of the apprentice's maps, fine to coarse. Default: found at the first step, as are the
             next three.
@@ -63,7 +62,7 @@ class Distiller(Lifecycle):
         normalized: Whether boxes are shares of the image's width and height.
         layout: "NHWC" where the channels of the apprentice's maps come last.
         expert_layout: The same of the expert's.
-        check: Whether the first step runs `check`.
+        check: Whether the first step runs ``check``.
         cache: Keeps the expert's features; calls then bring ``keys``.
         batch_size: Images in every batch, for methods that need it; default: those of the first step.
         seed: Of initial weights.

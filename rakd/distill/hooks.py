@@ -3,7 +3,7 @@
 Hooks lie in the tapped network, so they must not get in the way of what trainers do with it. A copy or pickle of the
 network holds an inert function of the standard library in their place: it loads without this package, keeps no
 tensors and copies no expert. Whoever copies hooks and network together (a deep copy or pickle of a
-`rakd.distill.Distiller`) gets hooks of its own.
+`rakd.distill.distiller.Distiller`) gets hooks of its own.
 """
 
 import contextlib
@@ -241,7 +241,7 @@ class FeatureHooks:
 
 
 class Tap:
-    """The last output of a tapped module; see `tap`."""
+    """The last output of a tapped module; see `rakd.distill.hooks.tap`."""
 
     def __init__(self) -> None:
         self._outputs: list[Any] = []
@@ -267,14 +267,14 @@ def tap(module: nn.Module) -> Iterator[Tap]:
 
     For networks that keep their features to themselves: the features come from the very pass that the network's own
     losses come from. Under DistributedDataParallel tap ``network.module``'s parts. Calls of other methods than
-    ``module(...)`` are not seen. For hooks that last, give `rakd.distill.Distiller` the modules' names.
+    ``module(...)`` are not seen. For hooks that last, give `rakd.distill.distiller.Distiller` the modules' names.
 
     Args:
         module: Any part of a network.
 
     Yields:
-        A `Tap`; its ``output`` can be read during and after the block. It holds the output, and with it the graph, for
-        as long as it lives itself.
+        A ``Tap``; its ``output`` can be read during and after the block. It holds the output, and with it the graph,
+        for as long as it lives itself.
 
     Raises:
         TypeError: This is no module.

@@ -73,7 +73,7 @@ class RegionDistillation(DistillationMethod):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "RegionDistillation":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         expert_strides = None if setup.expert_strides == setup.strides else setup.expert_strides
         return cls(
             strides=setup.strides,
@@ -105,7 +105,7 @@ class RegionDistillation(DistillationMethod):
         return self._compare(maps, expert_maps, boxes, scale)
 
     def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
-        """See `DistillationMethod.energy`."""
+        """See `rakd.distill.base.DistillationMethod.energy`."""
         maps = [feature.detach() for feature in check_maps("expert", expert)]
         own: Any = self.loss
         strides = own.expert_strides or own.strides

@@ -73,7 +73,7 @@ class SemanticCalibration(DistillationMethod):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "SemanticCalibration":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         if setup.batch_size is None:
             raise ValueError("batch_size: SemCKD needs the number of images in every batch, got None")
         return cls(setup.expert_channels, setup.apprentice_channels, setup.batch_size, seed=setup.seed, **options)

@@ -12,8 +12,7 @@ import torch
 from distill_cases import BOXES, STAGES, Network, images
 from torch import Tensor
 
-from rakd.distill import Distiller, FeatureCache
-from rakd.distill.distiller import Expert
+from rakd.distill import Distiller, Expert, FeatureCache
 
 KEYS: list[Any] = [("a", False), ["b", 3, 0.5]]
 
