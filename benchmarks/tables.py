@@ -114,7 +114,10 @@ def format_readme(rows: Sequence[Row]) -> str:
         cells = [name, LAYOUT_NAMES[layout], format_time(ours.median_ms), spread, f"{100 * ours.bound_fraction:.0f} %"]
         if gpu:
             cells += ["–" if n is None else f"{n:.0f}" for n in (ours.host_us, ours.device_us, ours.launches)]
-        cells += [_baseline_cell(mine, "torchvision"), f"**{_baseline_cell(mine, 'difference')}**"]
+        cells += [
+            _baseline_cell(mine, "torchvision"),
+            f"**{_baseline_cell(mine, 'difference')}**".replace("**–**", "–"),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     first = wanted[0]
     source = f"{first.device if gpu else first.cpu}, torch {first.torch}, torchvision {first.torchvision}"
