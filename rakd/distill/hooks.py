@@ -26,7 +26,14 @@ class Enough(BaseException):
     """
 
 
-class _Hook:
+class _Inert:
+    """A hook that becomes inert in copies and pickles of the network: ``nullcontext().__exit__`` takes anything."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _Hook(_Inert):
     """Notes what one module gives or is given."""
 
     def __init__(self, hooks: "FeatureHooks", key: str, side: str) -> None:
@@ -42,10 +49,6 @@ class _Hook:
             self.hooks.note(self.key, given[0] if len(given) else None)
         else:
             self.hooks.note(self.key, rest[0])
-
-    def __reduce__(self) -> Any:
-        """Become inert in copies and pickles of the network: ``nullcontext().__exit__`` takes anything."""
-        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def parse_name(argument: str, name: Any) -> tuple[str, str]:
@@ -257,8 +260,15 @@ class Tap:
             raise RuntimeError("the tapped module did not run inside the with block: there is no output")
         return self._outputs[-1]
 
-    def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._outputs[:] = [output]
+
+class _TapHook(_Inert):
+    """Notes what a tapped module gives."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self.outputs = outputs
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.outputs[:] = [output]
 
 
 @contextmanager
@@ -282,7 +292,7 @@ def tap(module: nn.Module) -> Iterator[Tap]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
     tapped = Tap()
-    handle = module.register_forward_hook(tapped._keep)
+    handle = module.register_forward_hook(_TapHook(tapped._outputs))
     try:
         yield tapped
     finally:

@@ -1,5 +1,6 @@
 """The distiller: an expert that stays as it is, and a training loop that is not ours (torchvision's detectors)."""
 
+import copy
 import doctest
 import inspect
 import warnings
@@ -206,6 +207,12 @@ def test_tap() -> None:
     assert last.requires_grad
     network(torch.zeros(1, 3, 2, 2))
     assert tapped.output is last
+    with tap(layer) as tapped:
+        network(images())
+        twin = copy.deepcopy(network)  # with a graph in the tap
+        kept = tapped.output
+        twin(images())
+        assert tapped.output is kept
     with pytest.raises(KeyError), tap(layer):
         raise KeyError
     assert not layer._forward_hooks
