@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from rakd.distill import Distiller
+from rakd.distill.registry import METHODS
 from rakd_ops import level_weights
 
 HEIGHT, WIDTH = SIZE
@@ -175,6 +176,19 @@ def test_mixed_dtypes(dtype: torch.dtype) -> None:
     loss.backward()
     assert [m.grad.dtype for m in half if m.grad is not None] == [dtype] * 3
     assert {p.grad.dtype for p in distiller.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_half_maps_of_the_apprentice(method: str) -> None:
+    distiller = make(method=method, scores=[f"head.scores.{i}" for i in range(3)] if method == "score_l2" else None)
+    half = [m.detach().bfloat16().requires_grad_() for m in features()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="boxes from .* all get the same")
+        distiller(images(), BOXES, half).backward()
+    gradients = [m.grad for m in half if m.grad is not None]
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 3
+    assert any(gradient.any() for gradient in gradients)  # HFA's boxes may leave a level out
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in distiller.parameters())
 
 
 def test_maps_of_one_level_alone() -> None:
