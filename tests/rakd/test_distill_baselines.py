@@ -19,6 +19,8 @@ from rakd.distill.generative import MaskedGenerativeDistillation
 from rakd.distill.masked import BoxMaskedL2, ScoreWeightedL2
 from rakd.distill.methods import make_method
 from rakd.distill.registry import METHODS
+from rakd.study.results import RunResult, StudyResult
+from rakd.study.tables import make_tables
 
 STRIDES = (4, 8)
 BOXES = [torch.tensor([[2.0, 3.0, 20.0, 14.0]]), torch.tensor([[0.0, 0.0, 32.0, 9.0], [8.0, 1.0, 12.0, 8.0]])]
@@ -261,3 +263,18 @@ def test_the_registry_is_the_only_list_of_methods() -> None:
                 entries = node.keys if isinstance(node, ast.Dict) else node.elts
                 named = {e.value for e in entries if isinstance(e, ast.Constant) and e.value in METHODS}
                 assert len(named) < 3, f"{path}: {named}"
+
+
+def test_tables_hold_the_papers_methods_and_others_where_they_were_run() -> None:
+    def rows(*methods: str) -> dict[str, list[str]]:
+        study = StudyResult(runs=tuple(RunResult(method, 0, {}) for method in methods))
+        return {table.key: [row.method for row in table.rows] for table in make_tables(study)}
+
+    paper = rows("none", "rakd")
+    assert paper["table3"] == ["expert", "none", "pkd", "semckd", "rakd"]
+    assert paper["ablation"] == ["expert", "none", "l_roi", "hfa", "rakd"]
+    assert paper["training"] == ["expert", "none", "pkd", "semckd", "l_roi", "hfa", "rakd"]
+    more = rows("none", "cwd", "rakd")
+    assert more["table3"] == [*paper["table3"], "cwd"]
+    assert more["ablation"] == paper["ablation"]
+    assert more["training"] == [*paper["training"], "cwd"]
