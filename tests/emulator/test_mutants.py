@@ -51,7 +51,7 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         "cuda/roi_align_forward.cuh", "__syncthreads();  // the stage is written anew",
         "",
     )],
-    "a row"s sum taken for another"s": [(
+    "a row's sum taken for another's": [(
         "cuda/roi_align_forward.cuh", "before_ = value_;",
         "",
     )],
