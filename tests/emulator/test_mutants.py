@@ -291,10 +291,6 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         "cuda/gram_fragment.cuh", "const bool staged = held.holds(cells_needed(y, x, at));",
         "const bool staged = held.columns() > 0;",
     )],
-    "Gram: bounds of one box only": [(
-        "cuda/gram_operator.cuh", "atomicMin(memory.bounds + 2, -needed.bottom);",
-        "memory.bounds[2] = -needed.bottom;",
-    )],
     "Gram: past the last channel": [(
         "cuda/gram_fragment.cuh", "c < channels_ ? to_accum(from[c * channel_stride_[i]]) : T(0);",
         "to_accum(from[c * channel_stride_[i]]);",
