@@ -14,7 +14,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 # Commands that go on where they stopped.
-_RESUMING = ("Distill", "Train", "MakeScenes", "DistillFeatures")
+_RESUMING = ("Distill", "Train", "MakeScenes", "ConvertWaymo", "DistillFeatures")
 
 
 class Command(Protocol):
@@ -25,6 +25,7 @@ class Command(Protocol):
 
 
 def _commands() -> dict[str, Any]:
+    from rakd.commands.convert_waymo import ConvertWaymo, ExportWaymo
     from rakd.commands.distill import Distill
     from rakd.commands.distill_features import DistillFeatures
     from rakd.commands.evaluate import Evaluate
@@ -44,6 +45,8 @@ def _commands() -> dict[str, Any]:
         "latency": Latency,
         "inspect": Inspect,
         "make-scenes": MakeScenes,
+        "convert-waymo": ConvertWaymo,
+        "export-waymo": ExportWaymo,
         "distill-features": DistillFeatures,
     }
 
@@ -69,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("rakd", "rakd_ops"):
             raise
-        return _fail(f"{error.name} is not installed; run: pip install '.[train]'")
+        extra = "waymo" if error.name in ("pyarrow", "scipy") else "train"
+        return _fail(f"{error.name} is not installed; run: pip install '.[{extra}]'")
     except KeyboardInterrupt:
         resumes = type(command).__name__ in _RESUMING
         print(f"rakd: interrupted{'; repeat the command to go on' if resumes else ''}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """From matches to average precision: score cut-offs, counts at each, and the area under precision over recall."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +142,6 @@ def average_precision(counts: Counts, hits: FloatArray) -> float:
         # Precision 1 at recall 0 is made up: the point takes its neighbour's.
         points[-1] = (points[-2][0], points[-1][1])
     area = np.float32(0)
-    for (p1, r1), (p2, r2) in zip(points, points[1:], strict=False):
+    for (p1, r1), (p2, r2) in pairwise(points):
         area += np.float32(0.5 * (r1 - r2)) * (p1 + p2)
     return float(area)

@@ -29,7 +29,7 @@ def read_waymo_folders(
     """Truths and predictions of folders of label and result files.
 
     Args:
-        gt_dir: Folder of labels ``NNNNNN.txt`` with the number of lidar points in column 16. DontCare rows do not count.
+        gt_dir: Folder of labels ``NNNNNN.txt`` with the number of lidar points in column 16. DontCare rows are skipped.
         pred_dir: Folder of result files, one for each frame.
         axes: "vehicle" takes boxes to the vehicle frame, by the calibrations beside ``gt_dir``. "camera" takes each row
             as PCT does: the camera's (x, y, z) of the bottom centre as if z were up, in single precision.
@@ -44,7 +44,7 @@ def read_waymo_folders(
     labels, results = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
     names = sorted(path.stem for path in gt_dir.glob("[0-9]" * 6 + ".txt")) if frames is None else list(frames)
     transforms = _Transforms(gt_dir.parent / "calib")
-    truth, predictions = _Columns(), _Columns()
+    truth, predictions = ObjectColumns(), ObjectColumns()
     for name, label, result in zip(names, labels, results, strict=True):
         points, difficulty = _read_counts(gt_dir / f"{name}.txt")
         named = label.types != "DontCare"
@@ -69,7 +69,7 @@ def read_transform(path: Path) -> FloatArray:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is not there: official numbers need each frame's calibration, in the folder calib beside the labels"
+            f"{path} is not there: official numbers need each frame's calibration, in a folder beside the labels"
         ) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file: {error}") from None
@@ -109,7 +109,7 @@ class _Transforms:
         return self._parsed[text]
 
 
-class _Columns:
+class ObjectColumns:
     """Columns of `WaymoObjects` that grow frame by frame."""
 
     def __init__(self) -> None:
@@ -150,13 +150,21 @@ class _Columns:
         scores = np.ones(count) if objects.scores is None else objects.scores
         frame = np.full(count, self._frames)
         self._parts.append(
-            (frame, known, boxes, scores, none if points is None else points, none if difficulty is None else difficulty)
+            (
+                frame,
+                known,
+                boxes,
+                scores,
+                none if points is None else points,
+                none if difficulty is None else difficulty,
+            )
         )
         self._frames += 1
 
     def objects(self, keys: list[FrameKey]) -> WaymoObjects:
         """All that was added."""
-        frames, types, boxes, scores, points, difficulty = (np.concatenate(part) for part in zip(*self._parts))
+        columns = zip(*self._parts, strict=True)
+        frames, types, boxes, scores, points, difficulty = (np.concatenate(column) for column in columns)
         return WaymoObjects(
             keys=keys,
             frames=frames.astype(np.int64),

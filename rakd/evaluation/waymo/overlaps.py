@@ -10,7 +10,7 @@ from rakd.evaluation.overlaps import Indices, clipped_area
 from rakd.evaluation.waymo.objects import WaymoObjects
 from rakd.geometry import FloatArray
 
-_CHUNK = 500_000  # pairs held at once
+_CHUNK = 200_000  # pairs held at once
 
 # Of iou.cc: boxes with a side up to the first or from the second on overlap nothing.
 _MIN_SIDE, _MAX_SIDE = 1e-2, 1e6
@@ -29,7 +29,7 @@ class WaymoPairs:
     Attributes:
         truth: ``[n]`` row of the truth.
         prediction: ``[n]`` row of the prediction.
-        weight: ``[n]`` int64, what a matching maximises the sum of: the overlap (LET: times the affinity) in millionths.
+        weight: ``[n]`` int64, whose sum a matching maximises: the overlap (LET: times the affinity) in millionths.
         heading: ``[n]`` agreement of the headings, 1 (the same) to 0 (opposite).
         affinity: ``[n]`` longitudinal affinity, 0..1; 1 without LET.
     """
@@ -95,7 +95,7 @@ def box_overlap(a: FloatArray, b: FloatArray) -> FloatArray:
     shared = area * np.maximum(_shared_height(a, b), 0.0)
     union = a[:, 3:6].prod(axis=1) + b[:, 3:6].prod(axis=1) - shared
     good = _sized(a) & _sized(b) & (union > _MIN_UNION)
-    return np.clip(np.divide(shared, union, out=np.zeros_like(union), where=good), 0.0, 1.0)
+    return np.asarray(np.clip(np.divide(shared, union, out=np.zeros_like(union), where=good), 0.0, 1.0))
 
 
 def overlap_bound(a: FloatArray, b: FloatArray) -> FloatArray:
@@ -107,7 +107,7 @@ def overlap_bound(a: FloatArray, b: FloatArray) -> FloatArray:
     union = a[:, 3:6].prod(axis=1) + b[:, 3:6].prod(axis=1) - shared
     good = touching & _sized(a) & _sized(b) & (union > _MIN_UNION / 2)
     # A little more, since both are rounded.
-    return np.divide(shared, union, out=np.full(len(a), -1.0), where=good) * (1 + 1e-6)
+    return np.asarray(np.divide(shared, union, out=np.full(len(a), -1.0), where=good) * (1 + 1e-6))
 
 
 def longitudinal_affinity(prediction: FloatArray, truth: FloatArray) -> FloatArray:
@@ -125,7 +125,7 @@ def longitudinal_affinity(prediction: FloatArray, truth: FloatArray) -> FloatArr
     g_range = np.maximum(np.linalg.norm(g, axis=1), 1e-6)
     along = (p * g).sum(axis=1) / g_range / p_range * p_range
     tolerance = np.maximum(_LET_SHARE * g_range, _LET_METRES)
-    return np.clip(1 - np.abs((along - g_range) / tolerance), 0.0, 1.0)
+    return np.asarray(np.clip(1 - np.abs((along - g_range) / tolerance), 0.0, 1.0))
 
 
 def range_aligned(prediction: FloatArray, truth: FloatArray) -> FloatArray:
@@ -134,7 +134,7 @@ def range_aligned(prediction: FloatArray, truth: FloatArray) -> FloatArray:
     factor = (p * g).sum(axis=1) / np.maximum((p * p).sum(axis=1), 1e-6)
     moved = prediction.copy()
     moved[:, :3] = p * factor[:, None] + LET_CAMERA
-    return moved
+    return np.asarray(moved)
 
 
 def heading_accuracy(a: FloatArray, b: FloatArray) -> FloatArray:

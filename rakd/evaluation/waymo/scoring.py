@@ -9,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from rakd.data.waymo_convert import MANIFEST, read_manifest
 from rakd.data.waymo_geometry import OPTICAL_AXES, to_optical
 from rakd.evaluation.overlaps import Indices
 from rakd.evaluation.waymo import curves
-from rakd.evaluation.waymo.folders import read_waymo_folders
+from rakd.evaluation.waymo.folders import Axes, read_waymo_folders
 from rakd.evaluation.waymo.matching import match
 from rakd.evaluation.waymo.objects import LEVELS, TYPES, FrameKey, WaymoObjects, levels
 from rakd.evaluation.waymo.overlaps import LET_CAMERA, WaymoPairs, find_pairs
@@ -21,6 +22,7 @@ from rakd.geometry import FloatArray
 from rakd.progress import bar
 
 Mode = Literal["official", "pct"]
+MODES: tuple[Mode, ...] = ("official", "pct")
 
 RANGES = {"0-30": (0.0, 30.0), "30-50": (30.0, 50.0), "50-inf": (50.0, np.inf)}
 """Distances of the centre from the origin in metres, lower end included."""
@@ -85,9 +87,9 @@ def evaluate(
     ``official`` compares boxes in the vehicle frame, at the 101 score cut-offs of the devkit's tool.
 
     ``pct`` repeats the script of that line of papers: it hands rows of KITTI files (x right, y down, z forward,
-    rotation about y) to a measure whose z is up. Their "height" so lies along the depth: for a car on the axis, 1.8 m
-    high and 4.8 m long, it allows 0.32 m of error in depth at an overlap of 0.7, where ``official`` allows 0.85 m. It has
-    11 cut-offs at quantiles of the scores, and ranges from the camera. Numbers of the two modes do not compare.
+    rotation about y) to a measure whose z is up. Its "height" so lies along the depth: for a car on the axis, 1.8 m
+    high and 4.8 m long, it allows 0.32 m of error in depth at an overlap of 0.7, where ``official`` allows 0.85 m. It
+    has 11 cut-offs at quantiles of the scores, and ranges from the camera. Numbers of the two modes do not compare.
 
     Args:
         gt: Folder of label files as ``rakd convert-waymo`` writes them (``training/label_2``; 16th column: lidar
@@ -97,7 +99,8 @@ def evaluate(
         iou: Overlap that a pair needs: one number for all types, a mapping from type to number, "official" (0.7 for
             vehicles, 0.5 for others) or "papers" (0.5 and 0.3). None: "official", with LET "papers".
         let: Tolerate errors along the camera's ray (LET-3D-AP, of the camera-only challenge); mode official only. Of
-            ``.bin`` truths the camera-synced boxes are taken; folders should hold them (``convert-waymo --boxes synced``).
+            ``.bin`` truths the camera-synced boxes are taken; folders should hold them (``convert-waymo --boxes
+            synced``).
         frames: Frames to evaluate ("000123", ...) instead of all in the folder ``gt``, for a split.
         progress: Show progress bars when it takes more than two seconds.
 
@@ -112,8 +115,8 @@ def evaluate(
     Warns:
         UserWarning: In mode pct with ``.bin`` files, which do not say where the camera is: an untilted camera is taken.
     """
-    if mode not in ("official", "pct"):
-        raise ValueError(f"mode must be official or pct, got {mode!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if let and mode != "official":
         raise ValueError("let must be False in mode pct: LET-3D-AP is defined in the vehicle frame")
     thresholds = _thresholds(iou if iou is not None else ("papers" if let else "official"))
@@ -272,7 +275,14 @@ def _read(
     if gt.is_dir() != pred.is_dir():
         raise ValueError(f"gt and pred must both be folders or both .bin files, got {gt} and {pred}")
     if gt.is_dir():
-        axes: Literal["vehicle", "camera"] = "vehicle" if mode == "official" else "camera"
+        axes: Axes = "vehicle" if mode == "official" else "camera"
+        manifest = gt.parent.parent / MANIFEST
+        if let and manifest.is_file() and read_manifest(gt.parent.parent).get("boxes") != "synced":
+            warnings.warn(
+                f"{manifest}: these are lidar boxes; the challenge scores LET-3D-AP on camera-synced ones "
+                "(convert-waymo --boxes synced)",
+                stacklevel=3,
+            )
         return read_waymo_folders(gt, pred, axes, frames=frames, progress=progress)
     if frames is not None:
         raise ValueError("frames must be None for .bin files: they hold the frames that they hold")

@@ -1,0 +1,245 @@
+"""``python -m benchmarks.waymo_evaluation``: time and memory of Waymo's evaluation over the number of frames.
+
+Each measurement runs in a process of its own and includes reading the files. Writes a CSV and a figure.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from benchmarks import style
+from benchmarks.records import describe_machine
+from benchmarks.session import exit_with_errors
+from rakd.data.labels import Objects, write_objects
+from rakd.data.waymo_convert import calibration_text, label_text
+from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
+from rakd.evaluation.waymo import WaymoObjects, evaluate, write_bin
+from rakd.evaluation.waymo.objects import KITTI_TYPES, TYPES
+from rakd.files import replacing, write_text
+from rakd.geometry import Calibration
+from rakd.progress import bar
+
+_SIZES = np.array([[0, 0, 0], [4.8, 2.1, 1.8], [0.9, 0.9, 1.75], [0.2, 0.6, 0.7], [1.8, 0.8, 1.75]])
+_SHARES = (0.6, 0.25, 0.1, 0.05)
+_TITLES = {"bin": ".bin files", "folders": "folders of text files"}
+
+
+@dataclass(frozen=True)
+class WaymoRun:
+    """One measurement.
+
+    Attributes:
+        files: "bin" or "folders".
+        mode: "official" or "pct".
+        frames: Number of frames.
+        truths: Truths a frame.
+        predictions: Predictions a frame.
+        seconds: Time of ``evaluate``, reading included.
+        peak_mib: Peak memory of its process, Python and libraries included.
+        cpu: The processor's model.
+        cores: Cores that the process may use.
+        commit: Git commit of the sources.
+        dirty: Whether tracked files differed from that commit.
+        date: When it was measured (UTC).
+    """
+
+    files: str
+    mode: str
+    frames: int
+    truths: int
+    predictions: int
+    seconds: float
+    peak_mib: float
+    cpu: str
+    cores: int
+    commit: str
+    dirty: bool
+    date: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure ``rakd.evaluation.waymo.evaluate`` on drawn frames.
+
+    Attributes:
+        frames: Numbers of frames.
+        objects: Truths, and as many predictions, a frame.
+        files: bin, folders, or both.
+        modes: official, pct.
+        seed: Seed of the boxes.
+        out: The CSV; the figure gets its name with .png.
+    """
+
+    frames: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1000, 5000, 10_000, 20_000, 40_000)
+    objects: int = 20
+    files: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND ...")] = ("bin", "folders")
+    modes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODE ...")] = ("official", "pct")
+    seed: int = 0
+    out: Path = Path("runs/benchmarks/waymo_evaluation.csv")
+
+
+def draw_objects(frames: int, count: int, seed: int) -> tuple[WaymoObjects, WaymoObjects]:
+    """Draw truths and predictions: three of four predictions are noisy copies of truths, as a camera's are along depth.
+
+    Args:
+        frames: Number of frames.
+        count: Truths, and predictions, a frame.
+        seed: Seed.
+    """
+    rng = np.random.default_rng(seed)
+    total = frames * count
+    types = rng.choice([1, 2, 3, 4], total, p=_SHARES).astype(np.int8)
+    boxes = np.empty((total, 7))
+    boxes[:, 0], boxes[:, 1] = rng.uniform(4, 75, total), rng.uniform(-25, 25, total)
+    boxes[:, 3:6] = _SIZES[types] * rng.uniform(0.85, 1.15, (total, 3))
+    boxes[:, 2], boxes[:, 6] = boxes[:, 5] / 2, rng.uniform(-np.pi, np.pi, total)
+    found = boxes.copy()
+    found[:, :3] *= 1 + rng.normal(0, 0.02, (total, 1))
+    found[:, 3:6] *= rng.uniform(0.93, 1.07, (total, 3))
+    found[:, 6] += rng.normal(0, 0.1, total)
+    false = rng.random(total) < 0.25
+    found[false, 0], found[false, 1] = rng.uniform(4, 75, false.sum()), rng.uniform(-25, 25, false.sum())
+    keys = [(f"segment-{i // 200:04d}", 100_000 * i, 1) for i in range(frames)]
+    rows = np.repeat(np.arange(frames), count)
+    nothing = np.zeros(total, dtype=np.int64)
+    scores = np.where(false, rng.beta(2, 4, total), rng.beta(4, 2, total)).astype(np.float32)
+    zones = np.zeros(total, dtype=np.bool_)
+    points = rng.integers(1, 200, total)
+    ones, easy = np.ones(total, np.float32), nothing.astype(np.int8)
+    truth = WaymoObjects(keys, rows, types, boxes, ones, zones, points, easy)
+    return truth, WaymoObjects(keys, rows, types, found, scores, zones, nothing, easy)
+
+
+def write_folders(root: Path, truth: WaymoObjects, predictions: WaymoObjects) -> tuple[Path, Path]:
+    """Write objects as label, result and calibration files of KITTI's form; gives the two folders to compare."""
+    extrinsic = np.eye(4)
+    extrinsic[:3, 3] = (1.5, 0.0, 2.1)
+    transform = optical_from_vehicle(extrinsic)
+    camera = np.array([[2060.0, 0, 950, 0], [0, 2060, 640, 0], [0, 0, 1, 0]])
+    text = calibration_text(Calibration(camera), transform)
+    names = {number: name for name, kind in KITTI_TYPES.items() for number in [TYPES[kind]]}
+    for kind, objects in (("label_2", truth), ("pred", predictions)):
+        location, dimensions, rotation = to_optical(objects.boxes, transform)
+        bounds = np.searchsorted(objects.frames, np.arange(len(objects.keys) + 1))
+        for i in range(len(objects.keys)):
+            rows = slice(int(bounds[i]), int(bounds[i + 1]))
+            count = rows.stop - rows.start
+            drawn = Objects(
+                np.array([names[int(t)] for t in objects.types[rows]], np.str_),
+                np.zeros(count),
+                np.zeros(count, np.int64),
+                np.zeros(count),
+                np.tile([0.0, 0.0, 50.0, 50.0], (count, 1)),
+                dimensions[rows],
+                location[rows],
+                rotation[rows],
+                None if kind == "label_2" else objects.scores[rows].astype(np.float64),
+            )
+            path = root / kind / f"{i:06d}.txt"
+            if kind == "pred":
+                write_objects(path, drawn)
+                continue
+            write_text(path, label_text(drawn, objects.points[rows], objects.difficulty[rows].astype(np.int64)))
+            write_text(root / "calib" / f"{i:06d}.txt", text)
+    return root / "label_2", root / "pred"
+
+
+def measure(gt: Path, pred: Path, mode: str) -> tuple[float, float]:
+    """Seconds of an evaluation, and the process's peak memory in MiB."""
+    start = time.perf_counter()
+    evaluate(gt, pred, mode=mode, progress=False)  # type: ignore[arg-type]
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def write_csv(path: Path, rows: list[WaymoRun]) -> None:
+    """Write the rows, atomically."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(WaymoRun)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def draw_figure(rows: list[WaymoRun]) -> Figure:
+    """Draw time over frames, a line for each kind of files and mode."""
+    figure = Figure(figsize=(7.6, 4.2))
+    axes = figure.subplots()
+    colours = {"bin": "#1f5fbf", "folders": "#d3702c"}
+    for files in dict.fromkeys(row.files for row in rows):
+        for mode in dict.fromkeys(row.mode for row in rows):
+            line = sorted((row.frames, row.seconds) for row in rows if (row.files, row.mode) == (files, mode))
+            x, y = zip(*line, strict=True)
+            label = f"{_TITLES[files]}, {mode}"
+            dashes = "-" if mode == "official" else "--"
+            axes.plot(x, y, dashes, color=colours[files], marker="o", markersize=4, label=label)
+    last = rows[-1]
+    axes.set(xlim=(0, None), ylim=(0, None), xlabel="frames", ylabel="seconds, reading included")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    style.clean_axes(axes, "both")
+    axes.legend(frameon=False, fontsize=9)
+    title = f"Waymo's evaluation, {last.predictions} predictions and {last.truths} truths a frame"
+    figure.text(0.02, 0.965, title, size=12, weight="bold", color=style.INK, va="top")
+    peak = max(row.peak_mib for row in rows)
+    source = f"{last.cpu}, {last.cores} cores · at most {peak:,.0f} MiB · {last.date[:10]}"
+    figure.text(0.02, 0.905, source, size=8.5, color=style.MUTED, va="top")
+    figure.subplots_adjust(left=0.1, right=0.975, top=0.84, bottom=0.13)
+    return figure
+
+
+def main() -> None:
+    """Draw, measure, write."""
+    options = tyro.cli(Options, prog="python -m benchmarks.waymo_evaluation")
+    machine = describe_machine("cpu")
+    rows: list[WaymoRun] = []
+    cases = [(frames, files) for frames in options.frames for files in options.files]
+    # A process of its own for each measurement, so that peaks do not add up.
+    context = multiprocessing.get_context("spawn")
+    for frames, files in bar(cases, desc="measuring"):
+        truth, predictions = draw_objects(frames, options.objects, options.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            gt, pred = Path(folder) / "gt.bin", Path(folder) / "pred.bin"
+            if files == "bin":
+                write_bin(gt, truth)
+                write_bin(pred, predictions)
+            else:
+                gt, pred = write_folders(Path(folder), truth, predictions)
+            del truth, predictions
+            for mode in options.modes:
+                with ProcessPoolExecutor(1, mp_context=context) as pool:
+                    seconds, peak = pool.submit(measure, gt, pred, mode).result()
+                row = WaymoRun(
+                    files=files,
+                    mode=mode,
+                    frames=frames,
+                    truths=options.objects,
+                    predictions=options.objects,
+                    seconds=round(seconds, 3),
+                    peak_mib=round(peak, 1),
+                    cpu=machine.cpu,
+                    cores=multiprocessing.cpu_count(),
+                    commit=machine.commit,
+                    dirty=machine.dirty,
+                    date=machine.date,
+                )
+                rows.append(row)
+                write_csv(options.out, rows)
+                print(f"{frames} frames, {files}, {mode}: {seconds:.1f} s, {peak:.0f} MiB")
+    figure = draw_figure(rows)
+    with replacing(options.out.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=120)
+    print(f"{len(rows)} rows in {options.out}, figure in {options.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    exit_with_errors(main)
