@@ -143,5 +143,5 @@ def average_precision(counts: Counts, hits: FloatArray) -> float:
         points[-1] = (points[-2][0], points[-1][1])
     area = np.float32(0)
     for (p1, r1), (p2, r2) in pairwise(points):
-        area += np.float32(0.5 * (r1 - r2)) * (p1 + p2)
-    return float(area)
+        area = np.float32(float(area) + 0.5 * float(r1 - r2) * float(p1 + p2))
+    return min(float(area), 1.0)  # rounding may leave a little more
