@@ -41,6 +41,7 @@ def read_waymo_folders(
         ValueError: A row does not parse, has a type that Waymo has not, or lacks a 3D box or the number of points; or
             a calibration is no Waymo one. Names the file.
     """
+    _check_results(pred_dir)
     labels, results = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
     names = sorted(path.stem for path in gt_dir.glob("[0-9]" * 6 + ".txt")) if frames is None else list(frames)
     transforms = _Transforms(gt_dir.parent / "calib")
@@ -175,6 +176,19 @@ class ObjectColumns:
             points=points.astype(np.int64),
             difficulty=difficulty.astype(np.int8),
         )
+
+
+def _check_results(folder: Path) -> None:
+    """Refuse a folder of these labels in the place of results: points would be taken for scores."""
+    for path in sorted(folder.glob("[0-9]" * 6 + ".txt")):
+        columns = [len(line.split()) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        if max(columns, default=0) > _DIFFICULTY:
+            raise ValueError(
+                f"pred: {path} has over 16 columns, as labels have: expected results; are GT and PRED in each other's "
+                "place?"
+            )
+        if any(columns):
+            return
 
 
 def _read_counts(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
