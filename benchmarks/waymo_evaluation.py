@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
-import resource
+import subprocess
+import sys
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +24,7 @@ from benchmarks.session import exit_with_errors
 from rakd.data.labels import Objects, write_objects
 from rakd.data.waymo_convert import calibration_text, label_text
 from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
-from rakd.evaluation.waymo import WaymoObjects, evaluate, write_bin
+from rakd.evaluation.waymo import WaymoObjects, write_bin
 from rakd.evaluation.waymo.objects import KITTI_TYPES, TYPES
 from rakd.files import replacing, write_text
 from rakd.geometry import Calibration
@@ -33,6 +32,15 @@ from rakd.progress import bar
 
 _SIZES = np.array([[0, 0, 0], [4.8, 2.1, 1.8], [0.9, 0.9, 1.75], [0.2, 0.6, 0.7], [1.8, 0.8, 1.75]])
 _SHARES = (0.6, 0.25, 0.1, 0.05)
+# Loads nothing but what a user of the function loads.
+_CODE = """
+import resource, sys, time
+from rakd.evaluation.waymo import evaluate
+start = time.perf_counter()
+evaluate(sys.argv[1], sys.argv[2], mode=sys.argv[3], progress=False)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
 _TITLES = {"bin": ".bin files", "folders": "folders of text files"}
 
 
@@ -157,10 +165,11 @@ def write_folders(root: Path, truth: WaymoObjects, predictions: WaymoObjects) ->
 
 
 def measure(gt: Path, pred: Path, mode: str) -> tuple[float, float]:
-    """Seconds of an evaluation, and the process's peak memory in MiB."""
-    start = time.perf_counter()
-    evaluate(gt, pred, mode=mode, progress=False)  # type: ignore[arg-type]
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Seconds of an evaluation in a fresh process, and that process's peak memory in MiB."""
+    command = [sys.executable, "-W", "ignore", "-c", _CODE, str(gt), str(pred), mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    seconds, peak = done.stdout.split()
+    return float(seconds), float(peak) / 1024
 
 
 def write_csv(path: Path, rows: list[WaymoRun]) -> None:
@@ -203,8 +212,6 @@ def main() -> None:
     machine = describe_machine("cpu")
     rows: list[WaymoRun] = []
     cases = [(frames, files) for frames in options.frames for files in options.files]
-    # A process of its own for each measurement, so that peaks do not add up.
-    context = multiprocessing.get_context("spawn")
     for frames, files in bar(cases, desc="measuring"):
         truth, predictions = draw_objects(frames, options.objects, options.seed)
         with tempfile.TemporaryDirectory() as folder:
@@ -216,8 +223,7 @@ def main() -> None:
                 gt, pred = write_folders(Path(folder), truth, predictions)
             del truth, predictions
             for mode in options.modes:
-                with ProcessPoolExecutor(1, mp_context=context) as pool:
-                    seconds, peak = pool.submit(measure, gt, pred, mode).result()
+                seconds, peak = measure(gt, pred, mode)
                 row = WaymoRun(
                     files=files,
                     mode=mode,

@@ -126,7 +126,18 @@ def test_evaluate(converted, perfect, tmp_path, capsys):
 
 def test_let_of_synced_boxes(waymo, tmp_path, capsys):
     out = tmp_path / "synced"
-    words = ["convert-waymo", str(waymo), "--out", str(out), "--boxes", "synced", "--splits", "validation", "--workers", "1"]
+    words = [
+        "convert-waymo",
+        str(waymo),
+        "--out",
+        str(out),
+        "--boxes",
+        "synced",
+        "--splits",
+        "validation",
+        "--workers",
+        "1",
+    ]
     assert main(words) == 0
     for frame in find_frames(out, "val"):
         objects = read_labels(frame.label)
@@ -146,12 +157,12 @@ def test_export(converted, perfect, waymo, tmp_path, capsys):
     assert main(["export-waymo", str(perfect), "--data", str(converted), "--out", str(path)]) == 0
     assert "of 3 frames are in" in capsys.readouterr().out
     objects = read_bin(path)
-    assert set(objects.keys) == {("30_c", 1_000_000 + 100_000 * i, 1) for i in range(3)}
+    assert set(objects.keys) == {("30_c", 1_000_000 + 100_000 * i, 0) for i in range(3)}
     from rakd.data.waymo import read_segment
 
     found = 0
     for frame in read_segment(waymo, "validation", "30_c", images=False):
-        own = objects.boxes[objects.frames == objects.keys.index(("30_c", frame.time, 1))]
+        own = objects.boxes[objects.frames == objects.keys.index(("30_c", frame.time, 0))]
         boxes = frame.labels.boxes[frame.visible()]
         np.testing.assert_allclose(own[:, :6], boxes[:, :6], atol=1e-7)
         np.testing.assert_allclose(np.sin(own[:, 6] - boxes[:, 6]), 0, atol=1e-7)

@@ -112,7 +112,9 @@ def test_no_extrinsic(matrix, message):
 def test_frames_are_those_that_were_written(waymo, scenes):
     root, written = waymo
     images = find_frames(scenes)
-    for first, (split, segment) in zip((0, 3, 6), [(s, n) for s, names in SEGMENTS.items() for n in names], strict=True):
+    for first, (split, segment) in zip(
+        (0, 3, 6), [(s, n) for s, names in SEGMENTS.items() for n in names], strict=True
+    ):
         frames = sorted(read_segment(root, split, segment), key=lambda frame: frame.number)
         assert [frame.number for frame in frames] == [0, 1, 2]
         assert [frame.time for frame in frames] == [1_000_000, 1_100_000, 1_200_000]
@@ -230,7 +232,7 @@ def test_damaged_images_are_named(broken):
     content = bytearray(path.read_bytes())
     content[200 : len(content) // 2] = bytes(len(content) // 2 - 200)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="camera_image/10_a.parquet"):
+    with pytest.raises(ValueError, match=r"camera_image/10_a\.parquet"):
         list(read_segment(broken, "training", "10_a"))
 
 
@@ -294,7 +296,9 @@ def test_memory_is_bounded_by_few_images(tmp_path):
 
 def test_conversion_is_a_kitti_folder(converted, waymo):
     _, written = waymo
-    assert [frame.id for frame in find_frames(converted, "train")] == [f"{s:03d}{f:03d}" for s in (0, 1) for f in range(3)]
+    assert [frame.id for frame in find_frames(converted, "train")] == [
+        f"{s:03d}{f:03d}" for s in (0, 1) for f in range(3)
+    ]
     assert [frame.id for frame in find_frames(converted, "val")] == ["798000", "798001", "798002"]
     assert len(find_frames(converted, "trainval")) == 9
     for frame in find_frames(converted, "val"):
@@ -321,7 +325,9 @@ def test_training_ignores_what_few_points_fell_on(waymo, tmp_path):
             labels = read_labels(frame.label)
             assert (labels.types == "DontCare").sum() == (ignored & (points > 0)).sum()
             assert (labels.types != "DontCare").sum() == (~ignored & (points > 0)).sum()
-            np.testing.assert_allclose(labels.boxes[labels.types == "DontCare"], objects.boxes[ignored & (points > 0)], atol=1e-7)
+            np.testing.assert_allclose(
+                labels.boxes[labels.types == "DontCare"], objects.boxes[ignored & (points > 0)], atol=1e-7
+            )
             seen |= set(labels.types.tolist())
     assert "DontCare" in seen and "Car" in seen
 

@@ -38,5 +38,6 @@ def collect_results(pred_dir: Path, data: Path, *, testing: bool = False) -> Way
             raise ValueError(f"{path}: scores must lie in 0..1 for Waymo's metric, got {objects.scores.max():g}")
         columns.add(path, objects, read_transform(calibrations / path.name))
         name = names[path.stem]
-        keys.append((name.segment, name.time, name.camera))
+        # Frames of 3D truths have no camera, and the devkit tells frames by it too.
+        keys.append((name.segment, name.time, 0))
     return columns.objects(keys)

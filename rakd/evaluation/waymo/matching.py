@@ -13,7 +13,8 @@ import numpy as np
 from rakd.evaluation.overlaps import Indices
 from rakd.extras import require
 
-# Of equal sums of weights, the matching with more pairs: each pair adds a little less than a millionth per group.
+# Weights are multiplied by this and get 1 added, so that of matchings with equal sums the one with more pairs wins. A
+# group would need as many pairs as this for the added ones to outweigh a difference in weight.
 _PAIR = 1 << 12
 
 

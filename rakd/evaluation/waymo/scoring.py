@@ -290,6 +290,13 @@ def _read(
     unknown = predictions.types == 0
     if unknown.any():
         raise ValueError(f"{pred}: object {int(unknown.argmax()) + 1} has no type: every prediction needs one")
+    if let and len(truth) and not truth.points.any():
+        raise ValueError(f"{gt}: LET-3D-AP needs camera-synced boxes with points of the top lidar, no object has one")
+    if len(truth) and len(predictions) and not set(truth.keys) & set(predictions.keys):
+        raise ValueError(
+            "gt and pred must have frames in common, they have none: the devkit tells frames by segment, time and "
+            f"camera, such as {truth.keys[0]} in {gt} and {predictions.keys[0]} in {pred}"
+        )
     if mode == "pct":
         warnings.warn(
             "pct: .bin files do not say where the camera is: an untilted one at "
