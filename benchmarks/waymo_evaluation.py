@@ -6,7 +6,7 @@ Each measurement runs in a process of its own and includes reading the files. Wr
 from __future__ import annotations
 
 import csv
-import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,11 +34,13 @@ _SIZES = np.array([[0, 0, 0], [4.8, 2.1, 1.8], [0.9, 0.9, 1.75], [0.2, 0.6, 0.7]
 _SHARES = (0.6, 0.25, 0.1, 0.05)
 # Loads nothing but what a user of the function loads.
 _CODE = """
-import resource, sys, time
+import sys, time
 from rakd.evaluation.waymo import evaluate
-start = time.perf_counter()
+start, before = time.perf_counter(), time.process_time()
 evaluate(sys.argv[1], sys.argv[2], mode=sys.argv[3], progress=False)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(time.perf_counter() - start, time.process_time() - before)
+# Not ru_maxrss, which a process has from its parent.
+print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
 
 _TITLES = {"bin": ".bin files", "folders": "folders of text files"}
@@ -54,10 +56,12 @@ class WaymoRun:
         frames: Number of frames.
         truths: Truths a frame.
         predictions: Predictions a frame.
-        seconds: Time of ``evaluate``, reading included.
+        seconds: Time of ``evaluate`` by the clock, reading included.
+        processor_seconds: The same by the processor, all threads together.
         peak_mib: Peak memory of its process, Python and libraries included.
         cpu: The processor's model.
-        cores: Cores that the process may use.
+        cores: Cores of the machine.
+        load: The machine's load average over the minute before: 0 where nothing else ran.
         commit: Git commit of the sources.
         dirty: Whether tracked files differed from that commit.
         date: When it was measured (UTC).
@@ -69,9 +73,11 @@ class WaymoRun:
     truths: int
     predictions: int
     seconds: float
+    processor_seconds: float
     peak_mib: float
     cpu: str
     cores: int
+    load: float
     commit: str
     dirty: bool
     date: str
@@ -164,12 +170,12 @@ def write_folders(root: Path, truth: WaymoObjects, predictions: WaymoObjects) ->
     return root / "label_2", root / "pred"
 
 
-def measure(gt: Path, pred: Path, mode: str) -> tuple[float, float]:
-    """Seconds of an evaluation in a fresh process, and that process's peak memory in MiB."""
+def measure(gt: Path, pred: Path, mode: str) -> tuple[float, float, float]:
+    """Seconds of an evaluation in a fresh process, its processor time, and its peak memory in MiB (Linux only)."""
     command = [sys.executable, "-W", "ignore", "-c", _CODE, str(gt), str(pred), mode]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    seconds, peak = done.stdout.split()
-    return float(seconds), float(peak) / 1024
+    seconds, processor_seconds, peak = map(float, done.stdout.split())
+    return seconds, processor_seconds, peak / 1024
 
 
 def write_csv(path: Path, rows: list[WaymoRun]) -> None:
@@ -181,17 +187,15 @@ def write_csv(path: Path, rows: list[WaymoRun]) -> None:
 
 
 def draw_figure(rows: list[WaymoRun]) -> Figure:
-    """Draw time over frames, a line for each kind of files and mode."""
+    """Draw time over frames, by the clock and by the processor, for each kind of files in the mode official."""
     figure = Figure(figsize=(7.6, 4.2))
     axes = figure.subplots()
-    colours = {"bin": "#1f5fbf", "folders": "#d3702c"}
-    for files in dict.fromkeys(row.files for row in rows):
-        for mode in dict.fromkeys(row.mode for row in rows):
-            line = sorted((row.frames, row.seconds) for row in rows if (row.files, row.mode) == (files, mode))
-            x, y = zip(*line, strict=True)
-            label = f"{_TITLES[files]}, {mode}"
-            dashes = "-" if mode == "official" else "--"
-            axes.plot(x, y, dashes, color=colours[files], marker="o", markersize=4, label=label)
+    for files, colour in (("bin", "#1f5fbf"), ("folders", "#d3702c")):
+        runs = sorted((row for row in rows if (row.files, row.mode) == (files, "official")), key=lambda row: row.frames)
+        for field, dashes, what in (("seconds", "-", "clock"), ("processor_seconds", ":", "processor time")):
+            values = [getattr(row, field) for row in runs]
+            label = f"{_TITLES[files]}, {what}"
+            axes.plot([row.frames for row in runs], values, dashes, color=colour, marker="o", markersize=4, label=label)
     last = rows[-1]
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="frames", ylabel="seconds, reading included")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -199,9 +203,11 @@ def draw_figure(rows: list[WaymoRun]) -> Figure:
     axes.legend(frameon=False, fontsize=9)
     title = f"Waymo's evaluation, {last.predictions} predictions and {last.truths} truths a frame"
     figure.text(0.02, 0.965, title, size=12, weight="bold", color=style.INK, va="top")
-    peak = max(row.peak_mib for row in rows)
-    source = f"{last.cpu}, {last.cores} cores · at most {peak:,.0f} MiB · {last.date[:10]}"
-    figure.text(0.02, 0.905, source, size=8.5, color=style.MUTED, va="top")
+    peak, load = max(row.peak_mib for row in rows), (min(row.load for row in rows), max(row.load for row in rows))
+    source = f"{last.cpu}, {last.cores} cores under a load of {load[0]:.1f} to {load[1]:.1f} by other work"
+    figure.text(
+        0.02, 0.905, f"{source} · at most {peak:,.0f} MiB · {last.date[:10]}", size=8.5, color=style.MUTED, va="top"
+    )
     figure.subplots_adjust(left=0.1, right=0.975, top=0.84, bottom=0.13)
     return figure
 
@@ -223,7 +229,8 @@ def main() -> None:
                 gt, pred = write_folders(Path(folder), truth, predictions)
             del truth, predictions
             for mode in options.modes:
-                seconds, peak = measure(gt, pred, mode)
+                load = os.getloadavg()[0]
+                seconds, processor_seconds, peak = measure(gt, pred, mode)
                 row = WaymoRun(
                     files=files,
                     mode=mode,
@@ -231,9 +238,11 @@ def main() -> None:
                     truths=options.objects,
                     predictions=options.objects,
                     seconds=round(seconds, 3),
+                    processor_seconds=round(processor_seconds, 3),
                     peak_mib=round(peak, 1),
                     cpu=machine.cpu,
-                    cores=multiprocessing.cpu_count(),
+                    cores=os.cpu_count() or 1,
+                    load=round(load, 2),
                     commit=machine.commit,
                     dirty=machine.dirty,
                     date=machine.date,
