@@ -1,8 +1,8 @@
 """Scoring of detections as the Waymo Open Dataset does it, without TensorFlow.
 
-`evaluate` is the entry point. It reads ``.bin`` files (`wire`) or folders of KITTI files (`folders`), finds pairs
-(`overlaps`), matches them at all score cut-offs (`matching`) and integrates precision over recall (`curves`,
-`scoring`). `report` turns its rows into a table and JSON, `export` packs results for Waymo's server. It follows
+`evaluate <rakd.evaluation.waymo.scoring.evaluate>` is the entry point. It reads ``.bin`` files (`wire`) or folders of
+KITTI files (`folders`), finds pairs (`overlaps`), matches them at all score cut-offs (`matching`) and integrates
+precision over recall (`curves`, `scoring`). `report` turns its rows into a table and JSON, `export` packs results for Waymo's server. It follows
 ``src/waymo_open_dataset/metrics`` of the devkit at commit 99a4cb3 and needs the extra ``waymo`` (SciPy).
 """
 

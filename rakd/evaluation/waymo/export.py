@@ -9,7 +9,7 @@ from rakd.evaluation.waymo.objects import FrameKey, WaymoObjects
 
 
 def collect_results(pred_dir: Path, data: Path, *, testing: bool = False) -> WaymoObjects:
-    """Read a folder of result files, as `rakd.evaluation.waymo.write_bin` wants them.
+    """Read a folder of result files, as `rakd.evaluation.waymo.wire.write_bin` wants them.
 
     Args:
         pred_dir: Folder of result files ``NNNNNN.txt``.

@@ -111,7 +111,7 @@ class _Transforms:
 
 
 class ObjectColumns:
-    """Columns of `WaymoObjects` that grow frame by frame."""
+    """Columns of `rakd.evaluation.waymo.objects.WaymoObjects` that grow frame by frame."""
 
     def __init__(self) -> None:
         self._frames = 0

@@ -18,7 +18,7 @@ def format_table(rows: Sequence[WaymoRow]) -> str:
     """AP and APH in percent: types and levels down, metrics and ranges across.
 
     Args:
-        rows: What `rakd.evaluation.waymo.evaluate` gives.
+        rows: What `rakd.evaluation.waymo.scoring.evaluate` gives.
 
     Returns:
         Lines of text; the first says which mode the numbers are of. A dash marks shards without truths.

@@ -140,7 +140,7 @@ def evaluate_objects(
         truth: The truths.
         predictions: The predictions, with scores in 0..1 of known types.
         mode: Says which cut-offs: "official" 101, "pct" 11 quantiles of all scores.
-        thresholds: Overlap that a pair needs, of each of `TYPES`.
+        thresholds: Overlap that a pair needs, of each of `rakd.evaluation.waymo.objects.TYPES`.
         let: Tolerate errors along the camera's ray.
         progress: Show a progress bar when it takes more than two seconds.
 
