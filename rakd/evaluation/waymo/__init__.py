@@ -2,9 +2,9 @@
 
 `evaluate <rakd.evaluation.waymo.scoring.evaluate>` is the entry point. It reads ``.bin`` files (`wire`) or folders of
 KITTI files (`folders`), finds pairs (`overlaps`), matches them at all score cut-offs (`matching`) and integrates
-precision over recall (`curves`, `scoring`). `report` turns its rows into a table and JSON, `export`
-packs results for Waymo's server. It follows ``src/waymo_open_dataset/metrics`` of the devkit at commit 99a4cb3 and needs
-the extra ``waymo`` (SciPy).
+precision over recall (`curves`, `scoring`). `report` turns its rows into a table and JSON, `export` packs results for
+Waymo's server. The rules are those of ``src/waymo_open_dataset/metrics`` in the devkit, commit 99a4cb3. Needs the extra
+``waymo`` (SciPy).
 """
 
 from rakd.evaluation.waymo.objects import WaymoObjects

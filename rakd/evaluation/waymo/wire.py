@@ -1,9 +1,9 @@
 """Waymo's ``.bin`` files, read and written without protobuf: serialised ``Objects`` messages.
 
-Fields, of ``metrics.proto`` and ``label.proto`` in the devkit: Objects: 1 Object. Object: 1 Label, 2 score (float), 3 in
-a no-label zone, 4 segment, 5 time in microseconds, 6 camera. Label: 1 Box, 3 type, 5 difficulty, 7 lidar points,
-11 most visible camera, 12 camera-synced Box, 13 points of the top lidar. Box (doubles): 1 cx, 2 cy, 3 cz, 4 width,
-5 length, 6 height, 7 heading. Other fields are skipped.
+Fields, of ``metrics.proto`` and ``label.proto`` in the devkit: Objects: 1 Object. Object: 1 Label, 2 score (float), 3
+in a no-label zone, 4 segment, 5 time in microseconds, 6 camera. Label: 1 Box, 3 type, 5 difficulty, 7 lidar points, 11
+most visible camera, 12 camera-synced Box, 13 points of the top lidar. Box (doubles): 1 cx, 2 cy, 3 cz, 4 width, 5
+length, 6 height, 7 heading. Other fields are skipped.
 """
 
 import struct
