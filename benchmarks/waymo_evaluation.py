@@ -5,6 +5,7 @@ Each measurement runs in a process of its own and includes reading the files. Wr
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import subprocess
@@ -12,15 +13,12 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import style
-from benchmarks.records import describe_machine
-from benchmarks.session import exit_with_errors
+from benchmarks.figures import INK, MUTED, clean_axes
+from benchmarks.results import describe_machine, exit_with_errors
 from rakd.data.labels import Objects, write_objects
 from rakd.data.waymo_convert import calibration_text, label_text
 from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
@@ -83,25 +81,17 @@ class WaymoRun:
     date: str
 
 
-@dataclass(frozen=True)
-class Options:
-    """Measure ``rakd.evaluation.waymo.evaluate`` on drawn frames.
-
-    Attributes:
-        frames: Numbers of frames.
-        objects: Truths, and as many predictions, a frame.
-        files: bin, folders, or both.
-        modes: official, pct.
-        seed: Seed of the boxes.
-        out: The CSV; the figure gets its name with .png.
-    """
-
-    frames: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1000, 5000, 10_000, 20_000, 40_000)
-    objects: int = 20
-    files: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND ...")] = ("bin", "folders")
-    modes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODE ...")] = ("official", "pct")
-    seed: int = 0
-    out: Path = Path("runs/benchmarks/waymo_evaluation.csv")
+def parse_options() -> argparse.Namespace:
+    """Read the options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.waymo_evaluation", description=__doc__)
+    parser.add_argument("--frames", type=int, nargs="+", default=[1000, 5000, 10_000, 20_000, 40_000], metavar="N")
+    parser.add_argument("--objects", type=int, default=20, help="truths, and as many predictions, a frame", metavar="N")
+    parser.add_argument("--files", nargs="+", default=["bin", "folders"], choices=["bin", "folders"])
+    parser.add_argument("--modes", nargs="+", default=["official", "pct"], choices=["official", "pct"])
+    parser.add_argument("--seed", type=int, default=0, help="of the boxes", metavar="N")
+    out = Path("runs/benchmarks/waymo_evaluation.csv")
+    parser.add_argument("--out", type=Path, default=out, help="the CSV; the figure stands beside it", metavar="FILE")
+    return parser.parse_args()
 
 
 def draw_objects(frames: int, count: int, seed: int) -> tuple[WaymoObjects, WaymoObjects]:
@@ -199,22 +189,20 @@ def draw_figure(rows: list[WaymoRun]) -> Figure:
     last = rows[-1]
     axes.set(xlim=(0, None), ylim=(0, None), xlabel="frames", ylabel="seconds, reading included")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    style.clean_axes(axes, "both")
+    clean_axes(axes, "both")
     axes.legend(frameon=False, fontsize=9)
     title = f"Waymo's evaluation, {last.predictions} predictions and {last.truths} truths a frame"
-    figure.text(0.02, 0.965, title, size=12, weight="bold", color=style.INK, va="top")
+    figure.text(0.02, 0.965, title, size=12, weight="bold", color=INK, va="top")
     peak, load = max(row.peak_mib for row in rows), (min(row.load for row in rows), max(row.load for row in rows))
     source = f"{last.cpu}, {last.cores} cores under a load of {load[0]:.1f} to {load[1]:.1f} by other work"
-    figure.text(
-        0.02, 0.905, f"{source} · at most {peak:,.0f} MiB · {last.date[:10]}", size=8.5, color=style.MUTED, va="top"
-    )
+    figure.text(0.02, 0.905, f"{source} · at most {peak:,.0f} MiB · {last.date[:10]}", size=8.5, color=MUTED, va="top")
     figure.subplots_adjust(left=0.1, right=0.975, top=0.84, bottom=0.13)
     return figure
 
 
 def main() -> None:
     """Draw, measure, write."""
-    options = tyro.cli(Options, prog="python -m benchmarks.waymo_evaluation")
+    options = parse_options()
     machine = describe_machine("cpu")
     rows: list[WaymoRun] = []
     cases = [(frames, files) for frames in options.frames for files in options.files]

@@ -7,9 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rakd_ops import _inputs, _library, reference
+from rakd_ops import _autograd, _inputs, reference
 from rakd_ops._backends import available_backends, choose_backend
 from rakd_ops._inputs import Boxes, Maps
+from rakd_ops._options import RoIOptions, check_options
+
+
+def distill(
+    apprentice: Maps,
+    expert: Maps,
+    boxes: Boxes,
+    options: RoIOptions,
+    *,
+    level_weights: Tensor | None,
+    box_weights: Tensor | None,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """Compute the loss with checked options; shared by the function and the module."""
+    inputs = _inputs.check_distillation(apprentice, expert, boxes, box_weights, level_weights, reduction, options)
+    chosen = choose_backend(backend, inputs.apprentice[0].device)
+    if chosen == "reference":
+        return reference.distill(inputs, options, reduction)
+    return _autograd.distill(inputs, options, reduction, chosen)
 
 
 def soft_roi_distill(
@@ -25,6 +45,7 @@ def soft_roi_distill(
     sigma: float = 1.0,
     canonical_size: float = 224.0,
     canonical_level: float = 4,
+    level_weights: Tensor | None = None,
     box_weights: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -33,16 +54,17 @@ def soft_roi_distill(
 
     For box ``k`` and level ``l`` let ``D_kl = RoIAlign(A_l, b_k) - RoIAlign(E_l, b_k)``. The box's loss is
     ``u_k Σ_l w_kl mean(D_kl²)``, where ``w_kl`` are the level weights (:func:`level_weights`) and ``u_k`` the box
-    weights. Values accumulate in float32, in float64 for float64 maps.
+    weights. Values accumulate in float32, in float64 where any map is float64.
 
     Args:
-        apprentice: The apprentice's maps ``[B, C, H_l, W_l]``, fine to coarse: a sequence, or a dict (in its order).
-            float32, float64, float16 or bfloat16; any memory layout.
-        expert: The expert's maps, as many, with the apprentice's batch size, channels, dtype and device. Other
-            heights and widths need ``expert_strides``.
+        apprentice: The apprentice's maps ``[B, C_l, H_l, W_l]``, fine to coarse: a sequence, a dict (in its order), or
+            one map. Channels may differ from level to level. float32, float64, float16 or bfloat16, also mixed; any
+            memory layout.
+        expert: The expert's maps, as many, with the apprentice's batch size, device and channels at each level. Other
+            heights and widths need ``expert_strides``; dtypes may differ.
         boxes: ``[K, 5]`` rows ``(batch_index, x1, y1, x2, y2)`` in pixels of the apprentice's input image, or a list
-            of one ``[K_b, 4]`` per image. Data: no gradient flows to them. For ``torch.compile`` take ``[K, 5]``: a
-            list is compiled anew for each pattern of images with no box, one and more, up to its recompile limit.
+            of one ``[K_b, 4]`` per image; any real dtype. Boxes of ``torchvision.tv_tensors`` are read by the format
+            they carry. Data: no gradient flows to them.
         strides: Pixels per cell of each of the apprentice's maps, increasing.
         expert_strides: How many of the boxes' pixels one cell of each expert map covers; default ``strides``.
         output_size: Bins of RoIAlign: one integer, or (height, width).
@@ -52,17 +74,19 @@ def soft_roi_distill(
         sigma: Width of the Gaussian, in levels.
         canonical_size: Side in pixels of a box that belongs to ``canonical_level``.
         canonical_level: Level (log2 of the stride) of a box of ``canonical_size``.
+        level_weights: ``[K, L]`` weights ``w_kl`` of your own in place of those four options; finite, not negative.
         box_weights: ``[K]`` weights ``u_k``; default 1.
         reduction: ``"mean"`` (over boxes; 0 without boxes), ``"sum"`` or ``"none"``.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Returns:
-        The loss, a scalar, or ``[K]`` for ``reduction="none"``; float64 for float64 maps, else float32.
+        The loss, a scalar, or ``[K]`` for ``reduction="none"``; float64 where any map is float64, else float32.
 
     Raises:
         ValueError: A shape, value, device or name is wrong, or a gradient with respect to boxes is asked for. Values of
             boxes and weights on a GPU are not looked at, since that would wait for the device: there, a box whose
-            batch index is no image's, or that is not finite or turned around, counts zero (and counts in the mean).
+            batch index is no image's, or that is not finite or turned around, counts zero (and counts in the mean), as
+            does a weight that is not finite.
         TypeError: An argument has the wrong type or dtype.
         RuntimeError: The backend asked for cannot run; or a box on the CPU is invalid under ``torch.compile``, where
             only the op can look at it.
@@ -72,14 +96,26 @@ def soft_roi_distill(
         Express 2025, L^S_RoI. RoIAlign: ``torchvision.ops.roi_align`` with ``aligned=True``. Levels: Lin et al.,
         Feature Pyramid Networks, equation 1 without the floor.
     """
-    settings = _inputs.check_settings(
-        strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
+    options = check_options(
+        strides=strides,
+        expert_strides=expert_strides,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        assignment=assignment,
+        sigma=sigma,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
     )
-    inputs = _inputs.check_distillation(apprentice, expert, boxes, box_weights, reduction, settings, expert_strides)
-    chosen = choose_backend(backend, inputs.boxes.device)
-    if chosen == "reference":
-        return reference.distill_checked(inputs, settings, reduction)
-    return _library.distill(inputs, settings, reduction, chosen)
+    return distill(
+        apprentice,
+        expert,
+        boxes,
+        options,
+        level_weights=level_weights,
+        box_weights=box_weights,
+        reduction=reduction,
+        backend=backend,
+    )
 
 
 def multilevel_roi_align(
@@ -93,6 +129,7 @@ def multilevel_roi_align(
     sigma: float = 1.0,
     canonical_size: float = 224.0,
     canonical_level: float = 4,
+    level_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """RoIAlign over all levels of a pyramid at once: ``out_k = Σ_l w_kl RoIAlign(F_l, b_k)``.
@@ -100,8 +137,8 @@ def multilevel_roi_align(
     With ``assignment="hard"`` this is the usual FPN pooling (``torchvision.ops.MultiScaleRoIAlign``).
 
     Args:
-        features: Maps ``[B, C, H_l, W_l]``, fine to coarse: a sequence, or a dict (in its order). Gradients flow
-            to them.
+        features: Maps ``[B, C, H_l, W_l]``, fine to coarse: a sequence, a dict (in its order), or one map. Gradients
+            flow to them. Maps of several dtypes are brought to the widest.
         boxes: As for :func:`soft_roi_distill`.
         strides: Pixels per cell of each map, increasing.
         output_size: Bins: one integer, or (height, width).
@@ -110,6 +147,7 @@ def multilevel_roi_align(
         sigma: Width of the Gaussian of ``"soft"``, in levels.
         canonical_size: Side in pixels of a box that belongs to ``canonical_level``.
         canonical_level: Level (log2 of the stride) of a box of ``canonical_size``.
+        level_weights: ``[K, L]`` weights ``w_kl`` of your own in place of those four options; finite, not negative.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
 
     Returns:
@@ -118,14 +156,20 @@ def multilevel_roi_align(
     Raises:
         ValueError, TypeError, RuntimeError: As :func:`soft_roi_distill`.
     """
-    settings = _inputs.check_settings(
-        strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
+    options = check_options(
+        strides=strides,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        assignment=assignment,
+        sigma=sigma,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
     )
-    maps, rows = _inputs.check_alignment(features, boxes, settings)
-    chosen = choose_backend(backend, rows.device)
+    maps, inputs = _inputs.check_alignment(features, boxes, level_weights, options)
+    chosen = choose_backend(backend, maps[0].device)
     if chosen == "reference":
-        return reference.align_checked(maps, rows, settings)
-    return _library.align(maps, rows, settings, chosen)
+        return reference.align(maps, inputs, options)
+    return _autograd.align(maps, inputs, options, chosen)
 
 
 def level_weights(
@@ -160,14 +204,18 @@ def level_weights(
     Raises:
         ValueError, TypeError: As :func:`soft_roi_distill`.
     """
-    return reference.level_weights(
-        boxes,
+    options = check_options(
         strides=strides,
         assignment=assignment,
         sigma=sigma,
         canonical_size=canonical_size,
         canonical_level=canonical_level,
     )
+    inputs = _inputs.check_boxes_alone(boxes)
+    chosen = choose_backend("auto", inputs.boxes[0].device)
+    if chosen in ("cpu", "cuda"):
+        return _autograd.weigh_levels(inputs, options.strides, options.rule)
+    return reference.weigh(inputs, options.strides, options.rule)
 
 
 def release_memory() -> None:

@@ -1,4 +1,4 @@
-"""The level rule: how a box's pyramid levels are weighted. The only place in Python where it is defined.
+"""The level rule in plain PyTorch: how a box's pyramid levels are weighted.
 
 Compiled code has its own copy in ``csrc/geometry.h``; the tests hold the two equal.
 """
@@ -15,7 +15,7 @@ LEVEL_EPSILON = 1e-6  # keeps a level from falling below an integer by rounding 
 def weigh_levels(
     boxes: Tensor,
     strides: tuple[float, ...],
-    assignment: str,
+    assignment: int,
     sigma: float,
     canonical_size: float,
     canonical_level: float,
@@ -25,7 +25,7 @@ def weigh_levels(
     Args:
         boxes: ``[K, 5]`` float64, ``(batch_index, x1, y1, x2, y2)`` in pixels.
         strides: Pixels per cell of each level, increasing; level ``l`` is ``log2(stride)``.
-        assignment: ``"soft"``, ``"hard"`` or ``"uniform"``.
+        assignment: Index into ``ASSIGNMENTS``.
         sigma: Width of the Gaussian of ``"soft"``, in levels.
         canonical_size: Side in pixels of a box of level ``canonical_level``.
         canonical_level: See ``canonical_size``.
@@ -34,13 +34,14 @@ def weigh_levels(
         ``[K, L]`` float64; each row sums to 1.
     """
     count = len(strides)
-    if assignment == "uniform":
+    name = ASSIGNMENTS[assignment]
+    if name == "uniform":
         return boxes.new_full((boxes.shape[0], count), 1.0 / count)
     levels = torch.tensor(strides, dtype=torch.float64, device=boxes.device).log2()
     width, height = boxes[:, 3] - boxes[:, 1], boxes[:, 4] - boxes[:, 2]
     continuous = canonical_level + torch.log2((width * height).clamp(min=0).sqrt() / canonical_size)
     continuous = continuous.clamp(min=levels[0], max=levels[-1])[:, None]
-    if assignment == "hard":
+    if name == "hard":
         # The coarsest level not above m + epsilon: floor(m + epsilon) where levels are consecutive integers.
         chosen = (levels <= continuous + LEVEL_EPSILON).sum(dim=1).clamp(min=1) - 1
         return (torch.arange(count, device=boxes.device) == chosen[:, None]).to(torch.float64)

@@ -4,19 +4,21 @@ Clarity before speed. RoIAlign on an axis-aligned box is separable: one channel 
 ``Ry F Rxᵀ``, where ``Ry`` and ``Rx`` hold the bilinear sampling weights along each axis. Gradients are autograd's.
 Positions and sampling weights are computed in float64 whatever the maps' dtype; half types are pooled in float32.
 
-The public functions here are those of ``rakd_ops`` without ``backend``.
+Only cells that some sample of a box reads enter its result: a NaN elsewhere, or on a level of weight zero, changes
+nothing. The public functions here are those of ``rakd_ops`` without ``backend``, and take the same options by keyword.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rakd_ops import _inputs
-from rakd_ops._inputs import Boxes, Distillation, Maps, Settings
+from rakd_ops._inputs import Boxes, BoxInputs, Distillation, Maps
+from rakd_ops._layout import accumulation_dtype
+from rakd_ops._options import LevelRule, RoIOptions, check_options
 from rakd_ops.levels import weigh_levels
 
 __all__ = ["axis_matrix", "level_weights", "multilevel_roi_align", "soft_roi_distill"]
@@ -36,6 +38,13 @@ def axis_matrix(low: Tensor, high: Tensor, stride: float, size: int, bins: int, 
     Returns:
         ``[K, bins, size]`` float64: the weight of each cell in each bin.
     """
+    return _axis_weights(low, high, stride, size, bins, sampling_ratio)[0]
+
+
+def _axis_weights(
+    low: Tensor, high: Tensor, stride: float, size: int, bins: int, sampling_ratio: int
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`axis_matrix`, and ``[K, size]``: which cells some sample reads, be it with weight zero."""
     scale = 1.0 / stride
     start = low * scale - 0.5
     bin_size = (high * scale - 0.5 - start) / bins
@@ -55,73 +64,121 @@ def axis_matrix(low: Tensor, high: Tensor, stride: float, size: int, bins: int, 
     share = torch.where(counts, 1.0 / samples[:, None, None], 0.0)
 
     matrix = low.new_zeros((low.shape[0], bins, size))
-    matrix.scatter_add_(2, low_cell.long(), share * (1.0 - high_weight))
-    matrix.scatter_add_(2, high_cell.long(), share * high_weight)
-    return matrix
+    reads = torch.zeros_like(matrix)
+    for cell, weight in ((low_cell.long(), 1.0 - high_weight), (high_cell.long(), high_weight)):
+        matrix.scatter_add_(2, cell, share * weight)
+        reads.scatter_add_(2, cell, counts.to(low.dtype))
+    return matrix, (reads > 0).any(dim=1)
 
 
-def _pool(feature: Tensor, boxes: Tensor, stride: float, settings: Settings) -> Tensor:
-    """RoIAlign of one level: ``[K, C, Py, Px]`` in the feature's dtype."""
-    bins_y, bins_x = settings.output_size
-    ratio = settings.sampling_ratio
-    rows = axis_matrix(boxes[:, 2], boxes[:, 4], stride, feature.shape[2], bins_y, ratio).to(feature.dtype)
-    columns = axis_matrix(boxes[:, 1], boxes[:, 3], stride, feature.shape[3], bins_x, ratio).to(feature.dtype)
-    pooled = []
-    order = []
-    for image in range(feature.shape[0]):
-        selected = (boxes[:, 0] == image).nonzero()[:, 0]
-        across = torch.einsum("cyx,kqx->kcyq", feature[image], columns[selected])
-        pooled.append(torch.einsum("kpy,kcyq->kcpq", rows[selected], across))
-        order.append(selected)
-    if not pooled:
-        # No images, no boxes; still a function of the feature.
-        return feature.new_zeros((0, feature.shape[1], bins_y, bins_x)) + feature.sum()
-    return torch.cat(pooled)[torch.cat(order).argsort()]
+def _pool(feature: Tensor, rows: Tensor, level: int, stride: float, options: RoIOptions, dtype: torch.dtype) -> Tensor:
+    """RoIAlign of one level, ``[K, C, Py, Px]``; zeros, of which no gradient flows, for boxes of weight zero there."""
+    (bins_y, bins_x), ratio = options.output_size, options.sampling_ratio
+    selected = ((rows[:, 0] >= 0) & (rows[:, 5 + level] != 0)).nonzero()[:, 0]
+    boxes = rows[selected]
+    y, reads_y = _axis_weights(boxes[:, 2], boxes[:, 4], stride, feature.shape[2], bins_y, ratio)
+    x, reads_x = _axis_weights(boxes[:, 1], boxes[:, 3], stride, feature.shape[3], bins_x, ratio)
+    pooled = [
+        torch.einsum(
+            "py,cyx,qx->cpq",
+            y[k][:, reads_y[k]].to(dtype),
+            feature[int(boxes[k, 0])][:, reads_y[k]][:, :, reads_x[k]].to(dtype),
+            x[k][:, reads_x[k]].to(dtype),
+        )
+        for k in range(boxes.shape[0])
+    ]
+    empty = feature[:0].sum().to(dtype)  # zero, and still a function of the map
+    out = empty.new_zeros((rows.shape[0], feature.shape[1], bins_y, bins_x)) + empty
+    return out.index_copy(0, selected, torch.stack(pooled)) if pooled else out
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _join(groups: list[Tensor]) -> Tensor:
+    """Boxes as the caller has them as one float64 ``[K, 5]``."""
+    boxes = [group.to(torch.float64) for group in groups]
+    if boxes[0].shape[1] == 4:
+        boxes = [torch.cat([torch.full_like(group[:, :1], i), group], dim=1) for i, group in enumerate(boxes)]
+    return torch.cat(boxes)
 
 
-def weigh_boxes(boxes: Tensor, settings: Settings) -> Tensor:
-    """Level weights ``[K, L]`` float64 of checked boxes."""
-    return weigh_levels(
-        boxes,
-        settings.strides,
-        settings.assignment,
-        settings.sigma,
-        settings.canonical_size,
-        settings.canonical_level,
-    )
+def weights_by_rule(boxes: list[Tensor], options: RoIOptions) -> Tensor:
+    """Level weights ``[K, L]`` float64 of boxes as the caller has them."""
+    return weigh_levels(_join(boxes), options.strides, *options.rule)
 
 
-def align_checked(maps: list[Tensor], boxes: Tensor, settings: Settings) -> Tensor:
-    """``multilevel_roi_align`` on checked arguments."""
-    dtype = maps[0].dtype
-    compute = _accumulation_dtype(dtype)
-    weights = weigh_boxes(boxes, settings).to(compute)
+def prepare_boxes(inputs: BoxInputs, options: RoIOptions) -> tuple[Tensor, Tensor]:
+    """Rows and index of checked boxes, as the op ``prepare_boxes`` gives them (``_schemas.py``)."""
+    rows = _join(inputs.boxes)
+    images = rows[:, 0]
+    most = torch.inf if inputs.images is None else inputs.images
+    good = rows.isfinite().all(dim=1) & (images == images.floor()) & (images >= 0) & (images < most)
+    good &= (rows[:, 1] <= rows[:, 3]) & (rows[:, 2] <= rows[:, 4])
+    nobody = torch.tensor([-1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=rows.device)
+    rows = torch.where(good[:, None], rows, nobody)
+    weights = inputs.level_weights
+    if weights is None:
+        weights = weigh_levels(rows, options.strides, *options.rule)
+    weights = weights.to(torch.float64)
+    weights = torch.where(good[:, None] & weights.isfinite() & (weights >= 0), weights, 0.0)
+    if inputs.box_weights is not None:
+        of_box = inputs.box_weights.to(torch.float64)
+        weights = weights * torch.where(of_box.isfinite(), of_box, 0.0)[:, None]
+    count = rows.shape[0]
+    if inputs.mean:
+        weights = weights * (1.0 / max(count, 1))
+    groups = inputs.images or 0
+    image = torch.where(good, rows[:, 0], groups)
+    ordered, order = image.sort(stable=True)
+    begins = torch.searchsorted(ordered, torch.arange(groups + 1, dtype=torch.float64, device=rows.device))
+    return torch.cat([rows, weights], dim=1), torch.cat([begins, order]).to(torch.int32)
+
+
+def align_checked(maps: list[Tensor], rows: Tensor, options: RoIOptions) -> Tensor:
+    """``multilevel_roi_align`` of prepared boxes."""
+    compute = accumulation_dtype(maps)
     # Autocast would take the products to half precision.
     with torch.autocast(maps[0].device.type, enabled=False):
-        total = maps[0].new_zeros((boxes.shape[0], maps[0].shape[1], *settings.output_size), dtype=compute)
-        for level, (feature, stride) in enumerate(zip(maps, settings.strides, strict=True)):
-            pooled = _pool(feature.to(compute), boxes, stride, settings)
-            total = total + weights[:, level, None, None, None] * pooled
-    return total.to(dtype)
+        total = maps[0].new_zeros((rows.shape[0], maps[0].shape[1], *options.output_size), dtype=compute)
+        for level, (feature, stride) in enumerate(zip(maps, options.strides, strict=True)):
+            weights = rows[:, 5 + level, None, None, None].to(compute)
+            total = total + weights * _pool(feature, rows, level, stride, options, compute)
+    return total.to(maps[0].dtype)
 
 
-def distill_checked(inputs: Distillation, settings: Settings, reduction: str) -> Tensor:
+def distill_checked(
+    apprentice: list[Tensor], expert: list[Tensor], rows: Tensor, options: RoIOptions, reduction: str
+) -> Tensor:
+    """``soft_roi_distill`` of prepared boxes."""
+    compute = accumulation_dtype(apprentice + expert)
+    losses = rows.new_zeros(rows.shape[0], dtype=compute)
+    levels = zip(apprentice, expert, options.strides, options.expert_strides, strict=True)
+    with torch.autocast(rows.device.type, enabled=False):
+        for level, (own, other, stride, expert_stride) in enumerate(levels):
+            difference = _pool(own, rows, level, stride, options, compute)
+            difference = difference - _pool(other, rows, level, expert_stride, options, compute)
+            losses = losses + rows[:, 5 + level].to(compute) * difference.square().mean(dim=(1, 2, 3))
+    return losses if reduction == "none" else losses.sum()
+
+
+def _prepare(inputs: BoxInputs, options: RoIOptions) -> Tensor:
+    if inputs.boxes[0].device.type == "cpu":
+        _inputs.refuse_values(inputs)
+    return prepare_boxes(inputs, options)[0]
+
+
+def distill(inputs: Distillation, options: RoIOptions, reduction: str) -> Tensor:
     """``soft_roi_distill`` on checked arguments."""
-    compute = _accumulation_dtype(inputs.apprentice[0].dtype)
-    weights = weigh_boxes(inputs.boxes, settings).to(compute)
-    losses = inputs.boxes.new_zeros(inputs.boxes.shape[0], dtype=compute)
-    levels = zip(inputs.apprentice, inputs.expert, settings.strides, inputs.expert_strides, strict=True)
-    with torch.autocast(inputs.boxes.device.type, enabled=False):
-        for level, (apprentice, expert, stride, expert_stride) in enumerate(levels):
-            difference = _pool(apprentice.to(compute), inputs.boxes, stride, settings)
-            difference = difference - _pool(expert.to(compute), inputs.boxes, expert_stride, settings)
-            losses = losses + weights[:, level] * difference.square().mean(dim=(1, 2, 3))
-        losses = losses * inputs.coefficients.to(compute)
-        return losses if reduction == "none" else losses.sum()
+    return distill_checked(inputs.apprentice, inputs.expert, _prepare(inputs.boxes, options), options, reduction)
+
+
+def align(maps: list[Tensor], boxes: BoxInputs, options: RoIOptions) -> Tensor:
+    """``multilevel_roi_align`` on checked arguments."""
+    return align_checked(maps, _prepare(boxes, options), options)
+
+
+def weigh(inputs: BoxInputs, strides: tuple[float, ...], rule: LevelRule) -> Tensor:
+    """``level_weights`` on checked arguments."""
+    rows = _prepare(inputs, RoIOptions(strides, strides, (1, 1), 1, rule))
+    return rows[:, 5:].to(torch.float64 if inputs.boxes[0].dtype == torch.float64 else torch.float32)
 
 
 def soft_roi_distill(
@@ -129,59 +186,26 @@ def soft_roi_distill(
     expert: Maps,
     boxes: Boxes,
     *,
-    strides: Sequence[float] = (4, 8, 16, 32),
-    expert_strides: Sequence[float] | None = None,
-    output_size: int | tuple[int, int] = 7,
-    sampling_ratio: int = 2,
-    assignment: str = "soft",
-    sigma: float = 1.0,
-    canonical_size: float = 224.0,
-    canonical_level: float = 4,
+    level_weights: Tensor | None = None,
     box_weights: Tensor | None = None,
     reduction: str = "mean",
+    **options: Any,
 ) -> Tensor:
     """See :func:`rakd_ops.soft_roi_distill`."""
-    settings = _inputs.check_settings(
-        strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
-    )
-    inputs = _inputs.check_distillation(apprentice, expert, boxes, box_weights, reduction, settings, expert_strides)
-    return distill_checked(inputs, settings, reduction)
+    checked = check_options(**options)
+    inputs = _inputs.check_distillation(apprentice, expert, boxes, box_weights, level_weights, reduction, checked)
+    return distill(inputs, checked, reduction)
 
 
 def multilevel_roi_align(
-    features: Maps,
-    boxes: Boxes,
-    *,
-    strides: Sequence[float] = (4, 8, 16, 32),
-    output_size: int | tuple[int, int] = 7,
-    sampling_ratio: int = 2,
-    assignment: str = "hard",
-    sigma: float = 1.0,
-    canonical_size: float = 224.0,
-    canonical_level: float = 4,
+    features: Maps, boxes: Boxes, *, assignment: str = "hard", level_weights: Tensor | None = None, **options: Any
 ) -> Tensor:
     """See :func:`rakd_ops.multilevel_roi_align`."""
-    settings = _inputs.check_settings(
-        strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
-    )
-    maps, rows = _inputs.check_alignment(features, boxes, settings)
-    return align_checked(maps, rows, settings)
+    checked = check_options(assignment=assignment, **options)
+    return align(*_inputs.check_alignment(features, boxes, level_weights, checked), checked)
 
 
-def level_weights(
-    boxes: Boxes,
-    *,
-    strides: Sequence[float] = (4, 8, 16, 32),
-    assignment: str = "soft",
-    sigma: float = 1.0,
-    canonical_size: float = 224.0,
-    canonical_level: float = 4,
-) -> Tensor:
+def level_weights(boxes: Boxes, **options: Any) -> Tensor:
     """See :func:`rakd_ops.level_weights`."""
-    settings = _inputs.check_settings(strides, 1, 1, assignment, sigma, canonical_size, canonical_level)
-    return weigh_boxes(_inputs.list_boxes_alone(boxes), settings).to(_weights_dtype(boxes))
-
-
-def _weights_dtype(boxes: Any) -> torch.dtype:
-    first = boxes if isinstance(boxes, Tensor) else boxes[0]
-    return torch.float64 if first.dtype == torch.float64 else torch.float32
+    checked = check_options(**options)
+    return weigh(_inputs.check_boxes_alone(boxes), checked.strides, checked.rule)

@@ -1,46 +1,55 @@
 // Run-time choice of the instruction set; see dispatch.h.
 #include "dispatch.h"
 
-#include <cstring>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+// All processors with AVX2 convert float16, but not all compilers have a name for it.
+#if defined(__clang__) || __GNUC__ < 11
+#define RAKD_CONVERTS_HALVES true
+#else
+#define RAKD_CONVERTS_HALVES __builtin_cpu_supports("f16c")
+#endif
 
 namespace rakd {
 namespace {
 
-#if defined(RAKD_HAS_AVX2)
-// Whether the processor converts float16, as all with AVX2 do; not all compilers have a name for it.
-bool converts_halves() {
-#if defined(__clang__) || __GNUC__ < 11
-  return true;
-#else
-  return __builtin_cpu_supports("f16c");
-#endif
-}
-#endif
+struct InstructionSet {
+  const char* name;
+  bool runs_here;
+  const KernelTable& (*kernels)();
+};
 
-const Kernels& choose() {
-  const char* wish = std::getenv("RAKD_CPU_ISA");
-  [[maybe_unused]] const auto allowed = [wish](const char* name) {
-    return !wish || !*wish || std::strcmp(wish, name) == 0;
-  };
+const KernelTable& choose() {
+  const InstructionSet sets[] = {
+  // the best first
 #if defined(RAKD_HAS_AVX512)
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && converts_halves()) {
-    return avx512::kernels();
-  }
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && RAKD_CONVERTS_HALVES,
+       avx512::kernels},
 #endif
 #if defined(RAKD_HAS_AVX2)
-  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      converts_halves()) {
-    return avx2::kernels();
-  }
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && RAKD_CONVERTS_HALVES, avx2::kernels},
 #endif
-  return baseline::kernels();
+      {"baseline", true, baseline::kernels}};
+  const char* variable = std::getenv("RAKD_CPU_ISA");
+  const std::string wanted = variable ? variable : "";
+  std::string possible;
+  for (const InstructionSet& set : sets) {
+    if (!set.runs_here) continue;
+    if (wanted.empty() || wanted == set.name) return set.kernels();
+    possible += std::string(possible.empty() ? "" : ", ") + set.name;
+  }
+  STD_TORCH_CHECK(false, "RAKD_CPU_ISA: expected one of ", possible, ", which can run here, got '", wanted, "'");
 }
 
 }  // namespace
 
-const Kernels& best_kernels() {
-  static const Kernels& chosen = choose();
+const KernelTable& kernel_table() {
+  static const KernelTable& chosen = choose();
   return chosen;
 }
 

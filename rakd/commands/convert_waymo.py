@@ -9,6 +9,8 @@ from tyro.conf import Positional, arg
 
 from rakd.data.waymo import BoxSource, CameraName, WaymoSplit
 from rakd.data.waymo_convert import WaymoConversion, convert_waymo
+from rakd.errors import UserError
+from rakd.files import read_text
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ConvertWaymo:
     def run(self) -> None:
         """Convert, and say where the frames are."""
         if self.workers < 0:
-            raise ValueError(f"workers must be 0 or more, got {self.workers}")
+            raise UserError(f"workers must be 0 or more, got {self.workers}")
         settings = WaymoConversion(self.camera, self.every, self.boxes, self.min_points)
         lists: dict[WaymoSplit, Path | None] = {"training": self.train_list, "validation": self.val_list}
         count = convert_waymo(
@@ -100,14 +102,9 @@ class ExportWaymo:
 
 def _read_list(path: Path) -> list[str]:
     """Names of segments, one a line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: expected a list of segments, one a line")
-    try:
-        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from None
+    words = [line.strip() for line in read_text(path, "a list of segments, one a line").splitlines()]
     # Lists of other converters name the files.
     names = [word.removesuffix(".parquet").removesuffix(".tfrecord") for word in words if word]
     if not names:
-        raise ValueError(f"{path} lists no segments")
+        raise UserError(f"{path} lists no segments")
     return names

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from rakd.distill import MethodName, Regions
+from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
 from rakd.study.settings import ALL_METHODS, STUDIES
@@ -87,9 +88,9 @@ class Distill:
             expert_training=_replaced(base.expert_training, self.expert_steps, self.batch_size),
         )
         if self.expert is not None and not self.expert.is_file():
-            raise ValueError(f"--expert: {self.expert} is not there")
+            raise UserError(f"--expert: {self.expert} is not there")
         if self.data is None and self.study != "tiny":
-            raise ValueError(
+            raise UserError(
                 f"--data: --study {self.study} needs a folder in KITTI's layout or of Waymo's parquet files; scenes "
                 "are rendered for tiny only"
             )

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Train:
     """Train a detector, such as an expert, and write its weights and its detections.
 
-    Writes detector.pt, log.csv and detections/NNNNNN.txt to the run's folder, and prints the evaluation. An
-    interrupted run is continued by repeating the command; on several GPUs or machines start it with torchrun.
+    Writes detector.pt, log.csv, detections/NNNNNN.txt and result.json to the run's folder, and prints the evaluation.
+    An interrupted run is continued by repeating the command; on several GPUs or machines start it with torchrun.
     """
 
     data: Annotated[Path, arg(metavar="DIR")]
@@ -137,16 +137,23 @@ class Train:
         from rakd.commands.waymo_data import format_waymo_tables, is_converted
         from rakd.detector.files import save_detector
         from rakd.detector.inference import write_detections
+        from rakd.evaluation.depth import depth_errors
         from rakd.evaluation.kitti import evaluate
-        from rakd.evaluation.report import format_table
+        from rakd.evaluation.report import format_ceilings, format_table
+        from rakd.study.results import RunResult, precisions_of, write_run
 
         save_detector(self.out / "detector.pt", detector)
         write_detections(detector, val, self.out / "detections", device)
         frames = [frame.id for frame in val.frames]
+        folders = data / "training" / "label_2", self.out / "detections"
+        result = evaluate(*folders, frames=frames)
+        loose = evaluate(*folders, frames=frames, overlaps="loose", progress=False)
+        depth = depth_errors(*folders, frames=frames, progress=False)
+        precisions = precisions_of(official=result, loose=loose)
+        write_run(self.out / "result.json", RunResult("none", self.seed, precisions, depth))
+        texts = [format_table(result, "R40"), format_table(result, "R11"), format_ceilings(result)]
         if is_converted(data):
-            print(f"\n{format_waymo_tables(data, self.out / 'detections', frames)}")
-        else:
-            result = evaluate(data / "training" / "label_2", self.out / "detections", frames=frames)
-            for average in ("R40", "R11"):
-                print(f"\n{format_table(result, average)}")
+            texts = [format_waymo_tables(data, self.out / "detections", frames)]
+        for text in filter(None, texts):
+            print(f"\n{text}")
         print(f"\nweights: {self.out / 'detector.pt'}; detections: {self.out / 'detections'}")

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from rakd.data.labels import Objects
 from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
+from rakd.errors import MissingFileError, UserError
 from rakd.extras import require
 from rakd.geometry import Calibration, FloatArray, alpha_from_rotation
 
@@ -111,7 +112,7 @@ class WaymoFrame:
         """Rows of the objects that are evaluated: of a known type, seen by the camera, with lidar points.
 
         Raises:
-            ValueError: The frame has no labels.
+            UserError: The frame has no labels.
         """
         labels = self._labels()
         width, height = (labels.image_boxes[:, 2:] - labels.image_boxes[:, :2]).T
@@ -122,7 +123,7 @@ class WaymoFrame:
         """The `visible` objects in the camera's optical frame. Truncation and occlusion, which Waymo has not, are 0.
 
         Raises:
-            ValueError: The frame has no labels.
+            UserError: The frame has no labels.
         """
         labels, rows = self._labels(), self.visible()
         location, dimensions, rotation_y = to_optical(labels.boxes[rows], self.camera.transform)
@@ -139,7 +140,7 @@ class WaymoFrame:
 
     def _labels(self) -> WaymoBoxes:
         if self.labels is None:
-            raise ValueError(f"frame {self.number} of segment {self.segment} has no labels")
+            raise UserError(f"frame {self.number} of segment {self.segment} has no labels")
         return self.labels
 
 
@@ -157,29 +158,29 @@ def find_segments(root: Path, split: WaymoSplit, listed: Sequence[str] | None = 
         listed: Names to take, in this order; None: all with images, sorted.
 
     Raises:
-        FileNotFoundError: The split or a listed segment has no images there.
-        ValueError: There are no segments, a segment is listed twice, or the folder holds version 1.
+        MissingFileError: The split or a listed segment has no images there.
+        UserError: There are no segments, a segment is listed twice, or the folder holds version 1.
     """
     folder = Path(root) / split / "camera_image"
     if not folder.is_dir():
         old = next(iter(sorted((Path(root) / split).glob("*.tfrecord"))), None)
         if old is not None:
-            raise ValueError(
+            raise UserError(
                 f"{old}: a file of version 1 of the data set; expected version 2, parquet files in {folder}"
             )
-        raise FileNotFoundError(f"{folder} is not there: expected version 2 of the Waymo Open Dataset")
+        raise MissingFileError(f"{folder} is not there: expected version 2 of the Waymo Open Dataset")
     if listed is None:
         segments = sorted(path.stem for path in folder.glob("*.parquet") if not path.name.startswith("."))
     else:
         segments = list(listed)
         twice = sorted({name for name in segments if segments.count(name) > 1})
         if twice:
-            raise ValueError(f"segments must be listed once, {twice[0]} is listed several times")
+            raise UserError(f"segments must be listed once, {twice[0]} is listed several times")
         for name in segments:
             if not (folder / f"{name}.parquet").is_file():
-                raise FileNotFoundError(f"{folder / f'{name}.parquet'} is not there: the list names this segment")
+                raise MissingFileError(f"{folder / f'{name}.parquet'} is not there: the list names this segment")
     if not segments:
-        raise ValueError(f"{folder} holds no segments (SEGMENT.parquet)")
+        raise UserError(f"{folder} holds no segments (SEGMENT.parquet)")
     return segments
 
 
@@ -209,16 +210,16 @@ def read_segment(
         The frames one after the other, in the order of the file.
 
     Raises:
-        FileNotFoundError: A component's file is missing; names it.
-        ValueError: ``camera`` or ``every`` is out of range, or a file is truncated, has not the columns of version 2,
+        MissingFileError: A component's file is missing; names it.
+        UserError: ``camera`` or ``every`` is out of range, or a file is truncated, has not the columns of version 2,
             or belongs to another segment; names the file.
     """
     if camera not in CAMERAS:
-        raise ValueError(f"camera must be one of {', '.join(CAMERAS)}, got {camera!r}")
+        raise UserError(f"camera must be one of {', '.join(CAMERAS)}, got {camera!r}")
     if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
+        raise UserError(f"every must be at least 1, got {every}")
     if boxes not in ("lidar", "synced"):
-        raise ValueError(f"boxes must be lidar or synced, got {boxes!r}")
+        raise UserError(f"boxes must be lidar or synced, got {boxes!r}")
     folder = Path(root) / split
     view = _read_camera(folder, segment, camera)
     # Labels first: a missing component should not be found out after the images have been read.
@@ -227,7 +228,7 @@ def read_segment(
     keys = file.read(_TIME, _CAMERA)
     number = {time: i for i, time in enumerate(sorted(set(keys[_TIME][keys[_CAMERA] == CAMERAS[camera]].tolist())))}
     if not number:
-        raise ValueError(f"{file.path}: no image of the camera {camera}")
+        raise UserError(f"{file.path}: no image of the camera {camera}")
 
     def frames() -> Iterator[WaymoFrame]:
         for time, image in file.images(CAMERAS[camera], images):
@@ -243,7 +244,7 @@ class _Component:
 
     def __init__(self, path: Path, segment: str, columns: Sequence[str]) -> None:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not there: the component {path.parent.name} of segment {segment}")
+            raise MissingFileError(f"{path} is not there: the component {path.parent.name} of segment {segment}")
         self.path = path
         self._arrow = require("pyarrow", "waymo")
         parquet = require("pyarrow.parquet", "waymo")
@@ -258,20 +259,20 @@ class _Component:
             raise self._broken(error) from None
         missing = [name for name in columns if name not in self.columns]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{path}: expected the columns of version 2 of the data set, {missing[0]!r} is missing "
                 f"({len(missing)} of {len(columns)})"
             )
         segments = set(np.unique(self.read(_SEGMENT)[_SEGMENT]).tolist())
         if segments - {segment}:
-            raise ValueError(f"{path}: expected rows of segment {segment}, got some of {sorted(segments)[0]}")
+            raise UserError(f"{path}: expected rows of segment {segment}, got some of {sorted(segments)[0]}")
 
     def read(self, *columns: str) -> dict[str, npt.NDArray[Any]]:
         """Whole columns, which may not have missing values."""
         found = {}
         for name, values in zip(columns, self.lists(*columns), strict=True):
             if None in values:
-                raise ValueError(f"{self.path}: {name} has missing values")
+                raise UserError(f"{self.path}: {name} has missing values")
             found[name] = np.array(values)
         return found
 
@@ -297,8 +298,8 @@ class _Component:
         except (self._arrow.ArrowException, OSError) as error:
             raise self._broken(error) from None
 
-    def _broken(self, error: Exception) -> ValueError:
-        return ValueError(f"{self.path}: not a whole parquet file: {error}")
+    def _broken(self, error: Exception) -> UserError:
+        return UserError(f"{self.path}: not a whole parquet file: {error}")
 
 
 class _Labels:
@@ -317,7 +318,7 @@ class _Labels:
         if boxes == "synced":
             self._take_synced(folder, segment)
         if not np.isfinite(self.boxes).all():
-            raise ValueError(f"{lidar.path}: boxes must be finite, that of {self.ids[~_finite(self.boxes)][0]} is not")
+            raise UserError(f"{lidar.path}: boxes must be finite, that of {self.ids[~_finite(self.boxes)][0]} is not")
         path = folder / "projected_lidar_box" / f"{segment}.parquet"
         own = (_TIME, _CAMERA, _OBJECT, *_PROJECTED)
         seen = _Component(path, segment, (_SEGMENT, *own)).read(*own)
@@ -362,14 +363,14 @@ def _read_camera(folder: Path, segment: str, camera: CameraName) -> WaymoCamera:
     rows = _Component(path, segment, (_SEGMENT, *columns)).read(*columns)
     found = np.flatnonzero(rows[_CAMERA] == CAMERAS[camera])
     if len(found) != 1:
-        raise ValueError(f"{path}: expected one calibration of the camera {camera}, got {len(found)}")
+        raise UserError(f"{path}: expected one calibration of the camera {camera}, got {len(found)}")
     row = int(found[0])
     f_u, f_v, c_u, c_v = (float(rows[name][row]) for name in _INTRINSIC)
     try:
         calibration = Calibration(np.array([[f_u, 0, c_u, 0], [0, f_v, c_v, 0], [0, 0, 1, 0]]))
         transform = optical_from_vehicle(np.asarray(rows[_EXTRINSIC][row], dtype=np.float64).reshape(4, 4))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     return WaymoCamera(camera, calibration, transform, (int(rows[_SIZE[0]][row]), int(rows[_SIZE[1]][row])))
 
 

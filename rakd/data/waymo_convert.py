@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from rakd.data.labels import Objects
 from rakd.data.waymo import CAMERAS, BoxSource, CameraName, WaymoFrame, WaymoSplit, find_segments, read_segment
+from rakd.errors import MissingFileError, UserError
 from rakd.files import write_bytes, write_text
 from rakd.geometry import Calibration, FloatArray
 from rakd.progress import bar
@@ -55,7 +56,7 @@ class WaymoConversion:
             regions. Validation keeps all objects with points.
 
     Raises:
-        ValueError: A value is out of range.
+        UserError: A value is out of range.
     """
 
     camera: CameraName = "FRONT"
@@ -65,13 +66,13 @@ class WaymoConversion:
 
     def __post_init__(self) -> None:
         if self.camera not in CAMERAS:
-            raise ValueError(f"camera must be one of {', '.join(CAMERAS)}, got {self.camera!r}")
+            raise UserError(f"camera must be one of {', '.join(CAMERAS)}, got {self.camera!r}")
         if min(self.every) < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+            raise UserError(f"every must be at least 1, got {self.every}")
         if self.boxes not in ("lidar", "synced"):
-            raise ValueError(f"boxes must be lidar or synced, got {self.boxes!r}")
+            raise UserError(f"boxes must be lidar or synced, got {self.boxes!r}")
         if min(self.min_points) < 0:
-            raise ValueError(f"min_points must be 0 or more, got {self.min_points}")
+            raise UserError(f"min_points must be 0 or more, got {self.min_points}")
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,20 @@ def convert_waymo(
         Number of frames in ``out``.
 
     Raises:
-        FileNotFoundError: A file of ``root`` is missing.
-        ValueError: An argument is out of range, a file is broken, or ``out`` holds something else.
+        MissingFileError: A file of ``root`` is missing.
+        UserError: An argument is out of range, a file is broken, or ``out`` holds something else.
     """
     root, out = Path(root), Path(out)
     settings = settings or WaymoConversion()
     if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+        raise UserError(f"workers must be at least 1, got {workers}")
     if not splits or len(set(splits)) < len(splits) or not set(splits) <= set(_FIRST):
-        raise ValueError(f"splits must be some of {', '.join(_FIRST)}, each once, got {', '.join(splits) or 'none'}")
+        raise UserError(f"splits must be some of {', '.join(_FIRST)}, each once, got {', '.join(splits) or 'none'}")
     names = {split: find_segments(root, split, (segments or {}).get(split)) for split in splits}
     for split, found in names.items():
         most = _LIMIT[split] - _FIRST[split]
         if len(found) > most:
-            raise ValueError(f"{root / split}: frames have names for {most} segments of this split, got {len(found)}")
+            raise UserError(f"{root / split}: frames have names for {most} segments of this split, got {len(found)}")
     _claim(out, settings, names)
     for left_over in chain(out.glob("*/*/.*"), out.glob("*/.*")):  # temporary files of a run that was killed
         left_over.unlink()
@@ -155,8 +156,8 @@ def read_names(out: Path, split: WaymoSplit | None = None) -> dict[str, FrameNam
         split: Only frames of this split; None: of training and validation, whose names differ.
 
     Raises:
-        FileNotFoundError: The folder was not written by `convert_waymo`.
-        ValueError: An index is malformed; names it.
+        MissingFileError: The folder was not written by `convert_waymo`.
+        UserError: An index is malformed; names it.
     """
     settings = read_manifest(out)
     found: dict[str, FrameName] = {}
@@ -171,18 +172,18 @@ def read_manifest(out: Path) -> dict[str, Any]:
     """The settings of a converted folder.
 
     Raises:
-        FileNotFoundError: The folder was not written by `convert_waymo`.
-        ValueError: The file is malformed.
+        MissingFileError: The folder was not written by `convert_waymo`.
+        UserError: The file is malformed.
     """
     path = Path(out) / MANIFEST
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if settings["version"] != _VERSION or not isinstance(settings["segments"], dict):
-            raise ValueError(f"version {settings['version']}, expected {_VERSION}")
+            raise UserError(f"version {settings['version']}, expected {_VERSION}")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there: expected a folder that rakd convert-waymo wrote") from None
+        raise MissingFileError(f"{path} is not there: expected a folder that rakd convert-waymo wrote") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the settings of rakd convert-waymo: {error}") from None
+        raise UserError(f"{path}: not the settings of rakd convert-waymo: {error}") from None
     return dict(settings)
 
 
@@ -239,10 +240,10 @@ def _claim(out: Path, settings: WaymoConversion, names: dict[WaymoSplit, list[st
         kept = there["segments"]
         differing += [f"segments of {split}" for split, found in names.items() if found != kept.get(split, found)]
         if differing:
-            raise ValueError(f"out: {out} holds a conversion with other {', '.join(differing)}; choose another folder")
+            raise UserError(f"out: {out} holds a conversion with other {', '.join(differing)}; choose another folder")
         here["segments"] = {**kept, **names}
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: {out} is not an empty folder and holds no {MANIFEST}; choose another folder")
+        raise UserError(f"out: {out} is not an empty folder and holds no {MANIFEST}; choose another folder")
     write_text(path, json.dumps(here, indent=1) + "\n")
 
 
@@ -266,7 +267,7 @@ def _convert_segment(root: Path, out: Path, settings: WaymoConversion, task: tup
     rows = []
     for frame in read_segment(root, split, segment, camera=settings.camera, every=every, boxes=settings.boxes):
         if frame.number > 999:
-            raise ValueError(f"{root / split}: segment {segment} has over 1000 frames, which have no names")
+            raise UserError(f"{root / split}: segment {segment} has over 1000 frames, which have no names")
         name = f"{number:03d}{frame.number:03d}"
         write_bytes(folder / "image_2" / f"{name}.jpg", frame.image)
         write_text(folder / "calib" / f"{name}.txt", calibration_text(frame.camera.calibration, frame.camera.transform))
@@ -299,12 +300,12 @@ def _read_index(path: Path) -> dict[str, FrameName]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
         if not rows or tuple(rows[0]) != _COLUMNS:
-            raise ValueError(f"expected the columns {', '.join(_COLUMNS)}")
+            raise UserError(f"expected the columns {', '.join(_COLUMNS)}")
         return {name: FrameName(segment, int(time), int(camera)) for name, segment, time, camera in rows[1:]}
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there: this segment is not converted; repeat convert-waymo") from None
+        raise MissingFileError(f"{path} is not there: this segment is not converted; repeat convert-waymo") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _write_lists(out: Path) -> int:

@@ -18,6 +18,7 @@ from rakd.detector.pyramid import STRIDES, Pyramid
 from rakd.distill import Weights
 from rakd.distill.distiller import Distiller
 from rakd.distill.methods import RegionDistillation
+from rakd.errors import UserError
 from rakd.files import replacing, write_text
 from rakd.progress import bar
 from rakd.training.settings import TrainSettings
@@ -57,7 +58,7 @@ class FeatureDistillation:
     def __post_init__(self) -> None:
         for name in ("height", "batch_size", "steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+                raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("warm_up", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -28,22 +29,27 @@ def backend_params(*names: str) -> list[Any]:
 
 def pyramid(
     batch: int = 2,
-    channels: int = 5,
+    channels: int | Sequence[int] = 5,
     height: int = 64,
     width: int = 96,
     strides: tuple[float, ...] = (4, 8, 16, 32),
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | Sequence[torch.dtype] = torch.float64,
     layout: str = "contiguous",
     device: str = "cpu",
     seed: int = 0,
     requires_grad: bool = False,
 ) -> list[Tensor]:
-    """Random maps of an image of the given size, in one of the memory layouts people have."""
+    """Random maps of an image of the given size, in one of the memory layouts people have.
+
+    Channels and dtypes are one for all levels, or one each.
+    """
     generator = torch.Generator().manual_seed(seed)
+    widths = [channels] * len(strides) if isinstance(channels, int) else channels
+    dtypes = [dtype] * len(strides) if isinstance(dtype, torch.dtype) else dtype
     maps = []
-    for stride in strides:
-        shape = (batch, channels, max(1, -int(-height // stride)), max(1, -int(-width // stride)))
-        feature = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+    for stride, width_of_level, kind in zip(strides, widths, dtypes, strict=True):
+        shape = (batch, width_of_level, max(1, -int(-height // stride)), max(1, -int(-width // stride)))
+        feature = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, kind)
         maps.append(as_layout(feature, layout).requires_grad_(requires_grad))
     return maps
 
@@ -86,7 +92,7 @@ class Case:
     """One drawn call: shapes, options, boxes, and the seed of the maps."""
 
     batch: int
-    channels: int
+    channels: int | tuple[int, ...]  # one for all levels, or one each
     height: int
     width: int
     strides: tuple[float, ...]
@@ -97,16 +103,23 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     reduction: str = "mean"
     seed: int = 0
+    level_weights: Tensor | None = None
 
-    def maps(self, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
-        common: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": True}
+    def maps(
+        self,
+        dtype: torch.dtype | Sequence[torch.dtype],
+        device: str = "cpu",
+        expert_dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        common: dict[str, Any] = {"device": device, "requires_grad": True}
         apprentice = pyramid(
             self.batch,
             self.channels,
             self.height,
             self.width,
             self.strides,
-            layout=self.layouts[0],
+            dtype,
+            self.layouts[0],
             seed=self.seed,
             **common,
         )
@@ -116,7 +129,8 @@ class Case:
             self.height,
             self.width,
             self.expert_strides or self.strides,
-            layout=self.layouts[1],
+            dtype if expert_dtype is None else expert_dtype,
+            self.layouts[1],
             seed=self.seed + 1,
             **common,
         )
@@ -131,8 +145,16 @@ class Case:
             **self.options,
             "expert_strides": self.expert_strides,
             "box_weights": self.box_weights,
+            "level_weights": self.level_weights,
             "reduction": self.reduction,
         }
+
+    def align_options(self) -> dict[str, Any]:
+        return {**self.options, "level_weights": self.level_weights}
+
+    def one_width(self) -> Case:
+        """The same with one number of channels for all levels, as pooling them into one tensor asks for."""
+        return self if isinstance(self.channels, int) else replace(self, channels=self.channels[0])
 
 
 @st.composite
@@ -166,9 +188,15 @@ def cases(draw: st.DrawFn) -> Case:
     weights = None
     if draw(st.booleans()):
         weights = torch.tensor([draw(st.integers(-8, 16)) / 8 for _ in rows], dtype=torch.float64)
+    widths = st.sampled_from([1, 2, 3, 8, 9, 17, 33])
+    channels = draw(st.one_of(widths, st.tuples(*[widths] * len(strides))))
+    of_levels = None
+    if draw(st.integers(0, 3)) == 0:  # zeros among them: such a level is not read
+        numbers = st.lists(st.integers(0, 8), min_size=len(strides), max_size=len(strides))
+        of_levels = torch.tensor([draw(numbers) for _ in rows], dtype=torch.float64).reshape(-1, len(strides)) / 4
     return Case(
         batch,
-        draw(st.sampled_from([1, 2, 3, 8, 9, 17, 33])),
+        channels,
         height,
         width,
         strides,
@@ -187,6 +215,7 @@ def cases(draw: st.DrawFn) -> Case:
         },
         draw(st.sampled_from(["mean", "sum", "none"])),
         draw(st.integers(0, 1000)),
+        of_levels,
     )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from cases import DEVICE_OF, LAYOUTS, Case, assert_close, backend_params, cases, pyramid, random_boxes
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rakd_ops import multilevel_roi_align, reference, soft_roi_distill
 
-# float32 against a float64 computation on the same values; halves are rounded on output only.
+# float32 against a float64 computation on the same values; halves are rounded on output only, so that the loss of half
+# maps is as good as that of float32 ones.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 SUBNORMAL = 1e-6  # float16 is no finer than this, however small a gradient
 BACKENDS = backend_params("cpu", "cuda", "triton")
@@ -24,43 +29,53 @@ def weigh(loss: torch.Tensor) -> torch.Tensor:
     ).sum()
 
 
-def check_distill(case: Case, dtype: torch.dtype, backend: str) -> None:
+def to_device(options: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
+Dtypes = torch.dtype | Sequence[torch.dtype]  # one for all levels, or one each
+
+
+def check_distill(case: Case, dtype: Dtypes, backend: str, expert_dtype: Dtypes | None = None) -> None:
     device = DEVICE_OF[backend]
-    maps = case.maps(dtype, device)
+    maps = case.maps(dtype, device, expert_dtype)
+    dtypes = [m.dtype for side in maps for m in side]
+    computed = torch.float64 if torch.float64 in dtypes else torch.float32
     exact = [[m.detach().cpu().double().requires_grad_() for m in side] for side in maps]
     boxes = case.boxes.to(device)
     options = case.distill_options()
     expected = reference.soft_roi_distill(*exact, case.boxes, **options)
     expected_gradients = torch.autograd.grad(weigh(expected), exact[0] + exact[1])
-    if options["box_weights"] is not None:
-        options["box_weights"] = options["box_weights"].to(device)
+    options = to_device(options, device)
     loss = soft_roi_distill(*maps, boxes, **options, backend=backend)
     gradients = torch.autograd.grad(weigh(loss), maps[0] + maps[1])
-    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    slack = SUBNORMAL if dtype == torch.float16 else 0.0
+    assert loss.dtype == computed
     # Weights of either sign may cancel: errors are judged by the loss and gradients with their magnitudes.
     scale, gradient_scales = expected.detach(), expected_gradients
     if case.box_weights is not None:
         magnitudes = {**case.distill_options(), "box_weights": case.box_weights.abs()}
         scale = reference.soft_roi_distill(*exact, case.boxes, **magnitudes)
         gradient_scales = torch.autograd.grad(weigh(scale), exact[0] + exact[1])
-    assert_close(loss, expected, scale, TOLERANCE[dtype])
-    for got, wanted, size in zip(gradients, expected_gradients, gradient_scales, strict=True):
-        assert got.dtype == dtype
-        assert_close(got, wanted, size, TOLERANCE[dtype], slack)
+    assert_close(loss, expected, scale, TOLERANCE[computed])
+    for got, wanted, size, kind in zip(gradients, expected_gradients, gradient_scales, dtypes, strict=True):
+        assert got.dtype == kind
+        tolerance = max(TOLERANCE[kind], TOLERANCE[computed])
+        assert_close(got, wanted, size, tolerance, SUBNORMAL if kind == torch.float16 else 0.0)
     # The value without gradients comes from another kernel path.
     with torch.no_grad():
         alone = soft_roi_distill(*maps, boxes, **options, backend=backend)
-    assert_close(alone, expected, scale, TOLERANCE[dtype])
+    assert_close(alone, expected, scale, TOLERANCE[computed])
 
 
 def check_align(case: Case, dtype: torch.dtype, backend: str) -> None:
     device = DEVICE_OF[backend]
+    case = case.one_width()
     maps, _ = case.maps(dtype, device)
     exact = [m.detach().cpu().double().requires_grad_() for m in maps]
-    expected = reference.multilevel_roi_align(exact, case.boxes, **case.options)
+    options = case.align_options()
+    expected = reference.multilevel_roi_align(exact, case.boxes, **options)
     expected_gradients = torch.autograd.grad(weigh(expected), exact)
-    output = multilevel_roi_align(maps, case.boxes.to(device), **case.options, backend=backend)
+    output = multilevel_roi_align(maps, case.boxes.to(device), **to_device(options, device), backend=backend)
     assert output.dtype == dtype
     slack = SUBNORMAL if dtype == torch.float16 else 0.0
     assert_close(output, expected, expected, TOLERANCE[dtype], slack)
@@ -86,6 +101,18 @@ def test_distill_other_dtypes(backend: str, dtype: torch.dtype, case: Case) -> N
     check_distill(case, dtype, backend)
 
 
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases(), data=st.data())
+@BRIEF
+def test_distill_dtype_pairs(backend: str, case: Case, data: st.DataObject) -> None:
+    """Expert, apprentice and levels may each have a dtype; each gradient has its map's."""
+    dtypes = st.lists(DTYPES, min_size=len(case.strides), max_size=len(case.strides))
+    check_distill(case, data.draw(st.one_of(DTYPES, dtypes)), backend, data.draw(st.one_of(DTYPES, dtypes)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(case=cases())
 @CAREFUL
@@ -105,10 +132,11 @@ def test_align_other_dtypes(backend: str, dtype: torch.dtype, case: Case) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("output_size", [7, 19])
-def test_realistic_sizes(backend: str, layout: str, dtype: torch.dtype, output_size: int) -> None:
+@pytest.mark.parametrize("channels", [70, (24, 40, 70, 130)])
+def test_realistic_sizes(backend: str, layout: str, dtype: torch.dtype, output_size: int, channels: Any) -> None:
     """Many overlapping boxes and enough channels for whole vector blocks, as in training."""
     case = Case(
-        2, 70, 96, 192, (4, 8, 16, 32), (layout, layout), 1.0, random_boxes(60, 2, 96, 192, seed=3), None,
+        2, channels, 96, 192, (4, 8, 16, 32), (layout, layout), 1.0, random_boxes(60, 2, 96, 192, seed=3), None,
         {"output_size": output_size},
     )  # fmt: skip
     check_distill(case, dtype, backend)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from cases import DEVICE_OF, as_layout, backend_params, pyramid, random_boxes
 
-from rakd_ops import _inputs, _library, multilevel_roi_align, reference, soft_roi_distill
+from rakd_ops import level_weights, multilevel_roi_align, reference, soft_roi_distill
+from rakd_ops._inputs import check_boxes
+from rakd_ops._options import check_options
 from rakd_ops.levels import ASSIGNMENTS
 
 BACKENDS = backend_params("cpu", "cuda", "triton", "reference")
@@ -160,7 +162,7 @@ def test_map_beyond_32_bit_offsets(backend: str, layout: str) -> None:
     assert loss.item() == pytest.approx(float((torch.arange(7.0) * 2 + 4.5).square().mean()) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_cells_outside_all_boxes_do_not_matter(backend: str) -> None:
     """Untouched cells are not read: whatever they hold, even NaN, neither loss nor gradient notices."""
     device = DEVICE_OF[backend]
@@ -180,6 +182,69 @@ def test_cells_outside_all_boxes_do_not_matter(backend: str) -> None:
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, poisoned))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output_size", [3, 17])
+def test_a_level_of_weight_zero_is_not_read(backend: str, output_size: int) -> None:
+    """Whatever a map holds, it counts nothing for a box whose weight there is zero; nor does another box's NaN."""
+    device = DEVICE_OF[backend]
+    maps, expert = pyramid(device=device, requires_grad=True), pyramid(device=device, seed=1)
+    boxes = torch.tensor([[0, 5.0, 5.0, 60.0, 50.0], [1, 3.0, 4.0, 70.0, 60.0]], dtype=torch.float64, device=device)
+    weights = torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.5, 1.0, 0.0, 0.0]], dtype=torch.float64, device=device)
+    options = {"level_weights": weights, "reduction": "sum", "output_size": output_size, "backend": backend}
+    expected = soft_roi_distill(maps, expert, boxes, **options)
+    wanted = torch.autograd.grad(expected, maps)
+    with torch.no_grad():
+        maps[2][:] = float("nan")  # weight zero for both boxes
+        maps[0][0] = float("inf")  # and for the first, which is alone in image 0
+        expert[3][1] = float("nan")
+    loss = soft_roi_distill(maps, expert, boxes, **options)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    for got, gradient in zip(torch.autograd.grad(loss, maps), wanted, strict=True):
+        assert torch.equal(got, gradient)
+    pooled = multilevel_roi_align(maps, boxes, level_weights=weights, output_size=output_size, backend=backend)
+    assert pooled.isfinite().all()
+
+
+FAULTY = [
+    [7, 0, 0, 90, 60],
+    [-1, 0, 0, 90, 60],
+    [0.5, 0, 0, 90, 60],
+    [float("nan"), 0, 0, 90, 60],
+    [float("inf"), 0, 0, 90, 60],
+    [0, float("nan"), 0, 90, 60],
+    [0, 0, 0, float("inf"), 60],
+    [0, 90, 0, 0, 60],
+    [0, 0, 60, 90, 0],
+    [1e300, 0, 0, 90, 60],
+]
+
+
+def test_faulty_boxes_and_weights_count_zero_where_nobody_can_raise() -> None:
+    """Prepared in plain PyTorch, as every backend but the CPU's own op does it without a wait; by value."""
+    right = random_boxes(3)
+    mixed = torch.cat([right[:2], torch.tensor(FAULTY, dtype=torch.float64), right[2:]])
+    keep = torch.tensor([0, 1, 2 + len(FAULTY)])
+    of_box = torch.arange(1.0, len(mixed) + 1, dtype=torch.float64)
+    options = check_options()
+    alone = check_boxes(right, of_box[keep], None, 2, right.device, 4)
+    inputs = check_boxes(mixed, of_box, None, 2, right.device, 4)
+    rows, index = reference.prepare_boxes(inputs, options)
+    expected_rows, expected_index = reference.prepare_boxes(alone, options)
+    assert torch.equal(rows[keep], expected_rows)
+    faulty = torch.ones(len(mixed), dtype=torch.bool).index_fill(0, keep, False)
+    assert torch.equal(rows[faulty][:, 0], torch.full((len(FAULTY),), -1.0, dtype=torch.float64))
+    assert torch.count_nonzero(rows[faulty][:, 1:]) == 0
+    begins, order = index[:3].tolist(), index[3:]
+    assert begins == expected_index[:3].tolist()
+    assert order[: begins[-1]].tolist() == [keep[i] for i in expected_index[3:].tolist()]
+    assert sorted(order.tolist()) == list(range(len(mixed)))
+    wild = torch.tensor([[1.0, float("nan"), -1.0, 2.0]], dtype=torch.float64).expand(3, 4)
+    weighted = check_boxes(right, torch.tensor([1.0, float("inf"), 2.0]), wild, 2, right.device, 4, "mean")
+    rows, _ = reference.prepare_boxes(weighted, options)
+    factors = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)[:, None] / 3
+    assert torch.equal(rows[:, 5:], torch.tensor([[1.0, 0.0, 0.0, 2.0]], dtype=torch.float64) * factors)
+
+
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8,), (2, 4), (3.0, 6.5, 14.0, 100.0)])
 @pytest.mark.parametrize("sigma", [1e-12, 0.3, 1.0, 1e6])
@@ -190,9 +255,9 @@ def test_level_rule_is_one_rule(assignment: str, strides: tuple[float, ...], sig
         [0, 0, 0, s, s] for s in (0, 1, 7, 14, 28, 56, 112, 224, 448, 896, 1e4, 224 * (1 - 1e-9), 112 * (1 - 1e-5))
     ]
     boxes = torch.cat([boxes, torch.tensor(exact, dtype=torch.float64)])
-    settings = _inputs.check_settings(strides, 1, 1, assignment, sigma, 224.0, 4)
-    compiled = _library.compiled_level_weights(boxes, settings)
-    torch.testing.assert_close(compiled, reference.weigh_boxes(boxes, settings), rtol=1e-12, atol=1e-15)
+    options = {"strides": strides, "assignment": assignment, "sigma": sigma}
+    compiled = level_weights(boxes, **options)
+    torch.testing.assert_close(compiled, reference.level_weights(boxes, **options), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(compiled.sum(dim=1), torch.ones(len(boxes), dtype=torch.float64))
 
 

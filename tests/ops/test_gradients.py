@@ -26,11 +26,13 @@ def small_boxes(backend: str) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("expert_strides", [None, (3.0, 5.0)])
-def test_gradcheck_distill(backend: str, reduction: str, expert_strides: Any) -> None:
-    apprentice = small_maps(backend)
-    expert = small_maps(backend, seed=1)
+@pytest.mark.parametrize("channels", [2, (1, 3)])
+def test_gradcheck_distill(backend: str, reduction: str, expert_strides: Any, channels: Any) -> None:
+    sizes = {**SMALL, "channels": channels}
+    apprentice = pyramid(**sizes, device=DEVICE_OF[backend], requires_grad=True)
+    expert = pyramid(**sizes, device=DEVICE_OF[backend], seed=1, requires_grad=True)
     if expert_strides is not None:
-        steps = {**SMALL, "strides": expert_strides}
+        steps = {**sizes, "strides": expert_strides}
         expert = pyramid(**steps, device=DEVICE_OF[backend], seed=1, requires_grad=True)
 
     def loss(*maps: torch.Tensor) -> torch.Tensor:
@@ -90,15 +92,13 @@ def test_backward_twice_without_retaining_is_torchs_error(backend: str) -> None:
 @pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_double_backward_is_refused(backend: str, reduction: str) -> None:
+    """At the first derivative: a graph of it would lack our part, and another term let that go unnoticed."""
     loss, maps, _ = losses(backend, reduction)
-    gradients = torch.autograd.grad(loss, maps, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(sum(g.square().sum() for g in gradients), maps)
-    # Also where another term would carry a gradient and the missing one go unnoticed.
-    loss, maps, _ = losses(backend, reduction)
-    gradients = torch.autograd.grad(loss, maps, create_graph=True)
+        torch.autograd.grad(loss, maps, create_graph=True)
+    pooled = multilevel_roi_align(maps, random_boxes(6).to(maps[0].device), backend=backend)
     with pytest.raises(RuntimeError, match="double backward"):
-        torch.autograd.grad(sum(g.square().sum() for g in gradients) + maps[0].sum(), maps[0])
+        torch.autograd.grad(pooled.square().sum() + maps[0].sum(), maps[0], create_graph=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,6 +169,33 @@ def test_forward_mode_is_refused(backend: str, reduction: str) -> None:
 
     with pytest.raises(RuntimeError):
         torch.func.jvp(loss, (maps[0] + 1.0,), (maps[0],))
+
+
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev"])
+def test_transforms_of_torch_func_are_refused_in_our_words(backend: str, transform: str) -> None:
+    maps, boxes = pyramid(device=DEVICE_OF[backend]), random_boxes(6).to(DEVICE_OF[backend])
+
+    def loss(first: torch.Tensor) -> torch.Tensor:
+        return soft_roi_distill([first, *maps[1:]], maps, boxes, backend=backend)
+
+    def pool(first: torch.Tensor) -> torch.Tensor:
+        return multilevel_roi_align([first, *maps[1:]], boxes, backend=backend).sum()
+
+    first = maps[0][None] if transform == "vmap" else maps[0]
+    for function in (loss, pool):
+        with pytest.raises(RuntimeError, match=r"rakd_ops: torch.func transforms .* backend='reference'"):
+            getattr(torch.func, transform)(function)(first)
+
+
+def test_torch_func_grad_of_the_reference() -> None:
+    maps, expert, boxes = pyramid(requires_grad=True), pyramid(seed=1), random_boxes(6)
+
+    def loss(first: torch.Tensor) -> torch.Tensor:
+        return soft_roi_distill([first, *(m.detach() for m in maps[1:])], expert, boxes, backend="reference")
+
+    (expected,) = torch.autograd.grad(loss(maps[0]), maps[0])
+    torch.testing.assert_close(torch.func.grad(loss)(maps[0].detach()), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

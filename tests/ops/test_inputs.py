@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import pyramid, random_boxes
+from torchvision import tv_tensors
 
 from rakd_ops import (
     SoftRoIDistillLoss,
@@ -79,6 +80,7 @@ BOX_ERRORS: list[tuple[Any, type[Exception], str]] = [
     (with_box(0, 0, 0, INF, 1), ValueError, r"boxes: expected finite numbers"),
     (with_box(0, 5, 0, 4, 1), ValueError, r"boxes: expected x1 <= x2 and y1 <= y2, got"),
     (with_box(0, 0, 5, 1, 4), ValueError, r"boxes: expected x1 <= x2"),
+    ([BOXES[:, 1:], with_box(0, 5, 0, 4, 1)[:, 1:]], ValueError, r"boxes\[1\]: expected x1 <= x2 .* in row 3"),
     (BOXES[:, 1:], ValueError, r"boxes: expected shape \[K, 5\].* got \[3, 4\]"),
     (BOXES[0], ValueError, r"boxes: expected shape \[K, 5\]"),
     (BOXES.tolist(), ValueError, r"boxes: expected 2 tensors, one per image, got 3"),
@@ -99,16 +101,11 @@ def changed(level: int, feature: Any) -> list[Any]:
 
 MAP_ERRORS: list[tuple[Any, type[Exception], str]] = [
     (MAPS[:3], ValueError, r": expected 4 maps, one per stride, got 3"),
-    (MAPS[0], TypeError, r": expected a sequence or dict of maps, got Tensor"),
+    (MAPS[0], ValueError, r": expected 4 maps, one per stride, got 1"),
+    (7, TypeError, r": expected a map, or a sequence or dict of maps, got int"),
     (changed(1, "map"), TypeError, r"\[1\]: expected a tensor, got str"),
     (changed(1, MAPS[1][0]), ValueError, r"\[1\]: expected shape \[B, C, H, W\], got \[5, 8, 12\]"),
-    (changed(2, MAPS[2][:1]), ValueError, r"\[2\]: expected 2 images as in .*, got shape \[1, 5, 4, 6\]"),
-    (
-        changed(2, MAPS[2][:, :4]),
-        ValueError,
-        r"\[2\]: expected 5 channels as in .*, got shape \[2, 4, 4, 6\]",
-    ),
-    (changed(3, MAPS[3].float()), TypeError, r"\[3\]: expected torch.float64 as in .*, got torch.float32"),
+    (changed(2, MAPS[2][:1]), ValueError, r"\[2\]: expected 2 images as in .*, got \[1, 5, 4, 6\]"),
     (
         changed(3, MAPS[3].long()),
         TypeError,
@@ -150,6 +147,74 @@ def test_maps(maps: Any, error: type[Exception], pattern: str) -> None:
         soft_roi_distill(MAPS, maps, BOXES)
 
 
+def test_channels() -> None:
+    narrow = changed(2, MAPS[2][:, :4])
+    with pytest.raises(ValueError, match=r"expert\[2\]: expected 4 channels as in apprentice\[2\], got .*2, 5, 4, 6"):
+        soft_roi_distill(narrow, MAPS, BOXES)
+    with pytest.raises(ValueError, match=r"expert\[2\]: expected 5 channels as in apprentice\[2\], got .*2, 4, 4, 6"):
+        soft_roi_distill(MAPS, narrow, BOXES)
+    assert soft_roi_distill(narrow, narrow, BOXES).item() == 0.0
+    remedy = r"features\[2\]: expected 5 channels as in features\[0\], got .*1x1 convolution each"
+    with pytest.raises(ValueError, match=remedy):
+        multilevel_roi_align(narrow, BOXES)
+
+
+def test_the_default_strides_are_named_where_the_number_of_maps_differs() -> None:
+    message = r"apprentice: expected 4 maps, one per stride, got 3 \(four strides, \(4, 8, 16, 32\), are the default"
+    with pytest.raises(ValueError, match=message):
+        soft_roi_distill(MAPS[1:], MAPS[1:], BOXES)
+    assert soft_roi_distill(MAPS[1:], MAPS[1:], BOXES, strides=(8, 16, 32)).item() == 0.0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_map_alone_is_one_level(backend: str) -> None:
+    options = {"strides": (8,), "backend": backend}
+    expected = soft_roi_distill([MAPS[1]], [2.0 * MAPS[1]], BOXES, **options)
+    assert torch.equal(soft_roi_distill(MAPS[1], 2.0 * MAPS[1], BOXES, **options), expected)
+    pooled = multilevel_roi_align(MAPS[1], BOXES, **options)
+    assert torch.equal(pooled, multilevel_roi_align([MAPS[1]], BOXES, **options))
+
+
+def test_boxes_of_tv_tensors_are_read_by_their_format() -> None:
+    corners = BOXES[:, 1:]
+    size = corners[:, 2:] - corners[:, :2]
+    forms = {
+        "XYXY": corners,
+        "XYWH": torch.cat([corners[:, :2], size], dim=1),
+        "CXCYWH": torch.cat([corners[:, :2] + size / 2, size], dim=1),
+    }
+    plain = [corners, corners[:1]]
+    expected = soft_roi_distill(MAPS, [2.0 * m for m in MAPS], plain)
+    for name, values in forms.items():
+        carried = {"format": name, "canvas_size": (64, 96)}
+        wrapped, first = (tv_tensors.BoundingBoxes(rows, **carried) for rows in (values, values[:1]))
+        for backend in ("auto", "reference"):
+            loss = soft_roi_distill(MAPS, [2.0 * m for m in MAPS], [wrapped, first], backend=backend)
+            torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(level_weights([wrapped]), level_weights([corners]))
+    turned = tv_tensors.BoundingBoxes(torch.rand(1, 5), format="CXCYWHR", canvas_size=(64, 96))
+    with pytest.raises(ValueError, match=r"boxes\[0\]: expected boxes in format XYXY, XYWH or CXCYWH, got CXCYWHR"):
+        soft_roi_distill(MAPS, MAPS, [turned, turned])
+
+
+BOX_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [*BOX_DTYPES, torch.uint8, torch.uint16])
+def test_boxes_and_weights_of_any_real_dtype(dtype: torch.dtype) -> None:
+    whole = torch.tensor([[1, 8, 4, 40, 60], [0, 0, 16, 96, 48], [1, 3, 5, 24, 12]])
+    boxes, weights, levels = whole.to(dtype), torch.tensor([2, 0, 1]), torch.tensor([[1, 0, 2, 1]]).expand(3, 4)
+    expert = [2.0 * m for m in MAPS]
+    for options in ({}, {"box_weights": weights}, {"level_weights": levels}):
+        expected = soft_roi_distill(MAPS, expert, whole.double(), **options, backend="reference")
+        typed = {name: value.to(dtype) for name, value in options.items()}
+        torch.testing.assert_close(soft_roi_distill(MAPS, expert, boxes, **typed), expected, rtol=1e-12, atol=0)
+        lists = [boxes[1:2, 1:], boxes[::2, 1:]]  # rows in another order, views with strides of their own
+        order = torch.tensor([1, 0, 2])
+        typed = {name: value[order] for name, value in typed.items()}
+        torch.testing.assert_close(soft_roi_distill(MAPS, expert, lists, **typed), expected, rtol=1e-12, atol=0)
+
+
 def test_expert_strides() -> None:
     with pytest.raises(ValueError, match=r"expert_strides: expected 4 strides as in strides, got 3"):
         soft_roi_distill(MAPS, MAPS, BOXES, expert_strides=(4, 8, 16))
@@ -183,6 +248,22 @@ def test_box_weights_and_reduction() -> None:
     for weights, error, pattern in cases:
         with pytest.raises(error, match=pattern):
             soft_roi_distill(MAPS, MAPS, BOXES, box_weights=weights)
+    levels: list[tuple[Any, type[Exception], str]] = [
+        (torch.ones(3, 3), ValueError, r"level_weights: expected shape \[3, 4\], one per box and level, got \[3, 3\]"),
+        (torch.ones(12), ValueError, r"level_weights: expected shape \[3, 4\]"),
+        (torch.ones(3, 4).neg(), ValueError, r"level_weights: expected finite .* not negative, got .* in row 0"),
+        (torch.ones(3, 4) / torch.tensor([[1.0], [1.0], [0.0]]), ValueError, r"level_weights: .* in row 2"),
+        ([[1.0] * 4] * 3, TypeError, r"level_weights: expected a tensor, got list"),
+        (torch.ones(3, 4, requires_grad=True), ValueError, r"level_weights: .*gradient"),
+        (torch.ones(3, 4, device="meta"), ValueError, r"level_weights: expected device cpu"),
+    ]
+    for weights, error, pattern in levels:
+        with pytest.raises(error, match=pattern):
+            soft_roi_distill(MAPS, MAPS, BOXES, level_weights=weights)
+        with pytest.raises(error, match=pattern):
+            multilevel_roi_align(MAPS, BOXES, level_weights=weights)
+        with pytest.raises(error, match=pattern):
+            reference.soft_roi_distill(MAPS, MAPS, BOXES, level_weights=weights)
     with pytest.raises(ValueError, match=r"reduction: expected one of 'mean', 'sum', 'none', got 'max'"):
         soft_roi_distill(MAPS, MAPS, BOXES, reduction="max")
 

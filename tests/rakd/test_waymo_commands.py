@@ -108,6 +108,8 @@ def test_evaluate(converted, perfect, tmp_path, capsys):
     assert {row["mode"] for row in rows} == {"official"}
     assert main([*words, "--mode", "pct", "--iou", "papers"]) == 0
     assert capsys.readouterr().out.count("AP [pct]") == 1
+    assert main([*words, "--json", "-", "--iou", "papers"]) == 0
+    assert {row["iou"] for row in json.loads(capsys.readouterr().out)} == {0.5, 0.3}
     assert main([*words, "--let"]) == 0
     captured = capsys.readouterr()
     assert "LET-3D-APL [official]" in captured.out

@@ -12,7 +12,7 @@ from waymo_objects import CAR, draw, objects, table, write_folder
 from rakd.data.waymo_geometry import optical_from_vehicle
 from rakd.evaluation.waymo import evaluate, write_bin
 from rakd.evaluation.waymo.objects import TYPES
-from rakd.evaluation.waymo.report import format_table, write_json
+from rakd.evaluation.waymo.report import format_table, to_json
 from rakd.evaluation.waymo.scoring import ALL
 
 # The two modes
@@ -114,8 +114,7 @@ def test_every_row_and_table_says_its_mode(tmp_path):
         assert [(row.type, row.range, row.level) for row in rows] == list(
             itertools.product(TYPES, (ALL, "0-30", "30-50", "50-inf"), (1, 2))
         )
-        write_json(tmp_path / "e.json", [rows])
-        assert f'"mode": "{mode}"' in (tmp_path / "e.json").read_text()
+        assert f'"mode": "{mode}"' in to_json([rows])
     assert "LET-3D-APL" in format_table(evaluate(truth, pred, let=True))
 
 

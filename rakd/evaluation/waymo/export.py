@@ -4,7 +4,8 @@ from pathlib import Path
 
 from rakd.data.labels import read_results
 from rakd.data.waymo_convert import read_names
-from rakd.evaluation.waymo.folders import ObjectColumns, read_transform
+from rakd.errors import MissingFileError, UserError
+from rakd.evaluation.waymo.folders import ObjectColumns, label_files, read_transform
 from rakd.evaluation.waymo.objects import FrameKey, WaymoObjects
 
 
@@ -17,25 +18,25 @@ def collect_results(pred_dir: Path, data: Path, *, testing: bool = False) -> Way
         testing: The frames are those of the split ``testing``.
 
     Raises:
-        FileNotFoundError: A folder or calibration is missing.
-        ValueError: There are no result files, one is malformed or is of no frame of ``data``, or a score is outside
+        MissingFileError: A folder or calibration is missing.
+        UserError: There are no result files, one is malformed or is of no frame of ``data``, or a score is outside
             0..1; names the file.
     """
     if not pred_dir.is_dir():
-        raise FileNotFoundError(f"pred: {pred_dir} is not there: expected a folder of result files NNNNNN.txt")
+        raise MissingFileError(f"pred: {pred_dir} is not there: expected a folder of result files NNNNNN.txt")
     names = read_names(data, "testing" if testing else None)
-    files = sorted(pred_dir.glob("[0-9]" * 6 + ".txt"))
+    files = label_files(pred_dir)
     if not files:
-        raise ValueError(f"pred: {pred_dir} holds no result files NNNNNN.txt")
+        raise UserError(f"pred: {pred_dir} holds no result files NNNNNN.txt")
     calibrations = data / ("testing" if testing else "training") / "calib"
     columns = ObjectColumns()
     keys: list[FrameKey] = []
     for path in files:
         if path.stem not in names:
-            raise ValueError(f"{path}: {data} has no frame {path.stem}")
+            raise UserError(f"{path}: {data} has no frame {path.stem}")
         objects = read_results(path)
         if objects.scores is not None and len(objects) and not 0 <= objects.scores.min() <= objects.scores.max() <= 1:
-            raise ValueError(f"{path}: scores must lie in 0..1 for Waymo's metric, got {objects.scores.max():g}")
+            raise UserError(f"{path}: scores must lie in 0..1 for Waymo's metric, got {objects.scores.max():g}")
         columns.add(path, objects, read_transform(calibrations / path.name))
         name = names[path.stem]
         # Frames of 3D truths have no camera, and the devkit tells frames by it too.

@@ -12,10 +12,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from rakd.data.frames import is_frame_name
 from rakd.data.labels import Objects
 from rakd.data.waymo_geometry import check_optical, check_rigid, to_vehicle
+from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.kitti import read_folders
 from rakd.evaluation.waymo.objects import KITTI_TYPES, TYPES, FrameKey, WaymoObjects
+from rakd.files import read_text
 from rakd.geometry import FloatArray
 
 Axes = Literal["vehicle", "camera"]
@@ -37,13 +40,13 @@ def read_waymo_folders(
         progress: Show a progress bar when it takes more than two seconds.
 
     Raises:
-        FileNotFoundError: A folder or a frame's file is missing.
-        ValueError: A row does not parse, has a type that Waymo has not, or lacks a 3D box or the number of points; or
+        MissingFileError: A folder or a frame's file is missing.
+        UserError: A row does not parse, has a type that Waymo has not, or lacks a 3D box or the number of points; or
             a calibration is no Waymo one. Names the file.
     """
     _check_results(pred_dir)
     labels, results = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
-    names = sorted(path.stem for path in gt_dir.glob("[0-9]" * 6 + ".txt")) if frames is None else list(frames)
+    names = sorted(path.stem for path in label_files(gt_dir)) if frames is None else list(frames)
     transforms = _Transforms(gt_dir.parent / "calib")
     truth, predictions = ObjectColumns(), ObjectColumns()
     for name, label, result in zip(names, labels, results, strict=True):
@@ -59,21 +62,23 @@ def read_waymo_folders(
     return truth.objects(keys), predictions.objects(keys)
 
 
+def label_files(folder: Path) -> list[Path]:
+    """Label or result files of a folder, those named by a number, sorted."""
+    return sorted(path for path in folder.glob("*.txt") if is_frame_name(path.stem))
+
+
 def read_transform(path: Path) -> FloatArray:
     """Read the transform ``[4, 4]`` from the vehicle to the optical frame, a file's ``Tr_velo_to_cam``.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The line is missing or malformed, or does not lead from a vehicle to a camera; names the file.
+        MissingFileError: There is no such file.
+        UserError: The line is missing or malformed, or does not lead from a vehicle to a camera; names the file.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(
+    if not path.is_file():
+        raise MissingFileError(
             f"{path} is not there: official numbers need each frame's calibration, in a folder beside the labels"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from None
+        )
+    text = read_text(path, "a calibration file")
     return _parse_transform(path, text)
 
 
@@ -88,9 +93,9 @@ def _parse_transform(path: Path, text: str) -> FloatArray:
             check_rigid(matrix, "Tr_velo_to_cam")
             check_optical(matrix, "Tr_velo_to_cam")
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
         return matrix
-    raise ValueError(f"{path}: expected a line 'Tr_velo_to_cam: <12 numbers>', found none")
+    raise UserError(f"{path}: expected a line 'Tr_velo_to_cam: <12 numbers>', found none")
 
 
 class _Transforms:
@@ -104,7 +109,7 @@ class _Transforms:
         path = self.folder / f"{name}.txt"
         if not path.is_file():
             return read_transform(path)  # says what is wrong
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path, "a calibration file")
         if text not in self._parsed:
             self._parsed[text] = _parse_transform(path, text)
         return self._parsed[text]
@@ -136,11 +141,11 @@ class ObjectColumns:
         """
         known = np.array([TYPES[KITTI_TYPES[name]] if name in KITTI_TYPES else 0 for name in objects.types], np.int8)
         if not known.all():
-            raise ValueError(
+            raise UserError(
                 f"{path}: types must be {', '.join(KITTI_TYPES)}, got {str(objects.types[int(known.argmin())])!r}"
             )
         if not objects.has_box_3d.all():
-            raise ValueError(f"{path}: object {int(objects.has_box_3d.argmin()) + 1} has no 3D box")
+            raise UserError(f"{path}: object {int(objects.has_box_3d.argmin()) + 1} has no 3D box")
         if transform is None:
             rows = np.concatenate([objects.location, objects.dimensions[:, ::-1], objects.rotation_y[:, None]], axis=1)
             boxes = rows.astype(np.float32).astype(np.float64)
@@ -180,10 +185,10 @@ class ObjectColumns:
 
 def _check_results(folder: Path) -> None:
     """Refuse a folder of these labels in the place of results: points would be taken for scores."""
-    for path in sorted(folder.glob("[0-9]" * 6 + ".txt")):
-        columns = [len(line.split()) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    for path in label_files(folder):
+        columns = [len(line.split()) for line in read_text(path, "a result file").splitlines()]
         if max(columns, default=0) > _DIFFICULTY:
-            raise ValueError(
+            raise UserError(
                 f"pred: {path} has over 16 columns, as labels have: expected results; are GT and PRED in each other's "
                 "place?"
             )
@@ -194,7 +199,7 @@ def _check_results(folder: Path) -> None:
 def _read_counts(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Lidar points and annotated difficulty of each row of a label file; both 0 for DontCare rows."""
     points, difficulty = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path, "a label file").split("\n"), start=1):
         words = line.split()
         if not words:
             continue
@@ -207,7 +212,7 @@ def _read_counts(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
             if points[-1] < 0 or not 0 <= difficulty[-1] <= 2:
                 raise ValueError
         except (ValueError, IndexError, OverflowError):
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number}: expected the number of lidar points in column 16 and, if there is a column 17, a "
                 f"difficulty of 0, 1 or 2 there, got {' '.join(words[_POINTS:]) or 'no column 16'!r}"
             ) from None

@@ -3,10 +3,8 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from rakd.evaluation.waymo.scoring import ALL, RANGES, WaymoRow
-from rakd.files import write_text
 
 _NOTES = {
     "official": "official: boxes in the vehicle frame, 101 score cut-offs",
@@ -45,6 +43,6 @@ def format_table(rows: Sequence[WaymoRow]) -> str:
     return "\n".join(text)
 
 
-def write_json(path: Path, tables: Sequence[Sequence[WaymoRow]]) -> None:
-    """Write the rows of all tables as one JSON list, atomically; each row says its mode and overlap."""
-    write_text(path, json.dumps([asdict(row) for rows in tables for row in rows], indent=1) + "\n")
+def to_json(tables: Sequence[Sequence[WaymoRow]]) -> str:
+    """The rows of all tables as one JSON list; each row says its mode and overlap."""
+    return json.dumps([asdict(row) for rows in tables for row in rows], indent=1) + "\n"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from rakd.data.waymo_convert import MANIFEST, read_manifest
 from rakd.data.waymo_geometry import OPTICAL_AXES, to_optical
+from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.overlaps import Indices
 from rakd.evaluation.waymo import curves
 from rakd.evaluation.waymo.folders import Axes, read_waymo_folders
@@ -108,17 +109,17 @@ def evaluate(
         A row for each type, range and level. Shards without truths have an AP of 0.
 
     Raises:
-        FileNotFoundError: A file or folder is missing.
-        ValueError: An argument is out of range, the two inputs are not of one kind, a file is malformed, or in mode
+        MissingFileError: A file or folder is missing.
+        UserError: An argument is out of range, the two inputs are not of one kind, a file is malformed, or in mode
             "official" a score is outside 0..1.
 
     Warns:
         UserWarning: In mode pct with ``.bin`` files, which do not say where the camera is: an untilted camera is taken.
     """
     if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if let and mode != "official":
-        raise ValueError("let must be False in mode pct: LET-3D-AP is defined in the vehicle frame")
+        raise UserError("let must be False in mode pct: LET-3D-AP is defined in the vehicle frame")
     thresholds = _thresholds(iou if iou is not None else ("papers" if let else "official"))
     truth, predictions = _read(Path(gt), Path(pred), mode, let=let, frames=frames, progress=progress)
     predictions = _with_scores(predictions, mode, Path(pred))
@@ -252,17 +253,17 @@ def _ranges(boxes: FloatArray) -> Indices:
 def _thresholds(iou: float | str | Mapping[str, float]) -> dict[str, float]:
     if isinstance(iou, str):
         if iou not in IOU:
-            raise ValueError(f"iou must be one of {', '.join(IOU)}, a number or a mapping, got {iou!r}")
+            raise UserError(f"iou must be one of {', '.join(IOU)}, a number or a mapping, got {iou!r}")
         return IOU[iou]
     if isinstance(iou, Mapping):
         if set(iou) != set(TYPES):
-            raise ValueError(f"iou must have a number for each of {', '.join(TYPES)}, got {', '.join(map(str, iou))}")
+            raise UserError(f"iou must have a number for each of {', '.join(TYPES)}, got {', '.join(map(str, iou))}")
         found = {name: float(iou[name]) for name in TYPES}
     else:
         found = dict.fromkeys(TYPES, float(iou))
     for name, value in found.items():
         if not 0 < value <= 1:
-            raise ValueError(f"iou must lie above 0 and not above 1, got {value:g} for {name}")
+            raise UserError(f"iou must lie above 0 and not above 1, got {value:g} for {name}")
     return found
 
 
@@ -271,9 +272,9 @@ def _read(
 ) -> tuple[WaymoObjects, WaymoObjects]:
     for name, path in (("gt", gt), ("pred", pred)):
         if not path.exists():
-            raise FileNotFoundError(f"{name}: {path} is not there: expected a folder of text files or a .bin file")
+            raise MissingFileError(f"{name}: {path} is not there: expected a folder of text files or a .bin file")
     if gt.is_dir() != pred.is_dir():
-        raise ValueError(f"gt and pred must both be folders or both .bin files, got {gt} and {pred}")
+        raise UserError(f"gt and pred must both be folders or both .bin files, got {gt} and {pred}")
     if gt.is_dir():
         axes: Axes = "vehicle" if mode == "official" else "camera"
         manifest = gt.parent.parent / MANIFEST
@@ -285,15 +286,15 @@ def _read(
             )
         return read_waymo_folders(gt, pred, axes, frames=frames, progress=progress)
     if frames is not None:
-        raise ValueError("frames must be None for .bin files: they hold the frames that they hold")
+        raise UserError("frames must be None for .bin files: they hold the frames that they hold")
     truth, predictions = read_bin(gt, synced=let), read_bin(pred)
     unknown = predictions.types == 0
     if unknown.any():
-        raise ValueError(f"{pred}: object {int(unknown.argmax()) + 1} has no type: every prediction needs one")
+        raise UserError(f"{pred}: object {int(unknown.argmax()) + 1} has no type: every prediction needs one")
     if let and len(truth) and not truth.points.any():
-        raise ValueError(f"{gt}: LET-3D-AP needs camera-synced boxes with points of the top lidar, no object has one")
+        raise UserError(f"{gt}: LET-3D-AP needs camera-synced boxes with points of the top lidar, no object has one")
     if len(truth) and len(predictions) and not set(truth.keys) & set(predictions.keys):
-        raise ValueError(
+        raise UserError(
             "gt and pred must have frames in common, they have none: the devkit tells frames by segment, time and "
             f"camera, such as {truth.keys[0]} in {gt} and {predictions.keys[0]} in {pred}"
         )
@@ -326,7 +327,7 @@ def _with_scores(predictions: WaymoObjects, mode: Mode, path: Path) -> WaymoObje
     if low >= 0 and high <= 1:
         return predictions
     if mode == "official":
-        raise ValueError(
+        raise UserError(
             f"{path}: scores must lie in 0..1, they reach from {low:g} to {high:g}: the metric cuts at scores from 0 "
             "to 1, so that all above 1 would stay at every cut-off and the curve would shrink to a point. Rescale them "
             "all together, or use mode pct, which does so as the papers do, (score - lowest) / (highest - lowest)"
@@ -334,7 +335,7 @@ def _with_scores(predictions: WaymoObjects, mode: Mode, path: Path) -> WaymoObje
     spread = high - low
     rescaled = (scores - np.float32(low)) / np.float32(spread) if spread > 0 else np.ones_like(scores)
     if not np.isfinite(rescaled).all():
-        raise ValueError(f"{path}: scores must be finite to be rescaled, they reach from {low:g} to {high:g}")
+        raise UserError(f"{path}: scores must be finite to be rescaled, they reach from {low:g} to {high:g}")
     return replace(predictions, scores=rescaled.astype(np.float32))
 
 

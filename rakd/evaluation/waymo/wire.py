@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rakd.errors import UserError
 from rakd.evaluation.waymo.objects import FrameKey, WaymoObjects
 from rakd.files import replacing
 
@@ -36,8 +37,8 @@ def read_bin(path: Path, *, synced: bool = False) -> WaymoObjects:
         The objects. An object without a score has the score 1, as in the devkit.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a whole ``Objects`` message, or a number in it is not finite; names the file.
+        MissingFileError: There is no such file.
+        UserError: The file is not a whole ``Objects`` message, or a number in it is not finite; names the file.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -50,7 +51,7 @@ def read_bin(path: Path, *, synced: bool = False) -> WaymoObjects:
             if number == 1:
                 _read_object(_message(value), keys, integers, scores, boxes, synced)
     except (ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a whole Objects message of Waymo's: object {offset}: {error}") from None
+        raise UserError(f"{path}: not a whole Objects message of Waymo's: object {offset}: {error}") from None
     table = np.array(integers, dtype=np.int64).reshape(-1, 5)
     rows = np.array(boxes, dtype=np.float64).reshape(-1, 7)
     result = WaymoObjects(
@@ -65,7 +66,7 @@ def read_bin(path: Path, *, synced: bool = False) -> WaymoObjects:
     )
     bad = ~np.isfinite(result.boxes).all(axis=1) | np.isnan(result.scores)
     if bad.any():
-        raise ValueError(f"{path}: boxes and scores must be finite, those of object {int(bad.argmax()) + 1} are not")
+        raise UserError(f"{path}: boxes and scores must be finite, those of object {int(bad.argmax()) + 1} are not")
     return result
 
 

@@ -1,0 +1,60 @@
+"""The cost of a call around its kernels, counted and not timed: torch operations that are dispatched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from cases import backend_params, pyramid, random_boxes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rakd_ops import level_weights, multilevel_roi_align, soft_roi_distill
+
+
+class Count(TorchDispatchMode):
+    """Counts what is dispatched, ours apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        counter = self.ours if func.namespace == "rakd_ops" else self.others
+        counter[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def lists(dtype: torch.dtype) -> list[torch.Tensor]:
+    return [boxes[:, 1:].to(dtype) for boxes in random_boxes(8, 1).split([3, 0, 5])]
+
+
+@pytest.mark.parametrize("backend", backend_params("cpu"))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("form", ["list", "rows"])
+def test_operations_of_a_training_call(backend: str, dtype: torch.dtype, weights: bool, form: str) -> None:
+    maps = pyramid(3, dtype=torch.float32, requires_grad=True)
+    expert = pyramid(3, dtype=torch.float32, seed=1)
+    boxes: Any = lists(dtype) if form == "list" else random_boxes(8).to(dtype)
+    options: dict[str, Any] = {"backend": backend}
+    if weights:
+        options |= {"box_weights": torch.rand(8), "level_weights": torch.rand(8, 4).half()}
+    with Count() as count:
+        loss = soft_roi_distill(maps, expert, boxes, **options)
+    assert count.ours == {"rakd_ops::prepare_boxes": 1, "rakd_ops::distill_gradient": 1}
+    assert count.others.total() == 0  # at most 4 are allowed
+    with Count() as count:
+        loss.backward()
+    # The gradient of 1 that starts the way back, and the look at it; results are detached for the leaves.
+    assert set(count.others) <= {"aten::ones_like", "aten::_local_scalar_dense", "aten::detach"}
+    with Count() as count:
+        multilevel_roi_align(expert, boxes, backend=backend)
+    assert count.ours == {"rakd_ops::prepare_boxes": 1, "rakd_ops::align": 1}
+    assert count.others.total() == 0
+    with Count() as count:
+        level_weights(boxes)
+    assert count.ours == {"rakd_ops::level_weights": 1}
+    assert count.others.total() == 0
