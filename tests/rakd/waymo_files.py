@@ -54,8 +54,9 @@ def optical(objects: Objects, calibration: Calibration) -> Objects:
 
 
 def points_of(frame: int, count: int) -> np.ndarray:
-    """Lidar points: the first object of each frame has none, others few or many."""
-    return np.random.default_rng(frame).choice([3, 5, 6, 60, 300, 900], count) * (np.arange(count) > 0)
+    """Lidar points: the last object of each frame has none, others few or many."""
+    points = np.random.default_rng(frame).choice([3, 5, 6, 60, 300, 900, 900, 900], count)
+    return points * (np.arange(count) < count - 1)
 
 
 def write_waymo(scenes: Path, root: Path) -> dict[str, list[Objects]]:
