@@ -240,7 +240,7 @@ def measure(
         advance: Told of each finished round.
 
     Returns:
-        What was found, for each case.
+        Samples and operations, for each case.
     """
     found = [_Found([[] for _ in trees], [(0, 0)] * len(trees)) for _ in cases]
     for _ in range(processes):

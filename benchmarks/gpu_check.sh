@@ -31,7 +31,7 @@ export OMP_NUM_THREADS=1
 
 say() { printf '%s\n' "$*" | tee -a "$summary"; }
 
-pack() { # what is there is not lost
+pack() { # after each step, so that a later failure loses nothing
   cp "$summary" "$results"
   tar czf "$out/results.tgz.part" -C "$results" . && mv "$out/results.tgz.part" "$out/results.tgz"
 }

@@ -118,7 +118,8 @@ def measure_case(
         advance: Told of finished runs.
 
     Returns:
-        A row for each implementation and each of ``protocol.passes``; and what torch.compile could not make.
+        A row for each implementation and each of ``protocol.passes``; and the baselines that torch.compile cannot make,
+        each with the reason.
 
     Raises:
         DisagreementError: The implementations do not compute the same.
@@ -134,7 +135,7 @@ def measure_case(
     except DisagreementError as error:
         raise DisagreementError(f"{case.name}, {case.dtype}, {case.layout}: {error}") from None
     implementations = [one for one in implementations if one.name not in failed]
-    gc.collect()  # what earlier cases left must not be freed during this one's measurements
+    gc.collect()  # garbage of earlier cases must not be freed during this one's measurements
     bound = count_bytes(case.op, inputs.boxes, case.workload, case.dtype)
     sizes = asdict(case.workload)
     del sizes["boxes_per_image"]

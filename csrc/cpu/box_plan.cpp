@@ -11,11 +11,11 @@ class AxisBuilder {
  public:
   void build(AxisSamples samples, int64_t bins, int64_t size, int64_t sampling_ratio) {
     const AxisCapacity capacity = axis_capacity(size, bins, sampling_ratio);
-    for (auto* array : {&cell_, &cell_bin_}) grow(*array, capacity.cells + 1);
-    for (auto* array : {&bin_cell_, &bin_offset_, &bin_new_}) grow(*array, bins + 1);
-    grow(pool_, capacity.weights);
-    table = AxisTable<double>{&count,          cell_.data(), cell_bin_.data(), bin_cell_.data(), bin_offset_.data(),
-                              bin_new_.data(), pool_.data()};
+    const size_t cells = capacity.cells + 1, edges = bins + 1;
+    integers_.resize(std::max(integers_.size(), 2 * cells + 3 * edges));
+    pool_.resize(std::max<size_t>(pool_.size(), capacity.weights));
+    int32_t *cell = integers_.data(), *bin = cell + 2 * cells;
+    table = AxisTable<double>{&count, cell, cell + cells, bin, bin + edges, bin + 2 * edges, pool_.data()};
     this->bins = static_cast<int32_t>(bins);
     if (samples.samples <= kMaxOffsets) {
       for (int64_t i = 0; i < samples.samples; ++i) offset_[i] = sample_offset(samples, i);
@@ -33,12 +33,7 @@ class AxisBuilder {
  private:
   static constexpr int64_t kMaxOffsets = 64;
 
-  template <class U>
-  static void grow(std::vector<U>& array, int64_t count) {
-    if (static_cast<int64_t>(array.size()) < count) array.resize(count);
-  }
-
-  std::vector<int32_t> cell_, cell_bin_, bin_cell_, bin_offset_, bin_new_;
+  std::vector<int32_t> integers_;
   std::vector<double> pool_;
   double offset_[kMaxOffsets];
 };

@@ -105,7 +105,7 @@ struct PlanLevel {
   int64_t channel_blocks = 0;  // that may share a Gram operator; 0: none is wanted
 };
 
-// What the plans of a call have in common.
+// Options that all plans of a call share.
 struct PlanOptions {
   int64_t bins_y, bins_x, sampling_ratio;
   const double* box_factor = nullptr;  // [boxes] of their weights; nullptr: 1

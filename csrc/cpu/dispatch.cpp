@@ -1,10 +1,10 @@
-// Run-time choice of the instruction set; see dispatch.h.
-#include "dispatch.h"
-
+// Chooses the instruction set at run time; see kernel_table() in kernels.h.
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <string>
+
+#include "kernels.h"
 
 // All processors with AVX2 convert float16, but not all compilers have a name for it.
 #if defined(__clang__) || __GNUC__ < 11

@@ -1,7 +1,6 @@
 // CPU ops distill_loss and distill_gradient: the distillation loss of all levels, images and boxes.
 //
-//   rows, index --box_plan.h--> plans of all levels and images --> tasks (level, image, block of channels) -->
-//   kernels.cpp
+//   rows, index --box_plan.h--> plans (level, image) --tasks.h--> items (level, image, channels) --> kernels.cpp
 #include <algorithm>
 #include <optional>
 

@@ -99,7 +99,7 @@ inline E* cell_pointer(const ImageView& view, const CellRun& run) {
          run.column * view.column_stride;
 }
 
-// What gather_run() does with its source: out = a, out = a - b, or out -= a.
+// Modes of gather_run(): out = a, out = a - b, out -= a.
 enum class Gather { kCopy, kDifference, kSubtract };
 
 // A run of cells of a, or of a - b, into out[length][W]. Channels beyond the run's become zero, so that they count

@@ -58,18 +58,10 @@ double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, 
   return total;
 }
 
+// One side, gradients wanted, for channels-last maps in wide blocks, with compact scratch for the gradient: where the
+// operator stands for all patches it writes to the maps.
 template <class T, int W>
-void distill_gradient(DistillTask<T>& task, Scratch<T>& scratch) {
-  const Plan<T>& plan = *task.plan[0];
-  gather<T, W>(plan, task.map[0], task.map[1], task.channels, scratch.values[0]);
-  const bool assembled = plan.gram.weight != nullptr;
-  task.total = distill_values<T, W>(task, task.channels, assembled, scratch.values[0], scratch.gradients[0], scratch);
-}
-
-// The same for channels-last maps in wide blocks, with compact scratch for the gradient: where the operator stands for
-// all patches it writes to the maps.
-template <class T, int W>
-void distill_gradient_wide(DistillTask<T>& task, Scratch<T>& scratch) {
+void distill_wide(DistillTask<T>& task, Scratch<T>& scratch) {
   const Plan<T>& plan = *task.plan[0];
   T *values = scratch.values[0], *gradient = scratch.gradients[0];
   gather<T, W>(plan, task.map[0], task.map[1], task.channels, values);
@@ -177,9 +169,13 @@ void distill_block(DistillTask<T>& task, Scratch<T>& scratch) {
   } else if (!task.gradient[0].data && !task.gradient[1].data) {
     distill_loss<T, W>(task, scratch);
   } else if constexpr (W == kWideBlock) {
-    distill_gradient_wide<T, W>(task, scratch);
+    distill_wide<T, W>(task, scratch);
   } else {
-    distill_gradient<T, W>(task, scratch);
+    const Plan<T>& plan = *task.plan[0];
+    T* values = scratch.values[0];
+    gather<T, W>(plan, task.map[0], task.map[1], task.channels, values);
+    const bool assembled = plan.gram.weight != nullptr;
+    task.total = distill_values<T, W>(task, task.channels, assembled, values, scratch.gradients[0], scratch);
   }
 }
 

@@ -87,6 +87,19 @@ constexpr int64_t kWideBlock = 32;
 // Spare scratch pixels after the last one: vector tiles may spill past a segment's end.
 constexpr int64_t kSlack = 8;
 
+// Those of the best instruction set of this processor (dispatch.cpp). The RAKD_CPU_ISA environment variable (baseline,
+// avx2, avx512) chooses another one, for tests and measurements; one that cannot run here is an error.
+const KernelTable& kernel_table();
+
+template <class T>
+const Kernels<T>& best_kernels() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return kernel_table().single_precision;
+  } else {
+    return kernel_table().double_precision;
+  }
+}
+
 namespace baseline {
 const KernelTable& kernels();
 }

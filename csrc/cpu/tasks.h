@@ -4,7 +4,6 @@
 
 #include <vector>
 
-#include "dispatch.h"
 #include "nontemporal_store.h"
 #include "tensors.h"
 #include "threads.h"

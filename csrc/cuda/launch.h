@@ -2,11 +2,13 @@
 // and the registered ops launch the same things in the same way.
 //
 //   prepare_boxes            1 launch, before all others
-//   loss and its gradient    build_tables, distill_pool, roi_align_backward (or those of launch_gram.h)
-//   loss alone               build_tables, distill_pool, sum_losses
-//   pooling                  build_tables, align_pool; its gradient: build_tables, roi_align_backward
+//   loss and its gradient    build_tables, roi_align_forward, roi_align_backward; or build_tables, gram_gradient
+//   loss alone               build_tables, roi_align_forward, sum_losses
+//   pooling                  build_tables, roi_align_forward; its gradient: build_tables, roi_align_backward
+//   backward of the loss     scale_gradients, or the first line again where the factor must be in the weights
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
@@ -33,6 +35,8 @@ struct BlockSizes {
 // One level's maps.
 struct Map {
   MapView view;
+  Number type;
+  int32_t channels;
   int64_t size[2];  // rows, columns
 };
 typedef std::vector<Map> Maps;  // [levels], or empty: not wanted
@@ -52,79 +56,85 @@ inline void require(bool good, const char* message) {
 
 inline Pyramid pyramid(const Maps& maps) {
   Pyramid result{};
-  for (size_t l = 0; l < maps.size(); ++l) result.level[l] = maps[l].view;
+  for (size_t l = 0; l < maps.size(); ++l) {
+    result.level[l] = maps[l].view;
+    result.type[l] = maps[l].type;
+  }
   return result;
 }
 
 // Tables without memory, and the memory that they need.
 template <class T>
 struct TablePlan {
-  Tables<T> tables{};
+  BuildTables<T> build{};
+  Tables<T>& tables = build.tables;
   int64_t slice_bytes = 0;  // of all slices
   int64_t pooled = 0;       // elements of pooled differences
+  bool fits = true;         // whether kernels can count a box's tables, and the boxes
 
   // `expert`: maps that are compared with the first (the weights are then those of the loss), or nullptr.
-  TablePlan(const Problem& problem, const Maps& maps, const Maps* expert) {
+  TablePlan(const Problem& problem, const Maps& maps, const Maps* expert, bool bands = false) {
     tables.boxes = problem.boxes;
     tables.levels = static_cast<int32_t>(maps.size());
     tables.images = static_cast<int32_t>(problem.images);
     tables.sampling_ratio = static_cast<int32_t>(problem.sampling_ratio);
+    tables.bands = bands;
     tables.rows = problem.rows;
     tables.index = problem.index;
-    const int64_t bins = problem.bins[0] * problem.bins[1];
     for (int axis = 0; axis < 2; ++axis) tables.bins[axis] = static_cast<int32_t>(problem.bins[axis]);
+    const int64_t bins = problem.bins[0] * problem.bins[1];
     for (size_t l = 0; l < maps.size(); ++l) {
       Level& level = tables.level[l];
       const auto same = [&](int axis) { return maps[l].size[axis] == (*expert)[l].size[axis]; };
       const bool shared = !expert || (same(0) && same(1) && problem.strides[0][l] == problem.strides[1][l]);
       level.sides = shared ? 1 : 2;
-      level.channels = maps[l].view.channels;
-      level.normalizer = expert ? 1.0 / (static_cast<double>(level.channels) * static_cast<double>(bins)) : 1.0;
+      level.channels = maps[l].channels;
       level.pooled = pooled;
+      level.first = slice_bytes;
       pooled += problem.boxes * channel_blocks(level.channels) * kChannelBlock * bins;
-      for (int side = 0; side < level.sides; ++side) {
-        const Map& map = side == 0 ? maps[l] : (*expert)[l];
-        SideLayout& layout = level.side[side];
-        int64_t bytes = 0;
-        for (int axis = 0; axis < 2; ++axis) {
-          const AxisCapacity capacity = axis_capacity(map.size[axis], problem.bins[axis], problem.sampling_ratio);
-          layout.axis[axis] = AxisLayout{static_cast<int32_t>(map.size[axis]), static_cast<int32_t>(capacity.cells),
-                                         static_cast<int32_t>(capacity.weights), static_cast<int32_t>(bytes)};
-          bytes += axis_bytes<T>(capacity, problem.bins[axis]);
-          require(bytes <= kMaxBlocks, "maps: too many rows and columns for the tables of one box");
-        }
-        layout.stride = problem.strides[side][l];
-        layout.first = slice_bytes;
-        layout.bytes = static_cast<int32_t>(bytes);
-        slice_bytes += problem.boxes * bytes;
+      build.normalizer[l] = expert ? 1.0 / (static_cast<double>(level.channels) * static_cast<double>(bins)) : 1.0;
+      int64_t bytes = 0;
+      for (int i = 0; i < 2 * level.sides; ++i) {
+        const int side = i / 2, axis = i % 2;
+        const int64_t size = (side == 0 ? maps[l] : (*expert)[l]).size[axis];
+        const AxisCapacity capacity = axis_capacity(size, problem.bins[axis], problem.sampling_ratio);
+        const int64_t band = bands ? gram_band_capacity(capacity.cells, problem.sampling_ratio) : 0;
+        const int64_t values = capacity.weights + capacity.cells * band;
+        fits = fits && values <= kMaxBlocks;
+        if (!fits) return;
+        level.axis[side][axis] = AxisLayout{static_cast<int32_t>(size), static_cast<int32_t>(capacity.cells),
+                                            static_cast<int32_t>(values), static_cast<int32_t>(bytes)};
+        bytes += axis_bytes<T>(capacity.cells, values, problem.bins[axis]);
+        fits = fits && bytes <= kMaxBlocks;
+        build.stride[side][l] = problem.strides[side][l];
       }
+      level.bytes = static_cast<int32_t>(bytes);
+      slice_bytes += problem.boxes * bytes;
     }
-    require(problem.boxes * tables.levels <= kMaxBlocks, "boxes: too many for one call");
+    fits = fits && problem.boxes * tables.levels <= kMaxBlocks;
   }
 
+  // Takes the memory; before a launch.
   template <class Memory>
   void place(Memory& memory) {
+    require(fits, "maps: too many boxes, or rows and columns for the tables of one box");
     tables.slices = memory.template take<unsigned char>(slice_bytes);
     tables.extents = memory.template take<int32_t>(2 * tables.levels * kExtent * tables.boxes);
     tables.scales = memory.template take<double>(tables.levels * tables.boxes);
   }
-};
 
-// Builds the tables; `factor`: see the kernel.
-template <class T>
-void launch_tables(const Tables<T>& tables, const Numbers& factor, const BlockSizes& blocks, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(tables.levels * tables.boxes));
-  RAKD_LAUNCH((build_tables<T>), grid, dim3(blocks.tables), 0, stream, tables, factor);
-}
+  void launch(const BlockSizes& blocks, cudaStream_t stream) const {
+    const dim3 grid(static_cast<unsigned>(tables.levels * tables.boxes));
+    if (tables.boxes > 0) RAKD_LAUNCH((build_tables<T>), grid, dim3(blocks.tables), 0, stream, build);
+  }
+};
 
 // Channel blocks that one pooling block takes, of `entries` (box, level) or boxes.
 template <class T>
 int32_t choose_group(const Tables<T>& tables, int64_t entries) {
   int64_t most = 1;
-  for (int l = 0; l < tables.levels; ++l) {
-    most = most > channel_blocks(tables.level[l].channels) ? most : channel_blocks(tables.level[l].channels);
-  }
-  const int64_t wanted = entries > 0 ? kTargetBlocks / entries : 1, groups = wanted < 1 ? 1 : wanted;
+  for (int l = 0; l < tables.levels; ++l) most = std::max<int64_t>(most, channel_blocks(tables.level[l].channels));
+  const int64_t groups = entries > 0 ? std::max<int64_t>(1, kTargetBlocks / entries) : 1;
   return static_cast<int32_t>((most + groups - 1) / groups);
 }
 
@@ -147,7 +157,7 @@ void launch_backward(RoiAlignBackward<T> call, const BlockSizes& blocks, cudaStr
     const bool wanted = level.sides == 1 ? side == 0 : call.gradient[side].level[l].data != nullptr;
     call.first_tile[map] = static_cast<int32_t>(tiles);
     if (wanted) {
-      tiles += tile_count(tables.images, level.side[side].axis, channel_blocks(level.channels), blocks.backward / 32,
+      tiles += tile_count(tables.images, level.axis[side], channel_blocks(level.channels), blocks.backward / 32,
                           kTileColumns);
     }
     require(tiles <= kMaxBlocks, "maps: too many images, channels, rows and columns for one call");
@@ -159,27 +169,13 @@ void launch_backward(RoiAlignBackward<T> call, const BlockSizes& blocks, cudaStr
               backward_shared_bytes<T>(blocks.backward), stream, call);
 }
 
-// Pools differences and adds their squares. pool.partial has memory of distill_blocks() numbers.
+// Thread blocks of roi_align_forward for the loss.
 template <class T>
 int64_t distill_blocks(const Tables<T>& tables, int32_t group) {
   int64_t count = 0;
   for (int l = 0; l < tables.levels; ++l) count += tables.boxes * groups_of(tables.level[l], group);
   require(count <= kMaxBlocks, "boxes: too many for one call");
   return count;
-}
-
-template <class T>
-void launch_distill_pool(const DistillPool<T>& call, const BlockSizes& blocks, cudaStream_t stream) {
-  static_assert(sizeof(call) <= 4096, "parameters of a kernel");
-  const dim3 grid(static_cast<unsigned>(distill_blocks(call.tables, call.group)));
-  RAKD_LAUNCH((distill_pool<T>), grid, dim3(blocks.pool), pool_shared_bytes<T>(blocks.pool, call.tables.bins[1]),
-              stream, call);
-}
-
-template <class T>
-void launch_sum_losses(const Tables<T>& tables, const SumLosses<T>& call, const BlockSizes& blocks,
-                       cudaStream_t stream) {
-  RAKD_LAUNCH((sum_losses<T>), dim3(1), dim3(blocks.sum), blocks.sum / 32 * sizeof(double), stream, tables, call);
 }
 
 // Memory: lay_out(f) calls f(memory), as often as it needs, and memory.take<U>(count) gives arrays of the workspace.
@@ -189,12 +185,16 @@ void align(Memory& memory, const Problem& problem, const Maps& maps, void* outpu
   TablePlan<T> plan(problem, maps, nullptr);
   if (problem.boxes == 0) return;
   memory.lay_out([&](auto& arena) { plan.place(arena); });
-  launch_tables(plan.tables, Numbers{}, blocks, stream);
-  const AlignPool<T> pool{plan.tables, pyramid(maps), choose_group(plan.tables, problem.boxes), output};
-  const int64_t grid = problem.boxes * groups_of(plan.tables.level[0], pool.group);
+  plan.launch(blocks, stream);
+  RoiAlignForward<T> forward{};
+  forward.tables = plan.tables;
+  forward.map[0] = pyramid(maps);
+  forward.group = choose_group(plan.tables, problem.boxes);
+  forward.output = output;
+  const int64_t grid = problem.boxes * groups_of(plan.tables.level[0], forward.group);
   require(grid <= kMaxBlocks, "boxes: too many for one call");
-  RAKD_LAUNCH((align_pool<T>), dim3(static_cast<unsigned>(grid)), dim3(blocks.pool),
-              pool_shared_bytes<T>(blocks.pool, plan.tables.bins[1]), stream, pool);
+  RAKD_LAUNCH((roi_align_forward<T, false>), dim3(static_cast<unsigned>(grid)), dim3(blocks.pool),
+              pool_shared_bytes<T>(blocks.pool, plan.tables.bins[1]), stream, forward);
 }
 
 template <class E, class Memory>
@@ -203,7 +203,7 @@ void align_backward_as(Memory& memory, const Problem& problem, const void* outpu
   typedef decltype(to_accum(E())) T;
   TablePlan<T> plan(problem, gradients, nullptr);
   memory.lay_out([&](auto& arena) { plan.place(arena); });
-  if (problem.boxes > 0) launch_tables(plan.tables, Numbers{}, blocks, stream);
+  plan.launch(blocks, stream);
   RoiAlignBackward<T> backward{};
   backward.tables = plan.tables;
   backward.gradient[0] = pyramid(gradients);
@@ -215,7 +215,7 @@ void align_backward_as(Memory& memory, const Problem& problem, const void* outpu
 template <class Memory>
 void align_backward(Memory& memory, const Problem& problem, const void* output_gradient, const Maps& gradients,
                     const BlockSizes& blocks, cudaStream_t stream) {
-  const Number type = gradients[0].view.type;
+  const Number type = gradients[0].type;
   const auto run = type == Number::kFloat    ? align_backward_as<float, Memory>
                    : type == Number::kDouble ? align_backward_as<double, Memory>
                    : type == Number::kHalf   ? align_backward_as<__half, Memory>
@@ -223,18 +223,16 @@ void align_backward(Memory& memory, const Problem& problem, const void* output_g
   run(memory, problem, output_gradient, gradients, blocks, stream);
 }
 
-// Scales call.data[0] to call.data[arrays - 1], whose types and counts are there; fills call.first_piece.
+// Scales call.data[0] to call.data[arrays - 1], whose types and counts are there.
 template <class T>
-void launch_scale(ScaleGradients<T> call, int arrays, cudaStream_t stream) {
-  int64_t pieces = 0;
-  for (int i = 0; i <= kMaxScaled; ++i) {
-    call.first_piece[i] = pieces;
-    if (i >= arrays) continue;
-    const int64_t of_piece = kScaleThreads * (kVectorBytes / element_bytes(call.type[i]));
-    pieces += (call.count[i] + of_piece - 1) / of_piece;
+void launch_scale(const ScaleGradients<T>& call, int arrays, cudaStream_t stream) {
+  int64_t most = 0;  // blocks of the largest array
+  for (int i = 0; i < arrays; ++i) {
+    const int64_t of_block = kScaleThreads * (kVectorBytes / element_bytes(call.type[i]));
+    most = std::max(most, (call.count[i] + of_block - 1) / of_block);
   }
-  if (pieces == 0) return;
-  const dim3 grid(static_cast<unsigned>(pieces < kScaleBlocks ? pieces : kScaleBlocks));
+  if (most == 0) return;
+  const dim3 grid(static_cast<unsigned>(std::min(most, kScaleBlocks)), static_cast<unsigned>(arrays));
   RAKD_LAUNCH((scale_gradients<T>), grid, dim3(kScaleThreads), 0, stream, call);
 }
 

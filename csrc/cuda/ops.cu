@@ -106,11 +106,9 @@ Tensor level_weights(Tensors boxes, DoubleList strides, int64_t assignment, doub
   const Stream on(boxes[0]);
   const Tensor weights = empty(boxes[0], {given.call.boxes, given.call.preparation.levels},
                                is_double ? ScalarType::Double : ScalarType::Float);
-  if (is_double) {
-    launch_level_weights(given.call, given.lists, static_cast<double*>(weights.data_ptr()), on.stream);
-  } else {
-    launch_level_weights(given.call, given.lists, static_cast<float*>(weights.data_ptr()), on.stream);
-  }
+  with_accumulation_type(is_double, [&](auto zero) {
+    launch_level_weights(given.call, given.lists, static_cast<decltype(zero)*>(weights.data_ptr()), on.stream);
+  });
   RAKD_CHECK_LAUNCH();
   return weights;
 }
@@ -134,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensors> distill_as(const Tensors& apprentice, const 
   for (size_t l = 0; l < expert.size(); ++l) {
     STD_TORCH_CHECK(expert[l].size(1) == apprentice[l].size(1), "expert: expected ", apprentice[l].size(1),
                     " channels on level ", l, " as apprentice, got ", expert[l].size(1));
-    for (const Maps& maps : call.map) is_double = is_double || maps[l].view.type == Number::kDouble;
+    for (const Maps& maps : call.map) is_double = is_double || maps[l].type == Number::kDouble;
   }
   call.problem = make_problem(rows, index, like.size(0), like, strides, output_size, sampling_ratio);
   call.problem.strides[1] = expert_strides;
@@ -151,19 +149,16 @@ std::tuple<Tensor, Tensor, Tensors> distill_as(const Tensors& apprentice, const 
   Tensors made;
   for (int side = 0; side < 2; ++side) {
     if (!wanted[side]) continue;
-    for (const Tensor& t : empty_gradients(side == 0 ? apprentice : expert)) {
-      call.gradient[side].push_back(map_view(t, "gradients"));
-      made.push_back(t);
+    for (const Tensor& map : side == 0 ? apprentice : expert) {
+      made.push_back(empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, is_channels_last(map)));
+      call.gradient[side].push_back(map_view(made.back(), "gradients"));
     }
   }
   call.total = total.data_ptr();
   call.losses = gradients ? nullptr : losses.data_ptr();
   Workspace workspace(like);
-  if (is_double) {
-    distill<double>(workspace, call, BlockSizes{}, on.stream);
-  } else {
-    distill<float>(workspace, call, BlockSizes{}, on.stream);
-  }
+  with_accumulation_type(is_double,
+                         [&](auto zero) { distill<decltype(zero)>(workspace, call, BlockSizes{}, on.stream); });
   RAKD_CHECK_LAUNCH();
   return {total, losses, made};
 }
@@ -186,18 +181,6 @@ std::tuple<Tensor, Tensors> distill_gradient(Tensors apprentice, Tensors expert,
   return {total, gradients};
 }
 
-template <class T>
-void scale_as(const Tensors& gradients, const Tensor& factor, cudaStream_t stream) {
-  ScaleGradients<T> call{};
-  call.factor = static_cast<const T*>(factor.data_ptr());
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    call.data[i] = gradients[i].data_ptr();
-    call.type[i] = number_type(gradients[i], "gradients");
-    call.count[i] = gradients[i].numel();
-  }
-  launch_scale(call, static_cast<int>(gradients.size()), stream);
-}
-
 void scale_gradients(Tensors gradients, Tensor factor) {
   STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= kMaxScaled, "gradients: expected 1 to ", kMaxScaled,
                   " maps");
@@ -212,11 +195,16 @@ void scale_gradients(Tensors gradients, Tensor factor) {
                     "factor: expected float64 as some gradients are, got float32");
   }
   const Stream on(gradients[0]);
-  if (is_double) {
-    scale_as<double>(gradients, factor, on.stream);
-  } else {
-    scale_as<float>(gradients, factor, on.stream);
-  }
+  with_accumulation_type(is_double, [&](auto zero) {
+    ScaleGradients<decltype(zero)> call{};
+    call.factor = static_cast<const decltype(zero)*>(factor.data_ptr());
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      call.data[i] = gradients[i].data_ptr();
+      call.type[i] = number_type(gradients[i], "gradients");
+      call.count[i] = gradients[i].numel();
+    }
+    launch_scale(call, static_cast<int>(gradients.size()), on.stream);
+  });
   RAKD_CHECK_LAUNCH();
 }
 
@@ -235,11 +223,9 @@ Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, In
   const Stream on(like);
   const Tensor output = empty_map(like, {rows.size(0), like.size(1), output_size[0], output_size[1]}, false);
   Workspace workspace(like);
-  if (like.scalar_type() == ScalarType::Double) {
-    gpu::align<double>(workspace, problem, maps, output.data_ptr(), BlockSizes{}, on.stream);
-  } else {
-    gpu::align<float>(workspace, problem, maps, output.data_ptr(), BlockSizes{}, on.stream);
-  }
+  with_accumulation_type(like.scalar_type() == ScalarType::Double, [&](auto zero) {
+    gpu::align<decltype(zero)>(workspace, problem, maps, output.data_ptr(), BlockSizes{}, on.stream);
+  });
   RAKD_CHECK_LAUNCH();
   return output;
 }

@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -39,6 +41,7 @@ class Workspace {
   template <class F>
   void lay_out(const F& f) {
     f(*this);
+    bytes_ = std::max<int64_t>(bytes_, 1);  // kernels may assume that no pointer is null
     tensor_ = torch::stable::empty({bytes_}, ScalarType::Byte, std::nullopt, device_);
     memory_ = static_cast<unsigned char*>(tensor_->data_ptr());
     bytes_ = 0;
@@ -57,31 +60,25 @@ inline bool same_device(const Tensor& t, const Tensor& like) {
 }
 
 inline Number number_type(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Number::kFloat;
-    case ScalarType::Double:
-      return Number::kDouble;
-    case ScalarType::Half:
-      return Number::kHalf;
-    case ScalarType::BFloat16:
-      return Number::kBFloat16;
-    case ScalarType::Byte:
-      return Number::kUInt8;
-    case ScalarType::Char:
-      return Number::kInt8;
-    case ScalarType::Short:
-      return Number::kInt16;
-    case ScalarType::Int:
-      return Number::kInt32;
-    case ScalarType::Long:
-      return Number::kInt64;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected floating-point numbers or integers");
-  }
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half,  ScalarType::BFloat16,
+                                   ScalarType::Byte,  ScalarType::Char,   ScalarType::Short, ScalarType::Int,
+                                   ScalarType::Long};  // in the order of Number
+  const auto found = std::find(std::begin(kTypes), std::end(kTypes), t.scalar_type());
+  STD_TORCH_CHECK(found != std::end(kTypes), name, ": expected floating-point numbers or integers");
+  return static_cast<Number>(found - std::begin(kTypes));
 }
 
 inline bool is_floating(Number type) { return type <= Number::kBFloat16; }
+
+// Calls f(T()) with the accumulation type.
+template <class F>
+void with_accumulation_type(bool is_double, const F& f) {
+  if (is_double) {
+    f(double());
+  } else {
+    f(float());
+  }
+}
 
 // Numbers [n] or [n, m] on the device of `like`.
 inline Numbers numbers(const Tensor& t, const Tensor& like, const char* name) {
@@ -104,7 +101,9 @@ inline Map map_view(const Tensor& t, const char* name) {
                   ": expected rows less than 2^31 elements long and apart, got strides ", t.stride(2), " and ",
                   t.stride(3), " for ", t.size(3), " columns");
   return Map{MapView{t.data_ptr(), t.stride(0), t.stride(1), static_cast<uint32_t>(t.stride(2)),
-                     static_cast<uint32_t>(t.stride(3)), type, static_cast<int32_t>(t.size(1))},
+                     static_cast<uint32_t>(t.stride(3))},
+             type,
+             static_cast<int32_t>(t.size(1)),
              {t.size(2), t.size(3)}};
 }
 
@@ -119,15 +118,6 @@ inline Maps map_views(const std::vector<Tensor>& maps, const Tensor& like, const
     views.push_back(map_view(t, name));
   }
   return views;
-}
-
-// Tensors as the maps have them, unwritten.
-inline std::vector<Tensor> empty_gradients(const std::vector<Tensor>& maps) {
-  std::vector<Tensor> gradients;
-  for (const Tensor& t : maps) {
-    gradients.push_back(empty_map(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, is_channels_last(t)));
-  }
-  return gradients;
 }
 
 inline Problem make_problem(const Tensor& rows, const Tensor& index, int64_t images, const Tensor& like,

@@ -80,7 +80,7 @@ class Train:
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
         from rakd.detector.detector import Detector
-        from rakd.distill.learner import Learner
+        from rakd.distill.model import DistillationModel
         from rakd.training.processes import start_processes, wait_for_all
         from rakd.training.trainer import Trainer
 
@@ -118,7 +118,7 @@ class Train:
             if processes.main:
                 print(f"{self.detector}: {detector.loaded}", flush=True)
             Trainer(
-                Learner(detector),
+                DistillationModel(detector),
                 dataset,
                 settings,
                 self.out,

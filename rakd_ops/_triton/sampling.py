@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 MOST_SAMPLES = tl.constexpr(9.0e15)  # kMaxSamples in csrc/geometry.h: one more could not be told from it
-INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -98,7 +97,7 @@ def sample_bins(
     bin_size = (tl.load(corner + 2) * scale - 0.5 - start) / bins
     adaptive = tl.minimum(tl.ceil(bin_size), MOST_SAMPLES)
     samples = tl.where(sampling_ratio > 0, tl.cast(sampling_ratio, tl.float64), adaptive)
-    samples = tl.where((bin_size >= 0.0) & (bin_size < INFINITY), samples, 0.0)
+    samples = tl.where(bin_size >= 0.0, samples, 0.0)  # false for NaN; an infinite bin's positions touch no cell
     shares = tl.maximum(samples, 1.0)
     bin_start = start + p * bin_size
     from_first = 0.5 * bin_size / shares

@@ -1,4 +1,4 @@
-"""What a machine with a GPU runs, as far as one without can: the script's flow, and its programs on the CPU.
+"""The script for a machine with a GPU, as far as one without can run it: its flow, and its programs on the CPU.
 
 ``test_standing_in.py`` has the imports with the packages of such a machine alone.
 """

@@ -39,7 +39,9 @@ Maps maps_of(const Arrays& arrays) {
   Maps maps;
   for (const Array& a : arrays) {
     maps.push_back(Map{MapView{a.data, a.stride[0], a.stride[1], static_cast<uint32_t>(a.stride[2]),
-                               static_cast<uint32_t>(a.stride[3]), a.type, static_cast<int32_t>(a.size[1])},
+                               static_cast<uint32_t>(a.stride[3])},
+                       a.type,
+                       static_cast<int32_t>(a.size[1]),
                        {a.size[2], a.size[3]}});
   }
   return maps;
@@ -109,9 +111,8 @@ bool run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradi
   distillation.losses = has_gradients ? nullptr : losses.data;
   distillation.total = total.data;
   Memory memory;
-  const bool gram = total.type == Number::kDouble
-                        ? distill<double>(memory, distillation, block_sizes(call), nullptr)
-                        : distill<float>(memory, distillation, block_sizes(call), nullptr);
+  const bool gram = total.type == Number::kDouble ? distill<double>(memory, distillation, block_sizes(call), nullptr)
+                                                  : distill<float>(memory, distillation, block_sizes(call), nullptr);
   memory.check();
   return gram;
 }
