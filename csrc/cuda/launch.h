@@ -32,22 +32,21 @@ struct BlockSizes {
   int tables = 64, pool = kPoolThreads, sum = 256, backward = kBackwardThreads, gram = kGramThreads;
 };
 
-// One level's maps.
+// One level's maps [B, C, H, W]; strides in elements.
 struct Map {
-  MapView view;
+  void* data;
   Number type;
-  int32_t channels;
-  int64_t size[2];  // rows, columns
+  int64_t size[4], stride[4];
 };
 typedef std::vector<Map> Maps;  // [levels], or empty: not wanted
 
 struct Problem {
-  int64_t boxes = 0, images = 0;
+  int64_t boxes, images;
   std::vector<double> strides[2];  // of the apprentice's and of the expert's levels, pixels a cell
-  int64_t bins[2] = {1, 1};        // y, x
-  int64_t sampling_ratio = 2;
-  const double* rows = nullptr;    // [boxes, 5 + levels]
-  const int32_t* index = nullptr;  // [images + 1 + boxes]
+  int64_t bins[2];                 // y, x
+  int64_t sampling_ratio;
+  const double* rows;    // [boxes, 5 + levels]
+  const int32_t* index;  // [images + 1 + boxes]
 };
 
 inline void require(bool good, const char* message) {
@@ -57,7 +56,9 @@ inline void require(bool good, const char* message) {
 inline Pyramid pyramid(const Maps& maps) {
   Pyramid result{};
   for (size_t l = 0; l < maps.size(); ++l) {
-    result.level[l] = maps[l].view;
+    const int64_t* stride = maps[l].stride;
+    result.level[l] =
+        MapView{maps[l].data, stride[0], stride[1], static_cast<uint32_t>(stride[2]), static_cast<uint32_t>(stride[3])};
     result.type[l] = maps[l].type;
   }
   return result;
@@ -85,10 +86,10 @@ struct TablePlan {
     const int64_t bins = problem.bins[0] * problem.bins[1];
     for (size_t l = 0; l < maps.size(); ++l) {
       Level& level = tables.level[l];
-      const auto same = [&](int axis) { return maps[l].size[axis] == (*expert)[l].size[axis]; };
+      const auto same = [&](int axis) { return maps[l].size[2 + axis] == (*expert)[l].size[2 + axis]; };
       const bool shared = !expert || (same(0) && same(1) && problem.strides[0][l] == problem.strides[1][l]);
       level.sides = shared ? 1 : 2;
-      level.channels = maps[l].channels;
+      level.channels = static_cast<int32_t>(maps[l].size[1]);
       level.pooled = pooled;
       level.first = slice_bytes;
       pooled += problem.boxes * channel_blocks(level.channels) * kChannelBlock * bins;
@@ -96,7 +97,7 @@ struct TablePlan {
       int64_t bytes = 0;
       for (int i = 0; i < 2 * level.sides; ++i) {
         const int side = i / 2, axis = i % 2;
-        const int64_t size = (side == 0 ? maps[l] : (*expert)[l]).size[axis];
+        const int64_t size = (side == 0 ? maps[l] : (*expert)[l]).size[2 + axis];
         const AxisCapacity capacity = axis_capacity(size, problem.bins[axis], problem.sampling_ratio);
         const int64_t band = bands ? gram_band_capacity(capacity.cells, problem.sampling_ratio) : 0;
         const int64_t values = capacity.weights + capacity.cells * band;
@@ -236,19 +237,15 @@ void launch_scale(const ScaleGradients<T>& call, int arrays, cudaStream_t stream
   RAKD_LAUNCH((scale_gradients<T>), grid, dim3(kScaleThreads), 0, stream, call);
 }
 
-// A call's boxes: one [K, 5], or a list [K_b, 4] for each image.
-struct BoxLists {
-  bool whole;
-  std::vector<Numbers> list;
-  std::vector<int64_t> count;
-};
-
 // Calls f(call, boxes) for each launch, whose parameters hold up to kMaxLists lists.
 template <class F>
-void for_each_launch(PrepareBoxes call, const BoxLists& boxes, const F& f) {
+void for_each_launch(const Preparation& preparation, const BoxLists& boxes, const F& f) {
+  PrepareBoxes call{};
+  call.preparation = preparation;
+  call.boxes = boxes.total;
   const size_t total = boxes.list.size();
   for (size_t first = 0; first < total; first += kMaxLists) {
-    const size_t lists = total - first < kMaxLists ? total - first : kMaxLists;
+    const size_t lists = std::min<size_t>(total - first, kMaxLists);
     call.lists = boxes.whole ? 0 : static_cast<int32_t>(lists);
     call.first_image = static_cast<int32_t>(first);
     if (first > 0) call.first_box[0] = call.first_box[kMaxLists];
@@ -264,21 +261,24 @@ inline dim3 prepare_grid(int64_t threads) {
   return dim3(static_cast<unsigned>((threads + kPrepareThreads - 1) / kPrepareThreads));
 }
 
-// call: preparation, boxes and results.
-inline void launch_prepare(const PrepareBoxes& call, const BoxLists& boxes, cudaStream_t stream) {
-  for_each_launch(call, boxes, [&](const PrepareBoxes& part, int64_t count) {
-    const int64_t ranges = part.lists == 0 ? part.preparation.images + 1 : 0;  // threads of their own
-    const int64_t threads = part.lists == 0 || count > part.lists ? count + ranges : part.lists + 1;
+// rows, index: see PrepareBoxes.
+inline void launch_prepare(const Preparation& preparation, const BoxLists& boxes, double* rows, int32_t* index,
+                           cudaStream_t stream) {
+  for_each_launch(preparation, boxes, [&](PrepareBoxes& call, int64_t count) {
+    call.rows = rows;
+    call.index = index;
+    // Ranges of images have threads of their own.
+    const int64_t threads = boxes.whole ? count + preparation.images + 1 : std::max<int64_t>(count, call.lists + 1);
     RAKD_LAUNCH(prepare_boxes, prepare_grid(threads), dim3(kPrepareThreads), kPrepareThreads * sizeof(int32_t), stream,
-                part);
+                call);
   });
 }
 
 template <class T>
-void launch_level_weights(const PrepareBoxes& call, const BoxLists& boxes, T* weights, cudaStream_t stream) {
-  for_each_launch(call, boxes, [&](const PrepareBoxes& part, int64_t count) {
+void launch_level_weights(const Preparation& preparation, const BoxLists& boxes, T* weights, cudaStream_t stream) {
+  for_each_launch(preparation, boxes, [&](const PrepareBoxes& call, int64_t count) {
     if (count == 0) return;
-    RAKD_LAUNCH((box_level_weights<T>), prepare_grid(count), dim3(kPrepareThreads), 0, stream, part, weights);
+    RAKD_LAUNCH((box_level_weights<T>), prepare_grid(count), dim3(kPrepareThreads), 0, stream, call, weights);
   });
 }
 
