@@ -3,7 +3,7 @@
 //
 //   prepare_boxes            1 launch, before all others
 //   loss and its gradient    build_tables, roi_align_forward, roi_align_backward; or build_tables, gram_gradient
-//   loss alone               build_tables, roi_align_forward, sum_losses
+//   loss alone               build_tables, roi_align_forward, roi_align_backward with no block but that of the losses
 //   pooling                  build_tables, roi_align_forward; its gradient: build_tables, roi_align_backward
 //   backward of the loss     scale_gradients, or the first line again where the factor must be in the weights
 #pragma once
@@ -29,7 +29,7 @@ constexpr int64_t kScaleBlocks = 1024;         // at most; they end at once wher
 // at most the values here, and `backward` may nowhere take more shared memory than kSharedBytes. Results are right for
 // any others as well (the tests run several).
 struct BlockSizes {
-  int tables = 64, pool = kPoolThreads, sum = 256, backward = kBackwardThreads, gram = kGramThreads;
+  int tables = 64, pool = kPoolThreads, backward = kBackwardThreads, gram = kGramThreads;
 };
 
 // One level's maps [B, C, H, W]; strides in elements.
@@ -79,7 +79,7 @@ struct TablePlan {
     tables.levels = static_cast<int32_t>(maps.size());
     tables.images = static_cast<int32_t>(problem.images);
     tables.sampling_ratio = static_cast<int32_t>(problem.sampling_ratio);
-    tables.bands = bands;
+    tables.with_bands = bands;
     tables.rows = problem.rows;
     tables.index = problem.index;
     for (int axis = 0; axis < 2; ++axis) tables.bins[axis] = static_cast<int32_t>(problem.bins[axis]);
@@ -130,19 +130,35 @@ struct TablePlan {
   }
 };
 
-// Channel blocks that one pooling block takes, of `entries` (box, level) or boxes.
-template <class T>
-int32_t choose_group(const Tables<T>& tables, int64_t entries) {
-  int64_t most = 1;
-  for (int l = 0; l < tables.levels; ++l) most = std::max<int64_t>(most, channel_blocks(tables.level[l].channels));
-  const int64_t groups = entries > 0 ? std::max<int64_t>(1, kTargetBlocks / entries) : 1;
-  return static_cast<int32_t>((most + groups - 1) / groups);
+// Sets call.group and returns the blocks of roi_align_forward<T, kLoss>.
+template <bool kLoss, class T>
+unsigned choose_blocks(RoiAlignForward<T>& call) {
+  const Tables<T>& tables = call.tables;
+  const int levels = kLoss ? tables.levels : 1;  // pooling takes all levels of a box at once, which are as wide
+  int64_t most = 1, count = 0;
+  for (int l = 0; l < levels; ++l) most = std::max<int64_t>(most, channel_blocks(tables.level[l].channels));
+  const int64_t groups = std::max<int64_t>(1, kTargetBlocks / std::max<int64_t>(1, tables.boxes * levels));
+  call.group = static_cast<int32_t>((most + groups - 1) / groups);
+  for (int l = 0; l < levels; ++l) count += tables.boxes * groups_of(tables.level[l], call.group);
+  require(count <= kMaxBlocks, "boxes: too many for one call");
+  return static_cast<unsigned>(count);
 }
 
-// Tiles of so many rows and columns, for all images and channel blocks of `channels` channels.
-inline int64_t tile_count(int64_t images, const AxisLayout* axis, int64_t channel_blocks, int64_t rows,
-                          int64_t columns) {
-  return images * channel_blocks * ((axis[0].size + rows - 1) / rows) * ((axis[1].size + columns - 1) / columns);
+template <bool kLoss, class T>
+void launch_forward(const RoiAlignForward<T>& call, unsigned grid, const BlockSizes& blocks, cudaStream_t stream) {
+  static_assert(sizeof(call) <= 4096, "parameters of a kernel");
+  if (grid == 0) return;
+  const size_t bytes = pool_shared_bytes<T>(blocks.pool, call.tables.bins[1]);
+  RAKD_LAUNCH((roi_align_forward<T, kLoss>), dim3(grid), dim3(blocks.pool), bytes, stream, call);
+}
+
+// Tiles of so many channels, rows and columns, for all images.
+template <class T>
+int64_t tile_count(const Tables<T>& tables, const Level& level, int side, int64_t channels, int64_t rows,
+                   int64_t columns) {
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  const AxisLayout* axis = level.axis[side];
+  return tables.images * parts(level.channels, channels) * parts(axis[0].size, rows) * parts(axis[1].size, columns);
 }
 
 // Fills call.first_tile, writes the gradients that have memory, and adds the losses where call.sum has a total. E: see
@@ -155,28 +171,16 @@ void launch_backward(RoiAlignBackward<T> call, const BlockSizes& blocks, cudaStr
   for (int map = 0; map < 2 * tables.levels; ++map) {
     const int side = map / tables.levels, l = map % tables.levels;
     const Level& level = tables.level[l];
-    const bool wanted = level.sides == 1 ? side == 0 : call.gradient[side].level[l].data != nullptr;
-    call.first_tile[map] = static_cast<int32_t>(tiles);
-    if (wanted) {
-      tiles += tile_count(tables.images, level.axis[side], channel_blocks(level.channels), blocks.backward / 32,
-                          kTileColumns);
-    }
+    const auto has = [&](int of) { return call.gradient[of].level[l].data != nullptr; };
+    const bool wanted = level.sides == 1 ? side == 0 && (has(0) || has(1)) : has(side);
+    if (wanted) tiles += tile_count(tables, level, side, kChannelBlock, blocks.backward / 32, kTileColumns);
     require(tiles <= kMaxBlocks, "maps: too many images, channels, rows and columns for one call");
+    call.first_tile[map + 1] = static_cast<int32_t>(tiles);
   }
-  call.first_tile[2 * tables.levels] = static_cast<int32_t>(tiles);
   const int64_t grid = tiles + (call.sum.total ? 1 : 0);
   if (grid == 0) return;
   RAKD_LAUNCH((roi_align_backward<T, E>), dim3(static_cast<unsigned>(grid)), dim3(blocks.backward),
               backward_shared_bytes<T>(blocks.backward), stream, call);
-}
-
-// Thread blocks of roi_align_forward for the loss.
-template <class T>
-int64_t distill_blocks(const Tables<T>& tables, int32_t group) {
-  int64_t count = 0;
-  for (int l = 0; l < tables.levels; ++l) count += tables.boxes * groups_of(tables.level[l], group);
-  require(count <= kMaxBlocks, "boxes: too many for one call");
-  return count;
 }
 
 // Memory: lay_out(f) calls f(memory), as often as it needs, and memory.take<U>(count) gives arrays of the workspace.
@@ -190,38 +194,27 @@ void align(Memory& memory, const Problem& problem, const Maps& maps, void* outpu
   RoiAlignForward<T> forward{};
   forward.tables = plan.tables;
   forward.map[0] = pyramid(maps);
-  forward.group = choose_group(plan.tables, problem.boxes);
   forward.output = output;
-  const int64_t grid = problem.boxes * groups_of(plan.tables.level[0], forward.group);
-  require(grid <= kMaxBlocks, "boxes: too many for one call");
-  RAKD_LAUNCH((roi_align_forward<T, false>), dim3(static_cast<unsigned>(grid)), dim3(blocks.pool),
-              pool_shared_bytes<T>(blocks.pool, plan.tables.bins[1]), stream, forward);
-}
-
-template <class E, class Memory>
-void align_backward_as(Memory& memory, const Problem& problem, const void* output_gradient, const Maps& gradients,
-                       const BlockSizes& blocks, cudaStream_t stream) {
-  typedef decltype(to_accum(E())) T;
-  TablePlan<T> plan(problem, gradients, nullptr);
-  memory.lay_out([&](auto& arena) { plan.place(arena); });
-  plan.launch(blocks, stream);
-  RoiAlignBackward<T> backward{};
-  backward.tables = plan.tables;
-  backward.gradient[0] = pyramid(gradients);
-  backward.output_gradient = output_gradient;
-  launch_backward<T, E>(backward, blocks, stream);
+  const unsigned grid = choose_blocks<false>(forward);
+  launch_forward<false>(forward, grid, blocks, stream);
 }
 
 // output_gradient: of the gradients' element type, which is one for all levels.
 template <class Memory>
 void align_backward(Memory& memory, const Problem& problem, const void* output_gradient, const Maps& gradients,
                     const BlockSizes& blocks, cudaStream_t stream) {
-  const Number type = gradients[0].type;
-  const auto run = type == Number::kFloat    ? align_backward_as<float, Memory>
-                   : type == Number::kDouble ? align_backward_as<double, Memory>
-                   : type == Number::kHalf   ? align_backward_as<__half, Memory>
-                                             : align_backward_as<__nv_bfloat16, Memory>;
-  run(memory, problem, output_gradient, gradients, blocks, stream);
+  with_element_type<double>(gradients[0].type, [&](auto element) {
+    typedef decltype(element) E;
+    typedef decltype(to_accum(element)) T;
+    TablePlan<T> plan(problem, gradients, nullptr);
+    memory.lay_out([&](auto& arena) { plan.place(arena); });
+    plan.launch(blocks, stream);
+    RoiAlignBackward<T> backward{};
+    backward.tables = plan.tables;
+    backward.gradient[0] = pyramid(gradients);
+    backward.output_gradient = output_gradient;
+    launch_backward<T, E>(backward, blocks, stream);
+  });
 }
 
 // Scales call.data[0] to call.data[arrays - 1], whose types and counts are there.

@@ -59,7 +59,7 @@ Problem problem_of(const Call& call) {
 }
 
 BlockSizes block_sizes(const Call& call) {
-  return BlockSizes{call.threads[0], call.threads[1], call.threads[2], call.threads[3], call.threads[4]};
+  return BlockSizes{call.threads[0], call.threads[1], call.threads[2], call.threads[3]};
 }
 
 rakd::BoxLists lists_of(const Boxes& boxes) {

@@ -353,7 +353,7 @@ ROWS, INDEX = torch.zeros(12, 9, dtype=torch.float64), torch.zeros(15, dtype=tor
     ("changes", "message"),
     [
         ({"apprentice": []}, "apprentice: expected 1 to 16 maps"),
-        ({"apprentice": [MAP] * 17}, "apprentice: expected 1 to 16 maps, got 17"),
+        ({"apprentice": [MAP] * 17}, "apprentice: expected 1 to 16 maps, one per stride, got 17"),
         ({"apprentice": [MAP[0]] * 4}, "apprentice: expected maps"),
         ({"expert": [MAP] * 3}, "expert: expected 1 to 16 maps, one per stride"),
         ({"expert_strides": [4.0]}, "expert: expected 1 to 16 maps, one per stride"),
