@@ -100,7 +100,7 @@ bench probe-batch8 60 --backends cuda --baselines torchvision difference --workl
   --dtypes bfloat16
 for workload in train train19; do
   with_tool ncu "profile-$workload" 60 ncu --clock-control none --set full \
-    --kernel-name 'regex:prepare|tables|pool|backward|gram|scale_gradients|sum_losses' \
+    --kernel-name 'regex:prepare|tables|pool|backward|gram|scale_gradients' \
     "$python" -m benchmarks.gpu_steps hot "$workload"
 done
 for form in pooled gram; do # which of them is chosen by shape has only been counted

@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensors> distill(const Tensors& apprentice, const Ten
   call.boxes = box_rows(rows, index, maps[0].batch, static_cast<int64_t>(maps.size()));
   const int64_t count = call.boxes.count;
   if (factor) {
-    const Numbers given = numbers(*factor, "factor");
+    const Numbers given = numbers(*factor, rows, "factor");
     STD_TORCH_CHECK(factor->dim() == 0 || (factor->dim() == 1 && factor->size(0) == count),
                     "factor: expected shape [] or [", count, "]");
     for (int64_t k = 0; k < count; ++k) call.factor.push_back(given.at(k, 0));

@@ -1,49 +1,14 @@
-// Reads the arguments of the CPU ops off torch tensors, with the checks that memory safety needs whoever calls (the
-// Python layer has better messages and cannot look at values under torch.compile), and makes the tensors of their
-// results.
+// Arguments of the CPU ops as the plans and kernels take them, and the tensors of their results.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <iterator>
-#include <vector>
-
-#include "../maps.h"
-#include "../prepare.h"
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace rakd {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using DoubleList = std::vector<double>;
-using IntList = std::vector<int64_t>;
-
-constexpr int64_t kMaxCount = 10000;                   // bins and samples along one axis
-constexpr int64_t kMaxCells = (int64_t(1) << 31) - 2;  // rows or columns of a map; the tables count in 32 bits
-
 inline PlanOptions plan_options(const IntList& output_size, int64_t sampling_ratio) {
-  const auto good = [](int64_t n) { return n >= 1 && n <= kMaxCount; };
-  STD_TORCH_CHECK(output_size.size() == 2 && good(output_size[0]) && good(output_size[1]),
-                  "output_size: expected two numbers from 1 to ", kMaxCount);
-  STD_TORCH_CHECK(sampling_ratio >= 0 && sampling_ratio <= kMaxCount, "sampling_ratio: expected a number from 0 to ",
-                  kMaxCount, ", got ", sampling_ratio);
+  check_sampling(output_size, sampling_ratio);
   return PlanOptions{output_size[0], output_size[1], sampling_ratio};
-}
-
-inline Number number_type(ScalarType type, const char* name) {
-  constexpr ScalarType kTypes[] = {ScalarType::Float,    ScalarType::Double, ScalarType::Half,
-                                   ScalarType::BFloat16, ScalarType::Byte,   ScalarType::Char,
-                                   ScalarType::Short,    ScalarType::Int,    ScalarType::Long};  // in Number's order
-  const auto* found = std::find(std::begin(kTypes), std::end(kTypes), type);
-  STD_TORCH_CHECK(found != std::end(kTypes), name, ": expected a floating-point or integer dtype");
-  return static_cast<Number>(found - kTypes);
 }
 
 // A batch of maps of one level: [B, C, H, W] with any strides.
@@ -63,16 +28,9 @@ struct MapBatch {
 using Maps = std::vector<MapBatch>;
 
 inline MapBatch map_batch(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.is_cpu(), name, ": expected CPU maps [B, C, H, W]");
-  const ScalarType type = t.scalar_type();
-  const Number element = number_type(type, name);
-  STD_TORCH_CHECK(element <= Number::kBFloat16, name, ": expected float32, float64, float16 or bfloat16");
-  for (int i = 1; i < 4; ++i) {
-    STD_TORCH_CHECK(t.size(i) >= 1 && t.size(i) <= kMaxCells, name,
-                    ": expected 1 to 2^31 - 2 channels, rows and columns, got ", t.size(i), " in dimension ", i);
-  }
+  const Number element = check_map(t, t, name);
   return MapBatch{static_cast<char*>(t.data_ptr()),
-                  type,
+                  t.scalar_type(),
                   element,
                   static_cast<int64_t>(t.element_size()),
                   t.size(0),
@@ -85,36 +43,16 @@ inline MapBatch map_batch(const Tensor& t, const char* name) {
 
 // One map per stride, fine to coarse.
 inline Maps map_batches(const Tensors& tensors, const DoubleList& strides, const char* name) {
-  STD_TORCH_CHECK(!tensors.empty() && tensors.size() <= kMaxLevels && tensors.size() == strides.size(), name,
-                  ": expected 1 to ", kMaxLevels, " maps, one per stride, got ", tensors.size(), " maps and ",
-                  strides.size(), " strides");
+  check_maps(tensors, strides, tensors, name);
   Maps maps;
-  maps.reserve(tensors.size());
-  for (const Tensor& t : tensors) {
-    maps.push_back(map_batch(t, name));
-    STD_TORCH_CHECK(maps.back().batch == maps[0].batch, name, ": expected maps of one batch size");
-  }
+  for (const Tensor& t : tensors) maps.push_back(map_batch(t, name));
   return maps;
-}
-
-// [n] or [n, m] numbers of any real dtype.
-inline Numbers numbers(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() <= 2, name, ": expected a CPU tensor of at most two dimensions");
-  static const double none = 0.0;  // for an empty tensor, which has no memory
-  Numbers result{t.numel() > 0 ? t.data_ptr() : &none, number_type(t.scalar_type(), name), {}};
-  for (int64_t i = 0; i < t.dim(); ++i) result.stride[i] = t.stride(i);
-  return result;
 }
 
 // Checks rows and index, the outputs of prepare_boxes.
 inline BoxRows box_rows(const Tensor& rows, const Tensor& index, int64_t images, int64_t levels) {
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == 5 + levels && rows.scalar_type() == ScalarType::Double &&
-                      rows.is_contiguous() && rows.is_cpu(),
-                  "rows: expected contiguous float64 [K, ", 5 + levels, "] on the CPU");
+  check_rows(rows, index, images, levels, rows);
   const int64_t count = rows.size(0);
-  STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == images + 1 + count && index.scalar_type() == ScalarType::Int &&
-                      index.is_contiguous() && index.is_cpu(),
-                  "index: expected contiguous int32 [", images + 1 + count, "], images + 1 + K, on the CPU");
   const auto* begin = static_cast<const int32_t*>(index.data_ptr());
   const BoxRows boxes{static_cast<const double*>(rows.data_ptr()), begin, begin + images + 1, count, images, levels};
   STD_TORCH_CHECK(begin[0] >= 0, "index: expected no negative number, got ", begin[0]);
@@ -129,9 +67,7 @@ inline BoxRows box_rows(const Tensor& rows, const Tensor& index, int64_t images,
       const double* row = boxes.row(k);
       STD_TORCH_CHECK(row[0] == static_cast<double>(b), "rows: expected image ", b, " as in index, got ", row[0],
                       " in row ", k);
-      const bool finite =
-          row[1] - row[1] == 0.0 && row[2] - row[2] == 0.0 && row[3] - row[3] == 0.0 && row[4] - row[4] == 0.0;
-      STD_TORCH_CHECK(finite && row[1] <= row[3] && row[2] <= row[4],
+      STD_TORCH_CHECK(std::all_of(row + 1, row + 5, is_finite_number) && row[1] <= row[3] && row[2] <= row[4],
                       "rows: expected finite numbers with x1 <= x2 and y1 <= y2 in row ", k);
       previous = k;
     }

@@ -23,8 +23,9 @@ RAKD_HD int64_t element_bytes(Number type) { return type == Number::kDouble ? 8 
 
 // Calls f(E()) for the element type E that `type` names. Kernels do so outside of their loops. A call that sums in
 // float has no float64 maps, so its kernels have no code for them.
+RAKD_ANY_CALLER
 template <class T, class F>
-__device__ __forceinline__ void with_element_type(Number type, const F& f) {
+__host__ __device__ __forceinline__ void with_element_type(Number type, const F& f) {
   if (type == Number::kHalf) {
     f(__half());
   } else if (type == Number::kBFloat16) {

@@ -39,7 +39,7 @@ class Difference {
   typedef decltype(to_accum(E())) T;
 
   __device__ Difference(const Pyramid (&map)[2], int level, int32_t image, int32_t channel, int32_t channels)
-      : channels_(channels - channel < kQuad ? channels - channel : kQuad) {
+      : channels_(min(channels - channel, kQuad)) {
     constexpr uint32_t kWord = alignof(Group) / sizeof(E);
     for (int i = 0; i < 2; ++i) {
       const MapView& view = map[i].level[level];
@@ -125,24 +125,21 @@ template <class T>
 __device__ void make_fragment(const Tables<T>& tables, int level, const Tile& tile, const TileBox& at, int32_t part,
                               const Rectangle& held, Fragment<T>* fragment) {
   const int32_t lane = int32_t(threadIdx.x) % 32;
-  const Bands<T> y = bands_of(tables, level, 0, at.box), x = bands_of(tables, level, 1, at.box);
+  const Bands<T> y = tables.bands(level, 0, at.box), x = tables.bands(level, 1, at.box);
   const CellRange own_rows = at.row_range(), own_columns = at.column_range(), rows = y.coupled(own_rows);
   const int32_t t = own_columns.begin + lane;
   const CellRange band = t < own_columns.end ? CellRange{x.begin[t], x.end[t]} : CellRange{0, 0};
   int32_t widest = band.end - band.begin;
-  for (int step = 16; step > 0; step /= 2) {
-    const int32_t other = __shfl_xor_sync(0xffffffffu, widest, step);
-    widest = other > widest ? other : widest;
-  }
+  for (int step = 16; step > 0; step /= 2) widest = max(widest, __shfl_xor_sync(0xffffffffu, widest, step));
   const int32_t cell_parts = (widest + kFragmentCells - 1) / kFragmentCells;
   const int32_t row_parts = (rows.end - rows.begin + kFragmentRows - 1) / kFragmentRows;
   const int32_t skipped = part % cell_parts * kFragmentCells,
                 first_row = rows.begin + part / cell_parts * kFragmentRows;
-  const int32_t left_rows = rows.end - first_row, row_count = left_rows < kFragmentRows ? left_rows : kFragmentRows;
+  const int32_t row_count = min(rows.end - first_row, kFragmentRows);
   const bool staged = held.holds(cells_needed(y, x, at));
   if (lane == 0) {
     fragment->rows = part < cell_parts * row_parts ? row_count : 0;
-    fragment->widest = widest - skipped < kFragmentCells ? widest - skipped : kFragmentCells;
+    fragment->widest = min(widest - skipped, kFragmentCells);
     fragment->parts = cell_parts * row_parts;
     fragment->staged = staged ? 1 : 0;
     fragment->box = at.box;
@@ -153,8 +150,8 @@ __device__ void make_fragment(const Tables<T>& tables, int level, const Tile& ti
   for (int32_t i = lane; i < row_count * kGramRows; i += 32) fragment->weight_y[i / kGramRows][i % kGramRows] = T(0);
   __syncwarp();
   if (t < own_columns.end) {
-    const int32_t left = band.end - band.begin - skipped, column = x.cell[t] - tile.left;
-    const int32_t length = left < 0 ? 0 : left < kFragmentCells ? left : kFragmentCells;
+    const int32_t column = x.cell[t] - tile.left;
+    const int32_t length = max(min(band.end - band.begin - skipped, kFragmentCells), 0);
     fragment->length[column] = static_cast<unsigned char>(length);
     fragment->first[column] = band.begin + skipped;
     for (int32_t s = 0; s < length; ++s) {

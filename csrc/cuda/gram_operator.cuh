@@ -132,7 +132,7 @@ __device__ __forceinline__ void apply_fragment(const GramGradient<E>& call, int 
     return;
   }
   const Difference<E> difference(call.map, level, image, channel, call.tables.level[level].channels);
-  const int32_t* cell = bands_of(call.tables, level, 1, fragment.box).cell + fragment.first[column];
+  const int32_t* cell = call.tables.bands(level, 1, fragment.box).cell + fragment.first[column];
   for (int32_t row = 0; row < fragment.rows; ++row) {
     T middle[kQuad] = {T(0), T(0), T(0), T(0)};
     RAKD_ROLLED
@@ -205,8 +205,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
     const int32_t place = rank_in_block(meets, reinterpret_cast<int32_t*>(memory.sums), &found);
     if (meets) {
       memory.tile_boxes[place] = own;
-      const Rectangle needed =
-          cells_needed(bands_of(tables, level, 0, own.box), bands_of(tables, level, 1, own.box), own);
+      const Rectangle needed = cells_needed(tables.bands(level, 0, own.box), tables.bands(level, 1, own.box), own);
       atomicMin(memory.bounds, needed.top);
       atomicMin(memory.bounds + 1, needed.left);
       atomicMin(memory.bounds + 2, -needed.bottom);
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
   const int32_t x = tile.left + int32_t(threadIdx.x) % kGramColumns;
   if (real && x < width) {
     const Difference<E> difference(call.map, level, tile.image, channel, shape.channels);
-    const int32_t channels = shape.channels - channel < kQuad ? shape.channels - channel : kQuad;
+    const int32_t channels = min(shape.channels - channel, kQuad);
     RAKD_UNROLL
     for (int r = 0; r < kGramRows; ++r) {
       const int32_t y = tile.top + r;

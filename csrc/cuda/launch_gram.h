@@ -25,17 +25,12 @@ struct Distillation {
   void* total = nullptr;   // out [1]; both of the accumulation type
 };
 
-inline int64_t gram_channel_blocks(int32_t channels, const BlockSizes& blocks) {
-  const int64_t together = blocks.gram / kGramColumns * kQuad;
-  return (channels + together - 1) / together;
-}
-
 // Whether a training step takes the Gram form, with these tables: by shapes alone, where both networks' maps agree in
 // them and all maps in their element type. Where it is asked for, it is still refused where its workspace would be
 // larger than that of pooled differences and not small either, as for adaptive sampling on large maps, whose bands have
 // no bound but the map.
 template <class T>
-bool choose_gram(const Distillation& call, const TablePlan<T>& plan, const BlockSizes& blocks) {
+bool choose_gram(const Distillation& call, const TablePlan<T>& plan, const BlockSizes& blocks, int32_t* first_tile) {
   const Tables<T>& tables = plan.tables;
   if (call.algorithm == Algorithm::kPooled || call.problem.boxes == 0 || !plan.fits) return false;
   if (call.gradient[0].empty() && call.gradient[1].empty()) return false;
@@ -45,32 +40,29 @@ bool choose_gram(const Distillation& call, const TablePlan<T>& plan, const Block
     const Level& level = tables.level[l];
     const Number type = call.map[0][0].type;
     if (level.sides == 2 || call.map[0][l].type != type || call.map[1][l].type != type) return false;
-    tiles +=
-        tile_count(tables.images, level.axis[0], gram_channel_blocks(level.channels, blocks), kGramRows, kGramColumns);
+    tiles += tile_count(tables, level, 0, blocks.gram / kGramColumns * kQuad, kGramRows, kGramColumns);
+    if (tiles > kMaxBlocks) return false;
+    first_tile[l + 1] = static_cast<int32_t>(tiles);
     for (const AxisLayout& axis : level.axis[0]) values += tables.boxes * axis.values;
   }
-  return tiles <= kMaxBlocks && (values <= kMinValues || values <= plan.pooled);
+  return values <= kMinValues || values <= plan.pooled;
 }
 
+// first_tile: as choose_gram() left it.
 template <class E, class T, class Memory>
-void distill_gram(Memory& memory, const Distillation& call, TablePlan<T>& plan, const BlockSizes& blocks,
-                  cudaStream_t stream) {
+void distill_gram(Memory& memory, const Distillation& call, TablePlan<T>& plan, const int32_t* first_tile,
+                  const BlockSizes& blocks, cudaStream_t stream) {
   static_assert(sizeof(GramGradient<E>) <= 4096, "parameters of a kernel");
   static_assert(kStageCells <= kMaxStageCells, "cells of the stage are divided by its columns");
-  const Tables<T>& tables = plan.tables;
   GramGradient<E> gradient{};
-  for (int l = 0; l < tables.levels; ++l) {
-    const int64_t tiles = tile_count(tables.images, tables.level[l].axis[0],
-                                     gram_channel_blocks(tables.level[l].channels, blocks), kGramRows, kGramColumns);
-    gradient.first_tile[l + 1] = gradient.first_tile[l] + static_cast<int32_t>(tiles);
-  }
-  const dim3 grid(static_cast<unsigned>(gradient.first_tile[tables.levels]));
+  std::copy_n(first_tile, kMaxLevels + 1, gradient.first_tile);
+  const dim3 grid(static_cast<unsigned>(first_tile[plan.tables.levels]));
   memory.lay_out([&](auto& arena) {
     plan.place(arena);
     gradient.partial = arena.template take<double>(grid.x);
     gradient.finished = plan.build.finished = arena.template take<int32_t>(1);
   });
-  gradient.tables = tables;
+  gradient.tables = plan.tables;
   for (int side = 0; side < 2; ++side) {
     gradient.map[side] = pyramid(call.map[side]);
     gradient.gradient[side] = pyramid(call.gradient[side]);
@@ -88,47 +80,38 @@ template <class T, class Memory>
 bool distill(Memory& memory, const Distillation& call, const BlockSizes& blocks, cudaStream_t stream) {
   TablePlan<T> with_bands(call.problem, call.map[0], &call.map[1], true);
   with_bands.build.factor = call.factor;
-  if (choose_gram(call, with_bands, blocks)) {
-    const Number type = call.map[0][0].type;
+  int32_t first_tile[kMaxLevels + 1] = {0};
+  if (choose_gram(call, with_bands, blocks, first_tile)) {
+    const auto run = [&](auto element) {
+      distill_gram<decltype(element)>(memory, call, with_bands, first_tile, blocks, stream);
+    };
     if constexpr (sizeof(T) == sizeof(double)) {
-      distill_gram<double>(memory, call, with_bands, blocks, stream);
-    } else if (type == Number::kHalf) {
-      distill_gram<__half>(memory, call, with_bands, blocks, stream);
-    } else if (type == Number::kBFloat16) {
-      distill_gram<__nv_bfloat16>(memory, call, with_bands, blocks, stream);
+      run(double());
     } else {
-      distill_gram<float>(memory, call, with_bands, blocks, stream);
+      with_element_type<T>(call.map[0][0].type, run);
     }
     return true;
   }
   const bool gradients = !call.gradient[0].empty() || !call.gradient[1].empty();
   TablePlan<T> plan(call.problem, call.map[0], &call.map[1]);
   plan.build.factor = call.factor;
-  static_assert(sizeof(RoiAlignForward<T>) <= 4096, "parameters of a kernel");
   RoiAlignForward<T> forward{};
-  forward.group = choose_group(plan.tables, plan.tables.boxes * plan.tables.levels);
-  const dim3 grid(static_cast<unsigned>(distill_blocks(plan.tables, forward.group)));
+  forward.tables = plan.tables;
+  const unsigned grid = choose_blocks<true>(forward);
   memory.lay_out([&](auto& arena) {
     plan.place(arena);
-    forward.partial = arena.template take<double>(grid.x);
+    forward.partial = arena.template take<double>(grid);
     if (gradients) forward.pooled = arena.template take<T>(plan.pooled);
   });
-  forward.tables = plan.tables;
+  forward.tables = plan.tables;  // with their memory
   for (int side = 0; side < 2; ++side) forward.map[side] = pyramid(call.map[side]);
   plan.launch(blocks, stream);
-  const size_t bytes = pool_shared_bytes<T>(blocks.pool, plan.tables.bins[1]);
-  if (grid.x > 0) RAKD_LAUNCH((roi_align_forward<T, true>), grid, dim3(blocks.pool), bytes, stream, forward);
-  const SumLosses<T> sum{forward.partial, forward.group, static_cast<T*>(call.losses), static_cast<T*>(call.total)};
-  if (!gradients) {
-    const size_t sums = blocks.sum / 32 * sizeof(double);
-    RAKD_LAUNCH((sum_losses<T>), dim3(1), dim3(blocks.sum), sums, stream, plan.tables, sum);
-    return false;
-  }
-  RoiAlignBackward<T> backward{};
+  launch_forward<true>(forward, grid, blocks, stream);
+  RoiAlignBackward<T> backward{};  // adds the losses even where no gradient is wanted
   backward.tables = plan.tables;
   for (int side = 0; side < 2; ++side) backward.gradient[side] = pyramid(call.gradient[side]);
   backward.pooled = forward.pooled;
-  backward.sum = sum;
+  backward.sum = {forward.partial, forward.group, static_cast<T*>(call.losses), static_cast<T*>(call.total)};
   launch_backward<T, void>(backward, blocks, stream);
   return false;
 }

@@ -3,7 +3,7 @@
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
 //   __popc; atomicAdd and atomicMin(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at
-//   most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP.
+//   most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP, RAKD_ANY_CALLER.
 #pragma once
 
 #if defined(RAKD_EMULATE)
@@ -14,6 +14,7 @@
 #define RAKD_ROLLED
 #define RAKD_OPAQUE(pointer)
 #define RAKD_KEEP(pointer)
+#define RAKD_ANY_CALLER
 
 #else
 
@@ -21,6 +22,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+// Before a template for host and device whose functors are for either alone.
+#define RAKD_ANY_CALLER _Pragma("nv_exec_check_disable")
 // Before a loop whose array must stay in registers.
 #define RAKD_UNROLL _Pragma("unroll")
 // Before a loop that is not worth more code.

@@ -117,16 +117,16 @@ template <class T>
 __device__ bool find_tile_box(const Tables<T>& tables, int side, int level, int64_t box, const Tile& tile,
                               TileBox* found) {
   if (box < 0) return false;
-  const int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
+  const int32_t* extent = tables.extent(side, level, box);
   if (!extent_meets(extent, tables.boxes, tile)) return false;
-  const AxisTable<T> y = axis_table(tables, side, level, 0, box), x = axis_table(tables, side, level, 1, box);
+  const AxisTable<T> y = tables.axis(side, level, 0, box), x = tables.axis(side, level, 1, box);
   found->box = int32_t(box);
   found->row = lower_bound(y.cell, *y.count, tile.top);
   found->rows = support_bits(y.cell, found->row, *y.count, tile.top, tile.rows);
   found->column = lower_bound(x.cell, *x.count, tile.left);
   found->columns = support_bits(x.cell, found->column, *x.count, tile.left, tile.columns);
   if (found->rows == 0 || found->columns == 0) return false;
-  const CellBins<T>* columns = cell_bins(tables, side, level, 1, box);
+  const CellBins<T>* columns = tables.columns(side, level, 1, box);
   const CellBins<T>& last = columns[found->column + __popc(found->columns) - 1];
   found->first_bin = columns[found->column].first;
   found->end_bin = last.first + last.count;
@@ -252,8 +252,7 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1)
   const int32_t height = axis[0].size, width = axis[1].size;
   const Tile tile(number - call.first_tile[map], tables.images, height, width, warps, kTileColumns);
   const int32_t y = tile.top + warp, x = tile.left + lane, first_channel = tile.channel_block * kChannelBlock;
-  const int32_t channels =
-      shape.channels - first_channel < kChannelBlock ? shape.channels - first_channel : kChannelBlock;
+  const int32_t channels = min(shape.channels - first_channel, kChannelBlock);
 
   T sum[kChannelBlock];
   RAKD_UNROLL
@@ -289,10 +288,10 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1)
       CellBins<T> column_cell{};
       if (at.columns >> lane & 1) column_cell = reinterpret_cast<const CellBins<T>*>(of_box + x_offset)[column];
       // A cell that feeds more bins than CellBins stores finds their weights in the rows of R.
-      const auto table = [&](int axis) { return axis_table(tables, side, level, axis, int64_t(box)); };
+      const auto table = [&](int axis) { return tables.axis(side, level, axis, int64_t(box)); };
       int32_t done = 0;  // of the lane's bins
       for (int32_t left = at.first_bin; left < at.end_bin; left += kRowBins) {
-        const int32_t count = at.end_bin - left < kRowBins ? at.end_bin - left : kRowBins;
+        const int32_t count = min(at.end_bin - left, kRowBins);
         if constexpr (kPooled) {
           static_assert(kChannelBlock == 32, "each lane has a channel");
           const T* from = pooled + box * pooled_apart + int64_t(row_cell.first * bins_x + left) * kChannelBlock + lane;

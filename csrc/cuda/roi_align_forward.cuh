@@ -137,10 +137,11 @@ template <bool kDifference, class T, class F>
 __device__ __forceinline__ void pool_column(const Tables<T>& tables, int side, int level, const Patch& at,
                                             const Pyramid* map, const F& f) {
   const int64_t image = int64_t(tables.rows[at.box * (5 + tables.levels)]);
+  const MapView &first = map[0].level[level], &second = map[kDifference ? 1 : 0].level[level];
   with_element_type<T>(map->type[level], [&](auto element) {
-    Column<T, decltype(element), kDifference> column(
-        axis_table(tables, side, level, 0, at.box), axis_table(tables, side, level, 1, at.box), at.bin_x, image,
-        at.channel, map->level[level], map[kDifference ? 1 : 0].level[level]);
+    Column<T, decltype(element), kDifference> column(tables.axis(side, level, 0, at.box),
+                                                     tables.axis(side, level, 1, at.box), at.bin_x, image, at.channel,
+                                                     first, second);
     for (int32_t q = 0; q < at.height; ++q) f(q, column(at.top + q));
   });
 }
@@ -203,12 +204,11 @@ __global__ void __launch_bounds__(kPoolThreads, kLoss && sizeof(T) == 8 ? 4 : 6)
   const int32_t step = columns * kPitch, blocks = channel_blocks(shape.channels);
   double sum = 0.0;
   for (int32_t block = first; block < first + call.group && block < blocks; ++block) {
-    const int32_t left_over = shape.channels - block * kChannelBlock;
-    const int32_t count = left_over < kChannelBlock ? left_over : kChannelBlock;
+    const int32_t count = min(shape.channels - block * kChannelBlock, kChannelBlock);
     for (int32_t left = 0; left < bins_x; left += columns) {
-      const int32_t width = bins_x - left < columns ? bins_x - left : columns;
+      const int32_t width = min(bins_x - left, columns);
       for (int32_t top = 0; top < bins_y; top += kStageBins) {
-        const int32_t height = bins_y - top < kStageBins ? bins_y - top : kStageBins;
+        const int32_t height = min(bins_y - top, kStageBins);
         const bool real = thread.used && thread.column < width && thread.channel < count;
         const Patch patch{box, block * kChannelBlock + thread.channel, left + thread.column, top, height};
         T squares = T(0);                       // few enough for T; double is slow on many GPUs
@@ -293,13 +293,6 @@ __device__ void add_losses(const Tables<T>& tables, const SumLosses<T>& call, do
   }
   sum = block_sum(sum, sums);
   if (threadIdx.x == 0) *call.total = T(sum);
-}
-
-// The sum by itself, where there is no gradient kernel to do it.
-template <class T>
-__global__ void sum_losses(Tables<T> tables, SumLosses<T> call) {
-  RAKD_SHARED(shared);
-  add_losses(tables, call, reinterpret_cast<double*>(shared));
 }
 
 }  // namespace gpu

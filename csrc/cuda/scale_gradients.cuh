@@ -19,32 +19,31 @@ struct ScaleGradients {
   int64_t count[kMaxScaled];  // elements of each
 };
 
-template <class E, class T>
-__device__ __forceinline__ void scale_array(E* data, int64_t count, T factor) {
-  constexpr int kCount = kVectorBytes / sizeof(E);
-  typedef ChannelGroup<E, kCount> Vector;
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
-  const int64_t step = int64_t(gridDim.x) * kScaleThreads * kCount;
-  for (int64_t first = (int64_t(blockIdx.x) * kScaleThreads + threadIdx.x) * kCount; first < count; first += step) {
-    if (aligned && first + kCount <= count) {
-      Vector* place = reinterpret_cast<Vector*>(data + first);
-      Vector values = *place;
-      RAKD_UNROLL
-      for (int i = 0; i < kCount; ++i) from_accum(T(to_accum(values.value[i])) * factor, &values.value[i]);
-      *place = values;
-    } else {
-      for (int64_t i = first; i < first + kCount && i < count; ++i) from_accum(T(to_accum(data[i])) * factor, data + i);
-    }
-  }
-}
-
 // Block (vectors in turns, array).
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads) scale_gradients(ScaleGradients<T> call) {
   const T factor = *call.factor;
   if (factor == T(1)) return;
+  const int64_t count = call.count[blockIdx.y];
   with_element_type<T>(call.type[blockIdx.y], [&](auto element) {
-    scale_array(static_cast<decltype(element)*>(call.data[blockIdx.y]), call.count[blockIdx.y], factor);
+    typedef decltype(element) E;
+    constexpr int kCount = kVectorBytes / sizeof(E);
+    typedef ChannelGroup<E, kCount> Vector;
+    E* data = static_cast<E*>(call.data[blockIdx.y]);
+    const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
+    const auto scale = [&](E& value) { from_accum(T(to_accum(value)) * factor, &value); };
+    const int64_t step = int64_t(gridDim.x) * kScaleThreads * kCount;
+    for (int64_t first = (int64_t(blockIdx.x) * kScaleThreads + threadIdx.x) * kCount; first < count; first += step) {
+      if (aligned && first + kCount <= count) {
+        Vector* place = reinterpret_cast<Vector*>(data + first);
+        Vector values = *place;
+        RAKD_UNROLL
+        for (int i = 0; i < kCount; ++i) scale(values.value[i]);
+        *place = values;
+      } else {
+        for (int64_t i = first; i < first + kCount && i < count; ++i) scale(data[i]);
+      }
+    }
   });
 }
 

@@ -48,53 +48,6 @@ struct alignas(16) CellBins {
   T weight[kStored];
 };
 
-// All that kernels know of a call's boxes, shapes and options.
-template <class T>
-struct Tables {
-  int64_t boxes;  // K
-  int32_t levels, images;
-  int32_t bins[2];  // y, x
-  int32_t sampling_ratio;
-  bool bands;             // slices hold bands as well, for the Gram form; all levels then have one side
-  const double* rows;     // [K, 5 + levels], see ../prepare.h
-  const int32_t* index;   // [images + 1 + K]: ranges of images, then box numbers in the order of images
-  unsigned char* slices;  // out: per level [K] slices
-  int32_t* extents;       // out [2, levels, kExtent, K]; by boxes last, as neighbouring threads read neighbouring boxes
-  double* scales;         // out [levels, K]: weight * normalizer * factor; 0: the box is not read on that level
-  Level level[kMaxLevels];
-};
-
-// The support of a box: image (-1: the box puts nothing here), first and last row, first and last column.
-constexpr int kExtent = 5;
-
-// A slice holds for each side and axis: CellBins [cells], T [values], and integers: those of axis_table.h, bands' ends.
-template <class T>
-RAKD_HD int64_t axis_bytes(int64_t cells, int64_t values, int64_t bins) {
-  return (cells * int64_t(sizeof(CellBins<T>)) + values * int64_t(sizeof(T)) + (2 + 4 * cells + 3 * bins) * 4 + 15) /
-         16 * 16;
-}
-
-template <class T>
-RAKD_HD CellBins<T>* cell_bins(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
-  const Level& at = tables.level[level];
-  return reinterpret_cast<CellBins<T>*>(tables.slices + at.first + box * at.bytes + at.axis[side][axis].offset);
-}
-
-template <class T>
-RAKD_HD AxisTable<T> axis_table(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
-  const AxisLayout& at = tables.level[level].axis[side][axis];
-  const int32_t bins = tables.bins[axis];
-  AxisTable<T> table;
-  table.pool = reinterpret_cast<T*>(cell_bins(tables, side, level, axis, box) + at.cells);
-  table.count = reinterpret_cast<int32_t*>(table.pool + at.values);
-  table.cell = table.count + 1;
-  table.cell_bin = table.cell + at.cells;
-  table.bin_cell = table.cell_bin + at.cells;
-  table.bin_offset = table.bin_cell + bins;
-  table.bin_new = table.bin_offset + bins + 1;
-  return table;
-}
-
 // The Gram bands of one axis of a box (../gram_table.h).
 template <class T>
 struct Bands {
@@ -109,15 +62,58 @@ struct Bands {
   RAKD_HD CellRange coupled(const CellRange& cells) const { return CellRange{begin[cells.begin], end[cells.end - 1]}; }
 };
 
+// A slice holds for each side and axis: CellBins [cells], T [values], and integers: those of axis_table.h, bands' ends.
 template <class T>
-RAKD_HD Bands<T> bands_of(const Tables<T>& tables, int level, int axis, int64_t box) {
-  const AxisLayout& at = tables.level[level].axis[0][axis];
-  const AxisTable<T> table = axis_table(tables, 0, level, axis, box);
-  const int64_t pitch = gram_band_capacity(at.cells, tables.sampling_ratio);
-  int32_t* begin = table.bin_new + tables.bins[axis];
-  return Bands<T>{table.count,   table.cell, begin, begin + at.cells, table.pool + at.values - at.cells * pitch,
-                  int32_t(pitch)};
+RAKD_HD int64_t axis_bytes(int64_t cells, int64_t values, int64_t bins) {
+  return (cells * int64_t(sizeof(CellBins<T>)) + values * int64_t(sizeof(T)) + (2 + 4 * cells + 3 * bins) * 4 + 15) /
+         16 * 16;
 }
+
+// The support of a box: image (-1: the box puts nothing here), first and last row, first and last column.
+constexpr int kExtent = 5;
+
+// All that kernels know of a call's boxes, shapes and options.
+template <class T>
+struct Tables {
+  int64_t boxes;  // K
+  int32_t levels, images;
+  int32_t bins[2];  // y, x
+  int32_t sampling_ratio;
+  bool with_bands;        // slices hold bands as well, for the Gram form; all levels then have one side
+  const double* rows;     // [K, 5 + levels], see ../prepare.h
+  const int32_t* index;   // [images + 1 + K]: ranges of images, then box numbers in the order of images
+  unsigned char* slices;  // out: per level [K] slices
+  int32_t* extents;       // out [2, levels, kExtent, K]; by boxes last, as neighbouring threads read neighbouring boxes
+  double* scales;         // out [levels, K]: weight * normalizer * factor; 0: the box is not read on that level
+  Level level[kMaxLevels];
+
+  RAKD_HD CellBins<T>* columns(int side, int l, int y_or_x, int64_t box) const {
+    const int64_t offset = level[l].axis[side][y_or_x].offset;
+    return reinterpret_cast<CellBins<T>*>(slices + level[l].first + box * level[l].bytes + offset);
+  }
+
+  RAKD_HD AxisTable<T> axis(int side, int l, int y_or_x, int64_t box) const {
+    const AxisLayout& at = level[l].axis[side][y_or_x];
+    T* pool = reinterpret_cast<T*>(columns(side, l, y_or_x, box) + at.cells);
+    int32_t* count = reinterpret_cast<int32_t*>(pool + at.values);
+    int32_t *cell_bin = count + 1 + at.cells, *bin_cell = cell_bin + at.cells, *bin_offset = bin_cell + bins[y_or_x];
+    return AxisTable<T>{count, count + 1, cell_bin, bin_cell, bin_offset, bin_offset + bins[y_or_x] + 1, pool};
+  }
+
+  RAKD_HD Bands<T> bands(int l, int y_or_x, int64_t box) const {
+    const AxisLayout& at = level[l].axis[0][y_or_x];
+    const AxisTable<T> own = axis(0, l, y_or_x, box);
+    const int32_t pitch = int32_t(gram_band_capacity(at.cells, sampling_ratio));
+    int32_t* begin = own.bin_new + bins[y_or_x];
+    T* value = own.pool + at.values - int64_t(at.cells) * pitch;
+    return Bands<T>{own.count, own.cell, begin, begin + at.cells, value, pitch};
+  }
+
+  // Its values lie `boxes` apart.
+  RAKD_HD int32_t* extent(int side, int l, int64_t box) const {
+    return extents + int64_t(side * levels + l) * kExtent * boxes + box;
+  }
+};
 
 template <class T>
 struct BuildTables {
@@ -152,11 +148,11 @@ __device__ CellBins<T> find_cell_bins(const AxisTable<T>& table, int32_t bins, i
 // Leaves the support of a box on one level and side; the image -1 where it is empty.
 template <class T>
 __device__ void store_extent(const Tables<T>& tables, int side, int level, int64_t box, int32_t image) {
-  int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
+  int32_t* extent = tables.extent(side, level, box);
   extent[0] = -1;
   if (image < 0) return;
   for (int axis = 0; axis < 2; ++axis) {
-    const AxisTable<T> table = axis_table(tables, side, level, axis, box);
+    const AxisTable<T> table = tables.axis(side, level, axis, box);
     if (*table.count == 0) return;
     extent[(1 + 2 * axis) * tables.boxes] = table.cell[0];
     extent[(2 + 2 * axis) * tables.boxes] = table.cell[*table.count - 1];
@@ -167,8 +163,8 @@ __device__ void store_extent(const Tables<T>& tables, int side, int level, int64
 // Leaves the bands of one axis of a box, a cell of the support each thread.
 template <class T>
 __device__ void store_bands(const Tables<T>& tables, int level, int axis, int64_t box) {
-  const AxisTable<T> table = axis_table(tables, 0, level, axis, box);
-  const Bands<T> bands = bands_of(tables, level, axis, box);
+  const AxisTable<T> table = tables.axis(0, level, axis, box);
+  const Bands<T> bands = tables.bands(level, axis, box);
   for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) {
     const CellRange band = gram_band(table, tables.bins[axis], t);
     bands.begin[t] = band.begin;
@@ -203,7 +199,7 @@ __global__ void build_tables(BuildTables<T> call) {
   const auto for_each_bin = [&](const auto& f) {
     for (int32_t i = threadIdx.x; i < shape.sides * bins; i += blockDim.x) {
       const int side = i / bins, axis = i % bins < tables.bins[0] ? 0 : 1;
-      f(axis_table(tables, side, level, axis, box),
+      f(tables.axis(side, level, axis, box),
         box_samples(row, axis, call.stride[side][level], tables.bins[axis], tables.sampling_ratio),
         shape.axis[side][axis].size, axis == 0 ? i % bins : i % bins - tables.bins[0]);
     }
@@ -213,7 +209,7 @@ __global__ void build_tables(BuildTables<T> call) {
   });
   __syncthreads();
   for (int32_t i = threadIdx.x; i < shape.sides * 2; i += blockDim.x) {
-    link_bins(shape.axis[i / 2][i % 2].size, tables.bins[i % 2], axis_table(tables, i / 2, level, i % 2, box));
+    link_bins(shape.axis[i / 2][i % 2].size, tables.bins[i % 2], tables.axis(i / 2, level, i % 2, box));
   }
   __syncthreads();
   for_each_bin([](const AxisTable<T>& table, const AxisSamples& samples, int64_t size, int32_t bin) {
@@ -221,12 +217,12 @@ __global__ void build_tables(BuildTables<T> call) {
   });
   __syncthreads();
   for (int i = 0; i < 2 * shape.sides; ++i) {
-    const AxisTable<T> table = axis_table(tables, i / 2, level, i % 2, box);
-    CellBins<T>* columns = cell_bins(tables, i / 2, level, i % 2, box);
+    const AxisTable<T> table = tables.axis(i / 2, level, i % 2, box);
+    CellBins<T>* columns = tables.columns(i / 2, level, i % 2, box);
     for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) {
       columns[t] = find_cell_bins(table, tables.bins[i % 2], t);
     }
-    if (tables.bands) store_bands(tables, level, i, box);
+    if (tables.with_bands) store_bands(tables, level, i, box);
   }
   for (int side = threadIdx.x; side < shape.sides; side += blockDim.x) {
     store_extent(tables, side, level, box, static_cast<int32_t>(row[0]));

@@ -22,7 +22,7 @@ def battery(module: ModuleType) -> None:
         for options in (
             {"boxes": 6},
             {"expert_strides": (3.0, 8.0), "channels": (33, 5)},
-            {"threads": (32, 64, 64, 64, 32)},
+            {"threads": (32, 64, 64, 32)},
             {"channels": (5, 40, 3), "strides": (4, 8, 16), "boxes": 2},
             {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
             {"sampling_ratio": 4, "strides": (2,), "output_size": (1, 1), "channels": 2},  # a bin weighs eight cells
@@ -31,7 +31,7 @@ def battery(module: ModuleType) -> None:
             Call(**options).right(module)  # type: ignore[arg-type]
         for options in (
             {"boxes": 6},
-            {"boxes": 150, "channels": 3, "size": (40, 60), "output_size": (7, 7), "threads": (64, 128, 256, 256, 64)},
+            {"boxes": 150, "channels": 3, "size": (40, 60), "output_size": (7, 7), "threads": (64, 128, 256, 64)},
             {"sampling_ratio": 0, "strides": (1,), "output_size": (2, 1), "channels": 2, "boxes": 2},
             {"size": (70, 300), "strides": (2,), "channels": 2},  # boxes that need more than the stage holds
             {"channels": (21, 5)},

@@ -41,7 +41,7 @@ Call make_call(emulator::Buffers& buffers, const py::dict& options, const py::ar
   const auto bins = options["output_size"].cast<std::vector<int64_t>>();
   const auto threads = options["threads"].cast<std::vector<int>>();
   for (int axis = 0; axis < 2; ++axis) call.bins[axis] = bins.at(axis);
-  for (int step = 0; step < 5; ++step) call.threads[step] = threads.at(step);
+  for (int step = 0; step < 4; ++step) call.threads[step] = threads.at(step);
   call.form = options["form"].cast<int>();
   call.sampling_ratio = options["sampling_ratio"].cast<int64_t>();
   call.rows = describe(buffers, {rows, int(rakd::Number::kDouble)}, kIn);

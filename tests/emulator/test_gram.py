@@ -75,7 +75,7 @@ def test_options(module: ModuleType, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_block_sizes(module: ModuleType, threads: tuple[int, ...], dtype: str) -> None:
     if dtype == "float64":  # twice 256 threads would need more shared memory than there is
-        threads = (*threads[:4], min(threads[4], 256))
+        threads = (*threads[:3], min(threads[3], 256))
     right(module, GramCall(dtype, threads=threads, output_size=(7, 7), channels=21))
 
 

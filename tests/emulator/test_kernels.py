@@ -50,7 +50,7 @@ def test_dtypes_and_layouts(module: ModuleType, dtype: str, layout: str) -> None
     {"expert_strides": (2.0, 4.0), "sampling_ratio": 0, "dtype": "float64"},
     {"batch": 3, "channels": 32},
     {"boxes": 40, "channels": 2, "size": (20, 40)},
-    {"boxes": 150, "channels": 2, "size": (20, 40), "batch": 1, "threads": (32, 64, 64, 64, 32)},  # rounds of boxes
+    {"boxes": 150, "channels": 2, "size": (20, 40), "batch": 1, "threads": (32, 64, 64, 32)},  # rounds of boxes
     {"boxes": 0},
     {"channels": (3, 70)},
     {"channels": (65, 1), "layout": "channels_last", "expert_strides": (3.0, 8.0)},  # one level shares its tables

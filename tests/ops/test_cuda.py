@@ -107,7 +107,7 @@ def test_launches(form: str, dtype: torch.dtype, weights: bool) -> None:
     ones = torch.ones_like(each)
     check(lambda: torch.autograd.grad(each, maps, ones, retain_graph=True), TRAINING[1:])
     with torch.no_grad():
-        check(loss, (*TRAINING[:3], "sum_losses"))
+        check(loss, (*TRAINING[:3], "roi_align_backward"))
         check(lambda: multilevel_roi_align(maps, boxes, **options), TRAINING[:3])
     pooled = multilevel_roi_align(maps, boxes, **options)
     of_pooled = torch.ones_like(pooled)
