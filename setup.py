@@ -9,7 +9,8 @@ Environment variables:
     RAKD_CUDA=1 / 0: build the CUDA library or fail / do not build it. Unset: build it if nvcc and a CUDA build of
         torch are there. What was decided, and why, is printed and kept in ``rakd_ops/_build_info.py``.
     CUDA_HOME: the CUDA toolkit to use.
-    TORCH_CUDA_ARCH_LIST: GPU architectures, as for torch ("8.0 9.0+PTX").
+    TORCH_CUDA_ARCH_LIST: GPU architectures, as for torch ("8.0 9.0+PTX"). They are kept in ``rakd_ops/_build_info.py``.
+    CXX: the C++ compiler, with options if need be.
     RAKD_WERROR=1: compiler warnings are errors (CI).
     MAX_JOBS: compilations at a time.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +33,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
-WARNINGS_ARE_ERRORS = os.environ.get("RAKD_WERROR") == "1"
-DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+DEFAULT_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
 # Contraction into fused multiply-adds is off in the files that compute geometry: see csrc/geometry.h.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -47,13 +48,25 @@ ISA_FLAGS = {
 }
 
 
+def switch(name: str) -> str:
+    """Return an environment variable that is "0", "1" or empty."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name}: expected 0, 1 or nothing, got {value!r}")
+    return value
+
+
+WARNINGS_ARE_ERRORS = switch("RAKD_WERROR") == "1"
+
+
 @dataclass(frozen=True)
 class CudaDecision:
-    """Whether the CUDA library is built, why, and with which toolkit."""
+    """Whether the CUDA library is built, why, with which toolkit, and where that has its static runtime."""
 
     build: bool
     reason: str
     home: Path | None = None
+    libraries: Path | None = None
 
 
 def find_cuda_home() -> tuple[Path | None, str]:
@@ -69,46 +82,76 @@ def find_cuda_home() -> tuple[Path | None, str]:
             candidates.append(Path(nvcc).resolve().parent.parent)
         candidates.append(Path("/usr/local/cuda"))
     for home in candidates:
-        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
+        # conda keeps headers and libraries below targets/, where nvcc finds them.
+        headers = [home / "include" / "cuda_runtime.h", *home.glob("targets/*/include/cuda_runtime.h")]
+        if (home / "bin" / "nvcc").is_file() and any(header.is_file() for header in headers):
             return home, f"CUDA toolkit at {home}"
     looked = ", ".join(str(home) for home in candidates)
     where = "CUDA_HOME names no CUDA toolkit" if explicit else "no CUDA toolkit"
     return None, f"{where} (looked for bin/nvcc and include/cuda_runtime.h in {looked})"
 
 
+def find_static_runtime(home: Path) -> Path | None:
+    """Find the folder of ``libcudart_static.a``: installers, conda and pip each put it elsewhere."""
+    targets = {"x86_64": ("x86_64-linux",), "aarch64": ("sbsa-linux", "aarch64-linux")}.get(platform.machine(), ())
+    folders = [home / "lib64", home / "lib", *(home / "targets" / target / "lib" for target in targets)]
+    return next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+
+
 def decide_cuda(torch_has_cuda: bool) -> CudaDecision:
     """Decide on the CUDA library from RAKD_CUDA, the toolkit and the torch that is built against."""
-    wish = os.environ.get("RAKD_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise SystemExit(f"RAKD_CUDA: expected 0, 1 or nothing, got {wish!r}")
+    wish = switch("RAKD_CUDA")
     if wish == "0":
         return CudaDecision(False, "RAKD_CUDA=0 forbids it")
     home, found = find_cuda_home()
+    libraries = None if home is None else find_static_runtime(home)
     if not any((CSRC / "cuda").glob("*.cu")):
         decision = CudaDecision(False, "this version has no CUDA kernels")
     elif not torch_has_cuda:
         decision = CudaDecision(False, "the torch it is built against has no CUDA")
     elif home is None:
         decision = CudaDecision(False, found)
+    elif libraries is None:
+        where = "lib64, lib and targets/*/lib"
+        decision = CudaDecision(False, f"the CUDA toolkit at {home} has no libcudart_static.a in {where}")
     else:
-        return CudaDecision(True, found, home)
+        return CudaDecision(True, found, home, libraries)
     if wish == "1":
         raise SystemExit(f"RAKD_CUDA=1 asks for the CUDA library, but {decision.reason}")
     return decision
 
 
-def architecture_flags(architectures: str) -> list[str]:
-    """Translate a TORCH_CUDA_ARCH_LIST into nvcc's -gencode options."""
-    flags = []
-    for entry in architectures.replace(";", " ").split():
-        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
+def list_architectures(wanted: str) -> list[str]:
+    """List what a TORCH_CUDA_ARCH_LIST asks for; ``"9.0+PTX"`` is two: ``"9.0"``, and ``"9.0+PTX"`` for its PTX."""
+    architectures = []
+    for entry in wanted.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+\.\d[af]?)(\+PTX)?", entry)
         if not match:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got {entry!r}")
-        number = match[1] + match[2] + match[3]
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[4]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        architectures += [match[1]] + [entry] * bool(match[2])
+    return list(dict.fromkeys(architectures))
+
+
+def architecture_flags(architectures: list[str]) -> list[str]:
+    """Translate architectures into nvcc's -gencode options."""
+    flags = []
+    for architecture in architectures:
+        number, ptx, _ = architecture.replace(".", "").partition("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
     return flags
+
+
+def find_compiler() -> list[str]:
+    """Return the C++ compiler, CXX if set, as the first words of a command.
+
+    Raises:
+        SystemExit: It is not there.
+    """
+    value = os.environ.get("CXX", "").strip() or "c++"
+    command = [value] if shutil.which(value) else shlex.split(value)
+    if shutil.which(command[0]) is None:
+        raise SystemExit(f"rakd_ops: no C++ compiler (CXX={value}): install GCC or Clang, or set CXX to one")
+    return command
 
 
 @dataclass(frozen=True)
@@ -132,6 +175,7 @@ class BuildLibraries(build_ext):
         self.torch_libraries = Path(torch.__file__).parent / "lib"
         self.torch_includes = [flag for path in include_paths() for flag in ("-isystem", path)]
         self.cuda = decide_cuda(torch.version.cuda is not None)
+        self.architectures = self.choose_architectures() if self.cuda.build else []
         self.distribution.ext_modules = [extension("_cpu")] + ([extension("_cuda")] if self.cuda.build else [])
         super().finalize_options()
 
@@ -139,6 +183,7 @@ class BuildLibraries(build_ext):
         """Build, and write ``_build_info.py``."""
         verdict = "is built" if self.cuda.build else "is not built"
         print(f"rakd_ops: the CUDA library {verdict}: {self.cuda.reason}", flush=True)
+        self.cxx = find_compiler()
         super().run()
         self.write_build_info()
 
@@ -158,7 +203,7 @@ class BuildLibraries(build_ext):
             # A static runtime: the user's torch may carry another CUDA version than the toolkit here.
             libraries += [
                 "-ltorch_cuda",
-                f"-L{self.cuda.home}/lib64",
+                f"-L{self.cuda.libraries}",
                 "-lcudart_static",
                 "-lrt",
                 "-ldl",
@@ -168,7 +213,7 @@ class BuildLibraries(build_ext):
         as_needed = [] if platform.system() == "Darwin" else ["-Wl,--as-needed", "-s"]
         search = f"-L{self.torch_libraries}"
         command = [
-            *self.cxx(),
+            *self.cxx,
             *shared,
             *as_needed,
             *map(str, objects),
@@ -183,10 +228,6 @@ class BuildLibraries(build_ext):
         """Return how many compilations may run at a time; the architectures of a CUDA file are one each."""
         return int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
 
-    def cxx(self) -> list[str]:
-        """Return the C++ compiler: CXX if set."""
-        return os.environ.get("CXX", "c++").split()
-
     def cpu_units(self) -> list[Unit]:
         """List the compilations of the CPU library."""
         is_x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -196,28 +237,30 @@ class BuildLibraries(build_ext):
         units = [
             Unit(CSRC / "cpu" / "kernels.cpp", (*flags, f"-DRAKD_ISA={name}"), name) for name, flags in isas.items()
         ]
-        for name in ("plan", "assemble", "dispatch", "kept_memory", "distill", "align"):
-            units.append(Unit(CSRC / "cpu" / f"{name}.cpp", (*GEOMETRY_FLAGS, *macros, *torch_flags)))
+        sources = sorted(source for source in (CSRC / "cpu").glob("*.cpp") if source.stem != "kernels")
+        units += [Unit(source, (*GEOMETRY_FLAGS, *macros, *torch_flags)) for source in sources]
         return sorted(units, key=lambda unit: unit.tag, reverse=True)  # the slow ones first
 
     def cuda_units(self) -> list[Unit]:
         """List the compilations of the CUDA library."""
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or self.default_architectures()
         flags = (
             f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}",
             "-DUSE_CUDA",
-            *architecture_flags(architectures),
+            *architecture_flags(self.architectures),
             *self.torch_includes,
         )
         return [Unit(source, flags) for source in sorted((CSRC / "cuda").glob("*.cu"))]
 
-    def default_architectures(self) -> str:
-        """Return those default architectures that this toolkit can compile for; an older one knows fewer."""
+    def choose_architectures(self) -> list[str]:
+        """Return TORCH_CUDA_ARCH_LIST, or those default architectures that this toolkit can compile for."""
+        wished = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+        if wished:
+            return list_architectures(wished)
         command = [str(self.cuda.home / "bin" / "nvcc"), "--list-gpu-arch"]
         known = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
         wanted = DEFAULT_ARCHITECTURES.removesuffix("+PTX").split()
         chosen = [arch for arch in wanted if f"compute_{arch.replace('.', '')}" in known] or wanted
-        return " ".join(chosen) + "+PTX"
+        return list_architectures(" ".join(chosen) + "+PTX")
 
     def compile_unit(self, unit: Unit, objects_dir: Path) -> Path:
         """Compile one unit unless its object is newer than all sources."""
@@ -227,7 +270,7 @@ class BuildLibraries(build_ext):
             compiler += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
             compiler += ["-Werror=all-warnings"] if WARNINGS_ARE_ERRORS else []
         else:
-            compiler = [*self.cxx(), *CXX_FLAGS, "-fPIC", *(["-Werror"] if WARNINGS_ARE_ERRORS else [])]
+            compiler = [*self.cxx, *CXX_FLAGS, "-fPIC", *(["-Werror"] if WARNINGS_ARE_ERRORS else [])]
         command = [*compiler, *unit.flags, "-c", str(unit.source), "-o", str(target)]
         record = target.with_suffix(".command")
         newest = max(path.stat().st_mtime for path in [*CSRC.rglob("*.*"), Path(__file__)])
@@ -250,13 +293,14 @@ class BuildLibraries(build_ext):
         if not self.cuda.build:  # one of an earlier build
             for stale in package.glob("_cuda*.so"):
                 stale.unlink()
-        compiler = subprocess.run([*self.cxx(), "--version"], capture_output=True, text=True, check=False)
+        compiler = subprocess.run([*self.cxx, "--version"], capture_output=True, text=True, check=False)
         info = {
             "built_against_torch": self.torch_version,
             "stable_abi_target": "2.10",
             "compiler": compiler.stdout.splitlines()[0] if compiler.stdout else "unknown",
             "cuda_built": self.cuda.build,
             "cuda_reason": self.cuda.reason,
+            "cuda_architectures": tuple(self.architectures),
         }
         lines = ['"""How the compiled libraries were built; written by setup.py."""', ""]
         lines += [f"{key} = {value!r}" for key, value in info.items()]

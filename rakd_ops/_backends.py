@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -61,16 +62,78 @@ def load_backends() -> None:
     _MISSING.update(cuda=_load_cuda(), triton=_find_triton(), cpu=_load("_cpu"), reference=None)
 
 
+def can_run(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether compiled CUDA code runs on a device.
+
+    Args:
+        architecture: ``"9.0"`` for machine code, ``"9.0+PTX"`` for PTX; ``"9.0a"`` and ``"10.0f"`` are the code of one
+            architecture and of one family.
+        capability: The device's compute capability.
+
+    Returns:
+        Machine code runs on the same major version from its minor version on, PTX on all that are as new.
+
+    Source:
+        CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    number, _, ptx = architecture.partition("+")
+    major, minor = map(int, number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return capability == (major, minor)
+    if ptx and not number.endswith("f"):
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor
+
+
+def explain_mismatch(architectures: Iterable[str], capability: tuple[int, int]) -> str | None:
+    """Return why code for none of these architectures runs on a device, or None if some does."""
+    if any(can_run(architecture, capability) for architecture in architectures):
+        return None
+    built = ", ".join(architectures) or "no architecture on record"
+    device = "{}.{}".format(*capability)
+    return f"the CUDA library was built for {built}; the device has {device}. Build with TORCH_CUDA_ARCH_LIST={device}"
+
+
+# Per device, so that it is asked once.
+_MISMATCHES: dict[int, str | None] = {}
+
+
+def _mismatch(index: int) -> str | None:
+    """Return why the CUDA library has no code for a device, or None."""
+    if index not in _MISMATCHES:
+        try:
+            capability = torch.cuda.get_device_capability(index)
+        except (RuntimeError, AssertionError):
+            return None  # fake tensors on a machine without a GPU: nothing will run here
+        architectures = build_info().get("cuda_architectures", ())
+        assert isinstance(architectures, tuple)
+        _MISMATCHES[index] = explain_mismatch(architectures, capability)
+    return _MISMATCHES[index]
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler.
+_mismatch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _why_not(backend: str) -> str | None:
     missing = _MISSING[backend]
     needs_device = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
     if missing is None and needs_device and not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    if missing is None and backend == "cuda":
+        return _mismatch(torch.cuda.current_device())
     return missing
 
 
+def _why_not_on(backend: str, device: torch.device) -> str | None:
+    """As `_why_not`, without asking whether there is a GPU: a tensor on one answers that by existing."""
+    if _MISSING[backend] is None and backend == "cuda" and device.type == "cuda":
+        return _mismatch(device.index or 0)
+    return _MISSING[backend]
+
+
 def available_backends() -> dict[str, bool | str]:
-    """Tell which backends can run here.
+    """Tell which backends can run here, on the current device where they need one.
 
     Returns:
         For each of ``"cuda"``, ``"triton"``, ``"cpu"`` and ``"reference"``: True, or the reason it is not there.
@@ -80,10 +143,11 @@ def available_backends() -> dict[str, bool | str]:
 
 
 @functools.cache
-def _warn_slow(device: str, chosen: str, better: tuple[str, ...]) -> None:
-    reasons = {name: _why_not(name) for name in better}
+def _warn_slow(device: torch.device, chosen: str, better: tuple[str, ...]) -> None:
+    reasons = {name: _why_not_on(name, device) for name in better}
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    warnings.warn(f"rakd_ops: {device} tensors are served by the slower {chosen!r} backend ({listed})", stacklevel=4)
+    message = f"rakd_ops: {device.type} tensors are served by the slower {chosen!r} backend ({listed})"
+    warnings.warn(message, stacklevel=4)
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -105,12 +169,13 @@ def choose_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     serving = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}.get(device.type, ("reference",))
     if backend == "auto":
-        chosen = next(name for name in serving if _MISSING[name] is None)
+        chosen = next(name for name in serving if _why_not_on(name, device) is None)
         if chosen != serving[0] and not torch.compiler.is_compiling():
-            _warn_slow(device.type, chosen, serving[: serving.index(chosen)])
+            _warn_slow(device, chosen, serving[: serving.index(chosen)])
         return chosen
-    if _MISSING[backend] is not None:
-        raise RuntimeError(f"backend: {backend!r} cannot run here: {_MISSING[backend]}")
+    reason = _why_not_on(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
     interpreted = backend == "triton" and TRITON_INTERPRETED and device.type == "cpu"
     if backend not in serving and not interpreted:
         raise RuntimeError(f"backend: {backend!r} cannot take tensors on device {device}")

@@ -1,151 +1,160 @@
-// CPU ops align and align_backward: multi-level RoIAlign of all images and boxes.
-#include "common.h"
+// CPU ops align and align_backward: multi-level RoIAlign of all images and boxes, and its transpose.
+#include <cstring>
+
+#include "tasks.h"
 
 namespace rakd {
 namespace {
 
-inline void run(const AlignTask<float>& task, Element element, Scratch& scratch) {
-  best_kernels().align_float(task, element, scratch);
+template <class T>
+std::vector<Plan<T>> plans_of(const Maps& maps, const BoxRows& boxes, const DoubleList& strides,
+                              const PlanOptions& options) {
+  std::vector<PlanRequest> requests;
+  for (size_t l = 0; l < maps.size(); ++l) {
+    for (int64_t b = 0; b < maps[0].batch; ++b) {
+      requests.push_back(PlanRequest{b, static_cast<int64_t>(l), strides[l], maps[l].height, maps[l].width});
+    }
+  }
+  return build_plans<T>(boxes, options, requests);
 }
-inline void run(const AlignTask<double>& task, Element element, Scratch& scratch) {
-  best_kernels().align_double(task, element, scratch);
-}
-inline void run(const AlignBackwardTask<float>& task, Element element, Scratch& scratch) {
-  best_kernels().align_backward_float(task, element, scratch);
-}
-inline void run(const AlignBackwardTask<double>& task, Element element, Scratch& scratch) {
-  best_kernels().align_backward_double(task, element, scratch);
+
+// Pooled values [K, C, bins_y, bins_x] as a map of K rows and of as many columns as there are bins.
+ImageView view_of_pooled(const Tensor& pooled, Element element) {
+  const int64_t bins = pooled.size(2) * pooled.size(3);
+  return ImageView{pooled.data_ptr(), element, bins, pooled.size(1) * bins, 1};
 }
 
 template <class T>
-void align_forward(const std::vector<MapBatch>& maps, const Boxes& boxes, const DoubleList& strides,
-                   const Options& options, Element element, void* output) {
+void align_forward(const Maps& maps, const BoxRows& boxes, const DoubleList& strides, const PlanOptions& options,
+                   const ImageView& output) {
   const int64_t levels = static_cast<int64_t>(maps.size()), batch = maps[0].batch, channels = maps[0].channels;
-  const auto scales = level_scales(boxes, nullptr, strides, options.rule, 1.0);
-  const auto plans = build_plans<T>(boxes, scales, strides, maps, options);
-  std::vector<std::vector<const Plan<T>*>> plans_of(batch);
-  std::vector<std::vector<ImageView>> views_of(batch);
-  std::vector<Item> items;
-  ScratchSizes sizes;
+  const int64_t width = block_width<T>(channels), bins = options.bins_y * options.bins_x;
+  const auto plans = plans_of<T>(maps, boxes, strides, options);
+  std::vector<ImageView> views(batch * levels);
+  Work work;
   for (int64_t b = 0; b < batch; ++b) {
-    int64_t pixels = 0, rows = 0;
+    if (boxes.begin[b] == boxes.begin[b + 1]) continue;
+    int64_t values = 0;
+    ScratchSizes sizes;
     for (int64_t l = 0; l < levels; ++l) {
       const Plan<T>& plan = plans[l * batch + b];
-      plans_of[b].push_back(&plan);
-      views_of[b].push_back(maps[l].image(b));
-      pixels += plan.pixels + kSlack;
-      rows = std::max(rows, plan.rows);
+      views[b * levels + l] = maps[l].image(b);
+      sizes.values[0] += (plan.pixels + kSlack) * width;
+      sizes.sums = std::max(sizes.sums, plan.rows * width);
+      values += plan_values(plan, bins);
     }
-    if (boxes.of_image[b].empty()) continue;
-    const int64_t width = block_width<T>(channels);
-    append_blocks(items, 0, b, channels, width);
-    ScratchSizes needed;
-    needed.values[0] = pixels * width;
-    needed.sums = rows * width;
-    needed.pooled = (options.bins() + kSlack) * width;
-    sizes.include(needed);
+    sizes.pooled = (bins + kSlack) * width;
+    work.sizes.include(sizes);
+    for_each_block(channels, width, [&](const ChannelBlock& block) { work.add(Item{0, b, block}, values * width); });
   }
-  run_tasks<T>(static_cast<int64_t>(items.size()), sizes, [&](int64_t i, Scratch& scratch) {
-    const Item& item = items[i];
-    const auto& selected = boxes.of_image[item.image];
-    const AlignTask<T> task{plans_of[item.image].data(),
-                            views_of[item.image].data(),
+  run_items<T>(work, [&](int64_t i, Scratch<T>& scratch) {
+    const Item& item = work.items[i];
+    const int32_t *begin = boxes.order + boxes.begin[item.image], *end = boxes.order + boxes.begin[item.image + 1];
+    const AlignTask<T> task{&plans[item.image],
+                            &views[item.image * levels],
+                            batch,
                             levels,
-                            selected.data(),
-                            static_cast<int64_t>(selected.size()),
+                            begin,
+                            end - begin,
                             options.bins_y,
                             options.bins_x,
                             item.channels,
-                            channels,
                             output};
-    run(task, element, scratch);
+    best_kernels<T>().align(task, scratch);
   });
 }
 
 template <class T>
-void align_gradient(const std::vector<MapBatch>& gradients, const Boxes& boxes, const DoubleList& strides,
-                    const Options& options, Element element, const void* output_gradient) {
+void align_gradient(const Maps& gradients, const BoxRows& boxes, const DoubleList& strides, const PlanOptions& options,
+                    const ImageView& output_gradient) {
   const int64_t levels = static_cast<int64_t>(gradients.size()), batch = gradients[0].batch;
-  const int64_t channels = gradients[0].channels;
-  const auto scales = level_scales(boxes, nullptr, strides, options.rule, 1.0);
-  const auto plans = build_plans<T>(boxes, scales, strides, gradients, options);
-  std::vector<Item> items;
-  ScratchSizes sizes;
-  for (int64_t l = 0; l < levels; ++l) {
-    if (!gradients[l].channels_last) continue;
-    for (int64_t b = 0; b < batch; ++b) append_clearing(items, l, b, 0, gradients[l]);
-  }
+  const int64_t channels = gradients[0].channels, width = block_width<T>(channels);
+  const int64_t bins = options.bins_y * options.bins_x;
+  const auto plans = plans_of<T>(gradients, boxes, strides, options);
+  Work work;
+  for (int64_t l = 0; l < levels; ++l) append_clearing(work, l, 0, gradients[l]);
   for (int64_t l = 0; l < levels; ++l) {
     for (int64_t b = 0; b < batch; ++b) {
       const Plan<T>& plan = plans[l * batch + b];
-      const int64_t width = block_width<T>(channels);
-      append_blocks(items, l, b, channels, width);
-      ScratchSizes needed;
-      needed.gradients[0] = (plan.pixels + kSlack) * width;
-      needed.sums = plan.rows * width;
-      needed.pooled = (options.bins() + kSlack) * width;
-      sizes.include(needed);
+      ScratchSizes sizes;
+      sizes.gradients[0] = (plan.pixels + kSlack) * width;
+      sizes.sums = plan.rows * width;
+      sizes.pooled = (bins + kSlack) * width;
+      work.sizes.include(sizes);
+      const int64_t values = plan_values(plan, bins) + gradients[l].height * gradients[l].width;
+      for_each_block(channels, width, [&](const ChannelBlock& block) { work.add(Item{l, b, block}, values * width); });
     }
   }
-  run_tasks<T>(static_cast<int64_t>(items.size()), sizes, [&](int64_t i, Scratch& scratch) {
-    const Item& item = items[i];
+  run_items<T>(work, [&](int64_t i, Scratch<T>& scratch) {
+    const Item& item = work.items[i];
     const Plan<T>& plan = plans[item.level * batch + item.image];
     if (item.clear_side >= 0) {
-      clear_untouched(plan, gradients[item.level], item.image, item);
+      clear_untouched(plan, gradients[item.level], item);
       return;
     }
-    const AlignBackwardTask<T> task{&plan,          gradients[item.level].image(item.image),
-                                    options.bins_y, options.bins_x,
-                                    item.channels,  channels,
-                                    output_gradient};
-    run(task, element, scratch);
+    const AlignBackwardTask<T> task{
+        &plan, gradients[item.level].image(item.image), options.bins_y, options.bins_x, item.channels, output_gradient};
+    best_kernels<T>().align_backward(task, scratch);
   });
 }
 
-Tensor align(std::vector<Tensor> features, Tensor boxes, DoubleList strides, IntList output_size,
-             int64_t sampling_ratio, int64_t assignment, double sigma, double canonical_size, double canonical_level) {
-  const Options options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  const auto maps = map_batches(features, "features");
-  STD_TORCH_CHECK(maps.size() == strides.size(), "strides: expected one per map");
-  const Boxes rows(boxes, maps[0].batch);
-  const ScalarType type = features[0].scalar_type();
-  Tensor output =
-      empty_in_kept_memory(features[0], {rows.count, maps[0].channels, options.bins_y, options.bins_x}, false);
-  const Element element = element_of(type);
-  if (type == ScalarType::Double) {
-    align_forward<double>(maps, rows, strides, options, element, output.data_ptr());
+// `features`, or gradients of them.
+void check_alike(const Maps& maps, const char* name) {
+  for (const MapBatch& map : maps) {
+    STD_TORCH_CHECK(map.channels == maps[0].channels && map.type == maps[0].type, name,
+                    ": expected maps of one channel count and dtype");
+  }
+}
+
+Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, IntList output_size,
+             int64_t sampling_ratio) {
+  check_environment();
+  const PlanOptions options = plan_options(output_size, sampling_ratio);
+  const Maps maps = map_batches(features, strides, "features");
+  check_alike(maps, "features");
+  const int64_t batch = maps[0].batch;
+  const BoxRows boxes = box_rows(rows, index, batch, static_cast<int64_t>(maps.size()));
+  Tensor output = empty_tensor(maps[0].type, {boxes.count, maps[0].channels, options.bins_y, options.bins_x});
+  // Boxes of no image.
+  if (boxes.begin[batch] - boxes.begin[0] < boxes.count) {
+    std::memset(output.data_ptr(), 0, output.numel() * maps[0].element_size);
+  }
+  const ImageView view = view_of_pooled(output, maps[0].element);
+  if (maps[0].element == Element::kDouble) {
+    align_forward<double>(maps, boxes, strides, options, view);
   } else {
-    align_forward<float>(maps, rows, strides, options, element, output.data_ptr());
+    align_forward<float>(maps, boxes, strides, options, view);
   }
   return output;
 }
 
 // `shapes` holds B, C, H, W of each level, `channels_last` the layout of each gradient.
-std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList shapes,
-                                   std::vector<bool> channels_last, DoubleList strides, IntList output_size,
-                                   int64_t sampling_ratio, int64_t assignment, double sigma, double canonical_size,
-                                   double canonical_level) {
-  const Options options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  STD_TORCH_CHECK(shapes.size() == 4 * strides.size() && channels_last.size() == strides.size() && !strides.empty(),
-                  "shapes: expected four numbers per map");
-  std::vector<Tensor> gradients;
+Tensors align_backward(Tensor output_gradient, Tensor rows, Tensor index, IntList shapes,
+                       std::vector<bool> channels_last, DoubleList strides, IntList output_size,
+                       int64_t sampling_ratio) {
+  check_environment();
+  const PlanOptions options = plan_options(output_size, sampling_ratio);
+  STD_TORCH_CHECK(shapes.size() == 4 * strides.size() && channels_last.size() == strides.size(),
+                  "shapes: expected four numbers per stride");
+  Tensors gradients;
   for (size_t l = 0; l < strides.size(); ++l) {
-    const std::vector<int64_t> shape(shapes.begin() + 4 * l, shapes.begin() + 4 * l + 4);
-    gradients.push_back(empty_in_kept_memory(output_gradient, shape, channels_last[l]));
+    const IntList shape(shapes.begin() + 4 * l, shapes.begin() + 4 * l + 4);
+    gradients.push_back(empty_tensor(output_gradient.scalar_type(), shape, channels_last[l]));
   }
-  const auto maps = map_batches(gradients, "shapes");
-  const Boxes rows(boxes, maps[0].batch);
+  const Maps maps = map_batches(gradients, strides, "shapes");
+  check_alike(maps, "shapes");
+  const BoxRows boxes = box_rows(rows, index, maps[0].batch, static_cast<int64_t>(maps.size()));
   const Tensor dense = torch::stable::contiguous(output_gradient);
-  STD_TORCH_CHECK(dense.dim() == 4 && dense.is_cpu() && dense.size(0) == rows.count &&
+  STD_TORCH_CHECK(dense.dim() == 4 && dense.is_cpu() && dense.size(0) == boxes.count &&
                       dense.size(1) == maps[0].channels && dense.size(2) == options.bins_y &&
                       dense.size(3) == options.bins_x,
-                  "output_gradient: expected CPU [K, C, ", options.bins_y, ", ", options.bins_x, "]");
-  const ScalarType type = output_gradient.scalar_type();
-  const Element element = element_of(type);
-  if (type == ScalarType::Double) {
-    align_gradient<double>(maps, rows, strides, options, element, dense.data_ptr());
+                  "output_gradient: expected CPU [", boxes.count, ", ", maps[0].channels, ", ", options.bins_y, ", ",
+                  options.bins_x, "]");
+  const ImageView view = view_of_pooled(dense, maps[0].element);
+  if (maps[0].element == Element::kDouble) {
+    align_gradient<double>(maps, boxes, strides, options, view);
   } else {
-    align_gradient<float>(maps, rows, strides, options, element, dense.data_ptr());
+    align_gradient<float>(maps, boxes, strides, options, view);
   }
   return gradients;
 }

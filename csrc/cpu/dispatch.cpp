@@ -1,10 +1,19 @@
 // Run-time choice of the instruction set; see dispatch.h.
 #include "dispatch.h"
 
-#include <cstring>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
 
 namespace rakd {
 namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool runs_here;
+  const KernelTable& (*kernels)();
+};
 
 #if defined(RAKD_HAS_AVX2)
 // Whether the processor converts float16, as all with AVX2 do; not all compilers have a name for it.
@@ -17,30 +26,34 @@ bool converts_halves() {
 }
 #endif
 
-const Kernels& choose() {
-  const char* wish = std::getenv("RAKD_CPU_ISA");
-  [[maybe_unused]] const auto allowed = [wish](const char* name) {
-    return !wish || !*wish || std::strcmp(wish, name) == 0;
-  };
+const KernelTable& choose() {
+  const InstructionSet sets[] = {
+      // the best first
 #if defined(RAKD_HAS_AVX512)
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && converts_halves()) {
-    return avx512::kernels();
-  }
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && converts_halves(),
+       avx512::kernels},
 #endif
 #if defined(RAKD_HAS_AVX2)
-  if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      converts_halves()) {
-    return avx2::kernels();
-  }
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves(), avx2::kernels},
 #endif
-  return baseline::kernels();
+      {"baseline", true, baseline::kernels}};
+  const char* variable = std::getenv("RAKD_CPU_ISA");
+  const std::string wanted = variable ? variable : "";
+  std::string possible;
+  for (const InstructionSet& set : sets) {
+    if (!set.runs_here) continue;
+    if (wanted.empty() || wanted == set.name) return set.kernels();
+    possible += std::string(possible.empty() ? "" : ", ") + set.name;
+  }
+  STD_TORCH_CHECK(false, "RAKD_CPU_ISA: expected one of ", possible, ", which can run here, got '", wanted, "'");
 }
 
 }  // namespace
 
-const Kernels& best_kernels() {
-  static const Kernels& chosen = choose();
+const KernelTable& kernel_table() {
+  static const KernelTable& chosen = choose();
   return chosen;
 }
 

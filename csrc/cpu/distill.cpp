@@ -1,157 +1,167 @@
 // CPU ops distill_loss and distill_gradient: the distillation loss of all levels, images and boxes.
-#include "common.h"
+//
+//   rows, index --box_plan.h--> plans of all levels and images --> tasks (level, image, block of channels) -->
+//   kernels.cpp
+#include <algorithm>
+#include <optional>
+
+#include "tasks.h"
 
 namespace rakd {
 namespace {
 
 struct Distillation {
-  const std::vector<Tensor>&apprentice, &expert;
-  const Tensor &boxes, &coefficients;
-  const DoubleList &strides, &expert_strides;
-  const Options& options;
-  bool per_box;
+  Maps maps[2];  // [levels] apprentice, expert
+  BoxRows boxes;
+  DoubleList factor;      // [K] of the boxes' weights; empty: 1
+  DoubleList strides[2];  // [levels] of each side
+  PlanOptions options;
+  bool per_box;  // losses of the boxes are wanted
   bool gradient[2];
 };
 
 struct Result {
   double total = 0.0;
-  DoubleList box_losses;
-  std::vector<Tensor> gradients;  // apprentice's, then expert's, where wanted
+  DoubleList box_losses;  // [K]
+  Tensors gradients;      // apprentice's, then expert's, where wanted
 };
-
-inline void run(DistillTask<float>& task, Element element, Scratch& scratch) {
-  best_kernels().distill_float(task, element, scratch);
-}
-inline void run(DistillTask<double>& task, Element element, Scratch& scratch) {
-  best_kernels().distill_double(task, element, scratch);
-}
 
 template <class T>
 class Job {
  public:
-  Job(const Distillation& call, const Boxes& boxes, const std::vector<MapBatch>& apprentice,
-      const std::vector<MapBatch>& expert)
-      : call_(call), boxes_(boxes), maps_{apprentice, expert} {
-    const Options& options = call.options;
+  explicit Job(const Distillation& call) : call_(call) {
+    const Maps &apprentice = call.maps[0], &expert = call.maps[1];
     levels_ = static_cast<int64_t>(apprentice.size());
     batch_ = apprentice[0].batch;
+    bool all_shared = true;
     for (int64_t l = 0; l < levels_; ++l) {
       shared_.push_back(apprentice[l].height == expert[l].height && apprentice[l].width == expert[l].width &&
-                        call.strides[l] == call.expert_strides[l]);
+                        call.strides[0][l] == call.strides[1][l]);
+      all_shared &= shared_[l];
     }
-    const double factor = 1.0 / static_cast<double>(apprentice[0].channels * options.bins());
-    const auto scales = level_scales(boxes, static_cast<const double*>(call.coefficients.data_ptr()), call.strides,
-                                     options.rule, factor);
-    // The Gram operator is of the difference of two maps, so it needs maps of one shape, and sums over the boxes.
-    gradients_wanted_ = call.gradient[0] || call.gradient[1];
-    plans_[0] = build_plans<T>(boxes, scales, call.strides, apprentice, options,
-                               call.per_box ? std::vector<bool>() : shared_, gradients_wanted_);
-    if (std::find(shared_.begin(), shared_.end(), false) != shared_.end()) {
-      plans_[1] = build_plans<T>(boxes, scales, call.expert_strides, expert, options);
-    }
+    for (int side = 0; side < (all_shared ? 1 : 2); ++side) plans_[side] = make_plans(side);
   }
 
   Result run_all() {
     Result result;
     allocate(result);
-    append_items();
-    ScratchSizes sizes;
-    for (const Item& item : items_) {
-      if (item.clear_side < 0) sizes.include(scratch_sizes(item));
-    }
-    std::vector<double> totals(items_.size(), 0.0);
-    std::vector<DoubleList> patch_losses(items_.size());
-    if (call_.per_box) {
-      for (size_t i = 0; i < items_.size(); ++i) {
-        if (items_[i].clear_side < 0) patch_losses[i].resize(plan(0, items_[i]).patch_count);
-      }
-    }
-    const Element element = element_of(call_.apprentice[0].scalar_type());
-    run_tasks<T>(static_cast<int64_t>(items_.size()), sizes, [&](int64_t i, Scratch& scratch) {
-      const Item& item = items_[i];
+    Work work;
+    append_items(work);
+    std::vector<double> totals(work.items.size(), 0.0);
+    std::vector<DoubleList> patch_losses(call_.per_box ? work.items.size() : 0);
+    run_items<T>(work, [&](int64_t i, Scratch<T>& scratch) {
+      const Item& item = work.items[i];
       if (item.clear_side >= 0) {
         const int64_t side = shared_[item.level] ? 0 : item.clear_side;
-        clear_untouched(plan(side, item), gradients_[item.clear_side][item.level], item.image, item);
+        clear_untouched(plan(side, item.level, item.image), gradients_[item.clear_side][item.level], item);
         return;
       }
       DistillTask<T> task = make_task(item);
-      task.patch_losses = call_.per_box ? patch_losses[i].data() : nullptr;
-      run(task, element, scratch);
+      if (call_.per_box) {
+        patch_losses[i].resize(task.plan[0]->patch_count);
+        task.patch_losses = patch_losses[i].data();
+      }
+      best_kernels<T>().distill(task, scratch);
       totals[i] = task.total;
     });
-    // Fixed order: the same bits whoever ran what.
-    for (const double total : totals) result.total += total;
+    if (call_.per_box) {
+      result.box_losses.assign(call_.boxes.count, 0.0);
+      for (size_t i = 0; i < work.items.size(); ++i) {
+        const Plan<T>& p = plan(0, work.items[i].level, work.items[i].image);
+        for (size_t n = 0; n < patch_losses[i].size(); ++n) result.box_losses[p.patches[n].box] += patch_losses[i][n];
+      }
+    }
+    // Fixed order: the same bits for any schedule.
+    for (const double loss : call_.per_box ? result.box_losses : totals) result.total += loss;
     // Half an inner product may round to just below zero, which a sum of squares never is.
-    const auto* weight = static_cast<const double*>(call_.coefficients.data_ptr());
-    const bool squares = std::all_of(weight, weight + boxes_.count, [](double w) { return w >= 0.0; });
-    if (squares && result.total < 0.0) result.total = 0.0;
-    if (call_.per_box) sum_box_losses(patch_losses, result);
+    if (result.total < 0.0 && weights_are_positive()) result.total = 0.0;
     return result;
   }
 
  private:
-  static constexpr int64_t kMostWideScratch = int64_t(11) << 19;  // bytes, per thread
+  static constexpr int64_t kMaxWideScratch = int64_t(11) << 19;  // bytes, per thread
 
-  const Plan<T>& plan(int side, const Item& item) const { return plans_[side][item.level * batch_ + item.image]; }
+  const Plan<T>& plan(int64_t side, int64_t level, int64_t image) const { return plans_[side][level * batch_ + image]; }
+
+  std::vector<Plan<T>> make_plans(int side) const {
+    PlanOptions options = call_.options;
+    if (!call_.factor.empty()) options.box_factor = call_.factor.data();
+    options.gradients = call_.gradient[0] || call_.gradient[1];
+    std::vector<PlanRequest> requests;
+    requests.reserve(levels_ * batch_);
+    for (int64_t l = 0; l < levels_; ++l) {
+      const MapBatch& map = call_.maps[side][l];
+      PlanRequest request{0, l, call_.strides[side][l], map.height, map.width};
+      request.factor = 1.0 / static_cast<double>(map.channels * options.bins_y * options.bins_x);
+      // The Gram operator is of the difference of two maps, so it needs maps of one shape, and sums over the boxes.
+      const int64_t width = block_width<T>(map.channels);
+      request.channel_blocks = shared_[l] && !call_.per_box ? (map.channels + width - 1) / width : 0;
+      for (request.image = 0; request.image < batch_; ++request.image) requests.push_back(request);
+    }
+    return build_plans<T>(call_.boxes, options, requests);
+  }
 
   void allocate(Result& result) {
     for (int side = 0; side < 2; ++side) {
       if (!call_.gradient[side]) continue;
-      for (int64_t l = 0; l < levels_; ++l) {
-        const MapBatch& map = maps_[side][l];
-        const std::vector<int64_t> shape{map.batch, map.channels, map.height, map.width};
-        result.gradients.push_back(empty_in_kept_memory(call_.apprentice[0], shape, map.channels_last));
+      gradients_[side].reserve(levels_);
+      for (const MapBatch& map : call_.maps[side]) {
+        const IntList shape{map.batch, map.channels, map.height, map.width};
+        result.gradients.push_back(empty_tensor(map.type, shape, map.channels_last));
         gradients_[side].push_back(map_batch(result.gradients.back(), "gradient"));
       }
     }
   }
 
-  void append_items() {
+  void append_items(Work& work) const {
     for (int side = 0; side < 2; ++side) {
-      for (int64_t l = 0; l < levels_ && call_.gradient[side]; ++l) {
-        if (!maps_[side][l].channels_last) continue;
-        for (int64_t b = 0; b < batch_; ++b) append_clearing(items_, l, b, side, gradients_[side][l]);
-      }
+      for (size_t l = 0; l < gradients_[side].size(); ++l) append_clearing(work, l, side, gradients_[side][l]);
     }
     for (int64_t l = 0; l < levels_; ++l) {
-      for (int64_t b = 0; b < batch_; ++b) append_blocks(items_, l, b, maps_[0][l].channels, width(l, b));
+      for (int64_t b = 0; b < batch_; ++b) {
+        const int64_t width = block_width_of(l, b);
+        work.sizes.include(scratch_sizes(l, b, width));
+        int64_t values = plan_values(plan(0, l, b), bins());
+        for (const Maps& maps : gradients_) values += maps.empty() ? 0 : maps[l].height * maps[l].width;
+        for_each_block(call_.maps[0][l].channels, width,
+                       [&](const ChannelBlock& block) { work.add(Item{l, b, block}, values * width); });
+      }
     }
   }
+
+  int64_t bins() const { return call_.options.bins_y * call_.options.bins_x; }
 
   // Channels-last maps are read and written in pieces of a block's width, so wide ones are better, as long as their
   // scratch stays small.
-  int64_t width(int64_t level, int64_t image) const {
-    const int64_t channels = maps_[0][level].channels;
-    bool wide = sizeof(T) == sizeof(float) && channels >= kWideBlock && shared_[level] && !call_.per_box;
-    for (int side = 0; side < 2; ++side) {
-      wide &= maps_[side][level].channels_last;
-    }
-    const Plan<T>& p = plans_[0][level * batch_ + image];
+  int64_t block_width_of(int64_t level, int64_t image) const {
+    const MapBatch &apprentice = call_.maps[0][level], &expert = call_.maps[1][level];
+    const bool wide = sizeof(T) == sizeof(float) && apprentice.channels >= kWideBlock && shared_[level] &&
+                      !call_.per_box && apprentice.channels_last && expert.channels_last;
+    const Plan<T>& p = plan(0, level, image);
     const int64_t bytes = (p.pixels + p.gradient_pixels) * kWideBlock * static_cast<int64_t>(sizeof(T));
-    return wide && bytes <= kMostWideScratch ? kWideBlock : block_width<T>(channels);
+    return wide && bytes <= kMaxWideScratch ? kWideBlock : block_width<T>(apprentice.channels);
   }
 
-  ScratchSizes scratch_sizes(const Item& item) const {
-    const int64_t width = item.channels.width, bins = call_.options.bins();
+  ScratchSizes scratch_sizes(int64_t level, int64_t image, int64_t width) const {
     ScratchSizes sizes;
-    for (int side = 0; side < (shared_[item.level] ? 1 : 2); ++side) {
-      const Plan<T>& p = plan(side, item);
+    for (int side = 0; side < (shared_[level] ? 1 : 2); ++side) {
+      const Plan<T>& p = plan(side, level, image);
       sizes.values[side] = (p.pixels + kSlack) * width;
-      if (call_.gradient[side] || (gradients_wanted_ && shared_[item.level])) {
+      if (call_.gradient[side] || (shared_[level] && call_.gradient[1])) {
         sizes.gradients[side] = width == kWideBlock ? p.gradient_pixels * width : sizes.values[side];
       }
       sizes.sums = std::max(sizes.sums, p.rows * width);
     }
-    sizes.pooled = (bins + kSlack) * width;
+    sizes.pooled = (bins() + kSlack) * width;
     return sizes;
   }
 
   DistillTask<T> make_task(const Item& item) const {
     DistillTask<T> task{};
-    task.plan[0] = &plan(0, item);
-    if (!shared_[item.level]) task.plan[1] = &plan(1, item);
+    task.plan[0] = &plan(0, item.level, item.image);
+    if (!shared_[item.level]) task.plan[1] = &plan(1, item.level, item.image);
     for (int side = 0; side < 2; ++side) {
-      task.map[side] = maps_[side][item.level].image(item.image);
+      task.map[side] = call_.maps[side][item.level].image(item.image);
       if (call_.gradient[side]) task.gradient[side] = gradients_[side][item.level].image(item.image);
     }
     task.bins_y = call_.options.bins_y;
@@ -160,100 +170,91 @@ class Job {
     return task;
   }
 
-  void sum_box_losses(const std::vector<DoubleList>& patch_losses, Result& result) const {
-    result.box_losses.assign(boxes_.count, 0.0);
-    for (size_t i = 0; i < items_.size(); ++i) {
-      for (size_t n = 0; n < patch_losses[i].size(); ++n) {
-        result.box_losses[plan(0, items_[i]).patches[n].box] += patch_losses[i][n];
-      }
+  bool weights_are_positive() const {
+    const auto positive = [](double weight) { return weight >= 0.0; };
+    for (int64_t k = 0; k < call_.boxes.count; ++k) {
+      const double* row = call_.boxes.row(k);
+      if (!std::all_of(row + 5, row + 5 + levels_, positive)) return false;
     }
-    result.total = 0.0;
-    for (const double loss : result.box_losses) result.total += loss;
+    return std::all_of(call_.factor.begin(), call_.factor.end(), positive);
   }
 
   const Distillation& call_;
-  const Boxes& boxes_;
-  const std::vector<MapBatch> maps_[2];
-  std::vector<MapBatch> gradients_[2];
-  std::vector<bool> shared_;  // per level: one shape and stride, so the difference is taken at load
-  std::vector<Plan<T>> plans_[2];
-  std::vector<Item> items_;
+  Maps gradients_[2];
+  std::vector<bool> shared_;       // [levels] one shape and stride, so that the difference is taken while gathering
+  std::vector<Plan<T>> plans_[2];  // [levels * batch]
   int64_t levels_, batch_;
-  bool gradients_wanted_;
 };
 
-Result distill(const Distillation& call) {
-  const auto apprentice = map_batches(call.apprentice, "apprentice");
-  const auto expert = map_batches(call.expert, "expert");
-  STD_TORCH_CHECK(apprentice.size() == expert.size() && apprentice.size() == call.strides.size() &&
-                      apprentice.size() == call.expert_strides.size(),
-                  "expert: expected as many maps and strides as apprentice");
-  STD_TORCH_CHECK(apprentice[0].batch == expert[0].batch && apprentice[0].channels == expert[0].channels &&
-                      call.apprentice[0].scalar_type() == call.expert[0].scalar_type(),
-                  "expert: expected the apprentice's batch size, channels and dtype");
-  const Boxes boxes(call.boxes, apprentice[0].batch);
-  STD_TORCH_CHECK(call.coefficients.dim() == 1 && call.coefficients.size(0) == boxes.count &&
-                      call.coefficients.scalar_type() == ScalarType::Double && call.coefficients.is_contiguous(),
-                  "coefficients: expected contiguous float64 [K]");
-  if (call.apprentice[0].scalar_type() == ScalarType::Double) {
-    return Job<double>(call, boxes, apprentice, expert).run_all();
-  }
-  return Job<float>(call, boxes, apprentice, expert).run_all();
+bool any_double(const Maps& maps) {
+  return std::any_of(maps.begin(), maps.end(), [](const MapBatch& map) { return map.element == Element::kDouble; });
 }
 
-Tensor scalar_tensor(double value) {
-  Tensor t = torch::stable::empty({}, ScalarType::Double);
-  *static_cast<double*>(t.data_ptr()) = value;
+Tensor tensor_of(ScalarType type, const IntList& shape, const double* values) {
+  Tensor t = empty_tensor(type, shape);
+  const int64_t count = t.numel();
+  if (type == ScalarType::Double) {
+    std::copy_n(values, count, static_cast<double*>(t.data_ptr()));
+  } else {
+    std::copy_n(values, count, static_cast<float*>(t.data_ptr()));
+  }
   return t;
 }
 
-std::tuple<Tensor, Tensor> distill_loss(std::vector<Tensor> apprentice, std::vector<Tensor> expert, Tensor boxes,
-                                        Tensor coefficients, DoubleList strides, DoubleList expert_strides,
-                                        IntList output_size, int64_t sampling_ratio, int64_t assignment, double sigma,
-                                        double canonical_size, double canonical_level) {
-  const Options options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  const Result result =
-      distill({apprentice, expert, boxes, coefficients, strides, expert_strides, options, true, {false, false}});
-  Tensor losses = torch::stable::empty({boxes.size(0)}, ScalarType::Double);
-  std::copy(result.box_losses.begin(), result.box_losses.end(), static_cast<double*>(losses.data_ptr()));
-  return {scalar_tensor(result.total), losses};
-}
-
-std::tuple<Tensor, std::vector<Tensor>> distill_gradient(std::vector<Tensor> apprentice, std::vector<Tensor> expert,
-                                                         Tensor boxes, Tensor coefficients, DoubleList strides,
-                                                         DoubleList expert_strides, IntList output_size,
-                                                         int64_t sampling_ratio, int64_t assignment, double sigma,
-                                                         double canonical_size, double canonical_level,
-                                                         bool apprentice_gradient, bool expert_gradient) {
-  const Options options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  Result result = distill({apprentice,
-                           expert,
-                           boxes,
-                           coefficients,
-                           strides,
-                           expert_strides,
-                           options,
-                           false,
-                           {apprentice_gradient, expert_gradient}});
-  return {scalar_tensor(result.total), std::move(result.gradients)};
-}
-
-Tensor cpu_level_weights(Tensor boxes, DoubleList strides, int64_t assignment, double sigma, double canonical_size,
-                         double canonical_level) {
-  const Options options({1, 1}, 1, assignment, sigma, canonical_size, canonical_level);
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 5 && boxes.scalar_type() == ScalarType::Double &&
-                      boxes.is_contiguous() && !strides.empty(),
-                  "boxes: expected contiguous float64 [K, 5]");
-  const auto levels = static_cast<int64_t>(strides.size());
-  DoubleList level_of;
-  for (const double stride : strides) level_of.push_back(std::log2(stride));
-  Tensor weights = torch::stable::empty({boxes.size(0), levels}, ScalarType::Double);
-  const auto* box = static_cast<const double*>(boxes.data_ptr());
-  auto* row = static_cast<double*>(weights.data_ptr());
-  for (int64_t k = 0; k < boxes.size(0); ++k, box += 5, row += levels) {
-    level_weights(box[3] - box[1], box[4] - box[2], level_of.data(), levels, options.rule, row);
+// Total, losses [K] (of no value unless per_box), gradients.
+std::tuple<Tensor, Tensor, Tensors> distill(const Tensors& apprentice, const Tensors& expert, const Tensor& rows,
+                                            const Tensor& index, const std::optional<Tensor>& factor,
+                                            const DoubleList& strides, const DoubleList& expert_strides,
+                                            const IntList& output_size, int64_t sampling_ratio, bool per_box,
+                                            bool apprentice_gradient, bool expert_gradient) {
+  check_environment();
+  Distillation call{{map_batches(apprentice, strides, "apprentice"), map_batches(expert, expert_strides, "expert")},
+                    {},
+                    {},
+                    {strides, expert_strides},
+                    plan_options(output_size, sampling_ratio),
+                    per_box,
+                    {apprentice_gradient, expert_gradient}};
+  const Maps& maps = call.maps[0];
+  STD_TORCH_CHECK(maps.size() == call.maps[1].size(), "expert: expected ", maps.size(), " maps as in apprentice, got ",
+                  call.maps[1].size());
+  for (size_t l = 0; l < maps.size(); ++l) {
+    const MapBatch& other = call.maps[1][l];
+    STD_TORCH_CHECK(maps[l].batch == other.batch && maps[l].channels == other.channels, "expert: expected ",
+                    maps[l].batch, " images and ", maps[l].channels, " channels as in apprentice on level ", l,
+                    ", got ", other.batch, " and ", other.channels);
   }
-  return weights;
+  call.boxes = box_rows(rows, index, maps[0].batch, static_cast<int64_t>(maps.size()));
+  const int64_t count = call.boxes.count;
+  if (factor) {
+    const Numbers given = numbers(*factor, "factor");
+    STD_TORCH_CHECK(factor->dim() == 0 || (factor->dim() == 1 && factor->size(0) == count),
+                    "factor: expected shape [] or [", count, "]");
+    for (int64_t k = 0; k < count; ++k) call.factor.push_back(given.at(k, 0));
+  }
+  const bool wide = any_double(maps) || any_double(call.maps[1]);
+  Result result = wide ? Job<double>(call).run_all() : Job<float>(call).run_all();
+  const ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
+  const auto losses = static_cast<int64_t>(result.box_losses.size());
+  return {tensor_of(type, {}, &result.total), tensor_of(type, {losses}, result.box_losses.data()),
+          std::move(result.gradients)};
+}
+
+std::tuple<Tensor, Tensor> distill_loss(Tensors apprentice, Tensors expert, Tensor rows, Tensor index,
+                                        DoubleList strides, DoubleList expert_strides, IntList output_size,
+                                        int64_t sampling_ratio) {
+  const auto [total, losses, _] = distill(apprentice, expert, rows, index, std::nullopt, strides, expert_strides,
+                                          output_size, sampling_ratio, true, false, false);
+  return {total, losses};
+}
+
+std::tuple<Tensor, Tensors> distill_gradient(Tensors apprentice, Tensors expert, Tensor rows, Tensor index,
+                                             std::optional<Tensor> factor, DoubleList strides,
+                                             DoubleList expert_strides, IntList output_size, int64_t sampling_ratio,
+                                             bool apprentice_gradient, bool expert_gradient) {
+  auto [total, _, gradients] = distill(apprentice, expert, rows, index, factor, strides, expert_strides, output_size,
+                                       sampling_ratio, false, apprentice_gradient, expert_gradient);
+  return {total, std::move(gradients)};
 }
 
 }  // namespace
@@ -262,9 +263,8 @@ Tensor cpu_level_weights(Tensor boxes, DoubleList strides, int64_t assignment, d
 STABLE_TORCH_LIBRARY_IMPL(rakd_ops, CPU, m) {
   m.impl("distill_loss", TORCH_BOX(&rakd::distill_loss));
   m.impl("distill_gradient", TORCH_BOX(&rakd::distill_gradient));
-  m.impl("level_weights", TORCH_BOX(&rakd::cpu_level_weights));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rakd_ops, CompositeExplicitAutograd, m) {
-  m.impl("release_memory", TORCH_BOX(&rakd::release_kept));
+  m.impl("release_memory", TORCH_BOX(&rakd::release_cache));
 }

@@ -1,91 +1,58 @@
-// The Gram operator of plan.h applied to scratch [pixel][W channels]. Included only by kernels.cpp, inside its
-// instruction set's namespace.
-//
-// Neighbouring cells are worked on together, so that each value that is loaded serves all their windows; their sums
-// stay in registers.
+// The Gram operator of one image and level, G = Σ_k 2 scale_k (R_y,k^T R_y,k) ⊗ (R_x,k^T R_x,k): the gradient of the
+// loss is G (A - E) and the loss half their inner product. It is assembled once for all channels; applying it costs the
+// same however many boxes lie on the same cells.
 #pragma once
 
-#include "simd.h"
+#include <cstdint>
 
-// sum[i] += Σ_dx weight(i, dx) value[i + dx] for N neighbouring cells and |dx| <= Radius. A weight lies with the left
-// one of its two cells.
-template <class T, int W, int N, int Radius>
-inline void add_row(const T* value, const T* weight, Block<T, W> (&sum)[N]) {
-  constexpr int kHalf = GramOperator<T>::kHalf;
-  // Otherwise compilers compute what the radii have in common before they are told apart, and run out of registers.
-  __asm__("" : "+r"(value), "+r"(weight));
-  RAKD_UNROLL
-  for (int at = -Radius; at < N + Radius; ++at) {
-    const auto here = Block<T, W>::load(value + at * W);
-    RAKD_UNROLL
-    for (int i = 0; i < N; ++i) {
-      const int dx = at - i;
-      if (dx < -Radius || dx > Radius) continue;
-      sum[i].add_scaled(weight[dx < 0 ? at * kHalf - dx : i * kHalf + dx], here);
-    }
-  }
-}
+namespace rakd {
 
-// out[i] = the operator's row of scratch pixel u + i, times values. Not inlined, as it is the same code whatever
-// becomes of the result.
-template <class T, int W, int N>
-__attribute__((noinline)) void apply_tile(const GramOperator<T>& gram, const GramRun& run, int64_t u, const T* values,
-                                          T* out) {
-  Block<T, W> sum[N];
-  for (int i = 0; i < N; ++i) sum[i] = Block<T, W>::zero();
-  for (const GramRow *row = gram.rows + run.row_begin, *last = gram.rows + run.row_end; row != last; ++row) {
-    const T* value = values + (u + row->shift) * W;
-    const T* weight = gram.weight + row->weight + u * GramOperator<T>::kHalf;
-    switch (row->radius) {
-      case 0:
-        add_row<T, W, N, 0>(value, weight, sum);
-        break;
-      case 1:
-        add_row<T, W, N, 1>(value, weight, sum);
-        break;
-      case 2:
-        add_row<T, W, N, 2>(value, weight, sum);
-        break;
-      case 3:
-        add_row<T, W, N, 3>(value, weight, sum);
-        break;
-      default:
-        add_row<T, W, N, 4>(value, weight, sum);
-    }
-  }
-  for (int i = 0; i < N; ++i) sum[i].store(out + i * W);
-}
+template <class T>
+struct Patch;
+template <class T>
+struct Plan;
 
-// gradient = operator * values for all cells of the plan; returns ⟨values, gradient⟩. put(run, u, block) stores the
-// gradient of scratch pixel u, W values.
-template <class T, int W, class Put>
-inline double apply_operator(const GramOperator<T>& gram, const T* values, const Put& put) {
-  typedef Block<T, W> B;
-  constexpr int N = B::kCount < 2 ? 4 : B::kCount < 8 ? 8 / B::kCount : 1;  // sums of about eight registers
-  double total = 0.0;
-  T out[N * W];
-  for (int64_t n = 0; n < gram.run_count; ++n) {
-    const GramRun& run = gram.runs[n];
-    const int64_t end = run.first + run.count;
-    B product = B::zero();
-    const auto take = [&](int64_t u, const T* from) {
-      put(run, u, from);
-      product.add_product(B::load(from), B::load(values + u * W));
-    };
-    int64_t done = run.first;
-    if (run.count >= N) {
-      while (done < end) {
-        // The last tile may repeat cells of the one before.
-        const int64_t first = done + N <= end ? done : end - N;
-        apply_tile<T, W, N>(gram, run, first, values, out);
-        for (; done < first + N; ++done) take(done, out + (done - first) * W);
-      }
-    }
-    for (; done < end; ++done) {
-      apply_tile<T, W, 1>(gram, run, done, values, out);
-      take(done, out);
-    }
-    total += product.sum();
-  }
-  return total;
-}
+// Scratch pixels that belong to no cell, between segments and before the first: zero, so that windows of cells may
+// reach over a segment's ends.
+constexpr int64_t kGap = 4;
+
+// One row of the windows of a run's cells: it couples cell u with the cells up to `radius` columns left and right of
+// scratch pixel u + shift.
+struct GramRow {
+  int64_t shift, weight;  // its weights begin at gram.weight[weight + u * kHalf], see GramOperator
+  int32_t radius;
+};
+
+// Neighbouring cells whose windows have the same rows.
+struct GramRun {
+  int64_t first, count;  // scratch pixels
+  int64_t cell;          // of the first on the map, row by row
+  int64_t gradient;      // of the first in compact scratch for gradients, or -1
+  int32_t row_begin, row_end;
+};
+
+// A sparse matrix from cells to cells: a cell is coupled with those at most kRadius rows and columns away. Both factors
+// being symmetric, a quarter of it is stored: the coupling of scratch pixel v with those 0 to kRadius columns right of
+// it, in its own row and in each of the radius_y rows below.
+template <class T>
+struct GramOperator {
+  static constexpr int kRadius = 4, kHalf = kRadius + 1;
+  static_assert(kRadius <= kGap, "windows reach over a segment's ends into the gap");
+  T* weight = nullptr;  // [radius_y + 1][pixels and gaps][kHalf]; nullptr: no patch is assembled
+  int64_t plane = 0;    // values from one row below to the next
+  int radius_y = 0;
+  const GramRun* runs = nullptr;  // [run_count] all cells of all segments
+  int64_t run_count = 0;
+  const GramRow* rows = nullptr;  // of all runs
+};
+
+// Marks those patches as assembled for which the operator is cheaper than their own passes; false if there are none.
+// `gradients`: they are wanted, not the loss alone. `channel_blocks` share the operator.
+template <class T>
+bool choose_algorithm(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients);
+
+// Assembles the marked patches [plan.patch_count] into the plan's operator.
+template <class T>
+void assemble_operator(Plan<T>& plan, const Patch<T>* patches);
+
+}  // namespace rakd

@@ -1,19 +1,20 @@
-// Interface between the CPU ops and the kernels, which are compiled several times for different instruction
-// sets. Plain structs only: a kernel file must not instantiate templates of the standard library, or the linker
-// might hand the AVX-512 copy of one to code that runs everywhere.
+// Interface between the CPU ops and the kernels, which are compiled several times for different instruction sets. Plain
+// structs only: a kernel file must not instantiate templates of the standard library, or the linker might hand the
+// AVX-512 copy of one to code that runs everywhere.
 #pragma once
 
 #include <cstdint>
 
-#include "plan.h"
+#include "box_plan.h"
 
 namespace rakd {
 
 enum class Element : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
 
-// One image of a feature map; strides in elements.
+// One image of a feature map, [C, H, W]; strides in elements.
 struct ImageView {
   void* data = nullptr;
+  Element element = Element::kFloat;
   int64_t channel_stride = 0, row_stride = 0, column_stride = 0;
 };
 
@@ -22,16 +23,18 @@ struct ChannelBlock {
   int64_t begin, count, width;
 };
 
-// Buffers of one worker, of the accumulation type; ScratchSizes in dispatch.h says how large.
+// Buffers of one worker; ScratchSizes in tasks.h says how large. T is the type that a call computes in: double if any
+// of its maps is float64, else float. Maps are converted where they are gathered and scattered.
+template <class T>
 struct Scratch {
-  void* values[2];     // gathered maps, one per side
-  void* gradients[2];  // their gradients
-  void* sums[2];       // one column of bins: a value for each touched row of a patch
-  void* pooled[2];     // bins_y x bins_x of one patch, one per side
+  T* values[2];     // [pixels][width] gathered maps, one per side
+  T* gradients[2];  // [pixels][width] their gradients
+  T* sums[2];       // [rows][width] one column of bins: a value for each touched row of a patch
+  T* pooled[2];     // [bins_y * bins_x][width] of one patch, one per side
 };
 
-// Σ_k scale_k |RoIAlign(A) - RoIAlign(E)|² of one image and level. When the maps have one shape and stride there is
-// one side and the difference is taken at load; otherwise the sides are pooled apart.
+// Σ_k scale_k |RoIAlign(A) - RoIAlign(E)|² of one image and level. When the maps have one shape and stride there is one
+// side, as the difference is taken while gathering; otherwise the sides are pooled apart.
 template <class T>
 struct DistillTask {
   const Plan<T>* plan[2];  // plan[1] == nullptr: one side
@@ -39,23 +42,22 @@ struct DistillTask {
   ImageView gradient[2];   // data == nullptr: not wanted
   int64_t bins_y, bins_x;
   ChannelBlock channels;
-  double* patch_losses;  // out, one per patch, where the losses of the boxes are wanted; else nullptr
+  double* patch_losses;  // out [patches], where the losses of the boxes are wanted; else nullptr
   double total;          // out
 };
 
-// out[k] = Σ_l scale_kl RoIAlign(F_l, b_k) for the boxes of one image; the patches of all plans are parallel or,
-// where a level's weight is zero, missing.
+// out[k] = Σ_l scale_kl RoIAlign(F_l, b_k) for the boxes of one image. The patches of each plan are in the boxes'
+// order; those of weight zero are missing.
 template <class T>
 struct AlignTask {
-  const Plan<T>* const* plans;  // one per level
-  const ImageView* maps;
-  int64_t levels;
-  const int64_t* boxes;  // rows of the output that belong to this image
+  const Plan<T>* plans;   // [levels], plan_stride apart
+  const ImageView* maps;  // [levels]
+  int64_t plan_stride, levels;
+  const int32_t* boxes;  // [box_count] rows of the output that belong to this image
   int64_t box_count;
   int64_t bins_y, bins_x;
   ChannelBlock channels;
-  int64_t total_channels;
-  void* output;  // [K, C, bins_y, bins_x]
+  ImageView output;  // [C, K, bins_y * bins_x]
 };
 
 template <class T>
@@ -64,37 +66,36 @@ struct AlignBackwardTask {
   ImageView gradient;
   int64_t bins_y, bins_x;
   ChannelBlock channels;
-  int64_t total_channels;
-  const void* output_gradient;  // [K, C, bins_y, bins_x]
+  ImageView output_gradient;  // [C, K, bins_y * bins_x]
 };
 
-// The kernels of one instruction set. `element` is the dtype of all maps of the task.
+// The kernels of one instruction set.
+template <class T>
 struct Kernels {
-  void (*distill_float)(DistillTask<float>&, Element, Scratch&);
-  void (*distill_double)(DistillTask<double>&, Element, Scratch&);
-  void (*align_float)(const AlignTask<float>&, Element, Scratch&);
-  void (*align_double)(const AlignTask<double>&, Element, Scratch&);
-  void (*align_backward_float)(const AlignBackwardTask<float>&, Element, Scratch&);
-  void (*align_backward_double)(const AlignBackwardTask<double>&, Element, Scratch&);
-  // to[i] += factor from[i]
-  void (*add_scaled_float)(float factor, const float* from, int64_t count, float* to);
-  void (*add_scaled_double)(double factor, const double* from, int64_t count, double* to);
+  void (*distill)(DistillTask<T>&, Scratch<T>&);
+  void (*align)(const AlignTask<T>&, Scratch<T>&);
+  void (*align_backward)(const AlignBackwardTask<T>&, Scratch<T>&);
+  void (*add_scaled)(T factor, const T* from, int64_t count, T* to);  // to[i] += factor from[i]
+};
+struct KernelTable {
+  Kernels<float> single_precision;
+  Kernels<double> double_precision;
 };
 
-// The widest block, of two cache lines of float.
+// The widest block, of two cache lines of float; for channels-last float maps.
 constexpr int64_t kWideBlock = 32;
 
 // Spare scratch pixels after the last one: vector tiles may spill past a segment's end.
 constexpr int64_t kSlack = 8;
 
 namespace baseline {
-const Kernels& kernels();
+const KernelTable& kernels();
 }
 namespace avx2 {
-const Kernels& kernels();
+const KernelTable& kernels();
 }
 namespace avx512 {
-const Kernels& kernels();
+const KernelTable& kernels();
 }
 
 }  // namespace rakd

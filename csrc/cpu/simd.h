@@ -63,8 +63,8 @@ struct Block {
   }
 };
 
-// Half types are loaded and stored as bits: no library type, the same rounding everywhere. (moves.h converts float16 in
-// vectors where the processor does; only the bits of a NaN may differ.)
+// Half types are loaded and stored as bits: no library type, the same rounding everywhere. (gather_scatter.h converts
+// float16 in vectors where the processor does; only the bits of a NaN may differ.)
 struct HalfBits {
   uint16_t bits;
 };
@@ -83,20 +83,21 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
+// To the type that is computed in, and from it.
 template <class T>
-inline T widen(float value) {
-  return T(value);
+inline T to_accum(float value) {
+  return value;
 }
 template <class T>
-inline T widen(double value) {
-  return T(value);
+inline T to_accum(double value) {
+  return value;
 }
 template <class T>
-inline T widen(BFloat16Bits value) {
+inline T to_accum(BFloat16Bits value) {
   return as_float(uint32_t(value.bits) << 16);
 }
 template <class T>
-inline T widen(HalfBits value) {
+inline T to_accum(HalfBits value) {
   // Exponent and fraction move into float's places; the product rescales normal and subnormal numbers alike.
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(value.bits & 0x7fffu) << 13;
@@ -105,15 +106,15 @@ inline T widen(HalfBits value) {
   return as_float(sign | ((value.bits & 0x7c00u) == 0x7c00u ? special : as_bits(scaled)));
 }
 
-inline void narrow(float value, float* out) { *out = value; }
-inline void narrow(double value, double* out) { *out = value; }
-inline void narrow(float value, BFloat16Bits* out) {
+inline void from_accum(float value, float* out) { *out = value; }
+inline void from_accum(double value, double* out) { *out = value; }
+inline void from_accum(float value, BFloat16Bits* out) {
   const uint32_t bits = as_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out->bits = uint16_t(nan ? ((bits >> 16) | 0x40u) : rounded);
 }
-inline void narrow(float value, HalfBits* out) {
+inline void from_accum(float value, HalfBits* out) {
   const uint32_t bits = as_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -125,6 +126,11 @@ inline void narrow(float value, HalfBits* out) {
   if (magnitude >= 0x477ff000u) result = 0x7c00u;  // rounds to infinity
   if (magnitude > 0x7f800000u) result = 0x7e00u;   // NaN
   out->bits = uint16_t(sign | result);
+}
+// By way of float, as torch does it.
+template <class E>
+inline void from_accum(double value, E* out) {
+  from_accum(float(value), out);
 }
 
 // Compile-time lane numbers (std::integer_sequence is not used here, see kernels.h).

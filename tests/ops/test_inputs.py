@@ -186,9 +186,10 @@ def test_boxes_of_tv_tensors_are_read_by_their_format() -> None:
     plain = [corners, corners[:1]]
     expected = soft_roi_distill(MAPS, [2.0 * m for m in MAPS], plain)
     for name, values in forms.items():
-        wrapped = tv_tensors.BoundingBoxes(values, format=name, canvas_size=(64, 96))
+        carried = {"format": name, "canvas_size": (64, 96)}
+        wrapped, first = (tv_tensors.BoundingBoxes(rows, **carried) for rows in (values, values[:1]))
         for backend in ("auto", "reference"):
-            loss = soft_roi_distill(MAPS, [2.0 * m for m in MAPS], [wrapped, wrapped[:1]], backend=backend)
+            loss = soft_roi_distill(MAPS, [2.0 * m for m in MAPS], [wrapped, first], backend=backend)
             torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(level_weights([wrapped]), level_weights([corners]))
     turned = tv_tensors.BoundingBoxes(torch.rand(1, 5), format="CXCYWHR", canvas_size=(64, 96))

@@ -37,8 +37,8 @@ inline void weigh_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T
 
 // gradient[i][j] += weight[j] sums[i], for all touched rows, which lie in `gradient` as `base` says
 template <class T, int W, int N>
-inline void spread_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T* sums, const int64_t* base,
-                         T* gradient) {
+inline void cells_backward(const Patch<T>& patch, const Taps<T, W, N> taps, const T* sums, const int64_t* base,
+                           T* gradient) {
   typedef Block<T, W> B;
   for (const int64_t* end = base + patch.y.count; base != end; ++base, sums += W) {
     T* row = gradient + *base * W;
@@ -81,10 +81,10 @@ inline void pool_column(const Patch<T>& patch, int32_t bin, const T* values, T* 
 
 // Its transpose: gradient[i][t] += Rx[bin][t] sums[i]
 template <class T, int W>
-inline void spread_column(const Patch<T>& patch, int32_t bin, const T* sums, const int64_t* base, T* gradient) {
+inline void column_backward(const Patch<T>& patch, int32_t bin, const T* sums, const int64_t* base, T* gradient) {
   for_each_taps<T, W>(patch.x, bin, [&](const auto& taps) {
     constexpr int N = sizeof(taps.at) / sizeof(taps.at[0]);
-    spread_cells<T, W, N>(patch, taps, sums, base, gradient);
+    cells_backward<T, W, N>(patch, taps, sums, base, gradient);
   });
 }
 
@@ -99,7 +99,7 @@ inline Block<T, W> pool_bin(const Axis<T>& y, int32_t bin, const T* sums) {
 
 // Its transpose: sums[i] (+)= Ry[bin][i] value; rows that no earlier bin touched are written, the others added to.
 template <class T, int W>
-inline void spread_bin(const Axis<T>& y, int32_t bin, const Block<T, W>& value, T* sums) {
+inline void bin_backward(const Axis<T>& y, int32_t bin, const Block<T, W>& value, T* sums) {
   typedef Block<T, W> B;
   T* row = sums + int64_t(y.begin[bin]) * W;
   const int32_t end = y.offset[bin + 1], fresh = y.offset[bin] + y.fresh[bin] - y.begin[bin];
@@ -125,13 +125,13 @@ inline void pool(const Patch<T>& patch, const T* values, T* sums, T* pooled) {
 
 // gradient += factor * transpose of the above
 template <class T, int W>
-inline void spread(const Patch<T>& patch, T factor, const T* pooled, T* sums, T* gradient) {
+inline void pool_backward(const Patch<T>& patch, T factor, const T* pooled, T* sums, T* gradient) {
   typedef Block<T, W> B;
   for (int32_t p = 0; p < patch.x.bins; ++p) {
     for (int32_t q = 0; q < patch.y.bins; ++q) {
-      spread_bin<T, W>(patch.y, q, B::load(pooled + (int64_t(q) * patch.x.bins + p) * W).scaled(factor), sums);
+      bin_backward<T, W>(patch.y, q, B::load(pooled + (int64_t(q) * patch.x.bins + p) * W).scaled(factor), sums);
     }
-    spread_column<T, W>(patch, p, sums, patch.row_base, gradient);
+    column_backward<T, W>(patch, p, sums, patch.row_base, gradient);
   }
 }
 
@@ -161,14 +161,15 @@ inline double pool_squares(const Patch<T>& patch, const T* values, T* sums) {
   return pool_squares<T, W>(patch, values, sums, [](int32_t, const Block<T, W>&) {}, [](int32_t) {});
 }
 
-// gradient += factor * spread(pool(values)); returns Σ pooled². The patch's rows lie in `gradient` as `base` says.
+// gradient += factor * pool_backward(pool(values)); returns Σ pooled². The patch's rows lie in `gradient` as `base`
+// says.
 template <class T, int W>
-inline double pool_and_spread(const Patch<T>& patch, T factor, const T* values, T* sums, T* spread_sums,
-                              const int64_t* base, T* gradient) {
+inline double pool_forward_backward(const Patch<T>& patch, T factor, const T* values, T* sums, T* backward_sums,
+                                    const int64_t* base, T* gradient) {
   const auto take_bin = [&](int32_t q, const Block<T, W>& value) {
-    spread_bin<T, W>(patch.y, q, value.scaled(factor), spread_sums);
+    bin_backward<T, W>(patch.y, q, value.scaled(factor), backward_sums);
   };
-  const auto end_column = [&](int32_t p) { spread_column<T, W>(patch, p, spread_sums, base, gradient); };
+  const auto end_column = [&](int32_t p) { column_backward<T, W>(patch, p, backward_sums, base, gradient); };
   return pool_squares<T, W>(patch, values, sums, take_bin, end_column);
 }
 

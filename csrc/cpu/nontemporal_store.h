@@ -1,12 +1,13 @@
-// Writes past the caches, for memory that nobody reads soon: the processor then need not fetch a line in order to
-// overwrite it. Everything here has internal linkage, as its includers are compiled for several instruction sets.
+// Nontemporal stores, which bypass the caches, for memory that is not read soon: the processor then need not fetch a
+// line in order to overwrite it. All is of internal linkage, as the includers are compiled for several instruction
+// sets.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#include "kept_memory.h"
+#include "cached_memory.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -15,9 +16,9 @@
 namespace rakd {
 namespace {
 
-[[maybe_unused]] constexpr size_t kLeastStream = 32768;  // shorter runs were written faster through the caches
+[[maybe_unused]] constexpr size_t kMinStream = 32768;  // shorter runs were written faster through the caches
 
-// To be called before another thread may read what was streamed.
+// Must be called before another thread may read what was written.
 inline void finish_streams() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -43,7 +44,7 @@ inline void stream_line(const T* from, T factor, void* to) {
 inline void stream_zeros(void* begin, size_t bytes) {
   auto* to = static_cast<char*>(begin);
 #if defined(__SSE2__)
-  if (bytes >= kLeastStream) {
+  if (bytes >= kMinStream) {
     const size_t head = (kLine - reinterpret_cast<uintptr_t>(to) % kLine) % kLine;
     std::memset(to, 0, head);
     to += head;

@@ -1,12 +1,14 @@
-// Assembles the Gram operator of plan.h from the patches' tables.
+// Chooses the boxes for the Gram operator by a cost model, and assembles it from their sampling tables.
+#include "gram_operator.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
 
+#include "box_plan.h"
 #include "dispatch.h"
-#include "plan.h"
 
 namespace rakd {
 namespace {
@@ -25,9 +27,9 @@ int reach(const Axis<T>& axis) {
   return most;
 }
 
-// Clock cycles that the patch's own passes take for a block of channels: about 13 for four cells of a row (loads, and
-// loads and stores of the gradient, bound it), about 15 for a bin; for the loss alone about two fifths. Rough is
-// enough: the forms differ by multiples.
+// Clock cycles that the patch's own passes take for a block of channels: about 13 for four cells of a row, bound by
+// loads and stores, and about 15 for a bin; the loss alone takes about two fifths. They were fitted to timings of the
+// workloads in benchmarks/; the two algorithms differ by multiples, so that rough numbers are enough.
 template <class T>
 double factor_cost(const Patch<T>& patch, bool gradients) {
   const double taps = static_cast<double>(patch.y.count) * patch.x.offset[patch.x.bins];
@@ -55,13 +57,6 @@ void fill_band(const Axis<T>& axis, double factor, std::vector<T>& value) {
   }
 }
 
-inline void add_scaled(float factor, const float* from, int64_t count, float* to) {
-  best_kernels().add_scaled_float(factor, from, count, to);
-}
-inline void add_scaled(double factor, const double* from, int64_t count, double* to) {
-  best_kernels().add_scaled_double(factor, from, count, to);
-}
-
 template <class T>
 class Assembler {
  public:
@@ -77,7 +72,7 @@ class Assembler {
         const T factor = row[below];
         if (factor == T(0)) continue;
         const int64_t first = patch.row_base[i] + patch.x.cell[0];
-        add_scaled(factor, band_x_.data(), values, plan_.gram.weight + below * plan_.gram.plane + first * kHalf);
+        add_scaled_(factor, band_x_.data(), values, plan_.gram.weight + below * plan_.gram.plane + first * kHalf);
       }
     }
   }
@@ -96,7 +91,7 @@ class Assembler {
           if (x > s.begin && x < s.end) cuts.push_back(x);
         }
       }
-      for (int64_t x = s.begin + kLongestRun; x < s.end; x += kLongestRun) cuts.push_back(x);
+      for (int64_t x = s.begin + kMaxRun; x < s.end; x += kMaxRun) cuts.push_back(x);
       std::sort(cuts.begin(), cuts.end());
       for (size_t c = 0; c + 1 < cuts.size(); ++c) {
         if (cuts[c] == cuts[c + 1]) continue;
@@ -122,7 +117,7 @@ class Assembler {
   }
 
  private:
-  static constexpr int64_t kLongestRun = 64;
+  static constexpr int64_t kMaxRun = 64;
 
   // The row of cells `distance` rows below the run (above if negative), if anything couples the two. Weights lie with
   // the upper cell, here and there alike.
@@ -139,6 +134,7 @@ class Assembler {
   }
 
   Plan<T>& plan_;
+  const decltype(Kernels<T>::add_scaled) add_scaled_ = best_kernels<T>().add_scaled;
   std::vector<T> band_x_, band_y_;
   std::vector<GramRun> runs_;
   std::vector<GramRow> rows_;
@@ -147,7 +143,7 @@ class Assembler {
 }  // namespace
 
 template <class T>
-bool choose_assembled(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients) {
+bool choose_algorithm(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, bool gradients) {
   struct Reach {
     int y, x;
     int most() const { return std::max(y, x); }
@@ -201,8 +197,8 @@ void assemble_operator(Plan<T>& plan, const Patch<T>* patches) {
   assembler.link_runs();
 }
 
-template bool choose_assembled<float>(Plan<float>&, Patch<float>*, int64_t, bool);
-template bool choose_assembled<double>(Plan<double>&, Patch<double>*, int64_t, bool);
+template bool choose_algorithm<float>(Plan<float>&, Patch<float>*, int64_t, bool);
+template bool choose_algorithm<double>(Plan<double>&, Patch<double>*, int64_t, bool);
 template void assemble_operator<float>(Plan<float>&, const Patch<float>*);
 template void assemble_operator<double>(Plan<double>&, const Patch<double>*);
 

@@ -1,0 +1,123 @@
+"""``auto`` takes the CUDA library only where it has code for the device at hand; no GPU is needed to test that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rakd_ops import _backends, available_backends
+from rakd_ops._backends import can_run, choose_backend
+
+SHIPPED = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.0+PTX")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "expected"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0", (7, 5), False),
+        ("9.0+PTX", (9, 0), True),
+        ("9.0+PTX", (12, 1), True),
+        ("9.0+PTX", (8, 9), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f+PTX", (12, 0), False),
+    ],
+)
+def test_compatibility(architecture: str, capability: tuple[int, int], expected: bool) -> None:
+    assert can_run(architecture, capability) is expected
+
+
+class Device:
+    """A GPU that is not there: what torch would say of it, and how often it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capability = (9, 0)
+        self.architectures: tuple[str, ...] = SHIPPED
+        self.asked = 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", self.ask)
+        monkeypatch.setattr(_backends, "build_info", lambda: {"cuda_architectures": self.architectures})
+        monkeypatch.setattr(_backends, "_MISSING", dict.fromkeys(_backends.BACKENDS))
+        monkeypatch.setattr(_backends, "_MISMATCHES", {})
+        _backends._warn_slow.cache_clear()
+
+    def ask(self, device: int) -> tuple[int, int]:
+        self.asked += 1
+        return self.capability
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(monkeypatch)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 7), (9, 0), (10, 3), (13, 0)])
+def test_auto_takes_the_library_where_it_has_code(device: Device, capability: tuple[int, int]) -> None:
+    device.capability = capability
+    assert choose_backend("auto", GPU) == choose_backend("cuda", GPU) == "cuda"
+    assert available_backends()["cuda"] is True
+    assert device.asked == 1  # however many calls there are
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability"), [(("8.0", "9.0"), (7, 5)), (("9.0", "9.0+PTX"), (8, 6)), ((), (9, 0))]
+)
+def test_auto_passes_over_a_library_that_cannot_run(
+    device: Device, architectures: tuple[str, ...], capability: tuple[int, int]
+) -> None:
+    device.architectures, device.capability = architectures, capability
+    wanted = "{}.{}".format(*capability)
+    with pytest.warns(UserWarning, match="cuda tensors are served by the slower 'triton' backend"):
+        assert choose_backend("auto", GPU) == "triton"
+    reason = available_backends()["cuda"]
+    assert isinstance(reason, str)
+    assert f"the device has {wanted}. Build with TORCH_CUDA_ARCH_LIST={wanted}" in reason
+    with pytest.raises(RuntimeError, match="backend: 'cuda' cannot run here: the CUDA library was built for"):
+        choose_backend("cuda", GPU)
+    assert choose_backend("triton", GPU) == "triton"
+
+
+def test_each_device_has_its_own_answer(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.architectures = ("9.0",)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (8, 0))[index])
+    assert choose_backend("auto", torch.device("cuda", 0)) == "cuda"
+    with pytest.warns(UserWarning, match="slower 'triton'"):
+        assert choose_backend("auto", torch.device("cuda", 1)) == "triton"
+
+
+def test_tensors_on_the_cpu_ask_no_device(device: Device) -> None:
+    assert choose_backend("auto", torch.device("cpu")) == "cpu"
+    assert device.asked == 0
+
+
+def test_fake_tensors_where_no_gpu_can_be_asked(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(index: int) -> tuple[int, int]:
+        raise RuntimeError("Found no NVIDIA driver")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", ask)
+    assert choose_backend("auto", GPU) == "cuda"
+
+
+@pytest.mark.parametrize(("architectures", "chosen"), [(("9.0",), "cuda"), (("8.0",), "triton")])
+def test_the_choice_is_made_while_compiling(
+    device: Device, monkeypatch: pytest.MonkeyPatch, architectures: tuple[str, ...], chosen: str
+) -> None:
+    device.architectures = architectures
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the compiler itself would use that GPU
+    names: list[str] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        names.append(choose_backend("auto", GPU))
+        return x + len(names)
+
+    torch.compiler.reset()
+    torch.compile(function, fullgraph=True, backend="eager")(torch.ones(2))
+    assert names == [chosen]
