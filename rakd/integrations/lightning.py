@@ -1,7 +1,7 @@
 """Distillation in Lightning: one callback, for automatic and manual optimisation.
 
-    callback = DistillCallback(expert, apprentice="detector", apprentice_features="backbone", weight="auto:0.1")
-    Trainer(callbacks=[callback]).fit(model, data)
+callback = DistillCallback(expert, apprentice="detector", apprentice_features="backbone", weight="auto:0.1")
+Trainer(callbacks=[callback]).fit(model, data)
 """
 
 import functools

@@ -1,7 +1,7 @@
 """A timm backbone as expert or apprentice: strides, channels and layout from its ``feature_info``.
 
-    distiller = distill("convnext_tiny", apprentice, weight=1.0)
-    loss = task_loss + distiller(images, boxes, apprentice(images))
+distiller = distill("convnext_tiny", apprentice, weight=1.0)
+loss = task_loss + distiller(images, boxes, apprentice(images))
 """
 
 from collections.abc import Sequence
@@ -52,8 +52,8 @@ def distill(
     ours, theirs = _info(apprentice), _info(expert)
     if ours is None and theirs is None:
         raise TypeError(
-            "expert: expected a timm backbone on one side at least, made by timm.create_model(..., features_only=True), "
-            f"got {type(expert).__name__} and {type(apprentice).__name__}"
+            "expert: expected a timm backbone on one side at least, made by timm.create_model(..., features_only=True)"
+            f", got {type(expert).__name__} and {type(apprentice).__name__}"
         )
     if ours is not None:
         options.setdefault("strides", ours[0])

@@ -1,10 +1,11 @@
 """Distillation of torchvision's detectors: Faster and Mask R-CNN, RetinaNet, FCOS, SSD.
 
-    detector = DistilledDetector(fasterrcnn_mobilenet_v3_large_fpn(), expert, weight="auto:0.1")
-    losses = detector(images, targets)  # as before, and "loss_distill"
+detector = DistilledDetector(fasterrcnn_mobilenet_v3_large_fpn(), expert, weight="auto:0.1")
+losses = detector(images, targets)  # as before, and "loss_distill"
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ class DistilledDetector(nn.Module):
     """A detector whose training losses gain ``"loss_distill"``; in eval mode it is the detector.
 
     Images are resized and normalised inside torchvision's detectors, and boxes with them; both are taken from there,
-    and the expert's backbone is given the same images (in its own normalisation, where that differs). The detector's
-    own weights are ``detector.model.state_dict()``; adapters are part of ``parameters()`` and of ``state_dict()``.
+    and the expert's backbone is given the same images (in its own normalisation, where that differs). Levels of equal
+    strides are compared, whatever they are called, so that a RetinaNet may teach a Faster R-CNN. The detector's own
+    weights are ``detector.model.state_dict()``; adapters are part of ``parameters()`` and of ``state_dict()``.
 
     Args:
         model: The apprentice, a detector with ``transform`` and ``backbone``.
@@ -34,11 +36,11 @@ class DistilledDetector(nn.Module):
             apprentice's normalised images.
         weight: See the `Distiller`.
         method: Same.
-        options: Same, such as ``normalize=True``. Strides and channels are found here unless told.
+        options: Same, such as ``normalize=True``. ``features`` and ``apprentice_features`` choose other maps.
 
     Raises:
         TypeError: The model is no detector of this kind.
-        ValueError: Levels of the two do not agree.
+        ValueError: The two have no stride in common.
     """
 
     def __init__(
@@ -56,24 +58,28 @@ class DistilledDetector(nn.Module):
                 raise TypeError(f"model: expected a detector of torchvision with a {part}, got {type(model).__name__}")
         self.model = model
         self._expert_scale: tuple[Tensor, Tensor] | None = None
+        self._names: list[str] | None = None
         # Found before the first step, so that an optimizer made now has the adapters.
-        size = tuple(getattr(model.transform, "fixed_size", None) or (_TRIAL, _TRIAL))
         device = next(model.parameters()).device
-        found = _try(model, model.backbone, size, device)
-        if "apprentice_features" not in options:
-            options.setdefault("strides", found[0])
-            options.setdefault("apprentice_channels", found[1])
+        fixed = [getattr(getattr(net, "transform", None), "fixed_size", None) for net in (model, expert)]
+        size = next((tuple(found) for found in fixed if found), (_TRIAL, _TRIAL))
+        expert_model = expert.to(device) if isinstance(expert, nn.Module) else None
         if isinstance(getattr(expert, "transform", None), nn.Module) and hasattr(expert, "backbone"):
             self._expert_scale = _change_of_scale(model.transform, expert.transform)
-            expert_found = _try(expert.to(device), expert.backbone, size, device)
-            if "features" not in options:
-                options.setdefault("expert_channels", expert_found[1])
-                if expert_found[0] != found[0] and len(expert_found[0]) == len(found[0]):
-                    options.setdefault("expert_strides", expert_found[0])
             expert = expert.backbone
-        elif isinstance(expert, nn.Module) and "features" not in options:
-            options.setdefault("expert_channels", _try(expert, expert.to(device), size, device)[1])
-        options.setdefault("apprentice_features", "backbone")
+        if "apprentice_features" in options or "features" in options or not isinstance(expert, nn.Module):
+            options.setdefault("apprentice_features", "backbone")
+        else:
+            ours, theirs = _levels(model, model.backbone, size, device), _levels(expert_model, expert, size, device)
+            strides = [stride for stride in ours if stride in theirs]
+            if not strides:
+                raise ValueError(f"expert: expected a level of one of the strides {list(ours)}, got {list(theirs)}")
+            self._names = [ours[stride][0] for stride in strides]
+            pairs = [(ours[stride][0], theirs[stride][0]) for stride in strides]
+            options["features"] = partial(_take, names=dict(pairs))
+            options["strides"] = strides
+            options["apprentice_channels"] = [ours[stride][1] for stride in strides]
+            options["expert_channels"] = [theirs[stride][1] for stride in strides]
         self.distiller = Distiller(expert, method, weight, apprentice=model, **options)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None) -> Any:
@@ -88,7 +94,9 @@ class DistilledDetector(nn.Module):
         """
         if not self.training:
             return self.model(images, targets)
-        with tap(self.model.transform) as transform:  # type: ignore[arg-type]
+        transform_module, backbone_module = self.model.transform, self.model.backbone
+        assert isinstance(transform_module, nn.Module) and isinstance(backbone_module, nn.Module)
+        with tap(transform_module) as transform, tap(backbone_module) as backbone:
             losses: dict[str, Tensor] = self.model(images, targets)
         batch, resized = transform.output
         seen = batch.tensors
@@ -98,14 +106,23 @@ class DistilledDetector(nn.Module):
             expert_images = seen * factor + shift
         task = torch.stack([loss.detach().sum() for loss in losses.values()]).sum()
         boxes = [target["boxes"] for target in resized]
-        added = self.distiller(seen, boxes, task_loss=task, expert_images=expert_images)
+        maps = None
+        if self._names is not None:
+            found = find_maps("backbone", backbone.output)
+            maps = {name: found[name] for name in self._names}
+        added = self.distiller(seen, boxes, maps, task_loss=task, expert_images=expert_images)
         return {**losses, "loss_distill": added}
 
 
-def _try(
-    detector: nn.Module, backbone: nn.Module, size: Sequence[int], device: torch.device
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Strides and channels of a backbone's maps."""
+def _take(backbone: nn.Module, images: Tensor, *, names: dict[str, str]) -> dict[str, Tensor]:
+    maps = find_maps("expert's backbone", backbone(images))
+    return {ours: maps[theirs] for ours, theirs in names.items()}
+
+
+def _levels(
+    detector: nn.Module | None, backbone: nn.Module, size: Sequence[int], device: torch.device
+) -> dict[float, tuple[str, int]]:
+    """Name and channels of a backbone's maps by their stride; of several with one stride, the deepest."""
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     with torch.no_grad():
@@ -114,8 +131,11 @@ def _try(
         module.training = mode
     # SSD's coarsest maps come from convolutions without padding; its default boxes say where their cells lie.
     steps = getattr(getattr(detector, "anchor_generator", None), "steps", None)
-    strides = tuple(map(float, steps)) if steps else find_strides("strides", maps, (int(size[0]), int(size[1])))
-    return strides, tuple(feature.shape[1] for feature in maps.values())
+    levels: dict[float, tuple[str, int]] = {}
+    for i, (name, feature) in enumerate(maps.items()):
+        (stride,) = [steps[i]] if steps else find_strides("strides", {name: feature}, (int(size[0]), int(size[1])))
+        levels[float(stride)] = (name, feature.shape[1])
+    return levels
 
 
 def _change_of_scale(ours: Any, theirs: Any) -> tuple[Tensor, Tensor] | None:

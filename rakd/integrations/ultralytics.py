@@ -50,7 +50,7 @@ def distill(
     """Have a model train with distillation.
 
     The loss is added to the trainer's own (times the batch size, where the trainer does so to its own) and logged as
-    ``distill_loss``. Checkpoints hold the apprentice as ever; adapters are kept with the optimizer's state, and gone
+    ``kd_loss``. Checkpoints hold the apprentice as ever; adapters are kept with the optimizer's state, and gone
     with it in the final files. To resume, call this again with the same arguments: ``distill(YOLO("last.pt"),
     ...).train(resume=True)``.
 
@@ -127,7 +127,9 @@ class _Distilling:
         if self.args.compile:
             raise ValueError("compile: expected False with distillation, since compiled networks hide their features")
         if getattr(self.args, "distill_model", None) is not None:
-            raise ValueError("distill_model: expected None; ultralytics' own distillation and this one exclude each other")
+            raise ValueError(
+                "distill_model: expected None; ultralytics' own distillation and this one exclude each other"
+            )
         network = unwrap(self.model)
         settings = {"apprentice_features": head_inputs(network), **self.distill_settings}
         self.distiller = Distiller(apprentice=network, box_format="cxcywh", normalized=True, **settings)
@@ -161,4 +163,4 @@ class _Distilling:
         scale = 1 if hasattr(network.model[-1], "decoder") else len(images)
         added = self.distiller(images, boxes, task_loss=loss.detach().sum() / scale, keys=keys)
         loss = torch.cat([loss.reshape(-1), (scale * added).reshape(1).to(loss.dtype)])
-        return loss, {**items, "distill_loss": added.detach()}
+        return loss, {**items, "kd_loss": added.detach()}

@@ -30,7 +30,7 @@ def test_items_are_images_and_pixel_boxes(scenes: Path) -> None:
         objects = frame.read_labels()
         kept = objects.select(objects.is_type("Car", "Van", "Pedestrian", "Cyclist"))
         assert image.shape == (3, 96, 160) and image.dtype == torch.float32
-        assert 0 <= float(image.min()) and 0.5 < float(image.max()) <= 1
+        assert float(image.min()) >= 0 and 0.5 < float(image.max()) <= 1
         torch.testing.assert_close(target["boxes"], torch.tensor(kept.boxes.tolist()).reshape(-1, 4))
         names = ["Car" if name == "Van" else name for name in kept.types.tolist()]
         assert [CLASSES[label - 1] for label in target["labels"].tolist()] == names
