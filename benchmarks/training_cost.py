@@ -161,7 +161,7 @@ class Steps:
 
     def _distillation(self, backend: str) -> Term:
         distiller = Distiller(self.expert, RegionDistillation("soft", self.apprentice.strides, backend=backend))
-        return lambda features: distiller(self.images, features, self.boxes)
+        return lambda features: distiller(self.images, self.boxes, features)
 
     def _distill_eagerly(self, features: Features) -> Tensor:
         expert = self._teach()

@@ -10,7 +10,7 @@ from tyro.conf import arg
 from rakd.distill import MethodName, Regions
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
-from rakd.study.settings import ALL_METHODS, STUDIES
+from rakd.study.settings import PAPER_METHODS, STUDIES
 from rakd.training.settings import TrainSettings
 
 _SCENES = 200  # frames rendered where no data are given
@@ -40,7 +40,7 @@ class Distill:
     splits: Annotated[tuple[str, str], arg(metavar="TRAIN VAL")] = ("train", "val")
     """Names of the frame lists in ImageSets to learn from and to evaluate on."""
 
-    methods: Annotated[tuple[MethodName, ...], arg(metavar="METHOD...")] = ALL_METHODS
+    methods: Annotated[tuple[MethodName, ...], arg(metavar="METHOD...")] = PAPER_METHODS
     """What apprentices are trained with."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)

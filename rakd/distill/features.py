@@ -114,7 +114,7 @@ class FeatureLearner(nn.Module):
         device = next(self.apprentice.parameters()).device
         images = batch.images.to(device)
         boxes = pooling_boxes([rows.to(device) for rows in object_boxes(batch)])
-        return {"loss": self.distiller(images, self.apprentice.extract_features(images), boxes)}
+        return {"loss": self.distiller(images, boxes, self.apprentice.extract_features(images))}
 
 
 class FeatureRun:

@@ -43,7 +43,7 @@ class Learner(nn.Module):
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
-            losses["distillation"] = self.distiller(images, features, pooling_boxes(boxes))
+            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), features)
         return losses
 
 

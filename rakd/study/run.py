@@ -20,6 +20,7 @@ from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import write_detections
 from rakd.detector.latency import measure
+from rakd.distill import registry
 from rakd.distill.learner import make_learner
 from rakd.distill.methods import make_method
 from rakd.evaluation.depth import depth_errors
@@ -141,6 +142,9 @@ class Study:
                     f"{name}: batch_size must be a multiple of the number of processes, {count}, "
                     f"got {training.batch_size}"
                 )
+        for method in settings.methods:
+            if method != "none" and registry.METHODS[method].load().needs_scores:
+                raise ValueError(f"methods: {method} needs an expert's class scores on its maps, which these have not")
         if "semckd" in settings.methods and settings.training.batch_size // count < 2:
             raise ValueError(
                 f"training: SemCKD compares images of a batch and needs 2 or more in each of the {count} processes, "
@@ -201,7 +205,7 @@ class Study:
         term = None
         if expert is not None:
             term = make_method(
-                method,  # type: ignore[arg-type]  # the settings have checked it
+                method,
                 strides=detector.strides,
                 expert_channels=expert.channels,
                 apprentice_channels=detector.channels,

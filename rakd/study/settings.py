@@ -5,10 +5,14 @@ from math import isfinite
 
 from rakd.detector.configs import DETECTORS
 from rakd.distill import MethodName, Regions
+from rakd.distill.registry import IN_PAPER, METHODS
 from rakd.training.settings import TrainSettings
 
-ALL_METHODS: tuple[MethodName, ...] = ("none", "pkd", "semckd", "rakd", "hfa", "l_roi")
-"""What an apprentice is trained with: alone, the two rivals, RAKD and its ablations."""
+ALL_METHODS: tuple[MethodName, ...] = ("none", *METHODS)
+"""The choices of what an apprentice is trained with."""
+
+PAPER_METHODS: tuple[MethodName, ...] = ("none", *IN_PAPER)
+"""Those of the paper's tables: alone, the methods it compares with, RAKD and its ablations."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class StudySettings:
     expert_training: TrainSettings
     training: TrainSettings
     weights: dict[str, float] = field(default_factory=dict)
-    methods: tuple[MethodName, ...] = ALL_METHODS
+    methods: tuple[MethodName, ...] = PAPER_METHODS
     seeds: tuple[int, ...] = (0,)
     expert_seed: int = 0
     regions: Regions = "proposals"
@@ -65,7 +69,8 @@ class StudySettings:
             raise ValueError(f"weights must hold one for each method, {', '.join(missing)} lack one")
 
 
-_WEIGHTS = {"rakd": 1.0, "hfa": 1.0, "l_roi": 1.0, "pkd": 1.0, "semckd": 1.0}
+# The paper's methods are compared at one weight, the others at their own.
+_WEIGHTS = {name: 1.0 if spec.role else spec.weight for name, spec in METHODS.items()}
 
 _TINY = TrainSettings(
     steps=250,
