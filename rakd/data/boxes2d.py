@@ -4,15 +4,18 @@ Three classes: cars (with vans), pedestrians and cyclists. Other objects, DontCa
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from rakd.data.frames import Frame, find_frames
 from rakd.data.labels import Objects
 from rakd.files import replacing, write_text
+from rakd.scenes import make_scenes
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 """Names of the classes, by number."""
@@ -38,6 +41,10 @@ class BoxDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __init__(self, data: Path | str, split: str | None = None, *, first_label: int = 0) -> None:
         self.items = [_read_item(frame, first_label) for frame in find_frames(Path(data), split)]
 
+    def loader(self, batch_size: int) -> DataLoader[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+        """Make a shuffling loader of full batches: lists of images and targets, as torchvision's detectors take them."""
+        return DataLoader(self, batch_size, shuffle=True, drop_last=True, collate_fn=_as_lists)
+
     def __len__(self) -> int:
         """Number of frames."""
         return len(self.items)
@@ -46,6 +53,23 @@ class BoxDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """Give an image with its boxes and labels."""
         image, target = self.items[index]
         return image.float() / 255, dict(target)
+
+
+def rendered_boxes(out: Path | str, frames: int, width: int, *, first_label: int = 0) -> tuple[BoxDataset, BoxDataset]:
+    """Render street scenes, twice as wide as high, and read them.
+
+    Args:
+        out: Folder for `rakd.scenes.make_scenes`.
+        frames: Their number; every fifth is for validation.
+        width: Of the images in pixels.
+        first_label: See `BoxDataset`.
+
+    Returns:
+        Data to train on, and to validate with.
+    """
+    make_scenes(out, frames, size=(width, width // 2))
+    train, val = (BoxDataset(out, split, first_label=first_label) for split in ("train", "val"))
+    return train, val
 
 
 def write_yolo(data: Path | str, out: Path | str) -> Path:
@@ -80,6 +104,10 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
     settings = f"path: {out}\ntrain: images/train\nval: images/val\nnames:\n{names}"
     write_text(out / "data.yaml", settings)
     return out / "data.yaml"
+
+
+def _as_lists(items: Sequence[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    return [image for image, _ in items], [target for _, target in items]
 
 
 def _classes(objects: Objects) -> tuple[list[int], Objects]:

@@ -1,9 +1,9 @@
 """Average precision of 2D boxes, as COCO counts it: for detectors that other frameworks train."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 COCO_THRESHOLDS = tuple(0.5 + 0.05 * i for i in range(10))
 """IoU from 0.50 to 0.95, whose mean is mAP50-95."""
@@ -49,6 +49,23 @@ def mean_average_precision(
         for threshold in thresholds
     ]
     return sum(found) / len(found)
+
+
+@torch.no_grad()
+def evaluate_detector(detector: nn.Module, data: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> float:
+    """Compute the mean average precision of a detector that takes images as torchvision's do.
+
+    Args:
+        detector: Put into eval mode; gives ``boxes``, ``scores`` and ``labels`` for a list of images.
+        data: Images and targets, such as `rakd.data.boxes2d.BoxDataset`.
+
+    Returns:
+        See `mean_average_precision`.
+    """
+    device = next(detector.parameters()).device
+    detector.eval()
+    pairs = [(detector([image.to(device)])[0], target) for image, target in data]
+    return mean_average_precision([found for found, _ in pairs], [target for _, target in pairs])
 
 
 def _average_precision(
