@@ -104,6 +104,9 @@ class DistilledDetector(nn.Module):
         if self._expert_scale is not None:
             factor, shift = (value.to(seen) for value in self._expert_scale)
             expert_images = seen * factor + shift
+            for image, (height, width) in zip(expert_images, batch.image_sizes, strict=True):
+                image[:, height:] = 0  # padding is 0 after normalisation
+                image[:, :, width:] = 0
         task = torch.stack([loss.detach().sum() for loss in losses.values()]).sum()
         boxes = [target["boxes"] for target in resized]
         maps = None
