@@ -95,6 +95,8 @@ class DistillMixin:
         """Add the distillation loss to the model's own in training."""
         if self.distiller is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            self.distiller.zero_grad()  # the Trainer clears the model's gradients, not the optimizer's
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
         boxes = [label["boxes"] for label in inputs["labels"]]
         added = self.distiller(inputs["pixel_values"], boxes, task_loss=loss.detach())

@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     # Adapters that start differently in each process must be made alike.
     distill = {"weight": "auto:0.2", "normalize": True, "seed": rank}
     run = trainer(
-        make("rt_detr", 16), folder, expert=make("rt_detr", 32, seed=1), distill=distill, ddp_backend="gloo",
+        make("rt_detr", 32), folder, expert=make("rt_detr", 64, seed=1), distill=distill, ddp_backend="gloo",
         ddp_find_unused_parameters=True,
     )  # fmt: skip
     state: dict[str, Any] = {"boxes": []}
