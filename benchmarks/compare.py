@@ -1,25 +1,20 @@
-"""``python -m benchmarks.compare OLD.csv NEW.csv``: warns where a ratio to a peer has fallen by 30 %.
+"""``python -m benchmarks.compare OLD.csv NEW.csv``: warns where a ratio to a baseline has fallen by 30 %.
 
-Ratios only: both sides of one were timed in the same interleaved runs, so they carry over between machines of
-a kind far better than seconds do.
+Ratios only: both sides of one were timed in the same interleaved runs, so they carry over between machines of a kind
+far better than seconds do.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
+from benchmarks.results import Row, exit_with_errors, read_all
+from benchmarks.tables import format_ratio
 
-from benchmarks.records import Row, read_all
-from benchmarks.report import format_ratio
-from benchmarks.session import exit_with_errors
-
-WORST_FALL = 0.3
-
-Key = tuple[str | int, ...]
+MAX_FALL = 0.3
 
 
 @dataclass(frozen=True)
@@ -39,26 +34,17 @@ class Change:
     @property
     def fell(self) -> bool:
         """Whether the ratio is down by 30 % or more."""
-        return self.new <= (1.0 - WORST_FALL) * self.old
+        return self.new <= (1.0 - MAX_FALL) * self.old
 
 
-def _key(row: Row) -> Key:
+def _key(row: Row) -> tuple[str | int, ...]:
+    names = (row.op, row.workload, row.dtype, row.layout, row.passes, row.implementation, row.ratio_to)
     sizes = (row.batch, row.boxes, row.output_size, row.sampling_ratio, row.channels, row.height, row.width)
-    return (
-        row.op,
-        row.workload,
-        row.dtype,
-        row.layout,
-        row.what,
-        row.contender,
-        row.ratio_to,
-        row.threads,
-        *sizes,
-    )
+    return (*names, *sizes, row.threads)
 
 
 def _label(row: Row) -> str:
-    return f"{row.op} {row.workload} {row.dtype} {row.layout} {row.what}: {row.contender} over {row.ratio_to}"
+    return f"{row.op} {row.workload} {row.dtype} {row.layout} {row.passes}: {row.implementation} over {row.ratio_to}"
 
 
 def compare_rows(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
@@ -84,7 +70,7 @@ def compare_files(old: Path, new: Path) -> list[Change]:
     if not changes:
         raise ValueError(
             f"compare: {old} and {new} have no measurement in common; workload, sizes, dtype, layout, "
-            "threads and contenders must match"
+            "threads and implementations must match"
         )
     width = max(len(change.label) for change in changes)
     for change in changes:
@@ -92,32 +78,19 @@ def compare_files(old: Path, new: Path) -> list[Change]:
     falls = [change for change in changes if change.fell]
     for change in falls:
         fall = 100 * (1 - change.new / change.old)
-        print(
-            f"warning: {change.label} fell by {fall:.0f} %, "
-            f"from {format_ratio(change.old)} to {format_ratio(change.new)}"
-        )
-    print(f"{len(changes)} ratios compared, {len(falls)} fell by {100 * WORST_FALL:.0f} % or more")
+        old_text, new_text = format_ratio(change.old), format_ratio(change.new)
+        print(f"warning: {change.label} fell by {fall:.0f} %, from {old_text} to {new_text}")
+    print(f"{len(changes)} ratios compared, {len(falls)} fell by {100 * MAX_FALL:.0f} % or more")
     return falls
-
-
-@dataclass(frozen=True)
-class Options:
-    """Compare the ratios of two benchmark CSV files and warn on a fall of 30 %.
-
-    Attributes:
-        old: The CSV to hold the other to.
-        new: The CSV to judge.
-        strict: Exit with code 1 on a warning.
-    """
-
-    old: Annotated[Path, tyro.conf.Positional]
-    new: Annotated[Path, tyro.conf.Positional]
-    strict: bool = False
 
 
 def main() -> None:
     """Compare."""
-    options = tyro.cli(Options, prog="python -m benchmarks.compare")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("old", type=Path, help="the CSV to hold the other to")
+    parser.add_argument("new", type=Path, help="the CSV to judge")
+    parser.add_argument("--strict", action="store_true", help="exit with code 1 on a warning")
+    options = parser.parse_args()
     if compare_files(options.old, options.new) and options.strict:
         raise SystemExit(1)
 

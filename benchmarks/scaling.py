@@ -6,25 +6,18 @@ are read from the first point on: bins with adaptive sampling, and samples of sm
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import tyro
-
-from benchmarks import cases
-from benchmarks.cases import Case, Protocol
-from benchmarks.measure import TRAINING
-from benchmarks.session import csv_path, exit_with_errors, run_cases
-from benchmarks.workloads import DISTILL_WORKLOADS, Workload
+from benchmarks import options as checks
+from benchmarks.ops import Case, Protocol, run_cases
+from benchmarks.results import csv_path, exit_with_errors
+from benchmarks.workloads import DISTILL_WORKLOADS, TRAINING, Workload
 
 PREFIX = "scaling-"  # of the workload names of these rows
 BASE = DISTILL_WORKLOADS["train"]
-
-_Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")]
-_Chosen = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
 
 
 def _image(height: int) -> Workload:
@@ -58,7 +51,7 @@ def plan_axis(axis: str, dtype: str, layout: str, threads: int) -> list[Case]:
         axis: One of ``AXES``.
         dtype: Of the maps.
         layout: Of the maps.
-        threads: Torch's threads, where they are not what varies.
+        threads: Torch's threads, where they do not vary.
 
     Returns:
         The cases, in the order of the axis.
@@ -71,75 +64,45 @@ def plan_axis(axis: str, dtype: str, layout: str, threads: int) -> list[Case]:
     return [Case("distill", name, vary(value), dtype, layout, threads) for value in values]
 
 
-@dataclass(frozen=True)
-class Options:
-    """Measure how soft_roi_distill scales, forward + backward, around the workload train.
-
-    Attributes:
-        axes: What varies: boxes, bins, samples, dense-bins and dense-samples (where all cells of the boxes are read),
-            channels, image, threads.
-        backends: Backends of rakd_ops (default: the first that runs on the device).
-        dtypes: float32, bfloat16, float16.
-        layouts: nchw, nhwc (channels-last).
-        peers: As for python -m benchmarks.
-        device: cpu, cuda, or auto.
-        threads: Torch's threads on the CPU; 0 leaves torch's own number.
-        repeats: Interleaved rounds.
-        most_seconds: A contender that has used so much time in one measurement gets fewer repeats, but at
-            least 3.
-        seed: Seed of boxes and maps.
-        out: Folder of the CSV.
-    """
-
-    axes: _Names = AXES
-    backends: _Chosen = ()
-    dtypes: _Names = ("float32",)
-    layouts: _Names = ("nchw", "nhwc")
-    peers: _Names = ("torchvision",)
-    device: str = "auto"
-    threads: int = 0
-    repeats: int = 9
-    most_seconds: float = 2.0
-    seed: int = 0
-    out: Path = Path("runs/benchmarks")
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description="Measure how soft_roi_distill scales, forward + backward, around the workload train, beside "
+        "torchvision; the first backend that runs on the device unless others are named.",
+    )
+    checks.add_names(parser, "axes", f"of {', '.join(AXES)} (default: all)", AXES)
+    checks.add_common(parser, repeats=9, max_seconds=2.0)
+    parser.set_defaults(baselines=("torchvision",))
+    return parser.parse_args(arguments)
 
 
-def plan(options: Options) -> tuple[list[Case], Protocol]:
+def plan(options: argparse.Namespace) -> tuple[list[Case], Protocol]:
     """Turn options into cases and a protocol.
 
     Raises:
         ValueError: An option is wrong; the message names it.
     """
-    axes = cases.check_choices("axes", options.axes, AXES)
-    cases.check_layouts_and_dtypes(options.layouts, options.dtypes)
-    device = cases.check_device(options.device)
-    threads = cases.check_threads(options.threads)
-    if device == "cuda":
-        axes = tuple(axis for axis in axes if axis != "threads")
-    protocol = Protocol(
-        device=device,
-        backends=cases.check_backends(options.backends, device)[: len(options.backends) or 1],
-        peers=cases.check_peers("distill", options.peers, device),
-        whats=(TRAINING,),
-        repeats=options.repeats,
-        most_seconds=options.most_seconds,
-        seed=options.seed,
-    )
-    planned = [
+    axes = checks.check_choices("axes", options.axes, AXES)
+    protocol = checks.make_protocol(options, "distill")
+    backends = protocol.backends[: len(options.backends) or 1]
+    threads = checks.check_threads(options.threads)
+    cases = [
         case
         for axis in axes
+        if not (protocol.cuda and axis == "threads")
         for dtype in options.dtypes
         for layout in options.layouts
         for case in plan_axis(axis, dtype, layout, threads)
     ]
-    return planned, cases.check_protocol(protocol)
+    return cases, replace(protocol, backends=backends, passes=(TRAINING,))
 
 
 def main() -> None:
     """Measure the curves."""
-    options = tyro.cli(Options, prog="python -m benchmarks.scaling")
-    planned, protocol = plan(options)
-    run_cases(planned, protocol, csv_path(options.out, "scaling", protocol.device))
+    options = parse()
+    cases, protocol = plan(options)
+    run_cases(cases, protocol, csv_path(options.out, "scaling", protocol.device))
 
 
 if __name__ == "__main__":

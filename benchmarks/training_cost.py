@@ -1,4 +1,4 @@
-"""``python -m benchmarks.training_cost``: what distillation costs in a training step of a real detector.
+"""``python -m benchmarks.training_cost``: the cost of distillation in a training step of a real detector.
 
 A step is what `rakd.training.trainer.Trainer` does with a batch in memory: forward, losses, backward, clipping,
 optimiser. Steps of these kinds take turns in one run, on the same images and boxes:
@@ -14,27 +14,25 @@ a trained proposal network finds that many, the random weights measured here wou
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks import cases
-from benchmarks.contenders import Contender, torchvision_loss
-from benchmarks.measure import Timing, check_agreement, time_interleaved
-from benchmarks.records import Machine, StepRow, describe_machine, write_rows
-from benchmarks.report import format_ratio, format_time
-from benchmarks.session import csv_path, exit_with_errors
+from benchmarks import options as checks
+from benchmarks.implementations import Implementation, check_agreement, torchvision_loss
+from benchmarks.results import Machine, StepRow, csv_path, describe_machine, exit_with_errors, write_rows
+from benchmarks.tables import format_ratio, format_time
+from benchmarks.timing import Sampler, Timing, end_to_end_sampler, time_interleaved, wall_sampler
 from benchmarks.workloads import Inputs, Workload, jitter_boxes
 from rakd.data.kitti import Batch, KittiDataset, collate
 from rakd.data.targets import Targets
@@ -50,12 +48,12 @@ ALONE, EXPERT, TORCHVISION = "alone", "expert", "torchvision"
 
 Features = dict[str, Tensor]
 Term = Callable[[Features], Tensor | None]
-"""What a kind of step adds to the apprentice's own losses, given its feature maps; None: nothing."""
+"""Gives the loss that a kind of step adds to the apprentice's own, from its feature maps; None: nothing."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Who learns from whom.
+    """An expert, and the apprentice that learns from it.
 
     Attributes:
         expert: Name of the expert's detector.
@@ -80,7 +78,7 @@ class Steps:
     draws the same anchors and proposals and does the same work besides its term.
 
     Args:
-        pair: Who learns from whom.
+        pair: The two detectors.
         device: A torch device.
         seed: Seed of weights, scenes and boxes.
     """
@@ -113,7 +111,7 @@ class Steps:
         """Do one step as the trainer does, and give the loss.
 
         Args:
-            term: What is added to the apprentice's own losses.
+            term: The loss that is added to the apprentice's own.
 
         Returns:
             The sum of all losses.
@@ -144,27 +142,27 @@ class Steps:
         with torch.no_grad():
             found = self.apprentice.extract_features(self.images)
         features = {name: feature.requires_grad_() for name, feature in found.items()}
-        contenders = [
-            Contender(name, functools.partial(_value, term, features))
+        implementations = [
+            Implementation(name, functools.partial(_value, term, features))
             for name, term in terms.items()
             if name not in (ALONE, EXPERT)
         ]
         upstream = torch.ones((), device=self.images.device)
-        check_agreement(contenders, list(features.values()), upstream, "float32", lambda _: None)
+        check_agreement(implementations, list(features.values()), upstream, "float32", lambda _: None)
 
     @torch.no_grad()
-    def _teach(self) -> Features:
+    def _expert_features(self) -> Features:
         return self.expert.extract_features(self.images)
 
     def _run_expert(self, _: Features) -> None:
-        self._teach()
+        self._expert_features()
 
     def _distillation(self, backend: str) -> Term:
         distiller = Distiller(self.expert, RegionDistillation("soft", self.apprentice.strides, backend=backend))
         return lambda features: distiller(self.images, self.boxes, features)
 
     def _distill_eagerly(self, features: Features) -> Tensor:
-        expert = self._teach()
+        expert = self._expert_features()
         rows = [torch.cat([boxes.new_full((len(boxes), 1), i), boxes], dim=1) for i, boxes in enumerate(self.boxes)]
         inputs = Inputs(list(features.values()), [expert[name] for name in features], torch.cat(rows))
         return torchvision_loss(inputs, self.workload)
@@ -210,31 +208,20 @@ def _draw_boxes(targets: list[Targets], count: int, device: str, seed: int) -> l
     return [jitter_boxes(target.boxes, count, generator).float().to(device) for target in targets]
 
 
-@dataclass(frozen=True)
-class Options:
-    """Time training steps with and without distillation, interleaved, on the same batch.
-
-    Attributes:
-        pair: tiny (tiny-expert teaches tiny, 128 x 448) or kitti (kitti-r50 teaches kitti-r18, 512 x 1760: many
-            seconds a step on a CPU).
-        backends: Backends of rakd_ops: cpu, cuda, triton, reference (default: the first that runs on the device).
-        device: cpu, cuda, or auto.
-        threads: Torch's threads on the CPU; 0 leaves torch's own number.
-        repeats: Interleaved rounds, after one that is not timed.
-        seed: Seed of weights, scenes and boxes.
-        out: Folder of the CSV.
-    """
-
-    pair: str = "tiny"
-    backends: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
-    device: str = "auto"
-    threads: int = 0
-    repeats: int = 21
-    seed: int = 0
-    out: Path = Path("runs/benchmarks")
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training_cost",
+        description="Time training steps with and without distillation, interleaved, on the same batch, after one "
+        "round that is not timed; the first backend that runs on the device unless others are named.",
+    )
+    parser.add_argument("--pair", default="tiny", help="tiny (tiny-expert and tiny, 128 x 448) or kitti (kitti-r50 and "
+                        "kitti-r18, 512 x 1760: many seconds a step on a CPU)")  # fmt: skip
+    checks.add_common(parser, repeats=21, max_seconds=None)
+    return parser.parse_args(arguments)
 
 
-def measure(options: Options, machine: Machine, device: str, backends: tuple[str, ...]) -> list[StepRow]:
+def measure(options: argparse.Namespace, machine: Machine, device: str, backends: tuple[str, ...]) -> list[StepRow]:
     """Measure the kinds of step.
 
     Args:
@@ -253,11 +240,11 @@ def measure(options: Options, machine: Machine, device: str, backends: tuple[str
     steps = Steps(pair, device, options.seed)
     terms = steps.terms(backends)
     steps.check(terms)
-    runs: dict[str, Callable[[], object]] = {name: functools.partial(steps.run, term) for name, term in terms.items()}
+    sampler = end_to_end_sampler if torch.device(device).type == "cuda" else wall_sampler
+    runs: dict[str, Sampler] = {name: sampler(functools.partial(steps.run, term)) for name, term in terms.items()}
     total = len(runs) * (1 + options.repeats)
     with tqdm(total=total, unit="step", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
-        cuda = torch.device(device).type == "cuda"
-        timings = time_interleaved(runs, cuda, options.repeats, math.inf, bar.update)
+        timings = time_interleaved(runs, options.repeats, math.inf, bar.update)
     rows = []
     for name, timing in timings.items():
         low, middle, high = (None, None, None) if name in (ALONE, EXPERT) else added_share(timing, timings[EXPERT])
@@ -269,7 +256,7 @@ def measure(options: Options, machine: Machine, device: str, backends: tuple[str
             boxes=steps.workload.boxes,
             height=steps.workload.height,
             width=steps.workload.width,
-            contender=name,
+            implementation=name,
             median_ms=timing.median,
             p20_ms=timing.p20,
             p80_ms=timing.p80,
@@ -286,9 +273,9 @@ def measure(options: Options, machine: Machine, device: str, backends: tuple[str
 
 
 def added_share(timing: Timing, base: Timing) -> tuple[float, float, float]:
-    """What a step takes more than another, as a part of that other: 20th, 50th and 80th percentile over the rounds.
+    """Return how much longer one step takes, as a part of the other: 20th, 50th, 80th percentile over the rounds.
 
-    Rounds are compared one by one: what slows the whole machine down for a while slows both steps of a round.
+    Rounds are compared one by one: a slow minute of the machine slows both steps of a round.
     """
     differences = np.array(timing.samples) / np.array(base.samples) - 1.0
     low, middle, high = (float(value) for value in np.percentile(differences, [20, 50, 80]))
@@ -305,7 +292,7 @@ def format_rows(rows: list[StepRow]) -> str:
     ]
     for row in rows:
         spread = f"{format_time(row.p20_ms)}-{format_time(row.p80_ms)}"
-        line = f"{row.contender:16} {format_time(row.median_ms):>8}  {spread:>15}  {format_ratio(row.ratio):>6}"
+        line = f"{row.implementation:16} {format_time(row.median_ms):>8}  {spread:>15}  {format_ratio(row.ratio):>6}"
         if row.share is not None and row.share_p20 is not None and row.share_p80 is not None:
             line += f"  {100 * row.share:>7.1f} %  {f'{100 * row.share_p20:.1f} to {100 * row.share_p80:.1f} %':>15}"
         lines.append(line)
@@ -314,15 +301,13 @@ def format_rows(rows: list[StepRow]) -> str:
 
 def main() -> None:
     """Measure, print and write."""
-    options = tyro.cli(Options, prog="python -m benchmarks.training_cost")
-    cases.check_choices("pair", [options.pair], list(PAIRS))
-    if options.repeats < 1:
-        raise ValueError(f"repeats: expected at least 1, got {options.repeats}")
-    if options.seed < 0:
-        raise ValueError(f"seed: expected 0 or more, got {options.seed}")
-    device = cases.check_device(options.device)
-    backends = cases.check_backends(options.backends, device)[: len(options.backends) or 1]
-    torch.set_num_threads(cases.check_threads(options.threads))
+    options = parse()
+    checks.check_choices("pair", [options.pair], list(PAIRS))
+    checks.check_minimum("repeats", options.repeats, 1)
+    checks.check_minimum("seed", options.seed, 0)
+    device = checks.check_device(options.device)
+    backends = checks.check_backends(options.backends, device)[: len(options.backends) or 1]
+    torch.set_num_threads(checks.check_threads(options.threads))
     path = csv_path(options.out, f"training-{options.pair}", device)
     rows = measure(options, describe_machine(device), device, backends)
     write_rows(path, StepRow, rows)

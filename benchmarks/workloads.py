@@ -1,4 +1,9 @@
-"""The workloads that performance is measured on: 512×1760 images, strides 4 to 32, C = 256, expert frozen."""
+"""The workloads that performance is measured on, and the bytes that each must move.
+
+Images of 512×1760, strides 4 to 32, C = 256, expert frozen. Bytes: the cells of each map that some box's RoIAlign
+weighs, read once, and the gradient maps, which are dense and written once whatever the boxes. Cells are counted singly
+although memory comes in cache lines: where the channels do not lie together (NCHW), more must be read in truth.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rakd_ops import level_weights
+from rakd_ops.reference import axis_matrix
+
 STRIDES = (4, 8, 16, 32)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORWARD, TRAINING = PASSES = ("forward", "forward+backward")
 
-OBJECTS_PER_IMAGE = 6  # what proposals gather around
+OBJECTS_PER_IMAGE = 6  # that proposals gather around
 OBJECT_HEIGHTS = (25.0, 250.0)  # pixels
 OBJECT_ASPECTS = (0.4, 2.5)  # width over height
 CENTRE_JITTER = 0.1  # of a proposal's centre, in units of its object's size
 SIZE_JITTER = 0.15  # of the logarithm of a proposal's sides
-LARGEST_JITTER = 2.5  # standard deviations
+MAX_JITTER = 2.5  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ def jitter_boxes(objects: Tensor, count: int, generator: torch.Generator) -> Ten
     """Draw boxes ``[count, 4]``, float64, around objects ``[N, 4]``, N > 0: each in turn, moved and resized."""
     copies = objects.double()[torch.arange(count) % len(objects)]
     noise = torch.randn(count, 4, generator=generator, dtype=torch.float64)
-    noise = noise.clamp(-LARGEST_JITTER, LARGEST_JITTER)
+    noise = noise.clamp(-MAX_JITTER, MAX_JITTER)
     size = copies[:, 2:] - copies[:, :2]
     centre = (copies[:, :2] + copies[:, 2:]) / 2 + CENTRE_JITTER * noise[:, :2] * size
     size = size * torch.exp(SIZE_JITTER * noise[:, 2:])
@@ -125,11 +134,22 @@ def draw_boxes(workload: Workload, generator: torch.Generator) -> Tensor:
 
 @dataclass
 class Inputs:
-    """Tensors of one measurement: the apprentice's maps want gradients, the expert's do not."""
+    """Tensors of one measurement: the apprentice's maps want gradients, the expert's do not.
+
+    Attributes:
+        apprentice: Maps ``[B, C, H_l, W_l]``.
+        expert: The same; empty where pooling alone is measured.
+        boxes: ``[K, 5]``, grouped by image.
+    """
 
     apprentice: list[Tensor]
     expert: list[Tensor]
     boxes: Tensor
+
+    def box_list(self) -> list[Tensor]:
+        """Return the boxes as most trainers have them: ``[K_b, 4]`` per image."""
+        images = self.apprentice[0].shape[0]
+        return [self.boxes[self.boxes[:, 0] == image, 1:].contiguous() for image in range(images)]
 
 
 def make_inputs(workload: Workload, dtype: str, layout: str, device: str, seed: int, networks: int = 2) -> Inputs:
@@ -158,3 +178,68 @@ def make_inputs(workload: Workload, dtype: str, layout: str, device: str, seed: 
         networks_maps.append(maps)
     apprentice = [feature.requires_grad_() for feature in networks_maps[0]]
     return Inputs(apprentice, networks_maps[1] if networks == 2 else [], boxes)
+
+
+def bin_support(boxes: Tensor, stride: int, workload: Workload) -> tuple[Tensor, Tensor]:
+    """Find which rows and columns of a level's map each bin of each box weighs.
+
+    Args:
+        boxes: ``[K, 5]``.
+        stride: The level's stride.
+        workload: Sizes.
+
+    Returns:
+        Bool ``[K, P, H]`` and ``[K, P, W]``.
+    """
+    height, width = workload.map_size(stride)
+    boxes = boxes.detach().cpu().double()
+    bins, samples = workload.output_size, workload.sampling_ratio
+    rows = axis_matrix(boxes[:, 2], boxes[:, 4], stride, height, bins, samples) != 0
+    columns = axis_matrix(boxes[:, 1], boxes[:, 3], stride, width, bins, samples) != 0
+    return rows, columns
+
+
+def support_cells(boxes: Tensor, stride: int, workload: Workload) -> int:
+    """Count the cells, over all images, of one level's map that the RoIAlign of at least one of the boxes weighs."""
+    rows, columns = (support.any(dim=1).float() for support in bin_support(boxes, stride, workload))
+    images = boxes[:, 0].cpu()
+    total = 0
+    for image in range(workload.batch):
+        here = images == image
+        total += int((rows[here].T @ columns[here] > 0).sum())
+    return total
+
+
+@dataclass(frozen=True)
+class BoundBytes:
+    """Bytes that any implementation must move.
+
+    Attributes:
+        forward: To compute the op's output.
+        training: To compute output and gradients (forward + backward).
+    """
+
+    forward: int
+    training: int
+
+
+def count_bytes(op: str, boxes: Tensor, workload: Workload, dtype: str) -> BoundBytes:
+    """Count the bytes that must move.
+
+    Args:
+        op: ``"distill"``: cells of both networks read, the apprentice's gradient written. ``"align"``: cells read,
+            output written; then its gradient read, the maps' gradients written.
+        boxes: ``[K, 5]``.
+        workload: Sizes.
+        dtype: A key of ``DTYPES``.
+    """
+    cell = workload.channels * DTYPES[dtype].itemsize
+    dense = workload.batch * sum(math.prod(workload.map_size(stride)) for stride in STRIDES) * cell
+    if op == "distill":
+        read = 2 * sum(support_cells(boxes, stride, workload) for stride in STRIDES) * cell
+        return BoundBytes(read, read + dense)
+    chosen = level_weights(boxes, strides=STRIDES, assignment="hard") > 0
+    cells = sum(support_cells(boxes[chosen[:, level]], stride, workload) for level, stride in enumerate(STRIDES))
+    output = workload.boxes * workload.output_size**2 * cell
+    forward = cells * cell + output
+    return BoundBytes(forward, forward + output + dense)

@@ -9,7 +9,7 @@
 
 namespace rakd {
 
-// The layout that gradients take after their map. `_library.py` states the same rule for fake tensors.
+// The layout that gradients take after their map. rakd_ops/_layout.py states the same rule for fake tensors.
 inline bool is_channels_last(const torch::stable::Tensor& t) {
   return t.stride(1) == 1 && t.size(1) > 1 && !t.is_contiguous();
 }

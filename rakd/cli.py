@@ -4,17 +4,26 @@ To add a command, write its dataclass in `rakd.commands` and name it in `_comman
 """
 
 import contextlib
+import errno
 import io
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol, TextIO, cast
 
+from rakd.errors import UserError
+
 USER_ERROR = 2
 INTERRUPTED = 130
 
 # Commands that go on where they stopped.
 _RESUMING = ("Distill", "Train", "MakeScenes", "DistillFeatures")
+
+
+# Of torch's errors, for memory of the GPU and of the machine.
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
+# Options that take less memory, as far as a command has them.
+_SAVING = {"batch_size": "lower --batch-size", "amp": "set --amp bfloat16"}
 
 
 class Command(Protocol):
@@ -25,6 +34,7 @@ class Command(Protocol):
 
 
 def _commands() -> dict[str, Any]:
+    from rakd.commands.compare import Compare
     from rakd.commands.distill import Distill
     from rakd.commands.distill_features import DistillFeatures
     from rakd.commands.evaluate import Evaluate
@@ -40,6 +50,7 @@ def _commands() -> dict[str, Any]:
         "train": Train,
         "predict": Predict,
         "evaluate": Evaluate,
+        "compare": Compare,
         "show": Show,
         "latency": Latency,
         "inspect": Inspect,
@@ -55,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0; 2 for a user's error, after one line on stderr that says what is wrong; 130 if interrupted.
-        ``--help`` and ``--version`` exit from within, by SystemExit with 0.
+        Exit code: 0; 2 for a user's error or a lack of memory, after one line on stderr that says what is wrong; 130
+        if interrupted. ``--help`` and ``--version`` exit from within, by SystemExit with 0; errors of the program
+        itself are raised.
     """
     command: Command | str = ""
     try:
@@ -74,8 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = type(command).__name__ in _RESUMING
         print(f"rakd: interrupted{'; repeat the command to go on' if resumes else ''}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError) as error:
+    except UserError as error:
+        # A loader's process hands on its whole traceback, which the message ends.
+        return _fail(str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2])
+    except OSError as error:
+        # Of a file that the system refuses, a full disk, or a reader that has gone: not of the program.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+            raise
         return _fail(str(error))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        saving = [text for option, text in _SAVING.items() if hasattr(command, option)]
+        if "CUDA" in str(error) and hasattr(command, "device"):
+            saving.append("set --device cpu")
+        return _fail(f"out of memory: {' or '.join(saving) or 'use smaller images'} (torch says: {error})")
     return 0
 
 

@@ -1,9 +1,12 @@
-"""Atomic file writing: a reader sees the old file or the whole new one, never a half."""
+"""Files: text as people's editors leave it; atomic writing, so that a reader never sees half of a file."""
 
+import codecs
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from rakd.errors import MissingFileError, NotAFolderError, UserError
 
 
 @contextmanager
@@ -38,13 +41,52 @@ def check_folder(path: Path, name: str) -> None:
         name: The option's, for errors.
 
     Raises:
-        NotADirectoryError: It is a file, or lies in one.
+        NotAFolderError: It is a file, or lies in one.
     """
     for place in (path, *path.parents):
         if place.exists():
             if not place.is_dir():
-                raise NotADirectoryError(f"{name}: expected a folder to write to, {place} is a file")
+                raise NotAFolderError(f"{name}: expected a folder to write to, {place} is a file")
             return
+
+
+def check_file(path: Path, expected: str) -> None:
+    """Make sure that a file is there.
+
+    Args:
+        path: The file.
+        expected: Such as "an image", for errors.
+
+    Raises:
+        MissingFileError: It is not, or is a folder.
+    """
+    if not Path(path).is_file():
+        what = "is a folder" if Path(path).is_dir() else "is not there"
+        raise MissingFileError(f"{path} {what}: expected {expected}")
+
+
+def read_text(path: Path, expected: str) -> str:
+    """Read a text file: UTF-8, or UTF-16 with its byte-order mark, as shells on Windows write it.
+
+    Byte-order marks are left out. Files that were joined have them in the middle, too.
+
+    Args:
+        path: The file.
+        expected: Such as "a calibration file", for errors.
+
+    Raises:
+        MissingFileError: There is no such file.
+        UserError: It cannot be read, or is not text.
+    """
+    check_file(path, expected)
+    try:
+        with Path(path).open("rb") as file:
+            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return Path(path).read_text(encoding="utf-16" if is_utf16 else "utf-8").replace("\ufeff", "")
+    except UnicodeError as error:
+        raise UserError(f"{path}: not a text file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:

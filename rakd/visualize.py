@@ -16,6 +16,7 @@ from matplotlib.patches import Arc, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 
 from rakd.data.labels import Objects
+from rakd.errors import UserError
 from rakd.files import check_folder, replacing
 from rakd.geometry import BOX_EDGES, NEAR, Calibration, FloatArray, box_corners
 
@@ -28,6 +29,7 @@ _GRID = "#3d4650"
 
 _FRONT_CROSS = ((0, 5), (1, 4))
 _DPI = 110
+_TALLEST = 0.8  # height of a panel in its column's widths: portraits are drawn narrower, not larger
 _TEXT_SIZE = 8.0  # points, of what stands beside boxes
 _LETTER_WIDTH, _TEXT_HEIGHT = 0.6 * _TEXT_SIZE, 1.05 * _TEXT_SIZE  # of a letter, roughly
 
@@ -72,7 +74,7 @@ def check_picture(path: Path, name: str) -> None:
     """
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in known or path.is_dir():
-        raise ValueError(f"{name}: expected a picture file (.png, .pdf, .svg, ...), got {path}")
+        raise UserError(f"{name}: expected a picture file (.png, .pdf, .svg, ...), got {path}")
     check_folder(path.parent, name)
 
 
@@ -96,12 +98,13 @@ def draw_frame(
         reach: How far the bird's-eye view goes, metres.
     """
     height, width = image.shape[:2]
-    panel_width = 11.0
-    panel_height = panel_width * height / width
+    panel_height = 11.0 * min(height / width, _TALLEST)
+    panel_width = panel_height * width / height
     total_height = max(2 * panel_height + 1.0, 5.0)
     above_width = total_height * 0.8
-    figure = Figure(figsize=(panel_width + above_width, total_height), facecolor=_DARK, layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(panel_width, above_width))
+    left_width = max(panel_width, 1.5)  # a title's
+    figure = Figure(figsize=(left_width + above_width, total_height), facecolor=_DARK, layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(left_width, above_width))
     for row, (draw, name) in enumerate(((draw_boxes_3d, "3D boxes"), (draw_boxes_2d, "2D boxes"))):
         axis = figure.add_subplot(grid[row, 0])
         show_image(axis, image, name)
@@ -136,8 +139,8 @@ def draw_sheet(
         raise ValueError("frames must hold at least one frame, got none")
     columns, inches = min(columns, len(frames)), 9.0
     rows = -(-len(frames) // columns)
-    ratio = max(image.shape[0] / image.shape[1] for _, image, _, _ in frames)
-    size = (inches * columns, (inches * ratio + 0.3) * rows + 0.5)
+    tallest = min(max(image.shape[0] / image.shape[1] for _, image, _, _ in frames), _TALLEST)
+    size = (inches * columns, (inches * tallest + 0.3) * rows + 0.5)
     figure = Figure(figsize=size, facecolor=_DARK, layout="constrained")
     figure.suptitle(title, color=_LIGHT, fontsize=15)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -145,7 +148,8 @@ def draw_sheet(
         axis.set_axis_off()
     for axis, (name, image, calibration, objects) in zip(axes, frames, strict=False):
         show_image(axis, image, name)
-        draw_boxes_3d(axis, calibration, [truth_layer(objects)], inches=inches)
+        drawn = min(inches, inches * tallest * image.shape[1] / image.shape[0])
+        draw_boxes_3d(axis, calibration, [truth_layer(objects)], inches=drawn)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
 
@@ -191,16 +195,17 @@ def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", r
     # From above, a panel as wide as the image shows all that a camera of 80 degrees sees.
     side, column = 0.85 * reach, 6.0
     ratios = [frame.image.shape[0] / frame.image.shape[1] for frame in frames]
-    heights = [size for ratio in ratios for size in (ratio, (reach + 5) / (2 * side))]
+    heights = [size for ratio in ratios for size in (min(ratio, _TALLEST), (reach + 5) / (2 * side))]
     size = (column * len(models), column * sum(heights) + 0.29 * len(heights) + 0.6)
     figure = Figure(figsize=size, facecolor=_DARK, layout="constrained")
     axes = figure.subplots(len(heights), len(models), squeeze=False, height_ratios=heights)
-    for pair, frame in zip(range(0, len(heights), 2), frames, strict=True):
+    for pair, (frame, ratio) in enumerate(zip(frames, ratios, strict=True)):
         for place, (model, objects) in enumerate(frame.predictions.items()):
             layers = [truth_layer(frame.labels), prediction_layer(objects)]
-            show_image(axes[pair, place], frame.image, f"{model} · {frame.name}")
-            draw_boxes_3d(axes[pair, place], frame.calibration, layers, inches=column)
-            width, above = frame.image.shape[1], axes[pair + 1, place]
+            axis, above = axes[2 * pair : 2 * pair + 2, place]
+            show_image(axis, frame.image, f"{model} · {frame.name}")
+            draw_boxes_3d(axis, frame.calibration, layers, inches=column * min(1, _TALLEST / ratio))
+            width = frame.image.shape[1]
             draw_from_above(above, frame.calibration, width, layers, reach, side=side, inches=column)
     figure.suptitle(title, color=_LIGHT, fontsize=14, x=0.01, ha="left")
     _add_legend(figure, layers)

@@ -14,7 +14,7 @@ from torch import Tensor
 from rakd_ops import reference
 from rakd_ops._inputs import BoxInputs, Distillation, refuse_values
 from rakd_ops._layout import is_channels_last, is_dense
-from rakd_ops._options import LevelRule, RoIOptions
+from rakd_ops._options import LevelRule, RoIOptions, check_options
 from rakd_ops._schemas import op
 
 
@@ -22,12 +22,15 @@ def prepare(inputs: BoxInputs, options: RoIOptions, backend: str) -> tuple[Tenso
     """Rows and index of checked boxes; see ``_schemas.py``."""
     if backend == "triton":
         return reference.prepare_boxes(inputs, options)
-    prepare_boxes = op("prepare_boxes", backend)
+    prepare_boxes, rule, of_levels = op("prepare_boxes", backend), options.rule, inputs.level_weights
+    if torch.compiler.is_compiling() and of_levels is None:
+        # An op fixes the value of a float that is handed to it, and each other value would be compiled anew. The rule
+        # in plain PyTorch is traced into the graph instead, where an annealed sigma is a number like any other.
+        of_levels, rule = reference.weights_by_rule(inputs.boxes, options), check_options().rule
     try:
         rows, index = prepare_boxes(
-            inputs.boxes, inputs.box_weights, inputs.level_weights, inputs.images, inputs.mean, options.strides,
-            *options.rule,
-        )  # fmt: skip
+            inputs.boxes, inputs.box_weights, of_levels, inputs.images, inputs.mean, options.strides, *rule
+        )
     except RuntimeError:
         if not torch.compiler.is_compiling():
             refuse_values(inputs)
@@ -78,6 +81,16 @@ def _double_backward_guard() -> None:
         )
 
 
+def _needs_no_function(maps: Sequence[Tensor]) -> bool:
+    """Whether the op alone will do: without gradients under ``torch.compile``.
+
+    Dynamo there calls ``forward`` itself, and leaves its ``ctx`` out where the number of maps makes the arguments as
+    many as the parameters. Elsewhere the Function also refuses forward-mode derivatives, which the op would take for
+    zero.
+    """
+    return torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(m.requires_grad for m in maps))
+
+
 def _place_gradients(gradients: Sequence[Tensor], wanted: tuple[bool, bool], levels: int) -> tuple[Tensor | None, ...]:
     """Arrange gradients as (apprentice's, expert's), None for a side that was not wanted."""
     remaining = iter(gradients)
@@ -119,7 +132,7 @@ class _DistillTotal(torch.autograd.Function):
         if in_place and all(map(is_dense, saved)):  # hooks on saved tensors may change layouts
             op("scale_gradients", "cuda")(saved, gradient)
             scaled = saved
-        elif not last or gradient.device.type != "cpu":
+        elif not last or gradient.device.type != "cpu" or type(gradient) is not Tensor:  # a fake one has no value
             # The product in the loss's dtype: a scalar rounded to bfloat16 would put all gradients off alike.
             scaled = [(g.to(gradient.dtype) * gradient).to(g.dtype) for g in saved]
         else:
@@ -200,12 +213,14 @@ def distill(inputs: Distillation, options: RoIOptions, reduction: str, backend: 
     _refuse_transforms()
     rows, index = prepare(inputs.boxes, options, backend)
     maps = (*inputs.apprentice, *inputs.expert)
-    geometry = (options.strides, options.expert_strides, options.output_size, options.sampling_ratio)
+    geometry = options.for_distill()
     wanted = (any(m.requires_grad for m in inputs.apprentice), any(m.requires_grad for m in inputs.expert))
     differentiated = torch.is_grad_enabled() and any(wanted)
+    if _needs_no_function(maps):
+        pyramids = inputs.apprentice, inputs.expert
+        total, losses = op("distill_loss", backend)(*pyramids, rows, index, *geometry)
+        return losses if reduction == "none" else total
     if not differentiated or reduction == "none" or any(m.dtype == torch.float16 for m in maps):
-        # Also where nothing is to be differentiated: the Function refuses forward-mode derivatives, which the op alone
-        # would silently take for zero.
         arguments = (rows, index, geometry, wanted, backend, reduction != "none")
         if differentiated:
             return _DistillPerBox.apply(*arguments, *_clone_inference_tensors(maps))
@@ -217,5 +232,7 @@ def align(maps: list[Tensor], boxes: BoxInputs, options: RoIOptions, backend: st
     """``multilevel_roi_align`` by the registered ops, on checked arguments."""
     _refuse_transforms()
     rows, index = prepare(boxes, options, backend)
-    geometry = (options.strides, options.output_size, options.sampling_ratio)
+    geometry = options.for_align()
+    if _needs_no_function(maps):
+        return op("align", backend)(maps, rows, index, *geometry)
     return _Align.apply(rows, index, geometry, backend, *maps)

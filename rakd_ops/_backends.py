@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -25,12 +26,24 @@ def build_info() -> dict[str, object]:
     return {key: value for key, value in vars(_build_info).items() if not key.startswith("_")}
 
 
+def _remedy(folder: Path) -> str:
+    """What to do about a library that is not in the package's folder."""
+    if not (folder.parent / "csrc").is_dir():
+        return "install the package with `pip install .`"
+    text = f"{folder.parent} is a source tree without built libraries: run `python setup.py build_ext --inplace` in it"
+    for found in importlib.metadata.distributions(name="rakd"):
+        installed = Path(str(found.locate_file("rakd_ops")))
+        if installed != folder and any(installed.glob("_cpu.*so")):
+            return f"{text}, or start Python in another folder: it hides the installed package {installed}"
+    return text
+
+
 def _load(name: str) -> str | None:
     """Load a compiled library; return why it is not there, or None."""
     folder = Path(__file__).parent
     paths = sorted(folder.glob(f"{name}.*so")) + sorted(folder.glob(f"{name}.so"))
     if not paths:
-        return f"the compiled library rakd_ops/{name} is not installed; install the package with `pip install .`"
+        return f"the compiled library rakd_ops/{name} is not installed; {_remedy(folder)}"
     try:
         torch.ops.load_library(str(paths[0]))
     except (OSError, RuntimeError) as error:
@@ -167,7 +180,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend not in ("auto", *BACKENDS):
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
-    serving = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}.get(device.type, ("reference",))
+    serving = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference"), "meta": ("cpu", "reference")}.get(
+        device.type, ("reference",)
+    )
     if backend == "auto":
         chosen = next(name for name in serving if _why_not_on(name, device) is None)
         if chosen != serving[0] and not torch.compiler.is_compiling():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from rakd_ops._options import DEFAULT_STRIDES, REDUCTIONS, RoIOptions, check_choice
+from rakd_ops._options import DEFAULTS, REDUCTIONS, RoIOptions, check_choice
 
 MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BOX_DTYPES = (*MAP_DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # csrc/prepare.h, Number
@@ -56,8 +56,8 @@ def list_maps(name: str, maps: Any, levels: int, keys: Sequence[str] | None = No
         raise TypeError(f"{name}: expected a map, or a sequence or dict of maps, got {type(maps).__name__}")
     if len(maps) != levels:
         remedy = ""
-        if levels == len(DEFAULT_STRIDES):
-            remedy = f" (four strides, {DEFAULT_STRIDES}, are the default: pass strides=... of your maps)"
+        if levels == len(DEFAULTS["strides"]):
+            remedy = f" (four strides, {DEFAULTS['strides']}, are the default: pass strides=... of your maps)"
         raise ValueError(f"{name}: expected {levels} maps, one per stride, got {len(maps)}{remedy}")
     for level, feature in enumerate(maps):
         if not isinstance(feature, Tensor):

@@ -11,14 +11,16 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
 from rakd_ops.levels import ASSIGNMENTS
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 REDUCTIONS = ("mean", "sum", "none")
-DEFAULT_STRIDES = (4, 8, 16, 32)
 MAX_LEVELS = 16  # csrc/geometry.h, kMaxLevels
 MAX_COUNT = 10_000  # bins and samples along one axis; kernels count in 32 bits
 
@@ -32,6 +34,31 @@ class LevelRule(NamedTuple):
     canonical_level: float
 
 
+class Keywords(TypedDict, total=False):
+    """The public keywords; see :func:`rakd_ops.soft_roi_distill` for their meaning."""
+
+    strides: Sequence[float]
+    expert_strides: Sequence[float] | None
+    output_size: int | tuple[int, int]
+    sampling_ratio: int
+    assignment: str
+    sigma: float
+    canonical_size: float
+    canonical_level: float
+
+
+DEFAULTS: Keywords = {
+    "strides": (4, 8, 16, 32),
+    "expert_strides": None,
+    "output_size": 7,
+    "sampling_ratio": 2,
+    "assignment": "soft",
+    "sigma": 1.0,
+    "canonical_size": 224.0,
+    "canonical_level": 4,
+}
+
+
 class RoIOptions(NamedTuple):
     """Checked options; a plain tuple, so that ``torch.compile`` can look through it."""
 
@@ -41,12 +68,24 @@ class RoIOptions(NamedTuple):
     sampling_ratio: int
     rule: LevelRule
 
+    def for_distill(self) -> tuple[Any, ...]:
+        """Return the arguments ``DISTILL_ARGUMENTS`` of the ops."""
+        return (self.strides, self.expert_strides, self.output_size, self.sampling_ratio)
+
+    def for_align(self) -> tuple[Any, ...]:
+        """Return the arguments ``ALIGN_ARGUMENTS`` of the ops."""
+        return (self.strides, self.output_size, self.sampling_ratio)
+
+
+DISTILL_ARGUMENTS = "float[] strides, float[] expert_strides, int[] output_size, int sampling_ratio"
+ALIGN_ARGUMENTS = "float[] strides, int[] output_size, int sampling_ratio"
+
 
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     """Return ``value`` as a finite float, positive where asked."""
-    if isinstance(value, float) and torch.compiler.is_compiling():
-        # A float that changes from call to call is symbolic here; asking whether it is finite would fix its value.
-        return value
+    if isinstance(value, (int, float)) and torch.compiler.is_compiling():
+        # A number that changes from call to call is symbolic here; asking whether it is finite would fix its value.
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
@@ -131,18 +170,12 @@ def _types(value: Any) -> Any:
     return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
 
 
-def check_options(
-    strides: Any = DEFAULT_STRIDES,
-    expert_strides: Any = None,
-    output_size: Any = 7,
-    sampling_ratio: Any = 2,
-    assignment: Any = "soft",
-    sigma: Any = 1.0,
-    canonical_size: Any = 224.0,
-    canonical_level: Any = 4,
-) -> RoIOptions:
-    """Check all options that do not depend on tensors; see :func:`rakd_ops.soft_roi_distill` for their meaning."""
-    values = (strides, expert_strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level)
+def check_options(**options: Unpack[Keywords]) -> RoIOptions:
+    """Check all options that do not depend on tensors; those that are not given have their defaults."""
+    unknown = options.keys() - DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"{min(unknown)}: expected one of {', '.join(DEFAULTS)}")
+    values = tuple((DEFAULTS | options).values())
     if torch.compiler.is_compiling():
         return _check_options(*values)
     plain = tuple(tuple(value) if isinstance(value, list) else value for value in values)

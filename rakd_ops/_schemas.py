@@ -24,26 +24,26 @@ from torch import Tensor
 
 from rakd_ops import _backends
 from rakd_ops._layout import accumulation_dtype, empty_gradient, is_channels_last
+from rakd_ops._options import ALIGN_ARGUMENTS, DISTILL_ARGUMENTS
 
 _RULE = "float[] strides, int assignment, float sigma, float canonical_size, float canonical_level"
 _MAPS = "Tensor[] apprentice, Tensor[] expert, Tensor rows, Tensor index"
-_BINS = "int[] output_size, int sampling_ratio"
 SCHEMAS = {
     "prepare_boxes": (
         f"(Tensor[] boxes, Tensor? box_weights, Tensor? level_weights, SymInt images, bool mean, {_RULE}) "
         "-> (Tensor, Tensor)"
     ),
     "level_weights": f"(Tensor[] boxes, {_RULE}) -> Tensor",
-    "distill_loss": f"({_MAPS}, float[] strides, float[] expert_strides, {_BINS}) -> (Tensor, Tensor)",
+    "distill_loss": f"({_MAPS}, {DISTILL_ARGUMENTS}) -> (Tensor, Tensor)",
     "distill_gradient": (
-        f"({_MAPS}, Tensor? factor, float[] strides, float[] expert_strides, {_BINS}, "
+        f"({_MAPS}, Tensor? factor, {DISTILL_ARGUMENTS}, "
         "bool apprentice_gradient, bool expert_gradient) -> (Tensor, Tensor[])"
     ),
     "scale_gradients": "(Tensor(a!)[] gradients, Tensor factor) -> ()",
-    "align": f"(Tensor[] features, Tensor rows, Tensor index, float[] strides, {_BINS}) -> Tensor",
+    "align": f"(Tensor[] features, Tensor rows, Tensor index, {ALIGN_ARGUMENTS}) -> Tensor",
     "align_backward": (
         "(Tensor output_gradient, Tensor rows, Tensor index, SymInt[] shapes, bool[] channels_last, "
-        f"float[] strides, {_BINS}) -> Tensor[]"
+        f"{ALIGN_ARGUMENTS}) -> Tensor[]"
     ),
     "release_memory": "() -> ()",
 }

@@ -97,7 +97,14 @@ def soft_roi_distill(
         Feature Pyramid Networks, equation 1 without the floor.
     """
     options = check_options(
-        strides, expert_strides, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
+        strides=strides,
+        expert_strides=expert_strides,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        assignment=assignment,
+        sigma=sigma,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
     )
     return distill(
         apprentice,
@@ -150,7 +157,13 @@ def multilevel_roi_align(
         ValueError, TypeError, RuntimeError: As :func:`soft_roi_distill`.
     """
     options = check_options(
-        strides, None, output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level
+        strides=strides,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        assignment=assignment,
+        sigma=sigma,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
     )
     maps, inputs = _inputs.check_alignment(features, boxes, level_weights, options)
     chosen = choose_backend(backend, maps[0].device)
@@ -191,7 +204,13 @@ def level_weights(
     Raises:
         ValueError, TypeError: As :func:`soft_roi_distill`.
     """
-    options = check_options(strides, None, 1, 1, assignment, sigma, canonical_size, canonical_level)
+    options = check_options(
+        strides=strides,
+        assignment=assignment,
+        sigma=sigma,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
+    )
     inputs = _inputs.check_boxes_alone(boxes)
     chosen = choose_backend("auto", inputs.boxes[0].device)
     if chosen in ("cpu", "cuda"):

@@ -92,12 +92,22 @@ def _pool(feature: Tensor, rows: Tensor, level: int, stride: float, options: RoI
     return out.index_copy(0, selected, torch.stack(pooled)) if pooled else out
 
 
-def prepare_boxes(inputs: BoxInputs, options: RoIOptions) -> tuple[Tensor, Tensor]:
-    """Rows and index of checked boxes, as the op ``prepare_boxes`` gives them (``_schemas.py``)."""
-    boxes = [group.to(torch.float64) for group in inputs.boxes]
+def _join(groups: list[Tensor]) -> Tensor:
+    """Boxes as the caller has them as one float64 ``[K, 5]``."""
+    boxes = [group.to(torch.float64) for group in groups]
     if boxes[0].shape[1] == 4:
         boxes = [torch.cat([torch.full_like(group[:, :1], i), group], dim=1) for i, group in enumerate(boxes)]
-    rows = torch.cat(boxes)
+    return torch.cat(boxes)
+
+
+def weights_by_rule(boxes: list[Tensor], options: RoIOptions) -> Tensor:
+    """Level weights ``[K, L]`` float64 of boxes as the caller has them."""
+    return weigh_levels(_join(boxes), options.strides, *options.rule)
+
+
+def prepare_boxes(inputs: BoxInputs, options: RoIOptions) -> tuple[Tensor, Tensor]:
+    """Rows and index of checked boxes, as the op ``prepare_boxes`` gives them (``_schemas.py``)."""
+    rows = _join(inputs.boxes)
     images = rows[:, 0]
     most = torch.inf if inputs.images is None else inputs.images
     good = rows.isfinite().all(dim=1) & (images == images.floor()) & (images >= 0) & (images < most)

@@ -1,8 +1,8 @@
 // CPU ops prepare_boxes and level_weights: boxes and weights of any real dtype become the rows and the index that all
 // other ops read, in one pass.
 #include <cmath>
+#include <limits>
 #include <optional>
-#include <string>
 
 #include "tensors.h"
 
@@ -10,44 +10,36 @@ namespace rakd {
 namespace {
 
 // Boxes as the caller has them: one tensor [K, 5], or one [K_b, 4] for each image.
-class BoxList {
- public:
+struct BoxList {
   explicit BoxList(const Tensors& tensors) {
     STD_TORCH_CHECK(!tensors.empty(), "boxes: expected at least one tensor");
-    per_image_ = tensors[0].dim() != 2 || tensors[0].size(1) != 5;
-    STD_TORCH_CHECK(per_image_ || tensors.size() == 1, "boxes: expected one tensor [K, 5] or one [K_b, 4] per image");
-    for (size_t b = 0; b < tensors.size(); ++b) {
-      const Tensor& t = tensors[b];
-      STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == (per_image_ ? 4 : 5), name(b), ": expected shape [K, ",
-                      per_image_ ? "4" : "5", "], (", per_image_ ? "" : "batch_index, ", "x1, y1, x2, y2)");
-      numbers_.push_back(numbers(t, name(b).c_str()));
-      counts_.push_back(t.size(0));
+    columns = tensors.size() == 1 && tensors[0].dim() == 2 && tensors[0].size(1) == 5 ? 5 : 4;
+    for (const Tensor& t : tensors) {
+      STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == columns,
+                      "boxes: expected one tensor [K, 5] or one [K, 4] per image, got another shape");
+      groups.push_back(numbers(t, "boxes"));
+      counts.push_back(t.size(0));
       count += t.size(0);
     }
     STD_TORCH_CHECK(count <= kMaxCells, "boxes: expected fewer than 2^31 - 1, got ", count);
   }
 
-  // Calls f(k, box, name of its tensor, row there) for box number k = 0 .. count - 1, (image, x1, y1, x2, y2).
+  // Calls f(k, box) for box number k = 0 .. count - 1, box = (image, x1, y1, x2, y2).
   template <class F>
   void for_each(const F& f) const {
     int64_t k = 0;
-    for (size_t b = 0; b < numbers_.size(); ++b) {
-      for (int64_t i = 0; i < counts_[b]; ++i, ++k) {
+    for (size_t b = 0; b < groups.size(); ++b) {
+      for (int64_t i = 0; i < counts[b]; ++i, ++k) {
         double box[5] = {static_cast<double>(b)};
-        for (int j = per_image_ ? 1 : 0; j < 5; ++j) box[j] = numbers_[b].at(i, per_image_ ? j - 1 : j);
-        f(k, box, b, i);
+        for (int64_t j = 0; j < columns; ++j) box[5 - columns + j] = groups[b].at(i, j);
+        f(k, box);
       }
     }
   }
-  std::string name(size_t b) const { return per_image_ ? "boxes[" + std::to_string(b) + "]" : "boxes"; }
-  int64_t tensors_per_image() const { return per_image_ ? static_cast<int64_t>(counts_.size()) : -1; }
 
-  int64_t count = 0;
-
- private:
-  bool per_image_;
-  std::vector<Numbers> numbers_;
-  std::vector<int64_t> counts_;
+  int64_t count = 0, columns;
+  std::vector<Numbers> groups;
+  std::vector<int64_t> counts;  // [groups] boxes
 };
 
 Preparation preparation(int64_t images, const DoubleList& strides, int64_t assignment, double sigma,
@@ -70,25 +62,17 @@ Preparation preparation(int64_t images, const DoubleList& strides, int64_t assig
   return call;
 }
 
-void check_fault(Fault fault, const BoxList& boxes, const Preparation& call, int64_t k, const double* box, size_t b,
-                 int64_t row) {
-  switch (fault) {
-    case Fault::kNone:
-      return;
-    case Fault::kNotFinite:
-      STD_TORCH_CHECK(false, boxes.name(b), ": expected finite numbers, got (", box[1], ", ", box[2], ", ", box[3],
-                      ", ", box[4], ") of image ", box[0], " in row ", row);
-    case Fault::kBatchIndex:
-      STD_TORCH_CHECK(false, boxes.name(b), ": expected whole batch indices from 0 to ", call.images - 1, ", got ",
-                      box[0], " in row ", row);
-    case Fault::kTurned:
-      STD_TORCH_CHECK(false, boxes.name(b), ": expected x1 <= x2 and y1 <= y2, got (", box[1], ", ", box[2], ", ",
-                      box[3], ", ", box[4], ") in row ", row);
-    case Fault::kBoxWeight:
-      STD_TORCH_CHECK(false, "box_weights: expected finite numbers, got ", call.box_weights.at(k, 0), " in row ", k);
-    case Fault::kLevelWeight:
-      STD_TORCH_CHECK(false, "level_weights: expected finite numbers of at least 0, got another in row ", k);
-  }
+// Fills the row of box number k; a fault is an error.
+void checked_row(const Preparation& call, const double* box, int64_t k, double* row) {
+  constexpr const char* kExpected[] = {"",
+                                       "boxes: expected finite numbers",
+                                       "boxes: expected whole batch indices of the call's images",
+                                       "boxes: expected x1 <= x2 and y1 <= y2",
+                                       "box_weights: expected finite numbers",
+                                       "level_weights: expected finite numbers of at least 0"};
+  const Fault fault = prepare_row(call, box, k, row);
+  STD_TORCH_CHECK(fault == Fault::kNone, kExpected[static_cast<int>(fault)], ", got others in row ", k,
+                  ", whose box is (", box[1], ", ", box[2], ", ", box[3], ", ", box[4], ") of image ", box[0]);
 }
 
 std::tuple<Tensor, Tensor> prepare_boxes(Tensors tensors, std::optional<Tensor> box_weights,
@@ -98,7 +82,7 @@ std::tuple<Tensor, Tensor> prepare_boxes(Tensors tensors, std::optional<Tensor> 
   Preparation call = preparation(images, strides, assignment, sigma, canonical_size, canonical_level);
   const BoxList boxes(tensors);
   STD_TORCH_CHECK(images >= 0 && images <= kMaxCells, "images: expected a number from 0 to 2^31 - 2, got ", images);
-  STD_TORCH_CHECK(boxes.tensors_per_image() < 0 || boxes.tensors_per_image() == images, "boxes: expected ", images,
+  STD_TORCH_CHECK(boxes.columns == 5 || static_cast<int64_t>(tensors.size()) == images, "boxes: expected ", images,
                   " tensors, one per image, got ", tensors.size());
   if (mean && boxes.count > 0) call.factor = 1.0 / static_cast<double>(boxes.count);
   if (box_weights) {
@@ -117,8 +101,8 @@ std::tuple<Tensor, Tensor> prepare_boxes(Tensors tensors, std::optional<Tensor> 
   auto* row = static_cast<double*>(rows.data_ptr());
   auto* begin = static_cast<int32_t*>(index.data_ptr());
   std::fill_n(begin, images + 1, 0);
-  boxes.for_each([&](int64_t k, const double* box, size_t b, int64_t i) {
-    check_fault(prepare_row(call, box, k, row), boxes, call, k, box, b, i);
+  boxes.for_each([&](int64_t k, const double* box) {
+    checked_row(call, box, k, row);
     ++begin[static_cast<int64_t>(row[0])];
     row += 5 + call.levels;
   });
@@ -133,29 +117,20 @@ std::tuple<Tensor, Tensor> prepare_boxes(Tensors tensors, std::optional<Tensor> 
   return {rows, index};
 }
 
-template <class T>
-void fill_level_weights(const BoxList& boxes, const Preparation& call, T* weights) {
-  boxes.for_each([&](int64_t k, const double* box, size_t b, int64_t i) {
-    double row[5 + kMaxLevels];
-    check_fault(prepare_row(call, box, k, row), boxes, call, k, box, b, i);
-    std::copy_n(row + 5, call.levels, weights + k * call.levels);
-  });
-}
-
 // [K, L], for boxes of any number of images.
 Tensor level_weights_of(Tensors tensors, DoubleList strides, int64_t assignment, double sigma, double canonical_size,
                         double canonical_level) {
   const Preparation call =
       preparation(std::numeric_limits<int64_t>::max(), strides, assignment, sigma, canonical_size, canonical_level);
   const BoxList boxes(tensors);
+  DoubleList weights(boxes.count * call.levels);
+  boxes.for_each([&](int64_t k, const double* box) {
+    double row[5 + kMaxLevels];
+    checked_row(call, box, k, row);
+    std::copy_n(row + 5, call.levels, weights.data() + k * call.levels);
+  });
   const bool wide = tensors[0].scalar_type() == ScalarType::Double;
-  Tensor weights = empty_tensor(wide ? ScalarType::Double : ScalarType::Float, {boxes.count, call.levels});
-  if (wide) {
-    fill_level_weights(boxes, call, static_cast<double*>(weights.data_ptr()));
-  } else {
-    fill_level_weights(boxes, call, static_cast<float*>(weights.data_ptr()));
-  }
-  return weights;
+  return tensor_of(wide ? ScalarType::Double : ScalarType::Float, {boxes.count, call.levels}, weights.data());
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "../maps.h"
@@ -35,11 +37,20 @@ inline PlanOptions plan_options(const IntList& output_size, int64_t sampling_rat
   return PlanOptions{output_size[0], output_size[1], sampling_ratio};
 }
 
+inline Number number_type(ScalarType type, const char* name) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float,    ScalarType::Double, ScalarType::Half,
+                                   ScalarType::BFloat16, ScalarType::Byte,   ScalarType::Char,
+                                   ScalarType::Short,    ScalarType::Int,    ScalarType::Long};  // in Number's order
+  const auto* found = std::find(std::begin(kTypes), std::end(kTypes), type);
+  STD_TORCH_CHECK(found != std::end(kTypes), name, ": expected a floating-point or integer dtype");
+  return static_cast<Number>(found - kTypes);
+}
+
 // A batch of maps of one level: [B, C, H, W] with any strides.
 struct MapBatch {
   char* data;
   ScalarType type;
-  Element element;
+  Number element;
   int64_t element_size;  // bytes
   int64_t batch, channels, height, width;
   int64_t stride[4];  // elements
@@ -53,36 +64,23 @@ using Maps = std::vector<MapBatch>;
 
 inline MapBatch map_batch(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4 && t.is_cpu(), name, ": expected CPU maps [B, C, H, W]");
-  MapBatch map{};
-  map.data = static_cast<char*>(t.data_ptr());
-  map.type = t.scalar_type();
-  switch (map.type) {
-    case ScalarType::Float:
-      map.element = Element::kFloat;
-      break;
-    case ScalarType::Double:
-      map.element = Element::kDouble;
-      break;
-    case ScalarType::Half:
-      map.element = Element::kHalf;
-      break;
-    case ScalarType::BFloat16:
-      map.element = Element::kBFloat16;
-      break;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
+  const ScalarType type = t.scalar_type();
+  const Number element = number_type(type, name);
+  STD_TORCH_CHECK(element <= Number::kBFloat16, name, ": expected float32, float64, float16 or bfloat16");
+  for (int i = 1; i < 4; ++i) {
+    STD_TORCH_CHECK(t.size(i) >= 1 && t.size(i) <= kMaxCells, name,
+                    ": expected 1 to 2^31 - 2 channels, rows and columns, got ", t.size(i), " in dimension ", i);
   }
-  map.element_size = static_cast<int64_t>(t.element_size());
-  int64_t* sizes[4] = {&map.batch, &map.channels, &map.height, &map.width};
-  for (int i = 0; i < 4; ++i) {
-    *sizes[i] = t.size(i);
-    map.stride[i] = t.stride(i);
-    STD_TORCH_CHECK(i == 0 || (*sizes[i] >= 1 && *sizes[i] <= kMaxCells), name,
-                    ": expected at least one channel, row and column and fewer than 2^31 - 1, got ", *sizes[i],
-                    " in dimension ", i);
-  }
-  map.channels_last = is_channels_last(t);
-  return map;
+  return MapBatch{static_cast<char*>(t.data_ptr()),
+                  type,
+                  element,
+                  static_cast<int64_t>(t.element_size()),
+                  t.size(0),
+                  t.size(1),
+                  t.size(2),
+                  t.size(3),
+                  {t.stride(0), t.stride(1), t.stride(2), t.stride(3)},
+                  is_channels_last(t)};
 }
 
 // One map per stride, fine to coarse.
@@ -99,30 +97,11 @@ inline Maps map_batches(const Tensors& tensors, const DoubleList& strides, const
   return maps;
 }
 
-// Numbers of any real dtype on the CPU.
+// [n] or [n, m] numbers of any real dtype.
 inline Numbers numbers(const Tensor& t, const char* name) {
-  Numbers result;
-  switch (t.scalar_type()) {
-#define RAKD_NUMBER(scalar, number) \
-  case ScalarType::scalar:          \
-    result.type = Number::number;   \
-    break;
-    RAKD_NUMBER(Float, kFloat)
-    RAKD_NUMBER(Double, kDouble)
-    RAKD_NUMBER(Half, kHalf)
-    RAKD_NUMBER(BFloat16, kBFloat16)
-    RAKD_NUMBER(Byte, kUInt8)
-    RAKD_NUMBER(Char, kInt8)
-    RAKD_NUMBER(Short, kInt16)
-    RAKD_NUMBER(Int, kInt32)
-    RAKD_NUMBER(Long, kInt64)
-#undef RAKD_NUMBER
-    default:
-      STD_TORCH_CHECK(false, name, ": expected a floating-point or integer dtype");
-  }
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() <= 2, name, ": expected a tensor on the CPU of at most two dimensions");
-  static const double none = 0.0;  // where an empty tensor has no memory
-  result.data = t.numel() > 0 ? t.data_ptr() : &none;
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() <= 2, name, ": expected a CPU tensor of at most two dimensions");
+  static const double none = 0.0;  // for an empty tensor, which has no memory
+  Numbers result{t.numel() > 0 ? t.data_ptr() : &none, number_type(t.scalar_type(), name), {}};
   for (int64_t i = 0; i < t.dim(); ++i) result.stride[i] = t.stride(i);
   return result;
 }
@@ -180,6 +159,18 @@ inline Tensor empty_tensor(ScalarType type, const IntList& shape, bool channels_
                     "torch could not allocate ", bytes, " bytes");
   }
   return Tensor(handle);
+}
+
+// The same, filled; float32 or float64.
+inline Tensor tensor_of(ScalarType type, const IntList& shape, const double* values) {
+  Tensor t = empty_tensor(type, shape);
+  const int64_t count = t.numel();
+  if (type == ScalarType::Double) {
+    std::copy_n(values, count, static_cast<double*>(t.data_ptr()));
+  } else {
+    std::copy_n(values, count, static_cast<float*>(t.data_ptr()));
+  }
+  return t;
 }
 
 }  // namespace rakd

@@ -1,188 +1,285 @@
-// Host side of the kernels: sizes of the workspace, grids, launches. Free of torch, so that the emulator's bindings and
-// the registered ops launch the same things in the same way.
+// Host side of the kernels: layouts of the workspace, grids, launches. Free of torch, so that the emulator's bindings
+// and the registered ops launch the same things in the same way.
 //
-// A training step of the loss is two launches, distill_pool and spread (or those of launch_gram.h); the loss alone two
-// (distill_pool, sum_losses); pooling one (align_pool), its gradient two (make_tables, spread).
+//   prepare_boxes            1 launch, before all others
+//   loss and its gradient    build_tables, roi_align_forward, roi_align_backward; or build_tables, gram_gradient
+//   loss alone               build_tables, roi_align_forward, sum_losses
+//   pooling                  build_tables, roi_align_forward; its gradient: build_tables, roi_align_backward
+//   backward of the loss     scale_gradients, or the first line again where the factor must be in the weights
 #pragma once
 
-#include "scale.cuh"
-#include "spread.cuh"
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "gram_operator.cuh"
+#include "prepare.cuh"
+#include "scale_gradients.cuh"
 
 namespace rakd {
 namespace gpu {
 
-constexpr int kMaxGrid = 65535;               // of the second and third grid dimension
-constexpr int64_t kEnoughBlocks = 4096;       // pooling blocks take more channels each when there are more of them
-constexpr size_t kSharedBytes = 48 << 10;     // what every architecture gives a block unasked
-constexpr int64_t kMaxRoom = INT32_MAX;       // elements of one box's tables
-constexpr int64_t kMaxTiles = INT32_MAX - 1;  // of all gradients
-constexpr int64_t kScaleBlocks = 1024;        // at most; they end at once where there is nothing to scale
+constexpr int64_t kTargetBlocks = 4096;        // pooling blocks take more channels each when there are more of them
+constexpr size_t kSharedBytes = 48 << 10;      // every architecture gives a block so much without being asked
+constexpr int64_t kMaxBlocks = INT32_MAX - 1;  // of a grid, and bytes of one box's tables
+constexpr int64_t kScaleBlocks = 1024;         // at most; they end at once where there is nothing to scale
 
-// Threads of a block, multiples of 32; `gram` is 32 times a power of two. On a GPU, `pool`, `spread` and `gram` are at
-// most what is set here, and `spread` may nowhere take more shared memory than kSharedBytes; any others are right as
-// well (the tests run several), these are for speed.
+// Threads of a block, multiples of 32; `gram` is 32 times a power of two. On a GPU, `pool`, `backward` and `gram` are
+// at most the values here, and `backward` may nowhere take more shared memory than kSharedBytes. Results are right for
+// any others as well (the tests run several).
 struct BlockSizes {
-  int tables = 64, pool = kPoolThreads, sum = 256, spread = kSpreadThreads, gram = kGramThreads;
+  int tables = 64, pool = kPoolThreads, sum = 256, backward = kBackwardThreads, gram = kGramThreads;
 };
 
-// What a call keeps of the tables in the workspace, whatever fits shared memory: nothing, extents and scales, or all.
-enum class Keep { kNone, kExtents, kForGradients };
+// One level's maps.
+struct Map {
+  MapView view;
+  Number type;
+  int32_t channels;
+  int64_t size[2];  // rows, columns
+};
+typedef std::vector<Map> Maps;  // [levels], or empty: not wanted
 
-// Elements the workspace arrays of a call need.
-struct WorkspaceSizes {
-  int64_t ints = 0, weights = 0, feeds = 0, extents = 0, scales = 0;
-  int64_t room = 0;  // the larger count of the largest room; beyond kMaxRoom nothing may be launched
+struct Problem {
+  int64_t boxes = 0, images = 0;
+  std::vector<double> strides[2];  // of the apprentice's and of the expert's levels, pixels a cell
+  int64_t bins[2] = {1, 1};        // y, x
+  int64_t sampling_ratio = 2;
+  const double* rows = nullptr;    // [boxes, 5 + levels]
+  const int32_t* index = nullptr;  // [images + 1 + boxes]
 };
 
-// Fills the layout of the tables from boxes, levels, sides, bins, sampling_ratio and sizes. `all_levels`: a pooling
-// block has the tables of all levels at once.
+inline void require(bool good, const char* message) {
+  if (!good) throw std::runtime_error(message);
+}
+
+inline Pyramid pyramid(const Maps& maps) {
+  Pyramid result{};
+  for (size_t l = 0; l < maps.size(); ++l) {
+    result.level[l] = maps[l].view;
+    result.type[l] = maps[l].type;
+  }
+  return result;
+}
+
+// Tables without memory, and the memory that they need.
 template <class T>
-WorkspaceSizes plan_workspace(Tables<T>& tables, Keep keep, bool all_levels, const BlockSizes& blocks) {
-  WorkspaceSizes sizes;
-  int64_t ints = 0, weights = 0, feeds = 0, most_ints = 0, most_weights = 0;
-  for (int level = 0; level < tables.levels; ++level) {
-    const int64_t ints_before = ints, weights_before = weights, feeds_before = feeds;
-    for (int side = 0; side < tables.sides; ++side) {
-      for (int axis = 0; axis < 2; ++axis) {
-        const AxisCapacity capacity =
-            axis_capacity(tables.size[side][level][axis], tables.bins[axis], tables.sampling_ratio);
-        tables.axis[side][level][axis] =
-            AxisLayout{static_cast<int32_t>(ints - ints_before), static_cast<int32_t>(weights - weights_before),
-                       static_cast<int32_t>(feeds - feeds_before), static_cast<int32_t>(capacity.cells)};
-        ints += axis_int_count(capacity.cells, tables.bins[axis]);
-        weights += capacity.weights;
-        feeds += capacity.cells;
+struct TablePlan {
+  BuildTables<T> build{};
+  Tables<T>& tables = build.tables;
+  int64_t slice_bytes = 0;  // of all slices
+  int64_t pooled = 0;       // elements of pooled differences
+  bool fits = true;         // whether kernels can count a box's tables, and the boxes
+
+  // `expert`: maps that are compared with the first (the weights are then those of the loss), or nullptr.
+  TablePlan(const Problem& problem, const Maps& maps, const Maps* expert, bool bands = false) {
+    tables.boxes = problem.boxes;
+    tables.levels = static_cast<int32_t>(maps.size());
+    tables.images = static_cast<int32_t>(problem.images);
+    tables.sampling_ratio = static_cast<int32_t>(problem.sampling_ratio);
+    tables.bands = bands;
+    tables.rows = problem.rows;
+    tables.index = problem.index;
+    for (int axis = 0; axis < 2; ++axis) tables.bins[axis] = static_cast<int32_t>(problem.bins[axis]);
+    const int64_t bins = problem.bins[0] * problem.bins[1];
+    for (size_t l = 0; l < maps.size(); ++l) {
+      Level& level = tables.level[l];
+      const auto same = [&](int axis) { return maps[l].size[axis] == (*expert)[l].size[axis]; };
+      const bool shared = !expert || (same(0) && same(1) && problem.strides[0][l] == problem.strides[1][l]);
+      level.sides = shared ? 1 : 2;
+      level.channels = maps[l].channels;
+      level.pooled = pooled;
+      level.first = slice_bytes;
+      pooled += problem.boxes * channel_blocks(level.channels) * kChannelBlock * bins;
+      build.normalizer[l] = expert ? 1.0 / (static_cast<double>(level.channels) * static_cast<double>(bins)) : 1.0;
+      int64_t bytes = 0;
+      for (int i = 0; i < 2 * level.sides; ++i) {
+        const int side = i / 2, axis = i % 2;
+        const int64_t size = (side == 0 ? maps[l] : (*expert)[l]).size[axis];
+        const AxisCapacity capacity = axis_capacity(size, problem.bins[axis], problem.sampling_ratio);
+        const int64_t band = bands ? gram_band_capacity(capacity.cells, problem.sampling_ratio) : 0;
+        const int64_t values = capacity.weights + capacity.cells * band;
+        fits = fits && values <= kMaxBlocks;
+        if (!fits) return;
+        level.axis[side][axis] = AxisLayout{static_cast<int32_t>(size), static_cast<int32_t>(capacity.cells),
+                                            static_cast<int32_t>(values), static_cast<int32_t>(bytes)};
+        bytes += axis_bytes<T>(capacity.cells, values, problem.bins[axis]);
+        fits = fits && bytes <= kMaxBlocks;
+        build.stride[side][l] = problem.strides[side][l];
       }
+      level.bytes = static_cast<int32_t>(bytes);
+      slice_bytes += problem.boxes * bytes;
     }
-    tables.level[level] =
-        LevelLayout{static_cast<int32_t>(ints - ints_before),   static_cast<int32_t>(weights - weights_before),
-                    static_cast<int32_t>(ints_before),          static_cast<int32_t>(weights_before),
-                    static_cast<int32_t>(feeds - feeds_before), static_cast<int32_t>(feeds_before)};
-    most_ints = most_ints > ints - ints_before ? most_ints : ints - ints_before;
-    most_weights = most_weights > weights - weights_before ? most_weights : weights - weights_before;
+    fits = fits && problem.boxes * tables.levels <= kMaxBlocks;
   }
-  sizes.room = ints > weights ? ints : weights;
-  const size_t bytes = pool_shared_bytes<T>(blocks.pool, tables.bins[1], all_levels ? ints : most_ints,
-                                            all_levels ? weights : most_weights);
-  tables.in_shared = bytes <= kSharedBytes;
-  if (keep == Keep::kForGradients || !tables.in_shared) {
-    sizes.ints = tables.boxes * ints;
-    sizes.weights = tables.boxes * weights;
-  }
-  if (keep == Keep::kForGradients) sizes.feeds = tables.boxes * feeds;
-  if (keep != Keep::kNone) {
-    sizes.extents = tables.sides * tables.levels * kExtent * tables.boxes;
-    sizes.scales = tables.levels * tables.boxes;
-  }
-  return sizes;
-}
 
-// How the channels of a box are divided among pooling blocks: `group` slabs each.
-struct Division {
-  int64_t group, groups;
+  // Takes the memory; before a launch.
+  template <class Memory>
+  void place(Memory& memory) {
+    require(fits, "maps: too many boxes, or rows and columns for the tables of one box");
+    tables.slices = memory.template take<unsigned char>(slice_bytes);
+    tables.extents = memory.template take<int32_t>(2 * tables.levels * kExtent * tables.boxes);
+    tables.scales = memory.template take<double>(tables.levels * tables.boxes);
+  }
+
+  void launch(const BlockSizes& blocks, cudaStream_t stream) const {
+    const dim3 grid(static_cast<unsigned>(tables.levels * tables.boxes));
+    if (tables.boxes > 0) RAKD_LAUNCH((build_tables<T>), grid, dim3(blocks.tables), 0, stream, build);
+  }
 };
 
-// `boxes`: those (box, level) or boxes that get blocks of their own. Where tables are in the workspace, one block makes
-// and reads them.
+// Channel blocks that one pooling block takes, of `entries` (box, level) or boxes.
 template <class T>
-Division divide(const Tables<T>& tables, int64_t boxes, int64_t channels) {
-  const int64_t slabs = slabs_of(channels), wanted = tables.in_shared && boxes > 0 ? kEnoughBlocks / boxes : 1;
-  const int64_t most = wanted < 1 ? 1 : wanted > slabs ? slabs : wanted;
-  const int64_t group = (slabs + most - 1) / most;
-  return Division{group, (slabs + group - 1) / group};
+int32_t choose_group(const Tables<T>& tables, int64_t entries) {
+  int64_t most = 1;
+  for (int l = 0; l < tables.levels; ++l) most = std::max<int64_t>(most, channel_blocks(tables.level[l].channels));
+  const int64_t groups = entries > 0 ? std::max<int64_t>(1, kTargetBlocks / entries) : 1;
+  return static_cast<int32_t>((most + groups - 1) / groups);
 }
 
-inline unsigned box_grid(int64_t boxes) { return static_cast<unsigned>(boxes < kMaxGrid ? boxes : kMaxGrid); }
-inline unsigned box_rounds(int64_t boxes) { return static_cast<unsigned>((boxes + kMaxGrid - 1) / kMaxGrid); }
+// Tiles of so many rows and columns, for all images and channel blocks of `channels` channels.
+inline int64_t tile_count(int64_t images, const AxisLayout* axis, int64_t channel_blocks, int64_t rows,
+                          int64_t columns) {
+  return images * channel_blocks * ((axis[0].size + rows - 1) / rows) * ((axis[1].size + columns - 1) / columns);
+}
+
+// Fills call.first_tile, writes the gradients that have memory, and adds the losses where call.sum has a total. E: see
+// the kernel.
+template <class T, class E>
+void launch_backward(RoiAlignBackward<T> call, const BlockSizes& blocks, cudaStream_t stream) {
+  static_assert(sizeof(call) <= 4096, "parameters of a kernel");
+  const Tables<T>& tables = call.tables;
+  int64_t tiles = 0;
+  for (int map = 0; map < 2 * tables.levels; ++map) {
+    const int side = map / tables.levels, l = map % tables.levels;
+    const Level& level = tables.level[l];
+    const bool wanted = level.sides == 1 ? side == 0 : call.gradient[side].level[l].data != nullptr;
+    call.first_tile[map] = static_cast<int32_t>(tiles);
+    if (wanted) {
+      tiles += tile_count(tables.images, level.axis[side], channel_blocks(level.channels), blocks.backward / 32,
+                          kTileColumns);
+    }
+    require(tiles <= kMaxBlocks, "maps: too many images, channels, rows and columns for one call");
+  }
+  call.first_tile[2 * tables.levels] = static_cast<int32_t>(tiles);
+  const int64_t grid = tiles + (call.sum.total ? 1 : 0);
+  if (grid == 0) return;
+  RAKD_LAUNCH((roi_align_backward<T, E>), dim3(static_cast<unsigned>(grid)), dim3(blocks.backward),
+              backward_shared_bytes<T>(blocks.backward), stream, call);
+}
+
+// Thread blocks of roi_align_forward for the loss.
+template <class T>
+int64_t distill_blocks(const Tables<T>& tables, int32_t group) {
+  int64_t count = 0;
+  for (int l = 0; l < tables.levels; ++l) count += tables.boxes * groups_of(tables.level[l], group);
+  require(count <= kMaxBlocks, "boxes: too many for one call");
+  return count;
+}
+
+// Memory: lay_out(f) calls f(memory), as often as it needs, and memory.take<U>(count) gives arrays of the workspace.
+template <class T, class Memory>
+void align(Memory& memory, const Problem& problem, const Maps& maps, void* output, const BlockSizes& blocks,
+           cudaStream_t stream) {
+  TablePlan<T> plan(problem, maps, nullptr);
+  if (problem.boxes == 0) return;
+  memory.lay_out([&](auto& arena) { plan.place(arena); });
+  plan.launch(blocks, stream);
+  RoiAlignForward<T> forward{};
+  forward.tables = plan.tables;
+  forward.map[0] = pyramid(maps);
+  forward.group = choose_group(plan.tables, problem.boxes);
+  forward.output = output;
+  const int64_t grid = problem.boxes * groups_of(plan.tables.level[0], forward.group);
+  require(grid <= kMaxBlocks, "boxes: too many for one call");
+  RAKD_LAUNCH((roi_align_forward<T, false>), dim3(static_cast<unsigned>(grid)), dim3(blocks.pool),
+              pool_shared_bytes<T>(blocks.pool, plan.tables.bins[1]), stream, forward);
+}
+
+template <class E, class Memory>
+void align_backward_as(Memory& memory, const Problem& problem, const void* output_gradient, const Maps& gradients,
+                       const BlockSizes& blocks, cudaStream_t stream) {
+  typedef decltype(to_accum(E())) T;
+  TablePlan<T> plan(problem, gradients, nullptr);
+  memory.lay_out([&](auto& arena) { plan.place(arena); });
+  plan.launch(blocks, stream);
+  RoiAlignBackward<T> backward{};
+  backward.tables = plan.tables;
+  backward.gradient[0] = pyramid(gradients);
+  backward.output_gradient = output_gradient;
+  launch_backward<T, E>(backward, blocks, stream);
+}
+
+// output_gradient: of the gradients' element type, which is one for all levels.
+template <class Memory>
+void align_backward(Memory& memory, const Problem& problem, const void* output_gradient, const Maps& gradients,
+                    const BlockSizes& blocks, cudaStream_t stream) {
+  const Number type = gradients[0].type;
+  const auto run = type == Number::kFloat    ? align_backward_as<float, Memory>
+                   : type == Number::kDouble ? align_backward_as<double, Memory>
+                   : type == Number::kHalf   ? align_backward_as<__half, Memory>
+                                             : align_backward_as<__nv_bfloat16, Memory>;
+  run(memory, problem, output_gradient, gradients, blocks, stream);
+}
+
+// Scales call.data[0] to call.data[arrays - 1], whose types and counts are there.
+template <class T>
+void launch_scale(const ScaleGradients<T>& call, int arrays, cudaStream_t stream) {
+  int64_t most = 0;  // blocks of the largest array
+  for (int i = 0; i < arrays; ++i) {
+    const int64_t of_block = kScaleThreads * (kVectorBytes / element_bytes(call.type[i]));
+    most = std::max(most, (call.count[i] + of_block - 1) / of_block);
+  }
+  if (most == 0) return;
+  const dim3 grid(static_cast<unsigned>(std::min(most, kScaleBlocks)), static_cast<unsigned>(arrays));
+  RAKD_LAUNCH((scale_gradients<T>), grid, dim3(kScaleThreads), 0, stream, call);
+}
+
+// A call's boxes: one [K, 5], or a list [K_b, 4] for each image.
+struct BoxLists {
+  bool whole;
+  std::vector<Numbers> list;
+  std::vector<int64_t> count;
+};
+
+// Calls f(call, boxes) for each launch, whose parameters hold up to kMaxLists lists.
+template <class F>
+void for_each_launch(PrepareBoxes call, const BoxLists& boxes, const F& f) {
+  const size_t total = boxes.list.size();
+  for (size_t first = 0; first < total; first += kMaxLists) {
+    const size_t lists = total - first < kMaxLists ? total - first : kMaxLists;
+    call.lists = boxes.whole ? 0 : static_cast<int32_t>(lists);
+    call.first_image = static_cast<int32_t>(first);
+    if (first > 0) call.first_box[0] = call.first_box[kMaxLists];
+    for (size_t i = 0; i < lists; ++i) {
+      call.list[i] = boxes.list[first + i];
+      call.first_box[i + 1] = call.first_box[i] + boxes.count[first + i];
+    }
+    f(call, call.first_box[lists] - call.first_box[0]);
+  }
+}
+
+inline dim3 prepare_grid(int64_t threads) {
+  return dim3(static_cast<unsigned>((threads + kPrepareThreads - 1) / kPrepareThreads));
+}
+
+// call: preparation, boxes and results.
+inline void launch_prepare(const PrepareBoxes& call, const BoxLists& boxes, cudaStream_t stream) {
+  for_each_launch(call, boxes, [&](const PrepareBoxes& part, int64_t count) {
+    const int64_t ranges = part.lists == 0 ? part.preparation.images + 1 : 0;  // threads of their own
+    const int64_t threads = part.lists == 0 || count > part.lists ? count + ranges : part.lists + 1;
+    RAKD_LAUNCH(prepare_boxes, prepare_grid(threads), dim3(kPrepareThreads), kPrepareThreads * sizeof(int32_t), stream,
+                part);
+  });
+}
 
 template <class T>
-void launch_tables(const Tables<T>& tables, const BlockSizes& blocks, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(tables.levels), box_grid(tables.boxes), box_rounds(tables.boxes));
-  RAKD_LAUNCH((make_tables<T>), grid, dim3(blocks.tables), kMaxLevels * sizeof(double), stream, tables);
-}
-
-// Losses of a box come in levels * groups parts.
-template <class E>
-void launch_distill_pool(DistillPool<E> call, const Division& division, const BlockSizes& blocks, cudaStream_t stream) {
-  typedef typename Accumulator<E>::type T;
-  const Tables<T>& tables = call.tables;
-  call.group = static_cast<int32_t>(division.group);
-  const dim3 grid(static_cast<unsigned>(division.groups), box_grid(tables.boxes),
-                  box_rounds(tables.boxes) * tables.levels);
-  int64_t ints = 0, weights = 0;
-  for (int level = 0; tables.in_shared && level < tables.levels; ++level) {
-    ints = tables.level[level].ints > ints ? tables.level[level].ints : ints;
-    weights = tables.level[level].weights > weights ? tables.level[level].weights : weights;
-  }
-  const size_t bytes = pool_shared_bytes<T>(blocks.pool, tables.bins[1], ints, weights);
-  if (tables.sides == 1) {
-    RAKD_LAUNCH((distill_pool<E, false>), grid, dim3(blocks.pool), bytes, stream, call);
-  } else {
-    RAKD_LAUNCH((distill_pool<E, true>), grid, dim3(blocks.pool), bytes, stream, call);
-  }
-}
-
-inline void launch_sum_losses(const SumLosses<double>& call, const BlockSizes& blocks, cudaStream_t stream) {
-  RAKD_LAUNCH((sum_losses<double>), dim3(1), dim3(blocks.sum), blocks.sum / 32 * sizeof(double), stream, call);
-}
-
-template <class E>
-void launch_align_pool(AlignPool<E> call, const BlockSizes& blocks, cudaStream_t stream) {
-  typedef typename Accumulator<E>::type T;
-  const Tables<T>& tables = call.tables;
-  const Division division = divide(tables, tables.boxes, call.channels);
-  call.group = static_cast<int32_t>(division.group);
-  const dim3 grid(static_cast<unsigned>(division.groups), box_grid(tables.boxes), box_rounds(tables.boxes));
-  const LevelLayout& last = tables.level[tables.levels - 1];
-  const size_t bytes = tables.in_shared
-                           ? pool_shared_bytes<T>(blocks.pool, tables.bins[1], last.ints_before + last.ints,
-                                                  last.weights_before + last.weights)
-                           : pool_shared_bytes<T>(blocks.pool, tables.bins[1], 0, 0);
-  RAKD_LAUNCH((align_pool<E>), grid, dim3(blocks.pool), bytes, stream, call);
-}
-
-// Tiles of so many rows and columns of a gradient.
-inline int64_t tile_count(int64_t images, int64_t height, int64_t width, int64_t rows, int64_t columns) {
-  return images * ((height + rows - 1) / rows) * ((width + columns - 1) / columns);
-}
-
-// Fills call.first_tile, writes the gradients and adds the losses. At most kMaxTiles tiles.
-template <class E>
-void launch_spread(Spread<E> call, const BlockSizes& blocks, cudaStream_t stream) {
-  typedef typename Accumulator<E>::type T;
-  const Tables<T>& tables = call.tables;
-  call.first_tile[0] = 0;
-  for (int map = 0; map < tables.sides * tables.levels; ++map) {
-    const int side = map / tables.levels, level = map % tables.levels;
-    const bool wanted = tables.sides == 1 || call.gradient[side].level[level].data;
-    const int32_t* size = tables.size[side][level];
-    const int64_t tiles = wanted ? tile_count(tables.images, size[0], size[1], blocks.spread / 32, kTileColumns) : 0;
-    call.first_tile[map + 1] = call.first_tile[map] + static_cast<int32_t>(tiles);
-  }
-  const unsigned tiles = static_cast<unsigned>(call.first_tile[tables.sides * tables.levels]);
-  if (tiles == 0 && !call.sum.total) return;
-  const dim3 grid(tiles + (call.sum.total ? 1 : 0), static_cast<unsigned>(slabs_of(call.channels)));
-  const size_t bytes = spread_shared_bytes<T>(blocks.spread);
-  if (call.pooled || !call.output_gradient) {
-    RAKD_LAUNCH((spread<E, true>), grid, dim3(blocks.spread), bytes, stream, call);
-  } else {
-    RAKD_LAUNCH((spread<E, false>), grid, dim3(blocks.spread), bytes, stream, call);
-  }
-}
-
-// Scales call.data[0] to call.data[arrays - 1], whose counts are there; fills call.first_piece.
-template <class E>
-void launch_scale(Scale<E> call, int arrays, cudaStream_t stream) {
-  const int64_t of_piece = kScaleThreads * Vector<E>::kCount;
-  call.first_piece[0] = 0;
-  for (int i = 0; i < kMostScaled; ++i) {
-    const int64_t pieces = i < arrays ? (call.count[i] + of_piece - 1) / of_piece : 0;
-    call.first_piece[i + 1] = call.first_piece[i] + pieces;
-  }
-  const int64_t pieces = call.first_piece[kMostScaled];
-  if (pieces == 0) return;
-  const dim3 grid(static_cast<unsigned>(pieces < kScaleBlocks ? pieces : kScaleBlocks));
-  RAKD_LAUNCH((scale<E>), grid, dim3(kScaleThreads), 0, stream, call);
+void launch_level_weights(const PrepareBoxes& call, const BoxLists& boxes, T* weights, cudaStream_t stream) {
+  for_each_launch(call, boxes, [&](const PrepareBoxes& part, int64_t count) {
+    if (count == 0) return;
+    RAKD_LAUNCH((box_level_weights<T>), prepare_grid(count), dim3(kPrepareThreads), 0, stream, part, weights);
+  });
 }
 
 }  // namespace gpu

@@ -1,124 +1,136 @@
-// Host side of the Gram form of the loss and its gradient: when it is chosen, its workspace, its two launches
-// (make_gram, gram_gradient). Free of torch, as launch.h.
+// Host side of the loss and its gradient: the choice between the pooled form and the Gram form, workspace and launches.
+// Free of torch, as launch.h.
 #pragma once
 
-#include "gram.cuh"
 #include "launch.h"
 
 namespace rakd {
 namespace gpu {
 
-// What the caller wants of the two forms of a training step.
-enum class Form { kByShape, kPooled, kGram };
-
-// Elements of the workspace, and the larger count of the largest room; beyond kMaxRoom nothing may be launched.
-struct GramSizes {
-  int64_t ints = 0, values = 0, room = 0;
-};
+// The caller's wish for the form of a training step.
+enum class Algorithm { kByShape, kPooled, kGram };
 
 // Cells of a tile with its rim; more are not worth the memory.
 constexpr int32_t kStageCells = (kGramRows + 2 * kHaloRows) * (kGramColumns + 2 * kHaloColumns + 2);
-constexpr int64_t kEnoughBins = 256;               // from where the Gram form is expected to win
-constexpr int64_t kFreeValues = int64_t(1) << 20;  // of bands, whatever the pooled form needs
+constexpr int64_t kMinGramBins = 256;             // the Gram form is expected to win from there on
+constexpr int64_t kMinValues = int64_t(1) << 20;  // bands up to this size are allowed whatever the pooled form needs
 
-// double has half the channels a block.
-template <class T>
-int gram_threads(const BlockSizes& blocks) {
-  return sizeof(T) == sizeof(double) && blocks.gram > 32 ? blocks.gram / 2 : blocks.gram;
+// One call of the loss.
+struct Distillation {
+  Problem problem;
+  Maps map[2], gradient[2];  // apprentice, expert; gradients that are not wanted are empty
+  Numbers factor;            // of all weights: [K], or one number (stride 0), or not given
+  Algorithm algorithm = Algorithm::kPooled;
+  void* losses = nullptr;  // out [K]; only without gradients
+  void* total = nullptr;   // out [1]; both of the accumulation type
+};
+
+inline int64_t gram_channel_blocks(int32_t channels, const BlockSizes& blocks) {
+  const int64_t together = blocks.gram / kGramColumns * kQuad;
+  return (channels + together - 1) / together;
 }
 
+// Whether a training step takes the Gram form, with these tables: by shapes alone, where both networks' maps agree in
+// them and all maps in their element type. Where it is asked for, it is still refused where its workspace would be
+// larger than that of pooled differences and not small either, as for adaptive sampling on large maps, whose bands have
+// no bound but the map.
 template <class T>
-int64_t gram_slabs(int64_t channels, const BlockSizes& blocks) {
-  const int64_t slab = gram_threads<T>(blocks) / kGramColumns * kQuad;
-  return (channels + slab - 1) / slab;
-}
-
-// Fills all but the pointers, from boxes, levels, images, sizes, bins and sampling_ratio of the sampling tables.
-template <class T>
-GramSizes plan_gram(GramTables<T>& gram, const Tables<T>& tables) {
-  gram.boxes = tables.boxes;
-  gram.levels = tables.levels;
-  gram.images = tables.images;
-  GramSizes sizes;
-  int64_t ints = 0, values = 0;
-  for (int level = 0; level < tables.levels; ++level) {
-    const int64_t ints_before = ints, values_before = values;
-    for (int axis = 0; axis < 2; ++axis) {
-      const int32_t size = gram.size[level][axis] = tables.size[0][level][axis];
-      const int64_t cells = axis_capacity(size, tables.bins[axis], tables.sampling_ratio).cells;
-      const int64_t pitch = gram_band_capacity(cells, tables.sampling_ratio);
-      gram.axis[level][axis] =
-          BandLayout{static_cast<int32_t>(ints - ints_before), static_cast<int32_t>(values - values_before),
-                     static_cast<int32_t>(cells), static_cast<int32_t>(pitch)};
-      ints += band_int_count(cells);
-      values += cells * pitch;
-      sizes.room = ints > values ? ints : values;
-      if (sizes.room > kMaxRoom) return sizes;
-    }
-    gram.level[level] =
-        LevelLayout{static_cast<int32_t>(ints - ints_before), static_cast<int32_t>(values - values_before),
-                    static_cast<int32_t>(ints_before), static_cast<int32_t>(values_before)};
+bool choose_gram(const Distillation& call, const TablePlan<T>& plan, const BlockSizes& blocks) {
+  const Tables<T>& tables = plan.tables;
+  if (call.algorithm == Algorithm::kPooled || call.problem.boxes == 0 || !plan.fits) return false;
+  if (call.gradient[0].empty() && call.gradient[1].empty()) return false;
+  if (call.algorithm == Algorithm::kByShape && call.problem.bins[0] * call.problem.bins[1] < kMinGramBins) return false;
+  int64_t tiles = 0, values = 0;
+  for (int l = 0; l < tables.levels; ++l) {
+    const Level& level = tables.level[l];
+    const Number type = call.map[0][0].type;
+    if (level.sides == 2 || call.map[0][l].type != type || call.map[1][l].type != type) return false;
+    tiles +=
+        tile_count(tables.images, level.axis[0], gram_channel_blocks(level.channels, blocks), kGramRows, kGramColumns);
+    for (const AxisLayout& axis : level.axis[0]) values += tables.boxes * axis.values;
   }
-  sizes.ints = tables.boxes * ints;
-  sizes.values = tables.boxes * values;
-  return sizes;
+  return tiles <= kMaxBlocks && (values <= kMinValues || values <= plan.pooled);
 }
 
-// Blocks of the second launch.
-template <class T>
-int64_t gram_blocks(const GramTables<T>& gram, int64_t channels, const BlockSizes& blocks) {
-  int64_t tiles = 0;
-  for (int level = 0; level < gram.levels; ++level) {
-    tiles += tile_count(gram.images, gram.size[level][0], gram.size[level][1], kGramRows, kGramColumns);
-  }
-  return tiles * gram_slabs<T>(channels, blocks);
-}
-
-// Whether a training step of both networks' maps of one shape takes the Gram form; by shape alone. Where it is asked
-// for, it is still refused where its workspace would be larger than that of pooled differences and not small either, as
-// for adaptive sampling on large maps, whose bands have no bound but the map.
-template <class T>
-bool choose_gram(Form form, const GramTables<T>& gram, const GramSizes& sizes, int64_t bins, int64_t channels,
-                 const BlockSizes& blocks) {
-  if (form == Form::kPooled || gram.boxes == 0 || sizes.room > kMaxRoom) return false;
-  if (form == Form::kByShape && bins < kEnoughBins) return false;
-  const int64_t pooled = gram.boxes * gram.levels * slabs_of(channels) * kSlab * bins;
-  if (sizes.values > kFreeValues && sizes.values > pooled) return false;
-  return gram_blocks(gram, channels, blocks) <= INT32_MAX && gram_slabs<T>(channels, blocks) <= kMaxGrid;
-}
-
-template <class T>
-void launch_make_gram(const Tables<T>& tables, const GramTables<T>& gram, int32_t* finished, const BlockSizes& blocks,
-                      cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(tables.levels), box_grid(tables.boxes), box_rounds(tables.boxes));
-  int64_t ints = 0, weights = 0;
-  for (int level = 0; tables.in_shared && level < tables.levels; ++level) {
-    ints = tables.level[level].ints > ints ? tables.level[level].ints : ints;
-    weights = tables.level[level].weights > weights ? tables.level[level].weights : weights;
-  }
-  RAKD_LAUNCH((make_gram<T>), grid, dim3(blocks.tables), gram_tables_shared_bytes<T>(ints, weights), stream, tables,
-              gram, finished);
-}
-
-// Fills call.first_tile and call.stage_cells.
-template <class E>
-void launch_gram_gradient(GramGradient<E> call, const BlockSizes& blocks, cudaStream_t stream) {
-  typedef typename Accumulator<E>::type T;
-  static_assert(sizeof(call) <= 4096, "parameters of a kernel");
+template <class E, class T, class Memory>
+void distill_gram(Memory& memory, const Distillation& call, TablePlan<T>& plan, const BlockSizes& blocks,
+                  cudaStream_t stream) {
+  static_assert(sizeof(GramGradient<E>) <= 4096, "parameters of a kernel");
   static_assert(kStageCells <= kMaxStageCells, "cells of the stage are divided by its columns");
-  const GramTables<T>& gram = call.tables;
-  call.first_tile[0] = 0;
-  for (int level = 0; level < gram.levels; ++level) {
-    const int64_t tiles = tile_count(gram.images, gram.size[level][0], gram.size[level][1], kGramRows, kGramColumns);
-    call.first_tile[level + 1] = call.first_tile[level] + static_cast<int32_t>(tiles);
+  const Tables<T>& tables = plan.tables;
+  GramGradient<E> gradient{};
+  for (int l = 0; l < tables.levels; ++l) {
+    const int64_t tiles = tile_count(tables.images, tables.level[l].axis[0],
+                                     gram_channel_blocks(tables.level[l].channels, blocks), kGramRows, kGramColumns);
+    gradient.first_tile[l + 1] = gradient.first_tile[l] + static_cast<int32_t>(tiles);
   }
-  const int threads = gram_threads<T>(blocks);
-  const size_t fixed = gram_shared_bytes<T>(threads), cell = threads / kGramColumns * sizeof(Quad<T>);
+  const dim3 grid(static_cast<unsigned>(gradient.first_tile[tables.levels]));
+  memory.lay_out([&](auto& arena) {
+    plan.place(arena);
+    gradient.partial = arena.template take<double>(grid.x);
+    gradient.finished = plan.build.finished = arena.template take<int32_t>(1);
+  });
+  gradient.tables = tables;
+  for (int side = 0; side < 2; ++side) {
+    gradient.map[side] = pyramid(call.map[side]);
+    gradient.gradient[side] = pyramid(call.gradient[side]);
+  }
+  gradient.total = static_cast<T*>(call.total);
+  plan.launch(blocks, stream);
+  const size_t fixed = gram_shared_bytes<T>(blocks.gram), cell = blocks.gram / kGramColumns * sizeof(Quad<T>);
   const size_t room = fixed < kSharedBytes ? (kSharedBytes - fixed) / cell : 0;
-  call.stage_cells = room < kStageCells ? static_cast<int32_t>(room) : kStageCells;
-  const dim3 grid(static_cast<unsigned>(call.first_tile[gram.levels]),
-                  static_cast<unsigned>(gram_slabs<T>(call.channels, blocks)));
-  RAKD_LAUNCH((gram_gradient<E>), grid, dim3(threads), fixed + call.stage_cells * cell, stream, call);
+  gradient.stage_cells = static_cast<int32_t>(std::min<size_t>(room, kStageCells));
+  RAKD_LAUNCH((gram_gradient<E>), grid, dim3(blocks.gram), fixed + gradient.stage_cells * cell, stream, gradient);
+}
+
+// The loss, with the gradients that are wanted. Tells whether it took the Gram form.
+template <class T, class Memory>
+bool distill(Memory& memory, const Distillation& call, const BlockSizes& blocks, cudaStream_t stream) {
+  TablePlan<T> with_bands(call.problem, call.map[0], &call.map[1], true);
+  with_bands.build.factor = call.factor;
+  if (choose_gram(call, with_bands, blocks)) {
+    const Number type = call.map[0][0].type;
+    if constexpr (sizeof(T) == sizeof(double)) {
+      distill_gram<double>(memory, call, with_bands, blocks, stream);
+    } else if (type == Number::kHalf) {
+      distill_gram<__half>(memory, call, with_bands, blocks, stream);
+    } else if (type == Number::kBFloat16) {
+      distill_gram<__nv_bfloat16>(memory, call, with_bands, blocks, stream);
+    } else {
+      distill_gram<float>(memory, call, with_bands, blocks, stream);
+    }
+    return true;
+  }
+  const bool gradients = !call.gradient[0].empty() || !call.gradient[1].empty();
+  TablePlan<T> plan(call.problem, call.map[0], &call.map[1]);
+  plan.build.factor = call.factor;
+  static_assert(sizeof(RoiAlignForward<T>) <= 4096, "parameters of a kernel");
+  RoiAlignForward<T> forward{};
+  forward.group = choose_group(plan.tables, plan.tables.boxes * plan.tables.levels);
+  const dim3 grid(static_cast<unsigned>(distill_blocks(plan.tables, forward.group)));
+  memory.lay_out([&](auto& arena) {
+    plan.place(arena);
+    forward.partial = arena.template take<double>(grid.x);
+    if (gradients) forward.pooled = arena.template take<T>(plan.pooled);
+  });
+  forward.tables = plan.tables;
+  for (int side = 0; side < 2; ++side) forward.map[side] = pyramid(call.map[side]);
+  plan.launch(blocks, stream);
+  const size_t bytes = pool_shared_bytes<T>(blocks.pool, plan.tables.bins[1]);
+  if (grid.x > 0) RAKD_LAUNCH((roi_align_forward<T, true>), grid, dim3(blocks.pool), bytes, stream, forward);
+  const SumLosses<T> sum{forward.partial, forward.group, static_cast<T*>(call.losses), static_cast<T*>(call.total)};
+  if (!gradients) {
+    const size_t sums = blocks.sum / 32 * sizeof(double);
+    RAKD_LAUNCH((sum_losses<T>), dim3(1), dim3(blocks.sum), sums, stream, plan.tables, sum);
+    return false;
+  }
+  RoiAlignBackward<T> backward{};
+  backward.tables = plan.tables;
+  for (int side = 0; side < 2; ++side) backward.gradient[side] = pyramid(call.gradient[side]);
+  backward.pooled = forward.pooled;
+  backward.sum = sum;
+  launch_backward<T, void>(backward, blocks, stream);
+  return false;
 }
 
 }  // namespace gpu

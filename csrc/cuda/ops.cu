@@ -1,292 +1,273 @@
-// The registered ops on CUDA tensors: reads tensors, allocates results and workspace, launches on torch's stream.
+// The registered ops on CUDA tensors: checks, results, and launches on torch's stream.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
-#include <vector>
+#include <tuple>
 
-#include "../maps.h"
-#include "launch_gram.h"
 #include "tensors.h"
 
 namespace rakd {
 namespace gpu {
-namespace {
+namespace ops {
 
-struct Distillation {
-  const std::vector<Tensor>&apprentice, &expert;
-  const Tensor &boxes, &coefficients;
-  const DoubleList &strides, &expert_strides;
-  Options options;
-  bool gradient[2];
-  Form form;
+using Tensors = std::vector<Tensor>;
+
+// Torch's stream of a tensor's device, which is the current one meanwhile.
+struct Stream {
+  DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit Stream(const Tensor& like)
+      : guard(like.get_device_index()), stream(current_stream(like.get_device_index())) {}
 };
 
-struct Losses {
-  Tensor total, per_box;  // the latter is left unwritten where gradients are asked for
-  std::vector<Tensor> gradients;
-};
+Tensor empty(const Tensor& like, const IntList& shape, ScalarType type) {
+  return torch::stable::empty(shape, type, std::nullopt, like.device());
+}
 
 // RAKD_CUDA_FORM: for tests and measurements.
-Form form_of_environment() {
+Algorithm algorithm_of_environment() {
   const char* value = std::getenv("RAKD_CUDA_FORM");
   const std::string form = value ? value : "";
   STD_TORCH_CHECK(form.empty() || form == "pooled" || form == "gram",
                   "RAKD_CUDA_FORM: expected pooled, gram or nothing, got ", form);
-  return form.empty() ? Form::kByShape : form == "pooled" ? Form::kPooled : Form::kGram;
+  return form.empty() ? Algorithm::kByShape : form == "pooled" ? Algorithm::kPooled : Algorithm::kGram;
 }
 
-// Adds the gradients that are asked for to the results, unwritten.
-template <class E>
-void make_gradients(const Distillation& call, Losses& out, Pyramid<E> (&gradient)[2]) {
-  for (int side = 0; side < 2; ++side) {
-    if (!call.gradient[side]) continue;
-    std::vector<Tensor> maps;
-    for (const Tensor& map : side == 0 ? call.apprentice : call.expert) {
-      maps.push_back(empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, is_channels_last(map)));
-      out.gradients.push_back(maps.back());
+// Boxes as the caller has them, and the rule of their levels.
+struct Boxes {
+  BoxLists lists{};
+  PrepareBoxes call{};
+
+  Boxes(const Tensors& boxes, const DoubleList& strides, int64_t assignment, double sigma, double canonical_size,
+        double canonical_level) {
+    STD_TORCH_CHECK(!boxes.empty(), "boxes: expected one tensor [K, 5] or one [K_b, 4] for each image, got none");
+    STD_TORCH_CHECK(!strides.empty() && strides.size() <= kMaxLevels, "strides: expected 1 to ", kMaxLevels,
+                    " numbers, got ", strides.size());
+    STD_TORCH_CHECK(assignment >= 0 && assignment <= 2, "assignment: expected 0, 1 or 2, got ", assignment);
+    lists.whole = boxes[0].dim() == 2 && boxes[0].size(1) == 5;
+    const int64_t columns = lists.whole ? 5 : 4;
+    STD_TORCH_CHECK(!lists.whole || boxes.size() == 1, "boxes: expected one tensor [K, 5], got ", boxes.size());
+    for (const Tensor& t : boxes) {
+      STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == columns,
+                      "boxes: expected one tensor [K, 5] or one [K_b, 4] for each image");
+      lists.list.push_back(numbers(t, boxes[0], "boxes"));
+      lists.count.push_back(t.size(0));
+      call.boxes += t.size(0);
     }
-    gradient[side] = pyramid<E>(maps);
+    STD_TORCH_CHECK(call.boxes < INT32_MAX, "boxes: expected fewer than 2^31 boxes, got ", call.boxes);
+    Preparation& preparation = call.preparation;
+    preparation.levels = static_cast<int32_t>(strides.size());
+    preparation.rule = LevelRule{static_cast<Assignment>(assignment), sigma, canonical_size, canonical_level};
+    for (size_t l = 0; l < strides.size(); ++l) preparation.level_of[l] = std::log2(strides[l]);
+    preparation.images = INT64_MAX;
+    preparation.factor = 1.0;
   }
+};
+
+std::tuple<Tensor, Tensor> prepare_boxes(Tensors boxes, std::optional<Tensor> box_weights,
+                                         std::optional<Tensor> level_weights, int64_t images, bool mean,
+                                         DoubleList strides, int64_t assignment, double sigma, double canonical_size,
+                                         double canonical_level) {
+  Boxes given(boxes, strides, assignment, sigma, canonical_size, canonical_level);
+  PrepareBoxes& call = given.call;
+  Preparation& preparation = call.preparation;
+  const int64_t count = call.boxes, levels = preparation.levels;
+  STD_TORCH_CHECK(images >= 0 && images < INT32_MAX - 1 - count, "images: expected 0 to 2^31 - K, got ", images);
+  STD_TORCH_CHECK(given.lists.whole || given.lists.list.size() == static_cast<size_t>(images),
+                  "boxes: expected one tensor for each of ", images, " images, got ", boxes.size());
+  preparation.images = images;
+  if (mean) preparation.factor = 1.0 / static_cast<double>(count > 0 ? count : 1);
+  if (box_weights) {
+    STD_TORCH_CHECK(box_weights->dim() == 1 && box_weights->size(0) == count, "box_weights: expected [", count, "]");
+    preparation.box_weights = numbers(*box_weights, boxes[0], "box_weights");
+  }
+  if (level_weights) {
+    STD_TORCH_CHECK(level_weights->dim() == 2 && level_weights->size(0) == count && level_weights->size(1) == levels,
+                    "level_weights: expected [", count, ", ", levels, "]");
+    preparation.level_weights = numbers(*level_weights, boxes[0], "level_weights");
+  }
+  const Stream on(boxes[0]);
+  const Tensor rows = empty(boxes[0], {count, 5 + levels}, ScalarType::Double);
+  const Tensor index = empty(boxes[0], {images + 1 + count}, ScalarType::Int);
+  call.rows = static_cast<double*>(rows.data_ptr());
+  call.index = static_cast<int32_t*>(index.data_ptr());
+  launch_prepare(call, given.lists, on.stream);
+  RAKD_CHECK_LAUNCH();
+  return {rows, index};
 }
 
-template <class E, class T>
-void distill_gram(const Distillation& call, Workspace<T>& workspace, GramTables<T>& gram, const GramSizes& sizes,
-                  Losses& out, cudaStream_t stream) {
-  const Tensor& like = call.apprentice[0];
-  workspace.allocate(like, Keep::kExtents, false);
-  gram.extents = workspace.tables.extents;
-  gram.scales = workspace.tables.scales;
-  const Tensor ints = buffer(like, sizes.ints, ScalarType::Int, &gram.ints);
-  const Tensor values = buffer(like, sizes.values, scalar_type_of<T>(), &gram.values);
-  GramGradient<E> gradient{};
-  gradient.tables = gram;
-  gradient.map[0] = pyramid<const E>(call.apprentice);
-  gradient.map[1] = pyramid<const E>(call.expert);
-  gradient.channels = static_cast<int32_t>(like.size(1));
-  const int64_t blocks = gram_blocks(gram, gradient.channels, BlockSizes{});
-  const Tensor partial = buffer(like, blocks, ScalarType::Double, &gradient.partial);
-  const Tensor finished = buffer(like, 1, ScalarType::Int, &gradient.finished);
-  gradient.total = static_cast<double*>(out.total.data_ptr());
-  make_gradients(call, out, gradient.gradient);
-  launch_make_gram(workspace.tables, gram, gradient.finished, BlockSizes{}, stream);
+Tensor level_weights(Tensors boxes, DoubleList strides, int64_t assignment, double sigma, double canonical_size,
+                     double canonical_level) {
+  const Boxes given(boxes, strides, assignment, sigma, canonical_size, canonical_level);
+  const bool is_double = boxes[0].scalar_type() == ScalarType::Double;
+  const Stream on(boxes[0]);
+  const Tensor weights = empty(boxes[0], {given.call.boxes, given.call.preparation.levels},
+                               is_double ? ScalarType::Double : ScalarType::Float);
+  with_accumulation_type(is_double, [&](auto zero) {
+    launch_level_weights(given.call, given.lists, static_cast<decltype(zero)*>(weights.data_ptr()), on.stream);
+  });
   RAKD_CHECK_LAUNCH();
-  launch_gram_gradient(gradient, BlockSizes{}, stream);
-  RAKD_CHECK_LAUNCH();
+  return weights;
 }
 
-template <class E>
-void distill_as(const Distillation& call, const IntList& shapes, const IntList& expert_shapes, Losses& out,
-                cudaStream_t stream) {
-  typedef typename Accumulator<E>::type T;
-  const Tensor& like = call.apprentice[0];
-  bool shared = call.strides == call.expert_strides;
-  for (size_t i = 0; i < shapes.size(); ++i) shared = shared && shapes[i] == expert_shapes[i];
-  const double bins = static_cast<double>(call.options.output_size[0] * call.options.output_size[1]);
-  const double factor = 1.0 / (static_cast<double>(shapes[1]) * bins);
-  const bool gradients = call.gradient[0] || call.gradient[1];
-  Workspace<T> workspace(like, call.boxes, shapes, shared ? nullptr : &expert_shapes, call.strides,
-                         &call.expert_strides, call.options, factor,
-                         static_cast<const double*>(call.coefficients.data_ptr()));
-  if (gradients && shared) {
-    GramTables<T> gram{};
-    const GramSizes sizes = plan_gram(gram, workspace.tables);
-    if (choose_gram(call.form, gram, sizes, static_cast<int64_t>(bins), shapes[1], BlockSizes{})) {
-      distill_gram<E>(call, workspace, gram, sizes, out, stream);
-      return;
-    }
-  }
-  workspace.allocate(like, gradients ? Keep::kForGradients : Keep::kNone, false);
-  const Tables<T>& tables = workspace.tables;
-  const int64_t entries = tables.boxes * tables.levels;
-  const Division division = divide(tables, entries, shapes[1]);
-  DistillPool<E> pool{};
-  pool.tables = tables;
-  pool.map[0] = pyramid<const E>(call.apprentice);
-  pool.map[1] = pyramid<const E>(call.expert);
-  pool.channels = static_cast<int32_t>(shapes[1]);
-  const Tensor partial = buffer(like, entries * division.groups, ScalarType::Double, &pool.partial);
-  const int64_t values = entries * slabs_of(shapes[1]) * kSlab * tables.bins[0] * tables.bins[1];
-  const Tensor pooled = buffer(like, gradients ? values : 0, scalar_type_of<T>(), &pool.pooled);
-  if (entries > 0) {
-    launch_distill_pool(pool, division, BlockSizes{}, stream);
-    RAKD_CHECK_LAUNCH();
-  }
-  const SumLosses<double> sum{pool.partial, tables.boxes, tables.levels * division.groups,
-                              static_cast<double*>(out.per_box.data_ptr()), static_cast<double*>(out.total.data_ptr())};
-  if (!gradients) {
-    launch_sum_losses(sum, BlockSizes{}, stream);
-    RAKD_CHECK_LAUNCH();
-    return;
-  }
-  check_tiles(shapes);
-  if (!shared) check_tiles(expert_shapes);
-  Spread<E> spread{};
-  spread.tables = tables;
-  make_gradients(call, out, spread.gradient);
-  spread.channels = pool.channels;
-  spread.pooled = pool.pooled;
-  spread.sum = sum;
-  launch_spread(spread, BlockSizes{}, stream);
-  RAKD_CHECK_LAUNCH();
-}
-
-Losses distill(const Distillation& call) {
-  const Tensor& like = call.apprentice.at(0);
-  const IntList shapes = shapes_of(call.apprentice, "apprentice", like);
-  const IntList expert_shapes = shapes_of(call.expert, "expert", like);
-  STD_TORCH_CHECK(shapes.size() == expert_shapes.size() && 4 * call.expert_strides.size() == shapes.size(),
+// The loss with the gradients that are wanted: total, losses (only without gradients), gradients.
+std::tuple<Tensor, Tensor, Tensors> distill_as(const Tensors& apprentice, const Tensors& expert, const Tensor& rows,
+                                               const Tensor& index, const std::optional<Tensor>& factor,
+                                               const DoubleList& strides, const DoubleList& expert_strides,
+                                               const IntList& output_size, int64_t sampling_ratio,
+                                               const bool (&wanted)[2], Algorithm algorithm) {
+  STD_TORCH_CHECK(!apprentice.empty(), "apprentice: expected 1 to ", kMaxLevels, " maps, got 0");
+  STD_TORCH_CHECK(apprentice[0].dim() == 4, "apprentice: expected maps [B, C, H, W]");
+  const Tensor& like = apprentice[0];
+  Distillation call;
+  call.map[0] = map_views(apprentice, like, "apprentice");
+  call.map[1] = map_views(expert, like, "expert");
+  STD_TORCH_CHECK(apprentice.size() == expert.size() && expert_strides.size() == expert.size(),
                   "expert: expected as many maps and strides as apprentice");
-  STD_TORCH_CHECK(call.coefficients.dim() == 1 && call.coefficients.size(0) == call.boxes.size(0) &&
-                      call.coefficients.scalar_type() == ScalarType::Double && call.coefficients.is_contiguous() &&
-                      is_on_device(call.coefficients),
-                  "coefficients: expected contiguous float64 [K] on the maps' device");
-  const DeviceGuard guard(like.get_device_index());
-  const cudaStream_t stream = current_stream(like.get_device_index());
-  Losses out{torch::stable::empty({}, ScalarType::Double, std::nullopt, like.device()),
-             torch::stable::empty({call.boxes.size(0)}, ScalarType::Double, std::nullopt, like.device()),
-             {}};
-  RAKD_DISPATCH(like.scalar_type(), distill_as, call, shapes, expert_shapes, out, stream);
-  return out;
-}
-
-std::tuple<Tensor, Tensor> distill_loss(std::vector<Tensor> apprentice, std::vector<Tensor> expert, Tensor boxes,
-                                        Tensor coefficients, DoubleList strides, DoubleList expert_strides,
-                                        IntList output_size, int64_t sampling_ratio, int64_t assignment, double sigma,
-                                        double canonical_size, double canonical_level) {
-  const Options options = make_options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  Losses out = distill(
-      {apprentice, expert, boxes, coefficients, strides, expert_strides, options, {false, false}, Form::kPooled});
-  return {out.total, out.per_box};
-}
-
-std::tuple<Tensor, std::vector<Tensor>> distill_gradient(std::vector<Tensor> apprentice, std::vector<Tensor> expert,
-                                                         Tensor boxes, Tensor coefficients, DoubleList strides,
-                                                         DoubleList expert_strides, IntList output_size,
-                                                         int64_t sampling_ratio, int64_t assignment, double sigma,
-                                                         double canonical_size, double canonical_level,
-                                                         bool apprentice_gradient, bool expert_gradient) {
-  const Options options = make_options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  Losses out = distill({apprentice,
-                        expert,
-                        boxes,
-                        coefficients,
-                        strides,
-                        expert_strides,
-                        options,
-                        {apprentice_gradient, expert_gradient},
-                        form_of_environment()});
-  return {out.total, out.gradients};
-}
-
-template <class E>
-void scale_as(const std::vector<Tensor>& gradients, const Tensor& factor, cudaStream_t stream) {
-  typedef typename Accumulator<E>::type T;
-  STD_TORCH_CHECK(is_on_device(factor) && factor.get_device_index() == gradients[0].get_device_index() &&
-                      factor.dim() == 0 && factor.scalar_type() == scalar_type_of<T>(),
-                  "factor: expected one number in the loss's dtype on the gradients' device");
-  Scale<E> call{};
-  call.factor = static_cast<const T*>(factor.data_ptr());
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    call.data[i] = static_cast<E*>(gradients[i].data_ptr());
-    call.count[i] = gradients[i].numel();
+  STD_TORCH_CHECK(strides.size() == apprentice.size(), "strides: expected one per map");
+  bool is_double = false;
+  for (size_t l = 0; l < expert.size(); ++l) {
+    STD_TORCH_CHECK(expert[l].size(1) == apprentice[l].size(1), "expert: expected ", apprentice[l].size(1),
+                    " channels on level ", l, " as apprentice, got ", expert[l].size(1));
+    for (const Maps& maps : call.map) is_double = is_double || maps[l].type == Number::kDouble;
   }
-  launch_scale(call, static_cast<int>(gradients.size()), stream);
+  call.problem = make_problem(rows, index, like.size(0), like, strides, output_size, sampling_ratio);
+  call.problem.strides[1] = expert_strides;
+  call.algorithm = algorithm;
+  if (factor) {
+    STD_TORCH_CHECK(factor->dim() == 0 || (factor->dim() == 1 && factor->size(0) == rows.size(0)),
+                    "factor: expected one number or [", rows.size(0), "]");
+    call.factor = numbers(*factor, like, "factor");
+  }
+  const Stream on(like);
+  const ScalarType type = is_double ? ScalarType::Double : ScalarType::Float;
+  const bool gradients = wanted[0] || wanted[1];
+  const Tensor total = empty(like, {}, type), losses = empty(like, {gradients ? 0 : rows.size(0)}, type);
+  Tensors made;
+  for (int side = 0; side < 2; ++side) {
+    if (!wanted[side]) continue;
+    for (const Tensor& map : side == 0 ? apprentice : expert) {
+      made.push_back(empty_map(map, {map.size(0), map.size(1), map.size(2), map.size(3)}, is_channels_last(map)));
+      call.gradient[side].push_back(map_view(made.back(), "gradients"));
+    }
+  }
+  call.total = total.data_ptr();
+  call.losses = gradients ? nullptr : losses.data_ptr();
+  Workspace workspace(like);
+  with_accumulation_type(is_double,
+                         [&](auto zero) { distill<decltype(zero)>(workspace, call, BlockSizes{}, on.stream); });
   RAKD_CHECK_LAUNCH();
+  return {total, losses, made};
 }
 
-void scale_gradients(std::vector<Tensor> gradients, Tensor factor) {
-  STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= kMostScaled, "gradients: expected 1 to ", kMostScaled,
+std::tuple<Tensor, Tensor> distill_loss(Tensors apprentice, Tensors expert, Tensor rows, Tensor index,
+                                        DoubleList strides, DoubleList expert_strides, IntList output_size,
+                                        int64_t sampling_ratio) {
+  const auto [total, losses, none] = distill_as(apprentice, expert, rows, index, std::nullopt, strides, expert_strides,
+                                                output_size, sampling_ratio, {false, false}, Algorithm::kPooled);
+  return {total, losses};
+}
+
+std::tuple<Tensor, Tensors> distill_gradient(Tensors apprentice, Tensors expert, Tensor rows, Tensor index,
+                                             std::optional<Tensor> factor, DoubleList strides,
+                                             DoubleList expert_strides, IntList output_size, int64_t sampling_ratio,
+                                             bool apprentice_gradient, bool expert_gradient) {
+  const auto [total, none, gradients] =
+      distill_as(apprentice, expert, rows, index, factor, strides, expert_strides, output_size, sampling_ratio,
+                 {apprentice_gradient, expert_gradient}, algorithm_of_environment());
+  return {total, gradients};
+}
+
+void scale_gradients(Tensors gradients, Tensor factor) {
+  STD_TORCH_CHECK(!gradients.empty() && gradients.size() <= kMaxScaled, "gradients: expected 1 to ", kMaxScaled,
                   " maps");
-  const Tensor& like = gradients[0];
+  const bool is_double = factor.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(same_device(factor, gradients[0]) && factor.dim() == 0 &&
+                      (is_double || factor.scalar_type() == ScalarType::Float),
+                  "factor: expected one float32 or float64 number on the gradients' device");
   for (const Tensor& t : gradients) {
-    const bool same = t.dim() == 4 && is_on_device(t) && t.get_device_index() == like.get_device_index() &&
-                      t.scalar_type() == like.scalar_type();
-    STD_TORCH_CHECK(same && is_dense(t), "gradients: expected dense CUDA maps of one device and dtype");
+    const bool good = t.dim() == 4 && same_device(t, gradients[0]) && is_floating(number_type(t, "gradients"));
+    STD_TORCH_CHECK(good && is_dense(t), "gradients: expected dense CUDA maps of one device");
+    STD_TORCH_CHECK(is_double || t.scalar_type() != ScalarType::Double,
+                    "factor: expected float64 as some gradients are, got float32");
   }
-  const DeviceGuard guard(like.get_device_index());
-  const cudaStream_t stream = current_stream(like.get_device_index());
-  RAKD_DISPATCH(like.scalar_type(), scale_as, gradients, factor, stream);
-}
-
-template <class E>
-void align_as(const std::vector<Tensor>& features, const IntList& shapes, const Tensor& boxes,
-              const DoubleList& strides, const Options& options, const Tensor& output, cudaStream_t stream) {
-  typedef typename Accumulator<E>::type T;
-  Workspace<T> workspace(features[0], boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr);
-  workspace.allocate(features[0], Keep::kNone, true);
-  if (workspace.tables.boxes == 0) return;
-  AlignPool<E> pool{};
-  pool.tables = workspace.tables;
-  pool.map = pyramid<const E>(features);
-  pool.channels = static_cast<int32_t>(shapes[1]);
-  pool.output = static_cast<E*>(output.data_ptr());
-  launch_align_pool(pool, BlockSizes{}, stream);
+  const Stream on(gradients[0]);
+  with_accumulation_type(is_double, [&](auto zero) {
+    ScaleGradients<decltype(zero)> call{};
+    call.factor = static_cast<const decltype(zero)*>(factor.data_ptr());
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      call.data[i] = gradients[i].data_ptr();
+      call.type[i] = number_type(gradients[i], "gradients");
+      call.count[i] = gradients[i].numel();
+    }
+    launch_scale(call, static_cast<int>(gradients.size()), on.stream);
+  });
   RAKD_CHECK_LAUNCH();
 }
 
-template <class E>
-void align_backward_as(const Tensor& output_gradient, const std::vector<Tensor>& gradients, const IntList& shapes,
-                       const Tensor& boxes, const DoubleList& strides, const Options& options, cudaStream_t stream) {
-  typedef typename Accumulator<E>::type T;
-  Workspace<T> workspace(output_gradient, boxes, shapes, nullptr, strides, nullptr, options, 1.0, nullptr);
-  workspace.allocate(output_gradient, Keep::kForGradients, false);
-  check_tiles(shapes);
-  if (workspace.tables.boxes > 0) {
-    launch_tables(workspace.tables, BlockSizes{}, stream);
-    RAKD_CHECK_LAUNCH();
+Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, IntList output_size,
+             int64_t sampling_ratio) {
+  STD_TORCH_CHECK(!features.empty() && features[0].dim() == 4, "features: expected 1 to ", kMaxLevels,
+                  " maps [B, C, H, W]");
+  const Tensor& like = features[0];
+  const Maps maps = map_views(features, like, "features");
+  STD_TORCH_CHECK(strides.size() == features.size(), "strides: expected one per map");
+  for (const Tensor& t : features) {
+    STD_TORCH_CHECK(t.size(1) == like.size(1) && t.scalar_type() == like.scalar_type(),
+                    "features: expected maps of one dtype and channel count");
   }
-  Spread<E> spread{};
-  spread.tables = workspace.tables;
-  spread.gradient[0] = pyramid<E>(gradients);
-  spread.channels = static_cast<int32_t>(shapes[1]);
-  spread.output_gradient = static_cast<const E*>(output_gradient.data_ptr());
-  launch_spread(spread, BlockSizes{}, stream);
+  const Problem problem = make_problem(rows, index, like.size(0), like, strides, output_size, sampling_ratio);
+  const Stream on(like);
+  const Tensor output = empty_map(like, {rows.size(0), like.size(1), output_size[0], output_size[1]}, false);
+  Workspace workspace(like);
+  with_accumulation_type(like.scalar_type() == ScalarType::Double, [&](auto zero) {
+    gpu::align<decltype(zero)>(workspace, problem, maps, output.data_ptr(), BlockSizes{}, on.stream);
+  });
   RAKD_CHECK_LAUNCH();
-}
-
-Tensor align(std::vector<Tensor> features, Tensor boxes, DoubleList strides, IntList output_size,
-             int64_t sampling_ratio, int64_t assignment, double sigma, double canonical_size, double canonical_level) {
-  const Options options = make_options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  const Tensor& like = features.at(0);
-  const IntList shapes = shapes_of(features, "features", like);
-  const DeviceGuard guard(like.get_device_index());
-  const cudaStream_t stream = current_stream(like.get_device_index());
-  Tensor output = empty_map(like, {boxes.size(0), shapes[1], output_size[0], output_size[1]}, false);
-  RAKD_DISPATCH(like.scalar_type(), align_as, features, shapes, boxes, strides, options, output, stream);
   return output;
 }
 
-std::vector<Tensor> align_backward(Tensor output_gradient, Tensor boxes, IntList shapes,
-                                   std::vector<bool> channels_last, DoubleList strides, IntList output_size,
-                                   int64_t sampling_ratio, int64_t assignment, double sigma, double canonical_size,
-                                   double canonical_level) {
-  const Options options = make_options(output_size, sampling_ratio, assignment, sigma, canonical_size, canonical_level);
-  STD_TORCH_CHECK(shapes.size() == 4 * strides.size() && channels_last.size() == strides.size() && !strides.empty() &&
-                      strides.size() <= kMaxLevels,
+Tensors align_backward(Tensor output_gradient, Tensor rows, Tensor index, IntList shapes,
+                       std::vector<bool> channels_last, DoubleList strides, IntList output_size,
+                       int64_t sampling_ratio) {
+  const size_t levels = strides.size();
+  STD_TORCH_CHECK(shapes.size() == 4 * levels && channels_last.size() == levels && levels > 0 && levels <= kMaxLevels,
                   "shapes: expected four numbers per map");
-  const DeviceGuard guard(output_gradient.get_device_index());
-  const cudaStream_t stream = current_stream(output_gradient.get_device_index());
+  STD_TORCH_CHECK(is_on_device(output_gradient), "output_gradient: expected a CUDA tensor");
+  const Stream on(output_gradient);
   const Tensor dense = torch::stable::contiguous(output_gradient);
-  STD_TORCH_CHECK(dense.dim() == 4 && is_on_device(dense) && dense.size(0) == boxes.size(0) &&
-                      dense.size(1) == shapes[1] && dense.size(2) == output_size[0] && dense.size(3) == output_size[1],
+  const Problem problem = make_problem(rows, index, shapes[0], dense, strides, output_size, sampling_ratio);
+  STD_TORCH_CHECK(dense.dim() == 4 && dense.size(0) == rows.size(0) && dense.size(1) == shapes[1] &&
+                      dense.size(2) == output_size[0] && dense.size(3) == output_size[1],
                   "output_gradient: expected CUDA [K, C, ", output_size[0], ", ", output_size[1], "]");
-  std::vector<Tensor> gradients;
-  for (size_t l = 0; l < strides.size(); ++l) {
-    gradients.push_back(empty_map(dense, {shapes.begin() + 4 * l, shapes.begin() + 4 * l + 4}, channels_last[l]));
+  Tensors gradients;
+  Maps maps;
+  for (size_t l = 0; l < levels; ++l) {
+    const IntList shape(shapes.begin() + 4 * l, shapes.begin() + 4 * l + 4);
+    STD_TORCH_CHECK(shape[0] == shapes[0] && shape[1] == shapes[1],
+                    "shapes: expected maps of one batch size and channel count");
+    gradients.push_back(empty_map(dense, shape, channels_last[l]));
+    maps.push_back(map_view(gradients.back(), "shapes"));
   }
-  RAKD_DISPATCH(dense.scalar_type(), align_backward_as, dense, gradients, shapes, boxes, strides, options, stream);
+  Workspace workspace(dense);
+  gpu::align_backward(workspace, problem, dense.data_ptr(), maps, BlockSizes{}, on.stream);
+  RAKD_CHECK_LAUNCH();
   return gradients;
 }
 
-}  // namespace
+}  // namespace ops
 }  // namespace gpu
 }  // namespace rakd
 
 STABLE_TORCH_LIBRARY_IMPL(RAKD_OPS, RAKD_DEVICE, m) {
-  m.impl("distill_loss", TORCH_BOX(&rakd::gpu::distill_loss));
-  m.impl("distill_gradient", TORCH_BOX(&rakd::gpu::distill_gradient));
-  m.impl("scale_gradients", TORCH_BOX(&rakd::gpu::scale_gradients));
-  m.impl("align", TORCH_BOX(&rakd::gpu::align));
-  m.impl("align_backward", TORCH_BOX(&rakd::gpu::align_backward));
+  m.impl("prepare_boxes", TORCH_BOX(&rakd::gpu::ops::prepare_boxes));
+  m.impl("level_weights", TORCH_BOX(&rakd::gpu::ops::level_weights));
+  m.impl("distill_loss", TORCH_BOX(&rakd::gpu::ops::distill_loss));
+  m.impl("distill_gradient", TORCH_BOX(&rakd::gpu::ops::distill_gradient));
+  m.impl("scale_gradients", TORCH_BOX(&rakd::gpu::ops::scale_gradients));
+  m.impl("align", TORCH_BOX(&rakd::gpu::ops::align));
+  m.impl("align_backward", TORCH_BOX(&rakd::gpu::ops::align_backward));
 }

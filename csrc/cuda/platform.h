@@ -2,8 +2,8 @@
 // kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
-//   __popc; atomicAdd(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at most 48 KiB;
-//   launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP.
+//   __popc; atomicAdd and atomicMin(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at
+//   most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP.
 #pragma once
 
 #if defined(RAKD_EMULATE)
@@ -26,10 +26,12 @@
 // Before a loop that is not worth more code.
 #define RAKD_ROLLED _Pragma("unroll 1")
 
-// Keeps compilers from computing anew, at each use, what a pointer is made of.
+// Stops nvcc from repeating the arithmetic behind a pointer at each use: in the kernels' loops that costs more
+// instructions than the register that holds it.
 #define RAKD_KEEP(pointer) asm("" : "+l"(pointer))
 
-// The same, of a pointer to global memory, which compilers could no longer tell.
+// The same for a pointer to global memory, which is not null. nvcc would forget that it is global, and generic loads
+// are slower.
 #define RAKD_OPAQUE(pointer)               \
   do {                                     \
     RAKD_KEEP(pointer);                    \

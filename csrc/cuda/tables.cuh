@@ -1,221 +1,236 @@
-// Sampling tables on the GPU: a block makes those of one box, a thread a bin, in shared memory or in the workspace.
+// Sampling tables: for each box and level, RoIAlign along each axis as a sparse matrix R (bins x cells), built once a
+// call, by rows for pooling and by columns for the gradient.
 //
-// RoIAlign along one axis is a matrix R (bins x cells), of which the touched cells are kept (axis_table.h). Sizes are
-// bounds that follow from shapes and options, never from values on the device, so nothing here synchronises and a CUDA
-// graph can hold it all.
+//   box     one axis, in cells of the level's maps:  2 bins from 0.8 on, 2 cells wide, 2 samples in each
+//   bins            |----- bin 0 -----|----- bin 1 -----|
+//   samples             x        x        x        x            at 1.3, 2.3, 3.3, 4.3: each weighs two cells
+//   cells      0      1      2        3        4       5     6  the support is cells 1 .. 5, numbered t = 0 .. 4
+//   R, bin 0         .35    .50      .15                        bin_cell[0] = 0: first t;  bin_offset: 0, 3, 6 (into R)
+//   R, bin 1                         .35      .50     .15       bin_cell[1] = 2
+//   CellBins          0      0      0, 1       1       1        columns of R: the bins that each cell feeds on
+//   tiles     ...-----|---------------- tile ----------------|  a block of the gradient kernel owns 8 rows x 32 columns
 //
-// A box that is not finite touches no cell; one whose batch index is no image's is ignored. Either counts zero.
+//   pooled[q, p] = sum over t_y, t_x of R_y[q, t_y] R_x[p, t_x] map[cell(t_y), cell(t_x)]
+//
+// Sizes are bounds that follow from shapes and options, never from values on the device, so that nothing waits for the
+// device and a CUDA graph can hold a call. A box of no image, or of weight zero on a level, has no tables there.
 #pragma once
 
-#include "../axis_table.h"
-#include "platform.h"
+#include "../gram_table.h"
+#include "elements.cuh"
 
 namespace rakd {
 namespace gpu {
 
-// Where the arrays of one axis begin in the room of its box and level.
+// One axis of a box's tables on one side's maps: capacities, and where its arrays begin.
 struct AxisLayout {
-  int32_t ints, weights, feeds;
-  int32_t cells;  // capacity
+  int32_t size;    // of the map, in cells
+  int32_t cells;   // of the support, at most
+  int32_t values;  // weights of R at most, and behind them the values of bands where the call has them
+  int32_t offset;  // bytes from the beginning of the box's slice
 };
 
-// Elements of the room of a box on one level, and of those on the levels before it.
-struct LevelLayout {
-  int32_t ints, weights, ints_before, weights_before;
-  int32_t feeds = 0, feeds_before = 0;  // only of tables that have them
+struct Level {
+  int64_t first;          // bytes from Tables::slices to the slice of box 0
+  int64_t pooled;         // elements of pooled differences on the levels before
+  int32_t bytes;          // of one box's slice
+  int32_t channels;       // C
+  int32_t sides;          // 1: the expert's maps have the apprentice's shape and stride, and share its tables; else 2
+  AxisLayout axis[2][2];  // [side][y, x]
 };
 
-// R by columns: the bins that feed one touched cell, so many from the first on, and the weights of the first two,
-// beyond which there are none where bins are two cells wide or more. Read at once, as the tables would be one after
-// another.
+// A column of R: the bins that one cell of the support feeds, and their weights. A cell feeds more than two bins only
+// where bins are narrower than two cells; further weights are then looked up in the rows (AxisTable::weight).
 template <class T>
-struct alignas(16) Feed {
-  static constexpr int kKept = 2;
+struct alignas(16) CellBins {
+  static constexpr int kStored = 2;
   int32_t first, count;
-  T kept[kKept];
+  T weight[kStored];
 };
 
-// Everything about the call that is known before the boxes are.
+// All that kernels know of a call's boxes, shapes and options.
 template <class T>
 struct Tables {
-  int64_t boxes;
-  int32_t levels, sides, images;
+  int64_t boxes;  // K
+  int32_t levels, images;
   int32_t bins[2];  // y, x
   int32_t sampling_ratio;
-  bool in_shared;  // the pooling kernels make tables in shared memory, else in the workspace
-  LevelRule rule;
-  double factor;  // of all scales: 1 / (channels * bins) for the loss, 1 for pooling
-  double level_of[kMaxLevels];
-  double stride[2][kMaxLevels];    // [side][level]
-  int32_t size[2][kMaxLevels][2];  // [side][level][axis]: cells
-  AxisLayout axis[2][kMaxLevels][2];
-  LevelLayout level[kMaxLevels];
-  const double* rows;          // [boxes, 5]
-  const double* coefficients;  // [boxes] or nullptr for ones
-  int32_t* ints;               // the workspace; nullptr where nothing reads it
-  T* weights;
-  Feed<T>* feeds;    // of the touched cells of either axis, for the gradients
-  int32_t* extents;  // [sides, levels, kExtent, boxes], for the gradients; nullptr: not wanted
-  double* scales;    // [levels, boxes]: coefficient times level weight times factor; nullptr: not wanted
+  bool bands;             // slices hold bands as well, for the Gram form; all levels then have one side
+  const double* rows;     // [K, 5 + levels], see ../prepare.h
+  const int32_t* index;   // [images + 1 + K]: ranges of images, then box numbers in the order of images
+  unsigned char* slices;  // out: per level [K] slices
+  int32_t* extents;       // out [2, levels, kExtent, K]; by boxes last, as neighbouring threads read neighbouring boxes
+  double* scales;         // out [levels, K]: weight * normalizer * factor; 0: the box is not read on that level
+  Level level[kMaxLevels];
 };
 
-// What a tile asks of a box first: image (-1: counts nothing here), first and last touched row, first and last column.
+// The support of a box: image (-1: the box puts nothing here), first and last row, first and last column.
 constexpr int kExtent = 5;
 
-// Memory of the tables of one box on one level: all sides, both axes.
+// A slice holds for each side and axis: CellBins [cells], T [values], and integers: those of axis_table.h, bands' ends.
 template <class T>
-struct Room {
-  int32_t* ints;
-  T* weights;
-};
-
-template <class T>
-RAKD_HD Room<T> workspace_room(const Tables<T>& tables, int level, int64_t box) {
-  const LevelLayout& at = tables.level[level];
-  return Room<T>{tables.ints + tables.boxes * at.ints_before + box * at.ints,
-                 tables.weights + tables.boxes * at.weights_before + box * at.weights};
+RAKD_HD int64_t axis_bytes(int64_t cells, int64_t values, int64_t bins) {
+  return (cells * int64_t(sizeof(CellBins<T>)) + values * int64_t(sizeof(T)) + (2 + 4 * cells + 3 * bins) * 4 + 15) /
+         16 * 16;
 }
 
-// The feeds of the touched cells of one axis, in the workspace.
 template <class T>
-RAKD_HD Feed<T>* axis_feeds(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
-  const LevelLayout& at = tables.level[level];
-  return tables.feeds + tables.boxes * at.feeds_before + box * at.feeds + tables.axis[side][level][axis].feeds;
+RAKD_HD CellBins<T>* cell_bins(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
+  const Level& at = tables.level[level];
+  return reinterpret_cast<CellBins<T>*>(tables.slices + at.first + box * at.bytes + at.axis[side][axis].offset);
 }
 
-RAKD_HD int64_t axis_int_count(int64_t cells, int64_t bins) { return 2 * cells + 3 * bins + 2; }
-
 template <class T>
-RAKD_HD AxisTable<T> axis_table(const Tables<T>& tables, int side, int level, int axis, const Room<T>& room) {
-  const AxisLayout& at = tables.axis[side][level][axis];
-  // Sums of 32 bits, added to a pointer once each, cost a device least.
-  const int32_t bins = tables.bins[axis], cell = at.ints + 1, cell_bin = cell + at.cells,
-                bin_cell = cell_bin + at.cells, bin_offset = bin_cell + bins, bin_new = bin_offset + bins + 1;
+RAKD_HD AxisTable<T> axis_table(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
+  const AxisLayout& at = tables.level[level].axis[side][axis];
+  const int32_t bins = tables.bins[axis];
   AxisTable<T> table;
-  table.count = room.ints + at.ints;
-  table.cell = room.ints + cell;
-  table.cell_bin = room.ints + cell_bin;
-  table.bin_cell = room.ints + bin_cell;
-  table.bin_offset = room.ints + bin_offset;
-  table.bin_new = room.ints + bin_new;
-  table.pool = room.weights + at.weights;
+  table.pool = reinterpret_cast<T*>(cell_bins(tables, side, level, axis, box) + at.cells);
+  table.count = reinterpret_cast<int32_t*>(table.pool + at.values);
+  table.cell = table.count + 1;
+  table.cell_bin = table.cell + at.cells;
+  table.bin_cell = table.cell_bin + at.cells;
+  table.bin_offset = table.bin_cell + bins;
+  table.bin_new = table.bin_offset + bins + 1;
   return table;
 }
 
-// By one thread: coefficient times level weight times factor of each level; zeros for a box of no image.
+// The Gram bands of one axis of a box (../gram_table.h).
 template <class T>
-__device__ void box_scales(const Tables<T>& tables, int64_t box, double* scales) {
-  const double* row = tables.rows + 5 * box;
-  const bool inside = row[0] >= 0.0 && row[0] < static_cast<double>(tables.images) && row[0] == floor(row[0]);
-  level_weights(row[3] - row[1], row[4] - row[2], tables.level_of, tables.levels, tables.rule, scales);
-  const double coefficient = tables.coefficients ? tables.coefficients[box] : 1.0;
-  for (int level = 0; level < tables.levels; ++level) {
-    scales[level] = inside ? coefficient * scales[level] * tables.factor : 0.0;
-  }
+struct Bands {
+  int32_t* count;  // cells of the support
+  int32_t* cell;   // [cells] their positions, increasing
+  int32_t* begin;  // [cells] the band of each
+  int32_t* end;
+  T* value;  // [cells, pitch]
+  int32_t pitch;
+
+  // The cells that share a bin with one of some neighbouring cells.
+  RAKD_HD CellRange coupled(const CellRange& cells) const { return CellRange{begin[cells.begin], end[cells.end - 1]}; }
+};
+
+template <class T>
+RAKD_HD Bands<T> bands_of(const Tables<T>& tables, int level, int axis, int64_t box) {
+  const AxisLayout& at = tables.level[level].axis[0][axis];
+  const AxisTable<T> table = axis_table(tables, 0, level, axis, box);
+  const int64_t pitch = gram_band_capacity(at.cells, tables.sampling_ratio);
+  int32_t* begin = table.bin_new + tables.bins[axis];
+  return Bands<T>{table.count,   table.cell, begin, begin + at.cells, table.pool + at.values - at.cells * pitch,
+                  int32_t(pitch)};
 }
 
 template <class T>
-__device__ AxisSamples box_samples(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
-  const double* row = tables.rows + 5 * box;
+struct BuildTables {
+  Tables<T> tables;
+  double stride[2][kMaxLevels];   // [side][level] pixels a cell
+  double normalizer[kMaxLevels];  // of weights: 1 / (C * bins) for the loss, 1 for pooling
+  Numbers factor;                 // of all weights: [K], or one number (stride 0); data == nullptr: 1
+  int32_t* finished;              // out [1]: 0, see gram_gradient; or nullptr
+};
+
+// The samples of a box along one axis. Prepared rows are finite and not turned around; rows of a caller of the raw op
+// may be anything, and then have no samples.
+RAKD_HD AxisSamples box_samples(const double* row, int axis, double stride, int32_t bins, int32_t sampling_ratio) {
   const double low = axis == 0 ? row[2] : row[1], high = axis == 0 ? row[4] : row[3];
-  AxisSamples samples = axis_samples(low, high, tables.stride[side][level], tables.bins[axis], tables.sampling_ratio);
-  // Not finite, or turned around: no samples at all.
+  AxisSamples samples = axis_samples(low, high, stride, bins, sampling_ratio);
   if (!(samples.bin >= 0.0 && samples.bin < 1e300 && samples.start > -1e300)) samples.samples = 0;
   return samples;
 }
 
-// By the whole block: the scales of `box` on all levels, and its tables on levels first .. last - 1, in room_of(level),
-// where the scale is not zero. Ends with a barrier.
-template <class T, class RoomOf>
-__device__ void make_box_tables(const Tables<T>& tables, int first, int last, int64_t box, const RoomOf& room_of,
-                                double* scales) {
-  const int32_t bins = tables.bins[0] + tables.bins[1], bins_of_level = tables.sides * bins;
-  // Calls f(table, samples, level, side, axis, bin) for all bins, one a thread.
-  const auto for_each_bin = [&](const auto& f) {
-    for (int32_t i = threadIdx.x; i < (last - first) * bins_of_level; i += blockDim.x) {
-      const int level = first + i / bins_of_level, side = i % bins_of_level / bins;
-      const int32_t within = i % bins, axis = within < tables.bins[0] ? 0 : 1;
-      const AxisTable<T> table = axis_table(tables, side, level, axis, room_of(level));
-      f(level, box_samples(tables, side, level, axis, box), int64_t(tables.size[side][level][axis]),
-        axis == 0 ? within : within - tables.bins[0], table);
-    }
-  };
-  // The block's last thread has the fewest bins.
-  if (threadIdx.x == blockDim.x - 1) box_scales(tables, box, scales);
-  for_each_bin([](int, const AxisSamples& samples, int64_t size, int32_t bin, const AxisTable<T>& table) {
-    count_cells(samples, size, bin, table);
-  });
-  __syncthreads();
-  for (int32_t i = threadIdx.x; i < (last - first) * tables.sides * 2; i += blockDim.x) {
-    const int level = first + i / (tables.sides * 2), side = i / 2 % tables.sides, axis = i % 2;
-    const AxisTable<T> table = axis_table(tables, side, level, axis, room_of(level));
-    if (scales[level] != 0.0) link_bins(tables.size[side][level][axis], tables.bins[axis], table);
-  }
-  __syncthreads();
-  for_each_bin([&](int level, const AxisSamples& samples, int64_t size, int32_t bin, const AxisTable<T>& table) {
-    if (scales[level] != 0.0) fill_bin(samples, size, bin, table);
-  });
-  __syncthreads();
-}
-
-// By the whole block: leaves what a tile asks first of a box on a level, whose tables are in `room`, and its scale.
 template <class T>
-__device__ void publish_extent(const Tables<T>& tables, int level, int64_t box, const Room<T>& room, double scale) {
-  if (threadIdx.x == 0 && tables.scales) tables.scales[level * tables.boxes + box] = scale;
-  for (int side = threadIdx.x; side < tables.sides; side += blockDim.x) {
-    int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
-    extent[0] = -1;
-    if (scale == 0.0) continue;
-    for (int axis = 0; axis < 2; ++axis) {
-      const AxisTable<T> table = axis_table(tables, side, level, axis, room);
-      if (*table.count == 0) break;
-      extent[(1 + 2 * axis) * tables.boxes] = table.cell[0];
-      extent[(2 + 2 * axis) * tables.boxes] = table.cell[*table.count - 1];
-      if (axis == 1) extent[0] = static_cast<int32_t>(tables.rows[5 * box]);
-    }
-  }
-}
-
-template <class T>
-__device__ Feed<T> feed_of(const AxisTable<T>& table, int32_t bins, int32_t t) {
+__device__ CellBins<T> find_cell_bins(const AxisTable<T>& table, int32_t bins, int32_t t) {
   const int32_t first = table.cell_bin[t];
   int32_t end = first + 1;
   while (end < bins && table.bin_cell[end] <= t) ++end;
-  Feed<T> feed{first, end - first, {}};
-  for (int i = 0; i < Feed<T>::kKept; ++i) feed.kept[i] = i < feed.count ? table.weight(first + i, t) : T(0);
-  return feed;
+  CellBins<T> found{first, end - first, {}};
+  for (int i = 0; i < CellBins<T>::kStored; ++i) {
+    found.weight[i] = i < found.count ? table.weight(first + i, t) : T(0);
+  }
+  return found;
 }
 
-// The same, the tables themselves, and the feeds.
+// Leaves the support of a box on one level and side; the image -1 where it is empty.
 template <class T>
-__device__ void publish(const Tables<T>& tables, int level, int64_t box, const Room<T>& room, double scale) {
-  publish_extent(tables, level, box, room, scale);
-  if (scale == 0.0) return;
-  for (int i = 0; i < 2 * tables.sides; ++i) {
-    const int side = i / 2, axis = i % 2;
-    const AxisTable<T> table = axis_table(tables, side, level, axis, room);
-    Feed<T>* feeds = axis_feeds(tables, side, level, axis, box);
-    for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) feeds[t] = feed_of(table, tables.bins[axis], t);
+__device__ void store_extent(const Tables<T>& tables, int side, int level, int64_t box, int32_t image) {
+  int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
+  extent[0] = -1;
+  if (image < 0) return;
+  for (int axis = 0; axis < 2; ++axis) {
+    const AxisTable<T> table = axis_table(tables, side, level, axis, box);
+    if (*table.count == 0) return;
+    extent[(1 + 2 * axis) * tables.boxes] = table.cell[0];
+    extent[(2 + 2 * axis) * tables.boxes] = table.cell[*table.count - 1];
   }
-  const Room<T> kept = workspace_room(tables, level, box);
-  if (kept.ints == room.ints) return;
-  for (int32_t i = threadIdx.x; i < tables.level[level].ints; i += blockDim.x) kept.ints[i] = room.ints[i];
-  for (int32_t i = threadIdx.x; i < tables.level[level].weights; i += blockDim.x) {
-    kept.weights[i] = room.weights[i];
+  extent[0] = image;
+}
+
+// Leaves the bands of one axis of a box, a cell of the support each thread.
+template <class T>
+__device__ void store_bands(const Tables<T>& tables, int level, int axis, int64_t box) {
+  const AxisTable<T> table = axis_table(tables, 0, level, axis, box);
+  const Bands<T> bands = bands_of(tables, level, axis, box);
+  for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) {
+    const CellRange band = gram_band(table, tables.bins[axis], t);
+    bands.begin[t] = band.begin;
+    bands.end[t] = band.end;
+    T* value = bands.value + int64_t(t) * bands.pitch;
+    for (int32_t u = band.begin; u < band.end; ++u)
+      value[u - band.begin] = T(gram_value(table, tables.bins[axis], t, u));
   }
 }
 
-// Tables in the workspace, for gradients of pooling. Block (level, box).
+// Builds the tables of one box on one level, of all sides and both axes; block (level, box). The scale is 0 for a box
+// of no image and for a level of weight 0, whatever the factor is, so that a factor that is not finite reaches only
+// what counts.
 template <class T>
-__global__ void make_tables(Tables<T> tables) {
-  RAKD_SHARED(shared);
-  double* scales = reinterpret_cast<double*>(shared);
-  const int level = int(blockIdx.x);
-  const int64_t box = blockIdx.y + int64_t(blockIdx.z) * gridDim.y;
-  if (box >= tables.boxes) return;
-  const Room<T> room = workspace_room(tables, level, box);
-  make_box_tables(tables, level, level + 1, box, [&](int) { return room; }, scales);
-  publish(tables, level, box, room, scales[level]);
+__global__ void build_tables(BuildTables<T> call) {
+  const Tables<T>& tables = call.tables;
+  const int level = int(blockIdx.x / tables.boxes);
+  const int64_t box = blockIdx.x % tables.boxes;
+  const Level& shape = tables.level[level];
+  const double* row = tables.rows + box * (5 + tables.levels);
+  const bool inside = row[0] >= 0.0 && row[0] < static_cast<double>(tables.images) && row[0] == floor(row[0]);
+  const double factor = call.factor.data ? call.factor.at(box, 0) : 1.0;
+  const double scale = inside && row[5 + level] != 0.0 ? row[5 + level] * call.normalizer[level] * factor : 0.0;
+  if (threadIdx.x == 0) tables.scales[level * tables.boxes + box] = scale;
+  if (threadIdx.x == 0 && blockIdx.x == 0 && call.finished) *call.finished = 0;
+  if (scale == 0.0) {
+    for (int side = threadIdx.x; side < shape.sides; side += blockDim.x) store_extent(tables, side, level, box, -1);
+    return;
+  }
+  // Calls f(table, samples, size, bin) for the bins of all sides and axes, one a thread.
+  const int32_t bins = tables.bins[0] + tables.bins[1];
+  const auto for_each_bin = [&](const auto& f) {
+    for (int32_t i = threadIdx.x; i < shape.sides * bins; i += blockDim.x) {
+      const int side = i / bins, axis = i % bins < tables.bins[0] ? 0 : 1;
+      f(axis_table(tables, side, level, axis, box),
+        box_samples(row, axis, call.stride[side][level], tables.bins[axis], tables.sampling_ratio),
+        shape.axis[side][axis].size, axis == 0 ? i % bins : i % bins - tables.bins[0]);
+    }
+  };
+  for_each_bin([](const AxisTable<T>& table, const AxisSamples& samples, int64_t size, int32_t bin) {
+    count_cells(samples, size, bin, table);
+  });
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < shape.sides * 2; i += blockDim.x) {
+    link_bins(shape.axis[i / 2][i % 2].size, tables.bins[i % 2], axis_table(tables, i / 2, level, i % 2, box));
+  }
+  __syncthreads();
+  for_each_bin([](const AxisTable<T>& table, const AxisSamples& samples, int64_t size, int32_t bin) {
+    fill_bin(samples, size, bin, table);
+  });
+  __syncthreads();
+  for (int i = 0; i < 2 * shape.sides; ++i) {
+    const AxisTable<T> table = axis_table(tables, i / 2, level, i % 2, box);
+    CellBins<T>* columns = cell_bins(tables, i / 2, level, i % 2, box);
+    for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) {
+      columns[t] = find_cell_bins(table, tables.bins[i % 2], t);
+    }
+    if (tables.bands) store_bands(tables, level, i, box);
+  }
+  for (int side = threadIdx.x; side < shape.sides; side += blockDim.x) {
+    store_extent(tables, side, level, box, static_cast<int32_t>(row[0]));
+  }
 }
 
 }  // namespace gpu

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from rakd.distill import MethodName, Regions
+from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
 from rakd.study.settings import PAPER_METHODS, STUDIES
@@ -85,11 +86,9 @@ class Distill:
             expert_training=_replaced(base.expert_training, self.expert_steps, self.batch_size),
         )
         if self.expert is not None and not self.expert.is_file():
-            raise ValueError(f"--expert: {self.expert} is not there")
+            raise UserError(f"--expert: {self.expert} is not there")
         if self.data is None and self.study == "kitti":
-            raise ValueError(
-                "--data: --study kitti needs a folder in KITTI's layout; scenes are rendered for tiny only"
-            )
+            raise UserError("--data: --study kitti needs a folder in KITTI's layout; scenes are rendered for tiny only")
         check_folder(self.out, "--out")
         with start_processes(self.device) as processes:
             data = self.data

@@ -7,9 +7,10 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from rakd.data.frames import read_split
+from rakd.errors import NotAFolderError, UserError
 from rakd.evaluation import report
 from rakd.evaluation.kitti import Overlaps, evaluate
-from rakd.files import check_folder
+from rakd.files import check_folder, read_text
 
 
 @dataclass(frozen=True)
@@ -38,27 +39,42 @@ class Evaluate:
     out: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder to write evaluation.json and curves.png (precision over recall) to."""
 
+    json: Annotated[Path | None, arg(metavar="FILE|-")] = None
+    """File to write all figures to as JSON; - prints them in the place of the tables."""
+
     def run(self) -> None:
         """Evaluate, print the tables and write the files."""
         for name, folder in (("GT", self.gt), ("PRED", self.pred)):
             if not folder.is_dir():
                 what = "is a file" if folder.exists() else "is not there"
-                raise NotADirectoryError(f"{name}: expected a folder of files NNNNNN.txt, {folder} {what}")
+                raise NotAFolderError(f"{name}: expected a folder of files NNNNNN.txt, {folder} {what}")
         frames = None if self.split is None else read_split(self._split_file(self.split))
         _check_scored(self.pred)
+        is_printed = str(self.json) == "-"
         if self.out is not None:
             check_folder(self.out, "--out")
+        if self.json is not None and not is_printed:
+            check_folder(self.json.parent, "--json")
         result = evaluate(self.gt, self.pred, frames=frames, overlaps=self.overlaps)
-        print(report.format_table(result, "R40", self.overlaps))
-        print()
-        print(report.format_table(result, "R11", self.overlaps))
-        few = report.format_ceilings(result)
-        if few:
-            print(f"\n{few}")
+        if is_printed:
+            print(report.to_json(result), end="")
+        else:
+            print(report.format_table(result, "R40", self.overlaps))
+            print()
+            print(report.format_table(result, "R11", self.overlaps))
+            few = report.format_ceilings(result)
+            if few:
+                print(f"\n{few}")
+        files = [] if self.json is None or is_printed else [self.json]
         if self.out is not None:
-            report.write_json(self.out / "evaluation.json", result)
-            report.write_curves(self.out / "curves.png", result, self.overlaps)
-            print(f"\nwritten: {self.out / 'evaluation.json'}, {self.out / 'curves.png'}")
+            files.append(self.out / "evaluation.json")
+        for file in files:
+            report.write_json(file, result)
+        if self.out is not None:
+            files.append(self.out / "curves.png")
+            report.write_curves(files[-1], result, self.overlaps)
+        if files and not is_printed:
+            print(f"\nwritten: {', '.join(map(str, files))}")
 
     def _split_file(self, split: Path) -> Path:
         """The file of a list that is given by its name."""
@@ -70,13 +86,13 @@ def _check_scored(folder: Path) -> None:
     """Refuse a folder of labels in the place of results: all of its rows would be skipped."""
     empty = True
     for path in sorted(folder.glob("*.txt")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_text(path, "a result file").splitlines():
             columns = len(line.split())
             if columns > _LABEL_COLUMNS:
                 return
             empty = empty and not columns
     if not empty:
-        raise ValueError(
+        raise UserError(
             f"PRED: no row in {folder} has a score (16th column): expected results; "
             "are GT and PRED in each other's place?"
         )

@@ -9,8 +9,9 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import arg
 
-from rakd.data.frames import find_frames
+from rakd.data.frames import find_frames, read_image_size
 from rakd.data.labels import LABEL_TYPES, Objects, concatenate
+from rakd.errors import UserError
 from rakd.evaluation.kitti import DIFFICULTIES, LEVELS
 from rakd.progress import bar
 
@@ -19,8 +20,8 @@ from rakd.progress import bar
 class Inspect:
     """Count the objects of a data set by type and difficulty, and draw a sheet of labelled frames.
 
-    Reads every label and calibration file, so malformed ones show up with file and line; what can be read but cannot be
-    meant, such as a negative size, is a warning.
+    Reads every label and calibration file and the size of every image, so malformed ones show up with file and line;
+    what can be read but cannot be meant, such as a negative size or a box beyond the image, is a warning.
     """
 
     data: Annotated[Path, arg(metavar="DIR")]
@@ -40,14 +41,14 @@ class Inspect:
         from rakd.visualize import check_picture, draw_sheet
 
         if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
+            raise UserError(f"count must be at least 1, got {self.count}")
         check_picture(self.out, "--out")
         frames = find_frames(self.data, self.split)
         labels = []
         for frame in bar(frames, desc="reading", unit="frame", delay=2):
             frame.read_calibration()
             objects = frame.read_labels()
-            doubts = doubtful(objects)
+            doubts = doubtful(objects, read_image_size(frame.image))
             if doubts:
                 warnings.warn(f"{frame.label}: {'; '.join(doubts)}", stacklevel=1)
             labels.append(objects)
@@ -66,17 +67,25 @@ class Inspect:
         print(f"\nsheet of {len(sheet)} frames: {self.out}")
 
 
-def doubtful(objects: Objects) -> list[str]:
+def doubtful(objects: Objects, size: tuple[int, int]) -> list[str]:
     """What can be read in a label file, but cannot be meant.
+
+    Args:
+        objects: Labels.
+        size: (width, height) of their image in pixels.
 
     Returns:
         A phrase for each kind of fault, with how many objects have it; DontCare regions are not looked at.
     """
     objects = objects.select(~objects.is_type("DontCare"))
+    outside = (objects.boxes < -1) | (objects.boxes > np.array(size * 2))
+    huge = (objects.dimensions > _MAX_SIZE).any(axis=1) | (np.abs(objects.location) > _MAX_DISTANCE).any(axis=1)
     width, height = (objects.boxes[:, 2:] - objects.boxes[:, :2]).T
     faults = {
         "a 2D box without area": (width <= 0) | (height <= 0),
+        f"a 2D box that leaves the image, {size[0]} x {size[1]} pixels": outside.any(axis=1),
         "no 3D box (a size that is not positive, or no place or angle)": ~objects.has_box_3d,
+        f"a 3D box over {_MAX_SIZE:g} m in size or {_MAX_DISTANCE:g} m away": objects.has_box_3d & huge,
         "a place behind the camera": objects.has_box_3d & (objects.location[:, 2] <= 0),
         "an angle beyond half a turn": objects.has_box_3d & (np.abs(objects.rotation_y) > _HALF_TURN),
     }
@@ -85,6 +94,7 @@ def doubtful(objects: Objects) -> list[str]:
 
 
 _HALF_TURN = np.pi + 0.01  # files round to two digits
+_MAX_SIZE, _MAX_DISTANCE = 100.0, 1000.0  # metres; a tram of two cars is under 60 long
 
 
 def format_counts(objects: Objects) -> str:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from rakd.errors import UserError
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -49,7 +51,7 @@ class Latency:
             config = DETECTORS.get(name)
             if config is None:
                 if not Path(name).is_file():
-                    raise ValueError(f"DETECTOR must be one of {', '.join(DETECTORS)} or a file, got {name!r}")
+                    raise UserError(f"DETECTOR must be one of {', '.join(DETECTORS)} or a file, got {name!r}")
                 models.append(load_detector(Path(name)))
             else:
                 # Layers take the same time with any weights, so nothing is downloaded.

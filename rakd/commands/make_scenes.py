@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from rakd.errors import UserError
 from rakd.scenes import make_scenes
 
 
@@ -36,7 +37,7 @@ class MakeScenes:
     def run(self) -> None:
         """Render the frames and say where they are."""
         if self.workers < 0:
-            raise ValueError(f"workers must be 0 or more, got {self.workers}")
+            raise UserError(f"workers must be 0 or more, got {self.workers}")
         workers = self.workers or os.cpu_count() or 1
         make_scenes(self.out, self.frames, self.seed, size=self.size, workers=workers, progress=True)
         print(f"{self.frames} frames are in {self.out}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from rakd.data.frames import is_image, read_calibration, read_image, read_image_size
+from rakd.errors import UserError
 from rakd.files import check_folder
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ class Predict:
     """
 
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
-    """Images, PNG or JPEG, or folders of them."""
+    """Images, PNG or JPEG (turned as their EXIF orientation says), or folders of them."""
 
     calib: Annotated[Path, arg(metavar="FILE")]
-    """KITTI calibration file (its P2 is used) for all images, or a folder with one NAME.txt for each."""
+    """KITTI calibration file for all images (its P2 is used; of raw data, P_rect_02 of calib_cam_to_cam.txt), or a
+    folder with one NAME.txt for each."""
 
     checkpoint: Annotated[Path, arg(metavar="FILE")]
     """detector.pt of a run of rakd distill or rakd train."""
@@ -52,7 +54,7 @@ class Predict:
         from rakd.visualize import draw_frame, prediction_layer
 
         if not isfinite(self.min_score):
-            raise ValueError(f"min_score must be a finite number, got {self.min_score}")
+            raise UserError(f"min_score must be a finite number, got {self.min_score}")
         images = self._find_images()
         self._check_names(images)
         check_folder(self.out, "--out")
@@ -77,12 +79,12 @@ class Predict:
     def _find_images(self) -> list[Path]:
         """The images, with those of folders in the order of their names."""
         if not self.images:
-            raise ValueError("IMAGE: expected at least one image, got none")
+            raise UserError("IMAGE: expected at least one image, got none")
         found: list[Path] = []
         for path in self.images:
             inside = sorted(p for p in path.iterdir() if is_image(p)) if path.is_dir() else [path]
             if not inside:
-                raise ValueError(f"IMAGE: the folder {path} holds no PNG or JPEG files")
+                raise UserError(f"IMAGE: the folder {path} holds no PNG or JPEG files")
             found += inside
         return found
 
@@ -91,13 +93,13 @@ class Predict:
         names = [image.stem for image in images]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"images must have different names, {', '.join(twice)} stands for several")
+            raise UserError(f"images must have different names, {', '.join(twice)} stands for several")
         calibrations = self.calib.iterdir() if self.calib.is_dir() else [self.calib]
         inputs = {path.resolve() for path in (*images, *calibrations)}
         for name in names:
             for path in (self.out / f"{name}.txt", self.out / f"{name}.png"):
                 if path.resolve() in inputs:
-                    raise ValueError(f"out must be another folder: {path}, which is an input, would be overwritten")
+                    raise UserError(f"out must be another folder: {path}, which is an input, would be overwritten")
 
 
 def _check_sizes(images: Sequence[Path], config: "DetectorConfig") -> None:
@@ -108,7 +110,7 @@ def _check_sizes(images: Sequence[Path], config: "DetectorConfig") -> None:
         size = read_image_size(path)
         width = resized_width(size, config.height)
         if config.width is not None and width > config.width:
-            raise ValueError(
+            raise UserError(
                 f"{path}: too wide for the detector: resized from {size[0]} x {size[1]} pixels to its height, "
                 f"{config.height}, it is {width} wide; expected at most {config.width}"
             )

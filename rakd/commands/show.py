@@ -9,7 +9,8 @@ from tyro.conf import arg
 
 from rakd.data.frames import find_frames
 from rakd.data.labels import Objects, read_labels, read_results
-from rakd.files import check_folder
+from rakd.errors import MissingFileError, UserError
+from rakd.files import check_folder, read_text
 from rakd.progress import bar
 
 
@@ -52,16 +53,16 @@ class Show:
         from rakd.visualize import draw_frame, prediction_layer, truth_layer
 
         if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
+            raise UserError(f"count must be at least 1, got {self.count}")
         if not self.reach > 0:
-            raise ValueError(f"reach must be positive, got {self.reach}")
+            raise UserError(f"reach must be positive, got {self.reach}")
         if not isfinite(self.min_score):
-            raise ValueError(f"min_score must be a finite number, got {self.min_score}")
+            raise UserError(f"min_score must be a finite number, got {self.min_score}")
         check_folder(self.out, "--out")
         found = {frame.id: frame for frame in find_frames(self.data, self.split, self.part)}
         unknown = [id_ for id_ in self.frames if id_ not in found]
         if unknown:
-            raise ValueError(f"frames: {unknown[0]} is not among the {len(found)} frames of {self.data}")
+            raise UserError(f"frames: {unknown[0]} is not among the {len(found)} frames of {self.data}")
         chosen = self.frames or list(found)[: self.count]
         predictions = {} if self.pred is None else {id_: _read_predictions(self.pred, id_) for id_ in chosen}
         left_out = 0
@@ -88,7 +89,6 @@ def _read_predictions(folder: Path, id_: str) -> Objects:
     path = folder / f"{id_}.txt"
     if not path.is_file():
         what = f"has no {path.name}, the results of frame {id_}" if folder.is_dir() else "is not a folder"
-        raise FileNotFoundError(f"--pred: {folder} {what}")
-    with path.open(encoding="utf-8") as lines:
-        is_labels = any(len(line.split()) == 15 for line in lines)
+        raise MissingFileError(f"--pred: {folder} {what}")
+    is_labels = any(len(line.split()) == 15 for line in read_text(path, "a result file").splitlines())
     return read_labels(path) if is_labels else read_results(path)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Train:
     """Train a detector, such as an expert, and write its weights and its detections.
 
-    Writes detector.pt, log.csv and detections/NNNNNN.txt to the run's folder, and prints the evaluation. An
-    interrupted run is continued by repeating the command; on several GPUs or machines start it with torchrun.
+    Writes detector.pt, log.csv, detections/NNNNNN.txt and result.json to the run's folder, and prints the evaluation.
+    An interrupted run is continued by repeating the command; on several GPUs or machines start it with torchrun.
     """
 
     data: Annotated[Path, arg(metavar="DIR")]
@@ -79,7 +79,7 @@ class Train:
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
         from rakd.detector.detector import Detector
-        from rakd.distill.learner import Learner
+        from rakd.distill.model import DistillationModel
         from rakd.training.processes import start_processes, wait_for_all
         from rakd.training.trainer import Trainer
 
@@ -116,7 +116,7 @@ class Train:
             if processes.main:
                 print(f"{self.detector}: {detector.loaded}", flush=True)
             Trainer(
-                Learner(detector),
+                DistillationModel(detector),
                 dataset,
                 settings,
                 self.out,
@@ -134,13 +134,21 @@ class Train:
         """Write weights and detections, and print their evaluation."""
         from rakd.detector.files import save_detector
         from rakd.detector.inference import write_detections
+        from rakd.evaluation.depth import depth_errors
         from rakd.evaluation.kitti import evaluate
-        from rakd.evaluation.report import format_table
+        from rakd.evaluation.report import format_ceilings, format_table
+        from rakd.study.results import RunResult, precisions_of, write_run
 
         save_detector(self.out / "detector.pt", detector)
         write_detections(detector, val, self.out / "detections", device)
         frames = [frame.id for frame in val.frames]
-        result = evaluate(self.data / "training" / "label_2", self.out / "detections", frames=frames)
-        for average in ("R40", "R11"):
-            print(f"\n{format_table(result, average)}")
+        folders = self.data / "training" / "label_2", self.out / "detections"
+        result = evaluate(*folders, frames=frames)
+        loose = evaluate(*folders, frames=frames, overlaps="loose", progress=False)
+        depth = depth_errors(*folders, frames=frames, progress=False)
+        precisions = precisions_of(official=result, loose=loose)
+        write_run(self.out / "result.json", RunResult("none", self.seed, precisions, depth))
+        for text in (format_table(result, "R40"), format_table(result, "R11"), format_ceilings(result)):
+            if text:
+                print(f"\n{text}")
         print(f"\nweights: {self.out / 'detector.pt'}; detections: {self.out / 'detections'}")

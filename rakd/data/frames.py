@@ -5,9 +5,12 @@ The layout, as KITTI is distributed::
     ROOT/training/{image_2,label_2,calib}/NNNNNN.{png,txt,txt}
     ROOT/testing/{image_2,calib}/NNNNNN.{png,txt}
     ROOT/ImageSets/{train,val,...}.txt        one frame number a line
+
+A frame's name is its number, of six digits in KITTI's object data and ten in its raw data; any count will do.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +19,21 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from rakd.data.labels import Objects, read_labels
-from rakd.files import write_text
+from rakd.errors import MissingFileError, UserError
+from rakd.files import check_file, read_text, write_text
 from rakd.geometry import Calibration
 
 Part = Literal["training", "testing"]
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_FRAME_NAME = re.compile("[0-9]+")
+_CAMERAS = ("P2", "P_rect_02")  # the left colour camera in the object data, and in the raw data
+_MAX_LISTED = 40  # names that an error gives; calib_cam_to_cam.txt has 34
+_WHITE = 65535  # of 16 bits
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Frame:
     """The files of one frame.
 
     Attributes:
-        id: The frame's name, ``NNNNNN``.
+        id: The frame's name, see `is_frame_name`.
         image: Path of the image.
         calib: Path of the calibration.
         label: Path of the label file; None in ``testing``.
@@ -55,10 +64,10 @@ class Frame:
         """The labelled objects.
 
         Raises:
-            ValueError: The frame has no labels.
+            UserError: The frame has no labels.
         """
         if self.label is None:
-            raise ValueError(f"frame {self.id} of {self.image.parent} has no labels")
+            raise UserError(f"frame {self.id} of {self.image.parent} has no labels")
         return read_labels(self.label)
 
 
@@ -71,27 +80,29 @@ def find_frames(root: Path, split: str | None = None, part: Part = "training") -
         part: "training" (with labels) or "testing" (without).
 
     Raises:
-        FileNotFoundError: A folder, the split's list or a listed frame's file is missing.
-        ValueError: The folder or list is empty, or a line of the list is not a frame number.
+        MissingFileError: A folder, the split's list or a listed frame's file is missing.
+        UserError: The folder or list is empty, or a line of the list is not a frame number.
     """
     root = Path(root)
     folder = root / part
     images = folder / "image_2"
     if not images.is_dir():
-        raise FileNotFoundError(f"{images} is not there: expected a KITTI folder with {part}/image_2")
-    found = {path.stem: path for path in sorted(images.iterdir()) if is_image(path) and path.stem.isdigit()}
+        raise MissingFileError(f"{images} is not there: expected a KITTI folder with {part}/image_2")
+    found = {path.stem: path for path in sorted(images.iterdir()) if is_image(path) and is_frame_name(path.stem)}
     ids = sorted(found) if split is None else read_split(root / "ImageSets" / f"{split}.txt")
     if not ids:
-        raise ValueError(f"{images} holds no images NNNNNN.png or .jpg")
+        other = next((path.name for path in sorted(images.iterdir()) if is_image(path) and path.name[0] != "."), None)
+        what = f"; {other} is not named by a number" if other else ""
+        raise UserError(f"{images} holds no images NNNNNN.png or .jpg{what}")
     frames = []
     for id_ in ids:
         if id_ not in found:
-            raise FileNotFoundError(f"frame {id_} of split {split!r} has no image in {images}")
+            raise MissingFileError(f"frame {id_} of split {split!r} has no image in {images}")
         label = folder / "label_2" / f"{id_}.txt" if part == "training" else None
         frame = Frame(id_, found[id_], folder / "calib" / f"{id_}.txt", label)
         for path in (frame.calib, frame.label):
             if path is not None and not path.is_file():
-                raise FileNotFoundError(f"frame {id_} has no {path}")
+                raise MissingFileError(f"frame {id_} has no {path}")
         frames.append(frame)
     return frames
 
@@ -123,22 +134,27 @@ def read_split(path: Path) -> list[str]:
     """Read a list of frame numbers, one a line.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not a text file, a line is not a frame number, a frame is listed twice, or the list is empty.
+        MissingFileError: There is no such file.
+        UserError: It is not a text file, a line is not a frame number, a frame is listed twice, or the list is empty.
     """
     lines: dict[str, int] = {}
-    for number, line in enumerate(_read_lines(path, "a list of frame numbers, one a line"), start=1):
+    for number, line in enumerate(read_text(path, "a list of frame numbers, one a line").splitlines(), start=1):
         id_ = line.strip()
         if not id_:
             continue
-        if not (id_.isascii() and id_.isdigit()):
-            raise ValueError(f"{path}:{number}: expected a frame number such as 000123, got {id_!r}")
+        if not is_frame_name(id_):
+            raise UserError(f"{path}:{number}: expected a frame number such as 000123, got {id_!r}")
         if id_ in lines:
-            raise ValueError(f"{path}:{number}: frame {id_} is listed twice, first in line {lines[id_]}")
+            raise UserError(f"{path}:{number}: frame {id_} is listed twice, first in line {lines[id_]}")
         lines[id_] = number
     if not lines:
-        raise ValueError(f"{path} lists no frames")
+        raise UserError(f"{path} lists no frames")
     return list(lines)
+
+
+def is_frame_name(text: str) -> bool:
+    """Whether a text is the name of a frame: a number of any count of digits."""
+    return _FRAME_NAME.fullmatch(text) is not None
 
 
 def is_image(path: Path) -> bool:
@@ -149,51 +165,69 @@ def is_image(path: Path) -> bool:
 def read_image(path: Path) -> npt.NDArray[np.uint8]:
     """Read an image as ``[height, width, 3]`` uint8 RGB.
 
+    It is turned as its EXIF orientation says. OpenCV and labelling tools turn images, too: labels and calibrations
+    made with them are of these pixels, and so are networks' upright cars. KITTI's images have no orientation.
+    Grey images of 16 bits are scaled: 65535 is white.
+
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not an image, or a broken one.
+        MissingFileError: There is no such file.
+        UserError: It is not an image, a broken one, or one of more than 16 bits.
     """
     with _open_image(path) as image:
+        if "exif" in image.info:
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > _WHITE:
+                raise UserError(f"{path}: expected 8 or 16 bits a channel, got 32")
+            image = Image.fromarray(np.rint(values / (_WHITE / 255)).astype(np.uint8))
         return np.array(image.convert("RGB"))
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
-    """Read the (width, height) of an image in pixels, without its pixels.
+    """Read the (width, height) that `read_image` gives an image, without its pixels.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not an image.
+        MissingFileError: There is no such file.
+        UserError: It is not an image.
     """
     with _open_image(path) as image:
-        return image.size
+        # Without the first condition, Pillow would decode a PNG image to look behind its pixels.
+        is_turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS
+        return image.size[::-1] if is_turned else image.size
 
 
-def read_calibration(path: Path, camera: str = "P2") -> Calibration:
-    """Read the projection matrix of one camera from a calibration file.
+def read_calibration(path: Path) -> Calibration:
+    """Read the projection matrix of the left colour camera, which took ``image_2``.
 
     Args:
-        path: The file, lines such as ``P2: <12 numbers>``.
-        camera: Name of the matrix; "P2" is the left colour camera, which took ``image_2``.
+        path: A calibration file of the object data, with a line ``P2: <12 numbers>``, or ``calib_cam_to_cam.txt`` of
+            the raw data, in which the same matrix is called ``P_rect_02``.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not a text file, or the matrix is missing or malformed; names file and line.
+        MissingFileError: There is no such file.
+        UserError: It is not a text file, or the matrix is missing or malformed; names file and line.
     """
-    for number, line in enumerate(_read_lines(path, "a calibration file"), start=1):
-        name, _, rest = line.partition(":")
-        if name.strip() != camera:
-            continue
-        try:
-            values = [float(text) for text in rest.split()]
-        except ValueError:
-            values = []
-        if len(values) != 12:
-            raise ValueError(f"{path}:{number}: {camera} must be 12 numbers, got {rest.strip()!r}")
-        try:
-            return Calibration(np.array(values).reshape(3, 4))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-    raise ValueError(f"{path}: expected a line '{camera}: <12 numbers>', found none")
+    found: dict[str, tuple[int, str]] = {}
+    for number, line in enumerate(read_text(path, "a calibration file").splitlines(), start=1):
+        name, colon, rest = line.partition(":")
+        if colon:
+            found.setdefault(name.strip(), (number, rest))
+    camera = next((name for name in _CAMERAS if name in found), None)
+    if camera is None:
+        listed = f"only {', '.join(list(found)[:_MAX_LISTED])}" if found else "no line of that form"
+        raise UserError(f"{path}: expected a line 'P2: <12 numbers>' (or P_rect_02, as in raw data), found {listed}")
+    number, rest = found[camera]
+    try:
+        values = [float(text) for text in rest.split()]
+    except ValueError:
+        values = []
+    if len(values) != 12:
+        raise UserError(f"{path}:{number}: {camera} must be 12 numbers, got {rest.strip()!r}")
+    try:
+        return Calibration(np.array(values).reshape(3, 4))
+    except ValueError as error:
+        raise UserError(f"{path}:{number}: {error}") from None
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
@@ -213,23 +247,11 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 @contextmanager
 def _open_image(path: Path) -> Iterator[Image.Image]:
     """Open an image; what goes wrong in the block, too, is said of the file."""
-    _check_file(path, "an image")
+    check_file(path, "an image")
     try:
         with Image.open(path) as image:
             yield image
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
-
-
-def _check_file(path: Path, expected: str) -> None:
-    if not Path(path).is_file():
-        what = "is a folder" if Path(path).is_dir() else "is not there"
-        raise FileNotFoundError(f"{path} {what}: expected {expected}")
-
-
-def _read_lines(path: Path, expected: str) -> list[str]:
-    _check_file(path, expected)
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise UserError(f"{path}: cannot be read as an image: {error}") from error

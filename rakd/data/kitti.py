@@ -1,5 +1,6 @@
 """The KITTI data set as PyTorch samples and batches."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rakd.data.augment import Augmentation, distort
-from rakd.data.frames import Part, find_frames
+from rakd.data.frames import Part, find_frames, read_image_size
 from rakd.data.labels import Objects
-from rakd.data.targets import MIN_HEIGHT, Targets, make_targets
+from rakd.data.targets import CLASSES, MIN_HEIGHT, Targets, make_targets
+from rakd.errors import UserError
 from rakd.geometry import Calibration
 
 
@@ -22,7 +24,7 @@ class Sample:
     """One frame, ready for a detector. Image, calibration, objects and targets belong together.
 
     Attributes:
-        id: Frame number, ``NNNNNN``.
+        id: The frame's name, ``NNNNNN``.
         image: ``[3, height, width]`` float32 in 0..1, RGB.
         calibration: Camera of this (resized, perhaps mirrored) image.
         original_size: (width, height) of the image in the file.
@@ -56,12 +58,12 @@ class Batch:
         """The samples' targets on a device.
 
         Raises:
-            ValueError: A sample has none.
+            UserError: A sample has none.
         """
         result = []
         for sample in self.samples:
             if sample.targets is None:
-                raise ValueError(f"frame {sample.id} has no labels to learn from")
+                raise UserError(f"frame {sample.id} has no labels to learn from")
             result.append(sample.targets.to(device))
         return result
 
@@ -87,8 +89,9 @@ class KittiDataset(Dataset[Sample]):
             1.4 MB for each of KITTI's, in every worker process of a loader.
 
     Raises:
-        FileNotFoundError: A folder, list or file is missing.
-        ValueError: The folder or list is empty or malformed, or an argument is out of range.
+        MissingFileError: A folder, list or file is missing.
+        UserError: The folder or list is empty or malformed.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -117,6 +120,27 @@ class KittiDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    def check_targets(self) -> None:
+        """Make sure that there is something to learn, before a training does its steps without.
+
+        Reads frames up to the first with a target.
+
+        Raises:
+            UserError: No frame has one; names the types of objects that there are.
+        """
+        types: Counter[str] = Counter()
+        for frame in self.frames:
+            objects = frame.read_labels()
+            types.update(objects.types.tolist())
+            if len(make_targets(objects, frame.read_calibration(), read_image_size(frame.image))):
+                return
+        found = ", ".join(f"{name} ({count})" for name, count in types.most_common()) or "none"
+        raise UserError(
+            f"{self.frames[0].image.parent.parent}: none of the {len(self.frames)} frames holds an object to learn "
+            f"({', '.join(CLASSES[:-1])} or {CLASSES[-1]} with a 3D box, {MIN_HEIGHT:g} pixels high or more, visible, "
+            f"its centre inside the image); the labels hold {found}"
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch is about to be loaded, so that augmentation differs from the last one's.
@@ -205,16 +229,21 @@ def collate(samples: Sequence[Sample], *, divisor: int = 32, size: tuple[int, in
         size: (width, height) to pad to instead, for batches that all have one shape.
 
     Raises:
-        ValueError: There are no samples, or one does not fit into ``size``.
+        ValueError: There are no samples.
+        UserError: One does not fit into ``size``.
     """
     if not samples:
         raise ValueError("samples must hold at least one sample, got none")
     sizes = [(sample.image.shape[2], sample.image.shape[1]) for sample in samples]
-    largest = (max(width for width, _ in sizes), max(height for _, height in sizes))
     if size is None:
-        size = (-(-largest[0] // divisor) * divisor, -(-largest[1] // divisor) * divisor)
-    elif largest[0] > size[0] or largest[1] > size[1]:
-        raise ValueError(f"size must hold every image, got {size} for images of up to {largest}")
+        width, height = (-(-max(lengths) // divisor) * divisor for lengths in zip(*sizes, strict=True))
+        size = (width, height)
+    for sample, (width, height) in zip(samples, sizes, strict=True):
+        if width > size[0] or height > size[1]:
+            raise UserError(
+                f"frame {sample.id}: too large: resized it is {width} x {height} pixels, expected at most "
+                f"{size[0]} x {size[1]}"
+            )
     images = samples[0].image.new_zeros((len(samples), 3, size[1], size[0]))
     padded = []
     for image, sample in zip(images, samples, strict=True):

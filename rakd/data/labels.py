@@ -4,6 +4,7 @@ A row reads ``type truncation occlusion alpha x1 y1 x2 y2 h w l x y z rotation_y
 columns, results 16. Further columns are skipped, as the official kit skips them.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rakd.files import write_text
+from rakd.errors import UserError
+from rakd.files import read_text, write_text
 from rakd.geometry import FloatArray, flip_boxes, flip_rotation, resize_boxes
 
 LABEL_TYPES = (
@@ -34,6 +36,8 @@ _COLUMNS = (
     *("height", "width", "length", "x", "y", "z", "rotation_y", "score"),
 )
 _LABEL_COLUMNS = 15
+# Quotes, commas or stray marks would make another class of a known one, which nothing then counts.
+_TYPE = re.compile(r"\w[\w./+-]*")
 
 _UNKNOWN_PLACE = -1000.0
 _UNKNOWN_ANGLE = -10.0
@@ -148,8 +152,8 @@ def read_labels(path: Path) -> Objects:
         path: The file. An empty file is a frame without objects.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A row does not parse, or holds a number that is not finite; names file and line.
+        MissingFileError: There is no such file.
+        UserError: A row does not parse, or holds a number that is not finite; names file and line.
     """
     return _read(path, scored=False)
 
@@ -163,8 +167,8 @@ def read_results(path: Path) -> Objects:
         path: The file. An empty file is a frame without detections.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A row does not parse, or holds a number that is not finite; names file and line.
+        MissingFileError: There is no such file.
+        UserError: A row does not parse, or holds a number that is not finite; names file and line.
     """
     return _read(path, scored=True)
 
@@ -174,11 +178,11 @@ def write_objects(path: Path, objects: Objects, *, decimals: int = 4) -> None:
 
     Args:
         path: The file to write; folders on the way are made.
-        objects: What to write. Types must be single words.
+        objects: What to write. Types must be plain words.
         decimals: Digits after the point (KITTI's own labels have 2). Scores always get 6.
 
     Raises:
-        ValueError: A type is empty or holds white space, or a number is not finite.
+        ValueError: A type is not a word without quotes and the like, or a number is not finite.
     """
     rows = []
     numbers = np.column_stack([objects.alpha, objects.boxes, objects.dimensions, objects.location, objects.rotation_y])
@@ -192,8 +196,8 @@ def write_objects(path: Path, objects: Objects, *, decimals: int = 4) -> None:
         first = int(np.flatnonzero(np.isnan(objects.scores))[0])
         raise ValueError(f"scores must not be NaN to be written to {path}, object {first}'s is")
     for i, name in enumerate(objects.types):
-        if len(str(name).split()) != 1 or str(name).strip() != name:
-            raise ValueError(f"types must be single words to be written to {path}, got {str(name)!r}")
+        if not _TYPE.fullmatch(str(name)):
+            raise ValueError(f"types must be plain words such as Car to be written to {path}, got {str(name)!r}")
         row = [str(name), f"{truncation[i]:.{decimals}f}", str(int(objects.occlusion[i]))]
         row += [f"{value:.{decimals}f}" for value in numbers[i]]
         if objects.scores is not None:
@@ -203,10 +207,7 @@ def write_objects(path: Path, objects: Objects, *, decimals: int = 4) -> None:
 
 
 def _read(path: Path, *, scored: bool) -> Objects:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from None
+    text = read_text(path, "a result file" if scored else "a label file")
     types: list[str] = []
     rows: list[list[float]] = []
     count = 15 if scored else 14
@@ -217,7 +218,9 @@ def _read(path: Path, *, scored: bool) -> Objects:
             continue
         if len(words) < _LABEL_COLUMNS:
             what = "16 columns (15 and a score)" if scored else "15 columns"
-            raise ValueError(f"{path}:{number}: expected {what}, got {len(words)}: {line.strip()!r}")
+            raise UserError(f"{path}:{number}: expected {what}, got {len(words)}: {line.strip()!r}")
+        if not _TYPE.fullmatch(words[0]):
+            raise UserError(f"{path}:{number}: type must be a plain word such as Car, got {words[0]!r}")
         if scored and len(words) == _LABEL_COLUMNS:
             missing_score = missing_score or number
             continue
@@ -234,7 +237,7 @@ def _read(path: Path, *, scored: bool) -> Objects:
             raise _bad_number(path, number, values, scored=scored)
         if (row[8] > 0) != (row[9] > 0):
             sizes = f"{values[8]} and {values[9]}"
-            raise ValueError(f"{path}:{number}: width and length must both be positive or neither, got {sizes}")
+            raise UserError(f"{path}:{number}: width and length must both be positive or neither, got {sizes}")
         types.append(words[0])
         rows.append(row)
     if missing_score:
@@ -251,7 +254,7 @@ def _is_score(value: float, text: str) -> bool:
     return value == value and "_" not in text
 
 
-def _bad_number(path: Path, number: int, values: Sequence[str], *, scored: bool) -> ValueError:
+def _bad_number(path: Path, number: int, values: Sequence[str], *, scored: bool) -> UserError:
     """The error for the first of ``values`` that is not what its column wants."""
     for name, text in zip(_COLUMNS, values, strict=False):
         wanted = "a number" if name == "score" else "a finite number"
@@ -263,7 +266,7 @@ def _bad_number(path: Path, number: int, values: Sequence[str], *, scored: bool)
         except ValueError:
             good = False
         if not good:
-            return ValueError(f"{path}:{number}: {name} must be {wanted}, got {text!r}")
+            return UserError(f"{path}:{number}: {name} must be {wanted}, got {text!r}")
     raise AssertionError("called for a row without a fault")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.detector.detector import Detector
+from rakd.errors import UserError
 from rakd.training.checkpoints import load_weights, save_weights
 
 
@@ -31,7 +32,7 @@ def load_detector(path: Path) -> Detector:
         detector.load_state_dict(state)
         detector.pyramid.take_over_start(settings["started_from"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected a detector's weights and settings: {error}") from error
+        raise UserError(f"{path}: expected a detector's weights and settings: {error}") from error
     return detector.eval()
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rakd.data.frames import Frame
 from rakd.data.kitti import Batch, collate, make_sample
 from rakd.detector.detector import Detector
+from rakd.errors import UserError
 from rakd.progress import bar
 
 
@@ -59,7 +60,7 @@ def measure(
         progress: Show a progress bar.
     """
     if repeats < 1:
-        raise ValueError(f"repeats must be 1 or more, got {repeats}")
+        raise UserError(f"repeats must be 1 or more, got {repeats}")
     inputs = [_prepare(detector, frame, device) for detector in detectors]
     for detector in detectors:
         detector.to(device).eval()

@@ -1,39 +1,28 @@
-"""Feature pyramids: a torchvision classification network with a feature pyramid network on top."""
+"""Feature pyramids: a backbone with a feature pyramid network on top."""
 
-import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
-from torchvision.transforms.functional import normalize
 
+from rakd.detector.backbones import IMAGENET, RESNET_STAGES, STRIDES, Backbone
 from rakd.distill import Weights
 from rakd.distill.adapters import seeded_modules
 from rakd.distill.maps import widen
 
-STRIDES = (4, 8, 16, 32)
-"""Pixels per cell of the maps p2 .. p5."""
+__all__ = ["STRIDES", "DeformableConv", "Pyramid"]
 
-_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, which torchvision's weights expect
-_PATIENCE = 10.0  # seconds to wait for a server that does not answer
-_IMAGENET = "ImageNet weights"
 _MOMENTUM = 0.1  # of batch normalisation, torch's default
-_LEVELS = ("p2", "p3", "p4", "p5")
-_RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class Pyramid(nn.Module):
     """A backbone with a feature pyramid.
 
     Args:
-        name: torchvision's name of the backbone: a ResNet ("resnet18", "resnet50", ...) or a network whose
-            ``features`` are a sequence of layers down to stride 32 ("mobilenet_v3_small", "efficientnet_b0", ...).
-        weights: "pretrained" takes torchvision's ImageNet weights for the backbone where they can be loaded,
-            and random ones where not; `loaded` tells which. The pyramid network itself always starts random.
+        name: Name of the backbone in torchvision or timm, see `rakd.detector.backbones.Backbone`.
+        weights: "pretrained" takes ImageNet weights for the backbone where they can be loaded, and random ones where
+            not; `loaded` tells which. The pyramid network itself always starts random.
         seed: Seed of the random weights.
         channels: Channels of every map.
         deformable: Make the second convolution (3x3) of each block of a ResNet's stages 3 to 5 deformable (modulated,
@@ -46,7 +35,7 @@ class Pyramid(nn.Module):
         loaded: What the backbone started from, for people: "ImageNet weights", or "random weights" and why.
 
     Raises:
-        ValueError: torchvision has no such network, or it has no pyramid of strides 4 to 32.
+        ValueError: There is no such network, or it has no maps of strides 4 to 32.
     """
 
     def __init__(
@@ -62,15 +51,12 @@ class Pyramid(nn.Module):
         super().__init__()
         self.channels = channels
         with seeded_modules(seed):
-            backbone = get_model(name, weights=None)
-            loaded = False
-            self.loaded = "random weights"
-            if weights == "pretrained":
-                self.loaded, loaded = _load_pretrained(backbone, name)
+            self.body = Backbone(name, weights == "pretrained")
             if deformable:
-                _make_deformable(backbone, name)
-            self.body, widths = _body(backbone, name)
-            self.fpn = FeaturePyramidNetwork(widths, channels)
+                _make_deformable(self.body.body, name)
+            self.fpn = FeaturePyramidNetwork(self.body.widths, channels)
+        self.loaded = self.body.init_source
+        loaded = self.loaded == IMAGENET
         self._keeps_norm = frozen_norm
         self._frozen_norm = frozen_norm and loaded
         if not loaded:
@@ -88,7 +74,7 @@ class Pyramid(nn.Module):
         Returns:
             ``[B, channels, H / stride, W / stride]`` for each of `STRIDES`, fine to coarse.
         """
-        return dict(self.fpn(self.body(normalize(images, _MEAN, _STD))))
+        return dict(self.fpn(self.body(images)))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Same as `extract_features`."""
@@ -109,7 +95,7 @@ class Pyramid(nn.Module):
             loaded: Its `loaded`.
         """
         self.loaded = loaded
-        self._frozen_norm = self._keeps_norm and loaded == _IMAGENET
+        self._frozen_norm = self._keeps_norm and loaded == IMAGENET
         self.train(self.training)
 
     @torch.no_grad()
@@ -170,64 +156,10 @@ def _norms(module: nn.Module) -> list[nn.BatchNorm2d]:
     return [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
 
 
-def _load_pretrained(backbone: nn.Module, name: str) -> tuple[str, bool]:
-    try:
-        with _patience():
-            state = get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        return f"random weights (ImageNet's cannot be loaded: {error})", False
-    backbone.load_state_dict(state)
-    return _IMAGENET, True
-
-
 def _make_deformable(backbone: nn.Module, name: str) -> None:
-    for stage in _RESNET_STAGES[1:]:
+    for stage in RESNET_STAGES[1:]:
         blocks = getattr(backbone, stage, None)
         if blocks is None:
             raise ValueError(f"deformable needs a ResNet, got {name!r}")
         for block in blocks:
             block.conv2 = DeformableConv(block.conv2)
-
-
-def _body(backbone: nn.Module, name: str) -> tuple[IntermediateLayerGetter, list[int]]:
-    """The part of the backbone that gives one map a level, and the maps' channels, fine to coarse."""
-    if all(hasattr(backbone, stage) for stage in _RESNET_STAGES):
-        body = IntermediateLayerGetter(backbone, dict(zip(_RESNET_STAGES, _LEVELS, strict=True)))
-    else:
-        body = IntermediateLayerGetter(_features(backbone, name), _last_layers(backbone, name))
-    body.eval()
-    with torch.no_grad():
-        maps = body(torch.zeros(1, 3, 64, 64))
-    return body, [maps[level].shape[1] for level in _LEVELS]
-
-
-def _features(backbone: nn.Module, name: str) -> nn.Sequential:
-    features = getattr(backbone, "features", None)
-    if not isinstance(features, nn.Sequential):
-        raise ValueError(f"name must be a ResNet or a network with a sequence of features, got {name!r}")
-    return features
-
-
-@torch.no_grad()
-def _last_layers(backbone: nn.Module, name: str) -> dict[str, str]:
-    """For each level the last layer with its stride, as `IntermediateLayerGetter` wants it."""
-    x = torch.zeros(1, 3, 64, 64)
-    last: dict[int, str] = {}
-    for layer_name, layer in _features(backbone, name).eval().named_children():
-        x = layer(x)
-        last[64 // x.shape[2]] = layer_name
-    missing = [stride for stride in STRIDES if stride not in last]
-    if missing:
-        raise ValueError(f"name must be a network with maps of strides {STRIDES}, {name!r} lacks {missing}")
-    return {last[stride]: level for stride, level in zip(STRIDES, _LEVELS, strict=True)}
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Limit how long a download may wait for a server; offline machines otherwise wait for minutes."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_PATIENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -1,8 +1,8 @@
 """Distillation: an apprentice (student) learns from the features of an expert (teacher).
 
-`Distiller` brings an expert, a method and a weight into any trainer; the methods are in `rakd.distill.registry`.
-Importing this package loads no torch, since the command line reads its choices here; `Distiller` is loaded when it is
-asked for.
+`rakd.distill.distiller.Distiller` brings an expert, a method and a weight into any trainer; the methods are in
+`rakd.distill.registry`. Importing this package loads no torch, since the command line reads its choices here;
+``Distiller`` is loaded when it is asked for.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from rakd.distill.registry import NAMES
 if TYPE_CHECKING:
     from rakd.distill.cache import FeatureCache as FeatureCache
     from rakd.distill.distiller import Distiller as Distiller
+    from rakd.distill.expert import Expert as Expert
     from rakd.distill.hooks import tap as tap
     from rakd.distill.methods import make_method as make_method
 
@@ -28,6 +29,7 @@ Regions = Literal["proposals", "objects"]
 
 _LAZY = {
     "Distiller": "rakd.distill.distiller",
+    "Expert": "rakd.distill.expert",
     "FeatureCache": "rakd.distill.cache",
     "make_method": "rakd.distill.methods",
     "tap": "rakd.distill.hooks",

@@ -39,29 +39,36 @@ def to_pixels(
         if boxes.dim() != 2 or boxes.shape[1] != 5:
             raise ValueError(
                 f"boxes: expected [K, 5] with the image's number in column 0, or a list of [K_b, 4] per image, got "
-                f"shape {list(boxes.shape)}{_order(boxes)}"
+                f"shape {list(boxes.shape)}"
             )
         boxes = boxes.detach()
         rows = boxes if boxes.is_floating_point() else boxes.float()
         converted = _convert(rows[:, 1:], box_format, normalized, size, device)
         return torch.cat([rows[:, :1].to(converted), converted], dim=1)
     if isinstance(boxes, (str, bytes)) or not isinstance(boxes, Sequence):
-        raise TypeError(
-            f"boxes: expected [K, 5] or a sequence of tensors, one per image, got {type(boxes).__name__}{_order(boxes)}"
-        )
+        raise TypeError(f"boxes: expected [K, 5] or a sequence of tensors, one per image, got {type(boxes).__name__}")
     if len(boxes) != images:
         raise ValueError(f"boxes: expected {images} tensors, one per image, got {len(boxes)}")
     for i, rows in enumerate(boxes):
         if not isinstance(rows, Tensor):
             raise TypeError(f"boxes[{i}]: expected a tensor, got {type(rows).__name__}")
         if rows.dim() != 2 or rows.shape[1] != 4:
-            raise ValueError(f"boxes[{i}]: expected shape [K, 4], got {list(rows.shape)}{_order(rows)}")
+            raise ValueError(f"boxes[{i}]: expected shape [K, 4], got {list(rows.shape)}")
     return [_convert(rows, box_format, normalized, size, device) for rows in boxes]
 
 
-def _order(value: Any) -> str:
-    maps = (isinstance(value, Tensor) and value.dim() == 4) or isinstance(value, dict)
-    return "; the order of the arguments is images, boxes, apprentice_features" if maps else ""
+def refuse_maps(boxes: Any) -> None:
+    """Say so where feature maps came in the boxes' place.
+
+    Raises:
+        TypeError: They did.
+    """
+    first = boxes[0] if isinstance(boxes, (list, tuple)) and boxes else boxes
+    if isinstance(boxes, dict) or (isinstance(first, Tensor) and first.dim() == 4):
+        raise TypeError(
+            f"boxes: expected [K, 5] or a sequence of tensors, one per image, got feature maps in a "
+            f"{type(boxes).__name__}; the order of the arguments is images, boxes, apprentice_features"
+        )
 
 
 def canvas_size(boxes: Any) -> tuple[int, int] | None:

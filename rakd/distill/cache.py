@@ -58,7 +58,7 @@ class FeatureCache:
 
     def __init__(
         self,
-        folder: str | os.PathLike[str] | None = None,
+        folder: str | Path | None = None,
         *,
         max_bytes: int = 2 * 2**30,
         dtype: torch.dtype | None = None,

@@ -37,7 +37,7 @@ class ChannelWiseDistillation(DistillationMethod):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "ChannelWiseDistillation":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         return cls(adapter=setup.adapter(), **options)
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:

@@ -1,30 +1,28 @@
 """Distillation in anyone's trainer: a frozen expert, a method and a weight in one module."""
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rakd.distill.boxes import BoxFormat
+from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
 from rakd.distill.checks import Report
-from rakd.distill.expert import Expert, find_modules
 from rakd.distill.finite import FiniteCheck
-from rakd.distill.hooks import FeatureHooks, Names, tap, unwrap
+from rakd.distill.hooks import Names
+from rakd.distill.hooks import tap as tap
+from rakd.distill.lifecycle import Lifecycle
 from rakd.distill.methods import check_options
-from rakd.distill.optimizing import TrainingWatch, add_parameters
+from rakd.distill.optimizing import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.parallel import GradientAverage
 from rakd.distill.registry import find_method
-from rakd.distill.scale import RunningEnergy, TaskShare, parse_weight
-from rakd.distill.step import Facts, Step, check_form, image_batch, inspect, needed_setup
-
-__all__ = ["Distiller", "Expert", "tap"]
+from rakd.distill.scale import RunningEnergy, TaskShare, number_on, parse_weight
+from rakd.distill.step import Facts, Step, check_form, image_batch, inspect
 
 
-class Distiller(nn.Module):
+class Distiller(Lifecycle):
     """Gives the weighted distillation loss of an apprentice's (student's) features against a frozen expert's.
 
     The expert runs in eval mode and without gradients, whatever way it was given, and training leaves its parameters
@@ -33,13 +31,14 @@ class Distiller(nn.Module):
     along.
 
     Channels that differ are adapted by 1×1 convolutions, which must be trained: give ``parameters()`` to the optimizer,
-    or call `add_to` where one exists already. Over several processes their gradients are averaged here, whether or not
-    DistributedDataParallel wraps the distiller; every process must then call it equally often.
+    or call ``add_to`` where one exists already. Over several processes their gradients are averaged here, whether or
+    not DistributedDataParallel wraps the distiller; every process must then call it equally often.
 
     Args:
         expert: Gives feature maps for a batch of images: a module, an object with ``extract_features``, a function or
-            method, or ``(module, function)`` where the module cannot be found in the function; an `Expert` for one with
-            its own dtype, memory format or compilation. None where all calls bring ``expert_features``.
+            method, or ``(module, function)`` where the module cannot be found in the function; an
+            `rakd.distill.expert.Expert` for one with its own dtype, memory format or compilation. None where all calls
+            bring ``expert_features``.
         method: A name of `rakd.distill.registry.METHODS`, or a module called as ``method(expert, apprentice, boxes)``.
         weight: Factor of the loss; None: the method's own default, 1 with ``normalize``. ``"auto:0.1"``: that share of
             the task loss, which calls then bring as ``task_loss``, measured over the first 20 training steps, then
@@ -49,7 +48,7 @@ class Distiller(nn.Module):
         features: Where the expert's maps come from: names of its modules whose outputs they are, ``"input:NAME"`` or
             ``(NAME, "input")`` for what a module is given, or a function ``features(expert, images)``. Default: what
             the expert returns. By names, the rest of the expert's forward is not run.
-        apprentice_features: The same of the apprentice; hooks stay until `close`. Default: calls bring the maps.
+        apprentice_features: The same of the apprentice; hooks stay until ``close``. Default: calls bring the maps.
         scores: Names of the expert's modules that give class logits, for methods that take them.
         strides: Pixels per cell of the apprentice's maps, fine to coarse. Default: found at the first step, as are the
             next three.
@@ -63,7 +62,7 @@ class Distiller(nn.Module):
         normalized: Whether boxes are shares of the image's width and height.
         layout: "NHWC" where the channels of the apprentice's maps come last.
         expert_layout: The same of the expert's.
-        check: Whether the first step runs `check`.
+        check: Whether the first step runs ``check``.
         cache: Keeps the expert's features; calls then bring ``keys``.
         batch_size: Images in every batch, for methods that need it; default: those of the first step.
         seed: Of initial weights.
@@ -74,12 +73,11 @@ class Distiller(nn.Module):
         ValueError: An argument has a wrong value, or expert and apprentice share parameters.
 
     Example:
-        A torchvision RetinaNet learns from a larger one. Torchvision's detectors resize images and boxes inside, so
-        both are taken from inside, as the backbone sees them.
+        A torchvision RetinaNet learns from a larger one. Torchvision's detectors resize and normalise images and boxes
+        inside. Both are taken from inside, as the backbone sees them, and given to the expert's backbone alone: the
+        whole expert would normalise them again.
 
-        >>> distiller = Distiller(
-        ...     expert, apprentice=apprentice, features="backbone", apprentice_features="backbone", weight=0.5
-        ... )
+        >>> distiller = Distiller(expert.backbone, apprentice=apprentice, apprentice_features="backbone", weight=0.5)
         >>> optimizer = torch.optim.SGD([*apprentice.parameters(), *distiller.parameters()], lr=0.001)
         >>> for images, targets in loader:
         ...     with tap(apprentice.transform) as transform:
@@ -137,97 +135,21 @@ class Distiller(nn.Module):
         self.layout, self.expert_layout = layout, expert_layout
         self._check = check
         self._begun = False
-        self._optimizers: list[tuple[Any, int]] = []
+        self._optimizers = []
         self._sync, self._finite, self._watch = GradientAverage(), FiniteCheck(), TrainingWatch()
-        self._expert: Expert | None = None
+        self._expert = None
         self._owns_expert = True
-        self._expert_settings: dict[str, Any] = {"features": features, "scores": scores, "cache": cache}
-        self._apprentice: tuple[nn.Module | None] = (None,)  # in a tuple, where nn.Module does not find it
-        self._hooks: FeatureHooks | None = None
+        self._expert_settings = {"features": features, "scores": scores, "cache": cache}
+        self._apprentice = (None,)
+        self._hooks = None
         self._apprentice_features = apprentice_features
-        self.method: nn.Module | None = None
+        self.method = None
         if not isinstance(method, str):
             self.method = method
             self._facts = self._facts.of_method(method)
         self.attach(expert=expert, apprentice=apprentice)
         if self._facts.complete and (self._method_name != "semckd" or batch_size is not None):
             self._build()
-
-    def attach(self, *, expert: Any = None, apprentice: nn.Module | None = None) -> None:
-        """Take an expert or an apprentice, such as after unpickling, which leaves out the expert.
-
-        Args:
-            expert: See the class.
-            apprentice: See the class.
-
-        Raises:
-            TypeError, ValueError: As the constructor.
-        """
-        if apprentice is not None and not isinstance(apprentice, nn.Module):
-            raise TypeError(f"apprentice: expected a module, got {type(apprentice).__name__}")
-        learns = self.apprentice if apprentice is None else unwrap(apprentice)
-        wanted = self._apprentice_features
-        if wanted is not None and learns is None:
-            raise ValueError("apprentice: expected the network whose apprentice_features are named, got None")
-        if learns is not None:
-            given = expert.roots if isinstance(expert, Expert) else find_modules(expert)
-            roots = given or (self._expert.roots if self._expert is not None else [])
-            own = {id(p) for p in learns.parameters()}
-            shared = [name for root in roots for name, p in root.named_parameters() if id(p) in own]
-            if shared or any(unwrap(root) is learns for root in roots):
-                raise ValueError(
-                    f"expert: expected a network of its own, got one that shares {len(shared)} parameters with the "
-                    f"apprentice, such as {shared[:1]}; the expert is frozen: give another network, or a deep copy"
-                )
-        if expert is not None:
-            if isinstance(expert, Expert):
-                self._expert = expert
-            else:
-                self._expert = Expert(expert, layout=self.expert_layout, **self._expert_settings)
-            self._owns_expert = True
-        if apprentice is not None:
-            self._apprentice = (learns,)
-            if self._hooks is not None:
-                self._hooks.close()
-            if wanted is not None and not callable(wanted):
-                assert learns is not None
-                self._hooks = FeatureHooks(learns, wanted, "apprentice_features")
-
-    @property
-    def expert(self) -> Any:
-        """The expert as it was given; None where there is none."""
-        return None if self._expert is None else self._expert.given
-
-    @property
-    def apprentice(self) -> nn.Module | None:
-        """The apprentice, where it was given."""
-        return self._apprentice[0]
-
-    @property
-    def weight(self) -> float:
-        """Factor of the loss; of ``"auto:..."``, as it is measured so far (waits for the device)."""
-        if isinstance(self._weight, TaskShare):
-            return float(self._weight.factor(torch.device("cpu")))
-        return self._weight
-
-    @property
-    def strides(self) -> tuple[float, ...] | None:
-        """Strides of the apprentice's maps, once they are known."""
-        return self._facts.strides
-
-    def add_to(self, optimizer: Any, group: int = 0) -> None:
-        """Have an optimizer that exists already train what the method learns; schedulers go on as before.
-
-        Parameters join a group that is there, since a new one would break a scheduler. Those that are made at the first
-        step join then. Before an optimizer's state is loaded, this must be called as it was when the state was saved.
-
-        Args:
-            optimizer: Any optimizer, or a wrapper with ``param_groups``.
-            group: Index of the group whose settings they take.
-        """
-        add_parameters(optimizer, list(self.parameters()), group)
-        if self.method is None:
-            self._optimizers.append((optimizer, group))
 
     def forward(
         self,
@@ -267,6 +189,7 @@ class Distiller(nn.Module):
             RuntimeError: The hooked modules did not run.
             FloatingPointError: The loss is not finite; names the level.
         """
+        refuse_maps(boxes)
         maps = self._apprentice_maps(images) if apprentice_features is None else apprentice_features
         step = self._gather(
             images, boxes, maps, expert_features, keys=keys, scores=scores, expert_images=expert_images, size=image_size
@@ -324,20 +247,6 @@ class Distiller(nn.Module):
         report = self._inspect(step, learns=False)
         self._begin(step, check=False)
         return report
-
-    def close(self) -> None:
-        """Remove all hooks."""
-        for hooks in (self._hooks, self._expert, self._sync):
-            if hooks is not None:
-                hooks.close()
-
-    def __enter__(self) -> "Distiller":
-        """Remove all hooks at the end of the ``with`` block."""
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """See `close`."""
-        self.close()
 
     def _run_expert(self, images: Any, keys: Sequence[Any] | None) -> tuple[dict[str, Tensor], list[Tensor] | None]:
         if self._expert is None:
@@ -406,15 +315,6 @@ class Distiller(nn.Module):
         form = (self.box_format, self.normalized)
         return inspect(step, self._facts, self._options, form, learns=learns, advise=soft)
 
-    def _build(self) -> None:
-        """Make the method, and give what it learns to the optimizers that wait for it."""
-        if self._method_name is None:
-            return
-        self.method = needed_setup(self._method_name, self._facts, self._options, self._adapters, self._seed)
-        for optimizer, group in self._optimizers:
-            add_parameters(optimizer, list(self.parameters()), group)
-        self._optimizers.clear()
-
     def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:
         assert self.method is not None
         device = next(iter(step.apprentice.values())).device
@@ -426,7 +326,7 @@ class Distiller(nn.Module):
         weight = self._weight
         if not isinstance(weight, TaskShare):
             if weight != 1.0:
-                number = torch.full((), weight, dtype=torch.float32 if factor is None else factor.dtype, device=device)
+                number = number_on(device, weight)
                 factor = number if factor is None else factor * number
             return step.loss(self.method, factor)
         if weight.measuring and self.training and update:
@@ -437,43 +337,3 @@ class Distiller(nn.Module):
             return loss * weight.factor(device).to(loss.dtype)
         share = weight.factor(device)
         return step.loss(self.method, share if factor is None else factor * share)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
-        """Take the expert along in ``to``, ``cuda``, ``double`` and all that nn.Module builds on this."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._expert is not None and self._owns_expert:
-            self._expert.move(fn, recurse)
-        return self
-
-    def get_extra_state(self) -> Tensor:
-        """Keep what was found and measured: JSON as bytes in a tensor, which all checkpoint formats and EMAs hold."""
-        state = {
-            "facts": self._facts.state(),
-            "energy": None if self._energy is None else self._energy.state(),
-            "share": self._weight.state() if isinstance(self._weight, TaskShare) else None,
-        }
-        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take up `get_extra_state`; makes the method, so that its weights can be loaded."""
-        content = json.loads(bytes(state.cpu().tolist()))
-        if not self._facts.complete:
-            self._facts = Facts.load(content["facts"])
-        if self.method is None and self._facts.complete:
-            self._build()
-        if self._energy is not None and content["energy"] is not None:
-            self._energy.load(content["energy"])
-        if isinstance(self._weight, TaskShare) and content["share"] is not None:
-            self._weight.load(content["share"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process: functions cannot be pickled, optimizers hold their own copies."""
-        settings = {**self._expert_settings, "cache": None}
-        if callable(settings["features"]):
-            settings["features"] = None
-        return {**self.__dict__, "_optimizers": [], "_expert_settings": settings, "_owns_expert": False}
-
-    def extra_repr(self) -> str:
-        """Show the expert's kind and the weight in ``repr``."""
-        weight = f"auto:{self._weight.share}" if isinstance(self._weight, TaskShare) else self._weight
-        return f"expert={type(self.expert).__name__}, method={self._method_name}, weight={weight}"

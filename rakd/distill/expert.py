@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill.cache import FeatureCache, fingerprint
-from rakd.distill.hooks import Enough, FeatureHooks, Names, unwrap
+from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, unwrap
 from rakd.distill.outputs import Layout, find_maps
 
 
@@ -127,10 +127,11 @@ class Expert:
             )
         self._modules = [module for root in self.roots for module in root.modules()]
         self._parameters = [parameter for root in self.roots for parameter in root.parameters()]
-        self._tensors = [*self._parameters, *(buffer for root in self.roots for buffer in root.buffers())]
         named = features is not None and not callable(features)
         if features is not None and len(self.roots) != 1:
             raise TypeError(f"features: expected one expert module to take them from, got {len(self.roots)}")
+        if callable(features):
+            check_function("features", features)
         names: tuple[tuple[str, str], ...] = ()
         if named:
             self.hooks = FeatureHooks(self.roots[0], cast(Names, features), "features")
@@ -201,9 +202,11 @@ class Expert:
         The contents are hashed anew only when autograd's version counters, addresses or dtypes changed, which costs no
         look at the values. Changes through ``tensor.data`` are not seen.
         """
-        state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in self._tensors)
+        held = (t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values()))
+        tensors = [tensor for tensor in held if tensor is not None]
+        state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
         if self._print is None or self._print[0] != state:
-            self._print = (state, fingerprint(self._tensors, self.described))
+            self._print = (state, fingerprint(tensors, self.described))
         return self._print[1]
 
     def __call__(

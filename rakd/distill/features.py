@@ -18,6 +18,7 @@ from rakd.detector.pyramid import STRIDES, Pyramid
 from rakd.distill import Weights
 from rakd.distill.distiller import Distiller
 from rakd.distill.methods import RegionDistillation
+from rakd.errors import UserError
 from rakd.files import replacing, write_text
 from rakd.progress import bar
 from rakd.training.settings import TrainSettings
@@ -57,7 +58,7 @@ class FeatureDistillation:
     def __post_init__(self) -> None:
         for name in ("height", "batch_size", "steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+                raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("warm_up", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
@@ -96,7 +97,7 @@ def object_boxes(batch: Batch) -> list[Tensor]:
     return boxes
 
 
-class FeatureLearner(nn.Module):
+class FeatureModel(nn.Module):
     """The distillation loss alone, for `rakd.training.trainer.Trainer`.
 
     Args:
@@ -154,10 +155,10 @@ class FeatureRun:
         for pyramid in (self.expert, self.apprentice):
             if pyramid.loaded != "ImageNet weights":
                 pyramid.calibrate(batch.images.to(self.device) for batch in self._all_frames("calibrating"))
-        learner = FeatureLearner(self.apprentice, self.expert)
-        before = self._evaluate(learner, "loss before")
+        model = FeatureModel(self.apprentice, self.expert)
+        before = self._evaluate(model, "loss before")
         trainer = Trainer(
-            learner,
+            model,
             self.dataset,
             TrainSettings(
                 steps=settings.steps,
@@ -176,7 +177,7 @@ class FeatureRun:
             fingerprint={"expert": settings.expert, "apprentice": settings.apprentice, "weights": settings.weights},
         )
         rows = trainer.run()
-        outcome = Outcome([row["loss"] for row in rows], before, self._evaluate(learner, "loss after"))
+        outcome = Outcome([row["loss"] for row in rows], before, self._evaluate(model, "loss after"))
         self._write_results(outcome)
         return outcome
 
@@ -185,10 +186,10 @@ class FeatureRun:
             yield collate([self.dataset[index]])
 
     @torch.no_grad()
-    def _evaluate(self, learner: FeatureLearner, what: str) -> float:
+    def _evaluate(self, model: FeatureModel, what: str) -> float:
         """Mean loss over all frames, apprentice in eval mode."""
-        learner.eval()
-        losses = [float(learner(batch)["loss"]) for batch in self._all_frames(what)]
+        model.eval()
+        losses = [float(model(batch)["loss"]) for batch in self._all_frames(what)]
         return sum(losses) / len(losses)
 
     def _write_results(self, outcome: Outcome) -> None:

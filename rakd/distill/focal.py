@@ -60,7 +60,7 @@ class FocalAttentionDistillation(DistillationMethod):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "FocalAttentionDistillation":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         return cls(setup.expert_strides, adapter=setup.adapter(), **options)
 
     def attentions(self, feature: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class MaskedGenerativeDistillation(DistillationMethod):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "MaskedGenerativeDistillation":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         return cls(setup.expert_channels, seed=setup.seed, adapter=setup.adapter(), **options)
 
     def get_extra_state(self) -> Tensor:
@@ -97,7 +97,7 @@ class MaskedGenerativeDistillation(DistillationMethod):
         return torch.stack(losses).sum()
 
     def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
-        """See `DistillationMethod.energy`."""
+        """See `rakd.distill.base.DistillationMethod.energy`."""
         with torch.no_grad():
             maps = check_maps("expert", expert)
             return torch.stack([widen(m).square().sum() / m.shape[0] for m in maps]).sum()

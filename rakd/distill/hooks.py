@@ -3,11 +3,12 @@
 Hooks lie in the tapped network, so they must not get in the way of what trainers do with it. A copy or pickle of the
 network holds an inert function of the standard library in their place: it loads without this package, keeps no
 tensors and copies no expert. Whoever copies hooks and network together (a deep copy or pickle of a
-`rakd.distill.Distiller`) gets hooks of its own.
+`rakd.distill.distiller.Distiller`) gets hooks of its own.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +19,21 @@ Names = str | tuple[str, str] | Sequence[str | tuple[str, str]]
 """Module names; ``"input:NAME"`` or ``(NAME, "input")`` means what the module is given."""
 
 
-class Enough(Exception):  # noqa: N818
-    """Raised by the last of a network's hooks where the rest of its forward is not needed."""
+class Enough(BaseException):
+    """Raised by the last of a network's hooks where the rest of its forward is not needed.
+
+    A network's own ``except Exception`` does not stop it.
+    """
 
 
-class _Hook:
+class _Inert:
+    """A hook that becomes inert in copies and pickles of the network: ``nullcontext().__exit__`` takes anything."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _Hook(_Inert):
     """Notes what one module gives or is given."""
 
     def __init__(self, hooks: "FeatureHooks", key: str, side: str) -> None:
@@ -38,10 +49,6 @@ class _Hook:
             self.hooks.note(self.key, given[0] if len(given) else None)
         else:
             self.hooks.note(self.key, rest[0])
-
-    def __reduce__(self) -> Any:
-        """Become inert in copies and pickles of the network: ``nullcontext().__exit__`` takes anything."""
-        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 def parse_name(argument: str, name: Any) -> tuple[str, str]:
@@ -71,6 +78,20 @@ def list_names(names: Any) -> list[Any]:
     return list(names)
 
 
+def check_function(argument: str, function: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with a network and images.
+
+    Raises:
+        TypeError: It takes other arguments.
+    """
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"{argument}: expected a function of (network, images) that gives maps: {error}") from None
+    except ValueError:  # built in: it cannot be asked
+        return
+
+
 def unwrap(network: nn.Module) -> nn.Module:
     """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
     while True:
@@ -80,6 +101,12 @@ def unwrap(network: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return network
         network = inner
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor in a value was changed in place."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+    return [part._version for part in parts if isinstance(part, Tensor)]
 
 
 class FeatureHooks:
@@ -101,7 +128,7 @@ class FeatureHooks:
         if not self.names:
             raise ValueError(f"{argument}: expected at least one name of a module, got none")
         self.values: dict[str, Any] = {}
-        self.versions: dict[str, int] = {}
+        self.versions: dict[str, list[int]] = {}
         network = unwrap(network)
         # The modules, not the network: in a copy they are complete before the hooks are, even where the network holds
         # the distiller.
@@ -130,11 +157,12 @@ class FeatureHooks:
         )
 
     def note(self, key: str, value: Any) -> None:
-        """Keep a value (called by the hooks)."""
+        """Keep a value (called by the hooks): a copy of a list, since detection heads put their results into it."""
+        if type(value) in (list, dict):
+            value = value.copy()
         self.values[key] = value
         if not torch.compiler.is_compiling():
-            if isinstance(value, Tensor):
-                self.versions[key] = value._version
+            self.versions[key] = _versions(value)
             if self.stop_when is not None and self.stop_when():
                 raise Enough
 
@@ -164,8 +192,7 @@ class FeatureHooks:
                     f"{self.argument}: {key} did not run since the last step, so there are no maps; run the network "
                     "before the distiller, call modules as module(...), and step the distiller once for each run"
                 )
-            value = self.values[key]
-            if isinstance(value, Tensor) and key in self.versions and value._version != self.versions[key]:
+            if key in self.versions and _versions(self.values[key]) != self.versions[key]:
                 raise RuntimeError(
                     f"{self.argument}: {key} was changed in place after it was noted (by a following inplace=True "
                     "activation); name the module that changed it instead"
@@ -217,7 +244,7 @@ class FeatureHooks:
 
 
 class Tap:
-    """The last output of a tapped module; see `tap`."""
+    """The last output of a tapped module; see `rakd.distill.hooks.tap`."""
 
     def __init__(self) -> None:
         self._outputs: list[Any] = []
@@ -233,8 +260,15 @@ class Tap:
             raise RuntimeError("the tapped module did not run inside the with block: there is no output")
         return self._outputs[-1]
 
-    def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._outputs[:] = [output]
+
+class _TapHook(_Inert):
+    """Notes what a tapped module gives."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self.outputs = outputs
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.outputs[:] = [output]
 
 
 @contextmanager
@@ -243,14 +277,14 @@ def tap(module: nn.Module) -> Iterator[Tap]:
 
     For networks that keep their features to themselves: the features come from the very pass that the network's own
     losses come from. Under DistributedDataParallel tap ``network.module``'s parts. Calls of other methods than
-    ``module(...)`` are not seen. For hooks that last, give `rakd.distill.Distiller` the modules' names.
+    ``module(...)`` are not seen. For hooks that last, give `rakd.distill.distiller.Distiller` the modules' names.
 
     Args:
         module: Any part of a network.
 
     Yields:
-        A `Tap`; its ``output`` can be read during and after the block. It holds the output, and with it the graph, for
-        as long as it lives itself.
+        A ``Tap``; its ``output`` can be read during and after the block. It holds the output, and with it the graph,
+        for as long as it lives itself.
 
     Raises:
         TypeError: This is no module.
@@ -258,7 +292,7 @@ def tap(module: nn.Module) -> Iterator[Tap]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
     tapped = Tap()
-    handle = module.register_forward_hook(tapped._keep)
+    handle = module.register_forward_hook(_TapHook(tapped._outputs))
     try:
         yield tapped
     finally:

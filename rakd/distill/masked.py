@@ -12,7 +12,7 @@ from rakd.distill.maps import check_maps, check_pairs, widen
 from rakd.distill.masks import box_masks, indexed_boxes
 
 
-class _WeightedL2(DistillationMethod):
+class WeightedL2(DistillationMethod):
     """``mean over levels of Σ_x w(x) mean_c d(x)² / Σ_x w(x)``; a subclass gives ``w``."""
 
     def __init__(self, *, adapter: ChannelAdapters | None = None) -> None:
@@ -54,13 +54,13 @@ class _WeightedL2(DistillationMethod):
         return self._loss(maps, expert_maps, self._weights(expert_maps, boxes, scores))
 
     def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
-        """See `DistillationMethod.energy`."""
+        """See `rakd.distill.base.DistillationMethod.energy`."""
         with torch.no_grad():
             maps = check_maps("expert", expert)
             return self._loss(None, maps, self._weights(maps, boxes, scores))
 
 
-class BoxMaskedL2(_WeightedL2):
+class BoxMaskedL2(WeightedL2):
     """Squared difference in the cells that boxes touch, over their number; the mean over levels.
 
     The same regions as RAKD's, but all levels alike, no resampling, and large boxes count by their area.
@@ -79,7 +79,7 @@ class BoxMaskedL2(_WeightedL2):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "BoxMaskedL2":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         return cls(setup.expert_strides, adapter=setup.adapter(), **options)
 
     def _weights(self, expert: list[Tensor], boxes: Boxes, scores: Sequence[Tensor] | None) -> list[Tensor]:
@@ -90,7 +90,7 @@ class BoxMaskedL2(_WeightedL2):
         ]
 
 
-class ScoreWeightedL2(_WeightedL2):
+class ScoreWeightedL2(WeightedL2):
     """Squared difference weighted by the expert's best class probability at each cell; the mean over levels.
 
     Args:
@@ -109,7 +109,7 @@ class ScoreWeightedL2(_WeightedL2):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "ScoreWeightedL2":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         return cls(adapter=setup.adapter(), **options)
 
     def _weights(self, expert: list[Tensor], boxes: Boxes, scores: Sequence[Tensor] | None) -> list[Tensor]:

@@ -28,6 +28,7 @@ class GradientAverage:
 
     def attach(self, module: nn.Module) -> None:
         """Start, unless there is one process, nothing learns, or it has been done; parameters start as rank 0's."""
+        self._queued = False  # a backward that failed has left it set
         if _processes() < 2:
             return
         parameters = [p for p in module.parameters() if p.requires_grad]

@@ -33,7 +33,7 @@ class PearsonDistillation(DistillationMethod):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "PearsonDistillation":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         return cls(adapter=setup.adapter(), **options)
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:

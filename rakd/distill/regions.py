@@ -9,8 +9,9 @@ from torch import Tensor
 from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, check_equal_channels
 from rakd.distill.maps import check_maps, check_pairs
+from rakd.distill.masks import indexed_boxes
 from rakd.distributed import shared_mean_count
-from rakd_ops import SoftRoIDistillLoss
+from rakd_ops import SoftRoIDistillLoss, level_weights, soft_roi_distill
 
 Assignment = Literal["soft", "hard", "uniform"]
 """How a box's levels are weighted; see `rakd_ops.level_weights`."""
@@ -72,7 +73,7 @@ class RegionDistillation(DistillationMethod):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "RegionDistillation":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         expert_strides = None if setup.expert_strides == setup.strides else setup.expert_strides
         return cls(
             strides=setup.strides,
@@ -104,27 +105,54 @@ class RegionDistillation(DistillationMethod):
         return self._compare(maps, expert_maps, boxes, scale)
 
     def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
-        """See `DistillationMethod.energy`."""
+        """See `rakd.distill.base.DistillationMethod.energy`."""
         maps = [feature.detach() for feature in check_maps("expert", expert)]
-        strides = self.loss.expert_strides or self.loss.strides
-        zeros = [
-            # The op takes no stride for what it can find no map for: zeros have the apprentice's size.
-            feature.new_zeros((*feature.shape[:2], *(max(1, round(n * b / a)) for n in feature.shape[2:])))
-            for feature, a, b in zip(maps, self.loss.strides, strides, strict=True)
-        ]
+        own: Any = self.loss
+        strides = own.expert_strides or own.strides
+        # Zeros need no size: one cell per level that covers the image, with strides that increase as the op expects.
+        extent = max(n * stride for m, stride in zip(maps, strides, strict=True) for n in m.shape[2:])
+        zeros = [feature.new_zeros((*feature.shape[:2], 1, 1)) for feature in maps]
         with torch.no_grad():
-            return self._compare(zeros, maps, boxes, None)
+            weights = level_weights(
+                indexed_boxes(boxes, maps[0].device).double(),
+                strides=own.strides,
+                assignment=own.assignment,
+                sigma=own.sigma,
+                canonical_size=own.canonical_size,
+                canonical_level=own.canonical_level,
+            )
+            loss: Tensor = soft_roi_distill(
+                zeros,
+                maps,
+                boxes,
+                strides=[extent * (1 + i) for i in range(len(maps))],
+                expert_strides=strides,
+                output_size=own.output_size,
+                sampling_ratio=own.sampling_ratio,
+                level_weights=weights,
+                box_weights=self._share(boxes, maps[0].device),
+                reduction="sum",
+                backend=own.backend,
+            )
+        return loss
 
     def _compare(self, maps: list[Tensor], expert: list[Tensor], boxes: Boxes, scale: Tensor | None) -> Tensor:
         if not isinstance(boxes, (Tensor, Sequence)):
             raise TypeError(
                 f"boxes: expected [K, 5] or a sequence of tensors, one per image, got {type(boxes).__name__}"
             )
-        count = len(boxes) if isinstance(boxes, Tensor) else sum(len(rows) for rows in boxes)
-        # As weights rather than as a divisor of the loss: the op makes its gradient with the loss, and a loss that is
-        # scaled afterwards costs another pass over the gradients of all maps.
-        share = 1.0 / shared_mean_count(count, maps[0].device)
+        share = self._share(boxes, maps[0].device)
         if scale is not None:
             share = share * scale.to(share)
-        loss: Tensor = self.loss(maps, expert, boxes, share.expand(count))
+        loss: Tensor = self.loss(maps, expert, boxes, share)
         return loss
+
+    @staticmethod
+    def _share(boxes: Boxes, device: torch.device) -> Tensor:
+        """One over the mean number of boxes of all processes, ``[K]``.
+
+        As weights rather than as a divisor of the loss: the op makes its gradient with the loss, and a loss that is
+        scaled afterwards costs another pass over the gradients of all maps.
+        """
+        count = len(boxes) if isinstance(boxes, Tensor) else sum(len(rows) for rows in boxes)
+        return (1.0 / shared_mean_count(count, device)).expand(count)

@@ -73,7 +73,7 @@ class SemanticCalibration(DistillationMethod):
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "SemanticCalibration":
-        """See `DistillationMethod.build`."""
+        """See `rakd.distill.base.DistillationMethod.build`."""
         if setup.batch_size is None:
             raise ValueError("batch_size: SemCKD needs the number of images in every batch, got None")
         return cls(setup.expert_channels, setup.apprentice_channels, setup.batch_size, seed=setup.seed, **options)
@@ -101,7 +101,8 @@ class SemanticCalibration(DistillationMethod):
         for i, ours in enumerate(apprentices):
             for j, theirs in enumerate(experts):
                 size = (min(ours.shape[2], theirs.shape[2]), min(ours.shape[3], theirs.shape[3]))
-                projected = self.projections[i][j](_pool(ours, size))  # type: ignore[index]
+                pooled = _pool(ours, size).to(self.queries[i].hidden.weight.dtype)  # type: ignore[union-attr, arg-type]
+                projected = self.projections[i][j](pooled)  # type: ignore[index]
                 difference = widen(projected) - widen(_pool(theirs, size))
                 total = total + (weights[:, i, j] * difference.square().mean(dim=(1, 2, 3))).sum()
         return total / (self.batch_size * len(apprentices))

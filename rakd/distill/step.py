@@ -100,8 +100,8 @@ class Facts:
         """Take over the strides of a method that was made already."""
         if not isinstance(method, RegionDistillation):
             return self
-        strides = tuple(float(stride) for stride in method.loss.strides)
-        expert = method.loss.expert_strides
+        loss: Any = method.loss
+        strides, expert = tuple(map(float, loss.strides)), loss.expert_strides
         return replace(self, strides=strides, expert_strides=strides if expert is None else tuple(map(float, expert)))
 
     @property

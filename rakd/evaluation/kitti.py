@@ -1,6 +1,6 @@
 """Evaluation of KITTI results by the official rules: 2D boxes, orientation, bird's-eye view, 3D boxes."""
 
-import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,9 @@ from typing import Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from rakd.data.frames import is_frame_name
 from rakd.data.labels import Objects, concatenate, read_labels, read_results
+from rakd.errors import MissingFileError, NotAFolderError, UserError
 from rakd.evaluation import curves, matching
 from rakd.evaluation.matching import DROPPED, IGNORED, VALID, Problem
 from rakd.evaluation.overlaps import METRICS, Indices, Pairs, find_pairs
@@ -39,7 +41,6 @@ DIFFICULTIES = ((40.0, 0, 0.15), (25.0, 1, 0.3), (25.0, 2, 0.5))
 
 _NO_PLACE = -1000.0
 _NO_ANGLE = -10.0
-_FRAME_FILE = re.compile(r"[0-9]{6}\.txt")
 _BAR_DELAY = 2.0  # seconds before a progress bar shows
 
 
@@ -102,18 +103,21 @@ def evaluate(
         precision without any detections (0/0) makes its average NaN, as in the kit.
 
     Raises:
-        FileNotFoundError: A folder or a frame's file is missing.
-        NotADirectoryError: ``gt_dir`` or ``pred_dir`` is not a folder.
-        ValueError: ``overlaps`` is neither, or ``gt_dir`` holds no frames; or a row does not parse, holds NaN,
-            or has exactly one of width and length not positive: names file and line.
+        MissingFileError: A folder or a frame's file is missing.
+        NotAFolderError: ``gt_dir`` or ``pred_dir`` is not a folder.
+        UserError: ``gt_dir`` holds no frames; or a row does not parse, holds NaN, or has exactly one of width and
+            length not positive: names file and line.
+        ValueError: ``overlaps`` is neither.
 
     Warns:
-        UserWarning: Once for each result file with rows that lack a score; they are skipped.
+        UserWarning: Once for each result file with rows that lack a score; they are skipped. Once for each class of
+            which objects count, but no detection.
     """
     if overlaps not in LIMITS:
         raise ValueError(f"overlaps must be one of {', '.join(LIMITS)}, got {overlaps!r}")
     truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
     data = _prepare(truths, detections, LIMITS[overlaps])
+    _check_heights(data, pred_dir)
     result: Result = {}
     steps = [(name, metric) for name in CLASSES for metric in METRICS]
     for name, metric in bar(steps, desc="matching", delay=_BAR_DELAY, disable=not progress):
@@ -144,13 +148,13 @@ def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> 
     """File names of the frames to evaluate, after checking that all are there."""
     for argument, folder in (("gt_dir", gt_dir), ("pred_dir", pred_dir)):
         if not folder.exists():
-            raise FileNotFoundError(f"{argument}: {folder} is not there")
+            raise MissingFileError(f"{argument}: {folder} is not there")
         if not folder.is_dir():
-            raise NotADirectoryError(f"{argument}: {folder} is not a folder")
+            raise NotAFolderError(f"{argument}: {folder} is not a folder")
     if frames is None:
-        names = sorted(path.name for path in gt_dir.iterdir() if _FRAME_FILE.fullmatch(path.name))
+        names = sorted(path.name for path in gt_dir.iterdir() if path.suffix == ".txt" and is_frame_name(path.stem))
         if not names:
-            raise ValueError(f"gt_dir: {gt_dir} holds no label files NNNNNN.txt")
+            raise UserError(f"gt_dir: {gt_dir} holds no label files NNNNNN.txt")
     else:
         names = [f"{frame}.txt" for frame in frames]
         if not names or len(set(names)) < len(names):
@@ -159,7 +163,7 @@ def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> 
         there = {path.name for path in folder.iterdir()}
         missing = [name for name in names if name not in there]
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{argument}: {folder / missing[0]} is not there ({len(missing)} of {len(names)} frames lack "
                 "a file; a frame without objects needs an empty one)"
             )
@@ -204,6 +208,23 @@ def _evaluate_metric(data: _Data, name: str, metric: str) -> dict[str, MetricRes
             result["precision"].append(curve.tolist())
             result["objects"].append(objects)
     return results
+
+
+def _check_heights(data: _Data, pred_dir: Path | str) -> None:
+    """Say when objects count, but all detections of their class are too low in the image to count.
+
+    Results of 3D boxes alone, whose 2D boxes are -1, would score 0 without a word.
+    """
+    least = DIFFICULTIES[-1][0]
+    heights = np.abs(data.detections.boxes[:, 3] - data.detections.boxes[:, 1])
+    for name in CLASSES:
+        own = heights[data.detections.is_type(name)]
+        if len(own) and (own < least).all() and (truth_flags(data.truth, name, len(LEVELS) - 1) == VALID).any():
+            warnings.warn(
+                f"{pred_dir}: none of the {len(own)} detections of {name} counts, in 3D neither: the official rule "
+                f"wants 2D boxes {least:g} pixels high, the highest is {own.max():g}",
+                stacklevel=3,
+            )
 
 
 def _has_data(detections: Objects, metric: str) -> bool:

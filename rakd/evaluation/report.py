@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rakd.evaluation.kitti import CLASSES, LEVELS, LIMITS, Overlaps, Result
+from rakd.evaluation.kitti import CLASSES, DIFFICULTIES, LEVELS, LIMITS, Overlaps, Result
 from rakd.files import replacing, write_text
 
 _TITLES = {"3d": "3D", "bev": "Bird's-eye view", "bbox": "2D box", "aos": "Orientation (AOS)"}
@@ -47,31 +47,50 @@ def format_table(result: Result, average: str = "R40", overlaps: Overlaps = "off
 
 
 def format_ceilings(result: Result) -> str:
-    """Say where few objects keep average precision low whatever the detections are.
+    """Say where few objects, or none, keep average precision low whatever the detections are.
 
-    The official rule takes at most one point of recall for each object, and leaves out the first of 41: N objects,
-    all found without a false one, reach (N - 1) / 40 by R40.
+    Labels may be there and count at no difficulty: low 2D boxes, unknown ones (-1), much occlusion or truncation.
+    For fewer than 41 the official rule takes at most one point of recall for each object, and leaves out the first of
+    41: N objects, all found without a false one, reach (N - 1) / 40 by R40.
 
     Args:
         result: What `rakd.evaluation.kitti.evaluate` gives.
 
     Returns:
-        A line of text; empty if every class has at least 41 objects of each difficulty, or none.
+        Lines of text; none if every class has at least 41 objects of each difficulty.
     """
-    few = []
+    few, none = [], []
     for name in CLASSES:
         counts = result[name]["3d"]["objects"]
+        if not any(counts):
+            none.append(name)
         reached = [f"{level} {100 * (n - 1) / 40:g}" for level, n in zip(LEVELS, counts, strict=True) if 0 < n < 41]
         if reached:
             few.append(f"{name} {', '.join(reached)}")
-    if not few:
-        return ""
-    return f"Few objects: by the official rule even perfect detections reach no more than (AP R40, %) {'; '.join(few)}."
+    lines = []
+    if none:
+        height, occlusion, truncation = DIFFICULTIES[-1]
+        lines.append(
+            f"Nothing to find: no labelled {' or '.join(none)} counts, and 0 says nothing of the detections. Objects "
+            f"count whose 2D box is over {height:g} pixels high, with occlusion 0 to {occlusion} and truncation up to "
+            f"{truncation:g} (rakd inspect tells how many are)."
+        )
+    if few:
+        lines.append(
+            "Few objects: by the official rule even perfect detections reach no more than (AP R40, %) "
+            f"{'; '.join(few)}."
+        )
+    return "\n".join(lines)
+
+
+def to_json(result: Result) -> str:
+    """All figures and curves as JSON; NaN, which JSON does not know, becomes null."""
+    return json.dumps(without_nan(result), indent=1) + "\n"
 
 
 def write_json(path: Path, result: Result) -> None:
-    """Write all figures and curves as JSON, atomically; NaN, which JSON does not know, becomes null."""
-    write_text(path, json.dumps(without_nan(result), indent=1) + "\n")
+    """Write all figures and curves as JSON, atomically."""
+    write_text(path, to_json(result))
 
 
 def without_nan(value: Any) -> Any:

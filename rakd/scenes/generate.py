@@ -12,6 +12,7 @@ import numpy as np
 
 from rakd.data.frames import read_split, write_calibration
 from rakd.data.labels import Objects, write_objects
+from rakd.errors import UserError
 from rakd.files import write_bytes, write_text
 from rakd.geometry import Calibration
 from rakd.progress import bar
@@ -84,7 +85,7 @@ def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise UserError(f"{name} must be at least {least}, got {value}")
 
 
 def _claim(out: Path, settings: dict[str, int]) -> None:
@@ -96,9 +97,9 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
         except ValueError:
             there = None
         if there != settings:
-            raise ValueError(f"out: {out} holds scenes made with {there}, not {settings}; choose another folder")
+            raise UserError(f"out: {out} holds scenes made with {there}, not {settings}; choose another folder")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: {out} is not an empty folder and holds no {_MANIFEST}; choose another folder")
+        raise UserError(f"out: {out} is not an empty folder and holds no {_MANIFEST}; choose another folder")
     else:
         write_text(manifest, json.dumps(settings) + "\n")
 
@@ -108,7 +109,7 @@ def _check_split(out: Path, frames: int) -> None:
     path = out / "ImageSets" / "trainval.txt"
     there = len(read_split(path)) if path.exists() else 0
     if there > frames:
-        raise ValueError(f"frames must be at least {there}, which {out} holds already, got {frames}")
+        raise UserError(f"frames must be at least {there}, which {out} holds already, got {frames}")
 
 
 def _camera(width: int, height: int) -> tuple[Camera, Calibration]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rakd.distill import registry
+from rakd.errors import UserError
 from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES, LEVELS, Result
 from rakd.evaluation.report import without_nan
@@ -207,7 +208,7 @@ def read_study(path: Path) -> StudyResult:
     try:
         return StudyResult.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def write_run(path: Path, run: RunResult) -> None:
@@ -224,8 +225,8 @@ def read_run(path: Path) -> RunResult:
     """
     try:
         run: RunResult = _run(json.loads(path.read_text(encoding="utf-8")), "run")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected the result of a run: {error}") from None
     return run
 
 

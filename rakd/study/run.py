@@ -21,8 +21,9 @@ from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import write_detections
 from rakd.detector.latency import measure
 from rakd.distill import registry
-from rakd.distill.learner import make_learner
 from rakd.distill.methods import make_method
+from rakd.distill.model import make_distillation_model
+from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.depth import depth_errors
 from rakd.evaluation.kitti import DIFFICULTIES, evaluate
 from rakd.files import write_text
@@ -82,7 +83,7 @@ class Study:
         self._check_batches()
         self._train_frames, self._val_frames = (find_frames(data, split) for split in splits)
         if expert is not None and not expert.is_file():
-            raise FileNotFoundError(f"expert: {expert} is not there")
+            raise MissingFileError(f"expert: {expert} is not there")
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.
@@ -129,7 +130,7 @@ class Study:
         )
         other = differences(there, here)
         if other:
-            raise ValueError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
+            raise UserError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
         if self.processes.main:
             write_text(path, json.dumps(here, indent=1) + "\n")
 
@@ -138,15 +139,15 @@ class Study:
         settings, count = self.settings, self.processes.count
         for name, training in (("expert_training", settings.expert_training), ("training", settings.training)):
             if training.batch_size % count:
-                raise ValueError(
+                raise UserError(
                     f"{name}: batch_size must be a multiple of the number of processes, {count}, "
                     f"got {training.batch_size}"
                 )
         for method in settings.methods:
             if method != "none" and registry.METHODS[method].load().needs_scores:
-                raise ValueError(f"methods: {method} needs an expert's class scores on its maps, which these have not")
+                raise UserError(f"methods: {method} needs an expert's class scores on its maps, which these have not")
         if "semckd" in settings.methods and settings.training.batch_size // count < 2:
-            raise ValueError(
+            raise UserError(
                 f"training: SemCKD compares images of a batch and needs 2 or more in each of the {count} processes, "
                 f"got a batch_size of {settings.training.batch_size}: make it larger or leave semckd out"
             )
@@ -161,7 +162,7 @@ class Study:
         # Both get the same images, and a network sees only objects of the sizes that it was trained on.
         wanted = DETECTORS[self.settings.apprentice].height
         if expert.config.height != wanted:
-            raise ValueError(
+            raise UserError(
                 f"expert must be for images {wanted} pixels high as the apprentice is, got one for "
                 f"{expert.config.height}"
             )
@@ -184,7 +185,7 @@ class Study:
         if name not in self.started_from:
             self._say(f"{name}: {detector.config.backbone.name}, {detector.loaded}")
         elif self.started_from[name] != start:
-            raise ValueError(
+            raise UserError(
                 f"backbones of all apprentices must start alike: {self.started_from[name]} before, now "
                 f"{detector.loaded}; repeat the command when the weights can be loaded again"
             )
@@ -214,10 +215,10 @@ class Study:
                 canonical_size=detector.config.heads.canonical_size,
             )
         name = "expert" if expert is None else f"{method}-seed{seed}"
-        learner = make_learner(detector, expert, term, weight, self.settings.regions)
+        model = make_distillation_model(detector, expert, term, weight, self.settings.regions)
         config = detector.config
         trainer = Trainer(
-            learner,
+            model,
             self._training_frames(config.height, seed),
             training,
             self.out / name,

@@ -6,6 +6,7 @@ from math import isfinite
 from rakd.detector.configs import DETECTORS
 from rakd.distill import MethodName, Regions
 from rakd.distill.registry import IN_PAPER, METHODS
+from rakd.errors import UserError
 from rakd.training.settings import TrainSettings
 
 ALL_METHODS: tuple[MethodName, ...] = ("none", *METHODS)
@@ -52,21 +53,21 @@ class StudySettings:
     def __post_init__(self) -> None:
         for name in ("expert", "apprentice"):
             if getattr(self, name) not in DETECTORS:
-                raise ValueError(f"{name} must be one of {', '.join(DETECTORS)}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be one of {', '.join(DETECTORS)}, got {getattr(self, name)!r}")
         for name, known in (("methods", ALL_METHODS), ("seeds", None)):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name} must hold at least one and none twice, got {values}")
+                raise UserError(f"{name} must hold at least one and none twice, got {values}")
             if known is not None and not set(values) <= set(known):
-                raise ValueError(f"{name} must be of {', '.join(known)}, got {', '.join(values)}")
+                raise UserError(f"{name} must be of {', '.join(known)}, got {', '.join(values)}")
         if min(*self.seeds, self.expert_seed) < 0:
-            raise ValueError(f"seeds and expert_seed must be 0 or more, got {self.seeds} and {self.expert_seed}")
+            raise UserError(f"seeds and expert_seed must be 0 or more, got {self.seeds} and {self.expert_seed}")
         for name, weight in self.weights.items():
             if not (isfinite(weight) and weight > 0):
-                raise ValueError(f"weights must be positive, got {weight} for {name}")
+                raise UserError(f"weights must be positive, got {weight} for {name}")
         missing = [name for name in self.methods if name != "none" and name not in self.weights]
         if missing:
-            raise ValueError(f"weights must hold one for each method, {', '.join(missing)} lack one")
+            raise UserError(f"weights must hold one for each method, {', '.join(missing)} lack one")
 
 
 # The paper's methods are compared at one weight, the others at their own.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rakd.errors import MissingFileError, UserError
 from rakd.files import replacing
 
 _CHECKPOINT, _WEIGHTS = "rakd checkpoint 1", "rakd weights 1"
@@ -125,20 +126,20 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 def _read(path: Path, format_: str) -> dict[str, Any]:
     kind = format_.split()[1]
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not there: expected a file of {kind}")
+        raise MissingFileError(f"{path} is not there: expected a file of {kind}")
     if not zipfile.is_zipfile(path):  # what torch.save writes is one, with its end at the end
         what = "is of another kind, or cut off" if Path(path).stat().st_size else "is empty"
-        raise ValueError(f"{path}: expected a file of {kind}, this one {what}")
+        raise UserError(f"{path}: expected a file of {kind}, this one {what}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's message is advice on reading files that may run code: none of it holds here.
-        raise ValueError(f"{path}: expected a file of {kind}, this holds other things than tensors and text") from error
+        raise UserError(f"{path}: expected a file of {kind}, this holds other things than tensors and text") from error
     except Exception as error:
         # A foreign or damaged archive makes torch raise nearly anything.
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: expected a file of {kind}, this cannot be read as one: {reason}") from error
+        raise UserError(f"{path}: expected a file of {kind}, this cannot be read as one: {reason}") from error
     there = content.get("format") if isinstance(content, dict) else None
     if there != format_:
-        raise ValueError(f"{path}: expected the format {format_!r}, got {there!r}")
+        raise UserError(f"{path}: expected the format {format_!r}, got {there!r}")
     return dict(content)

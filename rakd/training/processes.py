@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rakd.errors import UserError
+
 T = TypeVar("T")
 
 # The others wait while the first process evaluates and writes; torch's ten minutes would not do for a large data set.
@@ -64,7 +66,7 @@ def start_processes(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator
         ValueError: A variable is missing or not a number, there is no CUDA device, or fewer than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda: torch finds no CUDA device")
+        raise UserError("device is cuda: torch finds no CUDA device")
     cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         yield Processes(torch.device("cuda" if cuda else "cpu"))
@@ -73,7 +75,7 @@ def start_processes(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator
     chosen = torch.device("cpu")
     if cuda:
         if local >= torch.cuda.device_count():
-            raise ValueError(f"LOCAL_RANK is {local}, but this machine has {torch.cuda.device_count()} CUDA devices")
+            raise UserError(f"LOCAL_RANK is {local}, but this machine has {torch.cuda.device_count()} CUDA devices")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     dist.init_process_group(
@@ -134,5 +136,5 @@ def wait_for_all(processes: Processes) -> None:
 def _variable(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdecimal():
-        raise ValueError(f"{name} must be set to a number by torchrun, got {text!r}")
+        raise UserError(f"{name} must be set to a number by torchrun, got {text!r}")
     return int(text)

@@ -5,6 +5,8 @@ from itertools import pairwise
 from math import isfinite
 from typing import Literal
 
+from rakd.errors import UserError
+
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["steps", "cosine"]
 Precision = Literal["off", "bfloat16", "float16"]
@@ -56,20 +58,20 @@ class TrainSettings:
         ):
             for name in names:
                 if getattr(self, name) < least:
-                    raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+                    raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if not (self.learning_rate > 0 and isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+            raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
         if not (self.weight_decay >= 0 and isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+            raise UserError(f"weight_decay must be 0 or more, got {self.weight_decay}")
         if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive or None, got {self.clip}")
+            raise UserError(f"clip must be positive or None, got {self.clip}")
         inner = (0.0, *self.milestones, 1.0)
         if not all(a < b for a, b in pairwise(inner)):
-            raise ValueError(f"milestones must rise and lie between 0 and 1, got {self.milestones}")
+            raise UserError(f"milestones must rise and lie between 0 and 1, got {self.milestones}")
         for name, known in (
             ("optimizer", ("sgd", "adamw")),
             ("schedule", ("steps", "cosine")),
             ("amp", ("off", "bfloat16", "float16")),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

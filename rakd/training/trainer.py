@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rakd.data.frames import digest
 from rakd.data.kitti import Batch, KittiDataset
+from rakd.errors import UserError
 from rakd.progress import bar
 from rakd.training.checkpoints import differences, load_checkpoint, plain, remove_leftovers, save_checkpoint
 from rakd.training.loading import make_loader
@@ -65,8 +66,9 @@ class Trainer:
         step: Steps done.
 
     Raises:
-        ValueError: ``batch_size`` cannot be shared out evenly, processes have other settings or data than the first
-            one, the folder holds a run with other settings or data, or its checkpoint cannot be read.
+        UserError: No frame holds anything to learn, ``batch_size`` cannot be shared out evenly, processes have other
+            settings or data than the first one, the folder holds a run with other settings or data, or its checkpoint
+            cannot be read.
         TypeError: ``fingerprint`` holds something else than plain values.
     """
 
@@ -83,10 +85,11 @@ class Trainer:
         image_size: tuple[int, int] | None = None,
         quiet: bool = False,
     ) -> None:
+        dataset.check_targets()
         self.processes = current_processes(device)
         share, rest = divmod(settings.batch_size, self.processes.count)
         if rest:
-            raise ValueError(
+            raise UserError(
                 f"batch_size must be a multiple of the number of processes, {self.processes.count}, "
                 f"got {settings.batch_size}"
             )
@@ -199,7 +202,7 @@ class Trainer:
             draws = self.order.step(self.step, self.settings.batch_size)
             frames = ", ".join(self.dataset.frames[draw.frame].id for draw in draws)
             values = ", ".join(f"{name} {value:.6g}" for name, value in terms.items())
-            raise ValueError(
+            raise UserError(
                 f"{what} of step {self.step + 1} is not finite: {values}; gradient norm {grad_norm:.6g}; "
                 f"frames {frames}"
             )
@@ -254,7 +257,7 @@ class Trainer:
         for rank, fingerprint in enumerate(others, start=1):
             other = differences(first, fingerprint)
             if other:
-                raise ValueError(f"process {rank} (here) differs from the first one (there): {'; '.join(other)}")
+                raise UserError(f"process {rank} (here) differs from the first one (there): {'; '.join(other)}")
 
     def _resume(self) -> None:
         """Go on from the checkpoint, if there is one. The main process reads it for all."""
@@ -263,13 +266,13 @@ class Trainer:
             return
         other = differences(state["fingerprint"], self._fingerprint)
         if other:
-            raise ValueError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
+            raise UserError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
         try:
             self.learner.load_state_dict(state["learner"])
             if state["optimizer"] is not None:
                 self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{self._checkpoint} holds another model: {error}") from error
+            raise UserError(f"{self._checkpoint} holds another model: {error}") from error
         self.scaler.load_state_dict(state["scaler"])
         self.log.load_state_dict(state["log"])
         self.step = int(state["step"])

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.records import Row  # noqa: E402
+from benchmarks.results import Row  # noqa: E402
 
 SAMPLE = Row(
     op="distill",
@@ -27,8 +27,8 @@ SAMPLE = Row(
     width=1760,
     dtype="float32",
     layout="nchw",
-    contender="torchvision",
-    what="forward+backward",
+    implementation="torchvision",
+    passes="forward+backward",
     median_ms=1950.5,
     p20_ms=1940.25,
     p80_ms=2023.0,
@@ -36,8 +36,8 @@ SAMPLE = Row(
     peak_extra_mib=345.5,
     ratio=19.5,
     ratio_to="rakd:cpu",
-    floor_mib=231.0,
-    floor_fraction=0.0056,
+    bound_mib=231.0,
+    bound_fraction=0.0056,
     copy_gb_s=22.3,
     device="cpu",
     cpu='A "quoted", comma-ridden processor',

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import compare
 from benchmarks.compare import compare_files, compare_rows
-from benchmarks.records import Row, write_csv
+from benchmarks.results import Row, write_rows
 
 
 @pytest.mark.parametrize(("new", "fell"), [(20.0, False), (10.0, False), (7.1, False), (7.0, True), (1.0, True)])
@@ -29,8 +29,8 @@ def test_seconds_and_dates_do_not_matter(make_row: Callable[..., Row]) -> None:
     [
         {"layout": "nhwc"},
         {"dtype": "float16"},
-        {"what": "forward"},
-        {"contender": "difference"},
+        {"passes": "forward"},
+        {"implementation": "difference"},
         {"boxes": 16},
         {"threads": 1},
         {"ratio_to": "rakd:cuda"},
@@ -41,20 +41,20 @@ def test_only_the_same_measurement_is_compared(make_row: Callable[..., Row], oth
 
 
 def test_the_subject_itself_has_no_ratio(make_row: Callable[..., Row]) -> None:
-    rows = [make_row(contender="rakd:cpu", ratio=1.0)]
+    rows = [make_row(implementation="rakd:cpu", ratio=1.0)]
     assert compare_rows(rows, rows) == []
 
 
 def test_files(tmp_path: Path, make_row: Callable[..., Row], capsys: pytest.CaptureFixture[str]) -> None:
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
-    write_csv(old, [make_row(ratio=10.0), make_row(ratio=4.0, layout="nhwc")])
-    write_csv(new, [make_row(ratio=5.0), make_row(ratio=8.0, layout="nhwc")])
+    write_rows(old, Row, [make_row(ratio=10.0), make_row(ratio=4.0, layout="nhwc")])
+    write_rows(new, Row, [make_row(ratio=5.0), make_row(ratio=8.0, layout="nhwc")])
     (fall,) = compare_files(old, new)
     assert "nchw" in fall.label
     printed = capsys.readouterr().out
     assert printed.count("warning: ") == 1
     assert "fell by 50 %, from 10× to 5.0×" in printed
-    write_csv(new, [make_row(threads=64)])
+    write_rows(new, Row, [make_row(threads=64)])
     with pytest.raises(ValueError, match="no measurement in common"):
         compare_files(old, new)
 
@@ -68,8 +68,8 @@ def test_exit_code(
     code: int | None,
 ) -> None:
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
-    write_csv(old, [make_row(ratio=10.0)])
-    write_csv(new, [make_row(ratio=5.0)])
+    write_rows(old, Row, [make_row(ratio=10.0)])
+    write_rows(new, Row, [make_row(ratio=5.0)])
     monkeypatch.setattr(sys, "argv", ["compare", str(old), str(new), *flags])
     if code is None:
         compare.main()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.records import RooflineRow, Row, read_rows, write_rows
-from benchmarks.roofline import count_operations, draw_roofline, make_points
+from benchmarks.results import Row, read_rows, write_rows
+from benchmarks.roofline import RooflineRow, count_operations, draw_roofline, make_points
 from benchmarks.workloads import STRIDES, Workload, draw_boxes
 from rakd_ops.reference import axis_matrix
 
@@ -45,7 +45,7 @@ def test_operations_are_those_of_the_two_matrix_form() -> None:
 def test_only_standard_training_steps_in_float32_get_a_place(make_row: Callable[..., Row], tmp_path: Path) -> None:
     row = make_row(workload="gt", boxes=16)
     others = [
-        make_row(workload="gt", what="forward"),
+        make_row(workload="gt", passes="forward"),
         make_row(workload="gt", dtype="bfloat16"),
         make_row(workload="scaling-boxes"),
         make_row(op="align", workload="pool"),
@@ -55,7 +55,7 @@ def test_only_standard_training_steps_in_float32_get_a_place(make_row: Callable[
     assert [point.workload for point in points] == ["gt"]
     point = points[0]
     assert point.gflops == pytest.approx(point.giga_operations / (row.median_ms / 1000.0))
-    assert point.intensity == pytest.approx(1e9 * point.giga_operations / (2**20 * row.floor_mib))
+    assert point.intensity == pytest.approx(1e9 * point.giga_operations / (2**20 * row.bound_mib))
     assert point.peak_gflops == 100.0
     write_rows(tmp_path / "roofline.csv", RooflineRow, points)
     assert read_rows(tmp_path / "roofline.csv", RooflineRow)[0].workload == "gt"

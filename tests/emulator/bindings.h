@@ -108,6 +108,12 @@ class Buffers {
     return add<T>(array, Access::kReadWrite);
   }
 
+  // Of any element type.
+  unsigned char* raw(const py::array& array, Access access) {
+    arrays_.emplace_back(array, access, misalign_);
+    return arrays_.back().data();
+  }
+
   // After the launches: checks the guard zones and inputs, and copies the outputs back.
   void finish() {
     for (ArrayCopy& array : arrays_) array.finish();
@@ -117,8 +123,7 @@ class Buffers {
   template <typename T>
   T* add(const py::array& array, Access access) {
     if (!holds<T>(array.dtype())) throw Error("array of another dtype: " + std::string(py::str(array.dtype())));
-    arrays_.emplace_back(array, access, misalign_);
-    return reinterpret_cast<T*>(arrays_.back().data());
+    return reinterpret_cast<T*>(raw(array, access));
   }
 
   size_t misalign_;

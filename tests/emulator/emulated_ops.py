@@ -12,7 +12,7 @@ import functools
 import build
 import torch
 
-from rakd_ops import _backends, _library, functional
+from rakd_ops import _autograd, _backends, _schemas, functional
 
 OPS = torch.ops.rakd_emulated
 
@@ -21,8 +21,8 @@ OPS = torch.ops.rakd_emulated
 def library() -> ctypes.CDLL:
     """The compiled host code; loading it registers its ops."""
     path = build.compile_ops()
-    for name, schema in _library._SCHEMAS.items():
-        if name not in _library._CPU_ONLY:
+    for name, schema in _schemas.SCHEMAS.items():
+        if name not in _schemas.CPU_ONLY:
             torch.library.define(f"rakd_emulated::{name}", schema)
     torch.ops.load_library(str(path))
     loaded = ctypes.CDLL(str(path))
@@ -35,7 +35,7 @@ def install() -> None:
     """Make these ops the backend "cuda", which then takes tensors on the CPU, in this process."""
     library()
     torch.use_deterministic_algorithms(True)  # what torch allocates holds NaN, so that unwritten results show
-    choose, find, why_not = functional.choose_backend, _library._op, _backends._why_not
+    choose, find, why_not = functional.choose_backend, _schemas.op, _backends._why_not
     functional.choose_backend = lambda backend, device: backend if backend == "cuda" else choose(backend, device)
-    _library._op = lambda name, backend: getattr(OPS, name) if backend == "cuda" else find(name, backend)
+    _autograd.op = lambda name, backend: getattr(OPS, name) if backend == "cuda" else find(name, backend)
     _backends._why_not = lambda backend: None if backend == "cuda" else why_not(backend)

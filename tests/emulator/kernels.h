@@ -7,37 +7,41 @@
 #include <vector>
 
 #include "cuda/platform.h"
+#include "prepare.h"
 
 namespace real {
 
-// One call's shapes and options. Maps are [images, channels, height, width]; `strides` in elements.
-struct Map {
+// An array of up to four dimensions; strides in elements.
+struct Array {
   void* data = nullptr;
+  rakd::Number type = rakd::Number::kFloat;
+  int64_t size[4] = {1, 1, 1, 1};
   int64_t stride[4] = {0, 0, 0, 0};
-  int64_t size[2] = {0, 0};
+
+  rakd::Numbers numbers() const { return rakd::Numbers{data, type, {stride[0], stride[1]}}; }
+};
+typedef std::vector<Array> Arrays;
+
+struct Boxes {
+  Arrays boxes;  // one [K, 5], or [K_b, 4] for each image
+  rakd::Preparation preparation{};
 };
 
-struct Problem {
-  int64_t images = 0, channels = 0, boxes = 0;
-  std::vector<double> strides, expert_strides;
+struct Call {
+  std::vector<double> strides[2];
   int64_t bins[2] = {1, 1};
-  int64_t sampling_ratio = 2, assignment = 0;
-  double sigma = 1.0, canonical_size = 224.0, canonical_level = 4.0;
-  const double* rows = nullptr;
-  const double* coefficients = nullptr;
-  int threads[5] = {64, 128, 256, 256, 128};  // of the blocks that make tables, pool, sum, spread and of gram_gradient
+  int64_t sampling_ratio = 2;
+  Array rows, index;
+  int threads[5] = {64, 128, 256, 256, 128};  // of the blocks of build_tables, pooling, sum, backward and gram_gradient
   int form = 0;                               // of a training step: by shape, pooled or Gram
 };
 
-// Gradients may be empty: not wanted. With gradients in the Gram form, `losses` are left as they are. Tells whether it
-// was the Gram form.
-template <class E>
-bool run_distill(const Problem& problem, const std::vector<Map>& apprentice, const std::vector<Map>& expert,
-                 const std::vector<Map>& apprentice_gradient, const std::vector<Map>& expert_gradient, double* losses,
-                 double* total);
-template <class E>
-void run_align(const Problem& problem, const std::vector<Map>& features, E* output);
-template <class E>
-void run_align_backward(const Problem& problem, const E* output_gradient, const std::vector<Map>& gradients);
+void run_prepare(const Boxes& boxes, double* rows, int32_t* index);
+void run_level_weights(const Boxes& boxes, const Array& weights);
+// Gradients may be empty: not wanted. With gradients `losses` are left as they are. Tells whether it was the Gram form.
+bool run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradients)[2], const Array& factor,
+                 const Array& losses, const Array& total);
+void run_align(const Call& call, const Arrays& features, const Array& output);
+void run_align_backward(const Call& call, const Array& output_gradient, const Arrays& gradients);
 
 }  // namespace real

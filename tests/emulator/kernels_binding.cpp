@@ -1,4 +1,5 @@
-// Binds the real kernels (kernels.cpp) to numpy arrays.
+// Binds the real kernels (kernels.cpp) to numpy arrays. An array comes with the number of its type (rakd::Number), as
+// numpy has no bfloat16.
 #include "kernels.h"
 
 #include <pybind11/stl.h>
@@ -10,96 +11,109 @@ using namespace real;
 
 namespace {
 
-typedef std::vector<py::array> Arrays;
+typedef std::pair<py::array, int> Typed;
+typedef std::vector<Typed> Pyramid;
 
-// Strides and sizes of an array [images, channels, height, width] whose copy lies at `data`.
-Map describe(const py::array& array, void* data) {
-  Map map;
-  map.data = data;
-  for (int i = 0; i < 4; ++i) map.stride[i] = array.strides(i) / array.itemsize();
-  for (int axis = 0; axis < 2; ++axis) map.size[axis] = array.shape(2 + axis);
-  return map;
+Array describe(emulator::Buffers& buffers, const Typed& typed, emulator::Access access) {
+  const py::array& array = typed.first;
+  Array result;
+  result.data = buffers.raw(array, access);
+  result.type = static_cast<rakd::Number>(typed.second);
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) {
+    result.size[i] = array.shape(i);
+    result.stride[i] = array.strides(i) / array.itemsize();
+  }
+  return result;
 }
 
-template <class E>
-std::vector<Map> inputs(emulator::Buffers& buffers, const Arrays& arrays) {
-  std::vector<Map> maps;
-  for (const py::array& array : arrays) maps.push_back(describe(array, const_cast<E*>(buffers.in<E>(array))));
-  return maps;
+Arrays describe(emulator::Buffers& buffers, const Pyramid& arrays, emulator::Access access) {
+  Arrays result;
+  for (const Typed& array : arrays) result.push_back(describe(buffers, array, access));
+  return result;
 }
 
-template <class E>
-std::vector<Map> outputs(emulator::Buffers& buffers, const Arrays& arrays) {
-  std::vector<Map> maps;
-  for (const py::array& array : arrays) maps.push_back(describe(array, buffers.out<E>(array)));
-  return maps;
-}
+constexpr auto kIn = emulator::Access::kRead, kOut = emulator::Access::kWrite;
 
-Problem make_problem(const py::dict& options, const py::array& map) {
-  Problem problem;
-  problem.images = map.shape(0);
-  problem.channels = map.shape(1);
-  problem.strides = options["strides"].cast<std::vector<double>>();
-  problem.expert_strides = options["expert_strides"].cast<std::vector<double>>();
+Call make_call(emulator::Buffers& buffers, const py::dict& options, const py::array& rows, const py::array& index) {
+  Call call;
+  call.strides[0] = options["strides"].cast<std::vector<double>>();
+  call.strides[1] = options["expert_strides"].cast<std::vector<double>>();
   const auto bins = options["output_size"].cast<std::vector<int64_t>>();
   const auto threads = options["threads"].cast<std::vector<int>>();
-  for (int axis = 0; axis < 2; ++axis) problem.bins[axis] = bins.at(axis);
-  for (int step = 0; step < 5; ++step) problem.threads[step] = threads.at(step);
-  problem.form = options["form"].cast<int>();
-  problem.sampling_ratio = options["sampling_ratio"].cast<int64_t>();
-  problem.assignment = options["assignment"].cast<int64_t>();
-  problem.sigma = options["sigma"].cast<double>();
-  problem.canonical_size = options["canonical_size"].cast<double>();
-  problem.canonical_level = options["canonical_level"].cast<double>();
-  return problem;
+  for (int axis = 0; axis < 2; ++axis) call.bins[axis] = bins.at(axis);
+  for (int step = 0; step < 5; ++step) call.threads[step] = threads.at(step);
+  call.form = options["form"].cast<int>();
+  call.sampling_ratio = options["sampling_ratio"].cast<int64_t>();
+  call.rows = describe(buffers, {rows, int(rakd::Number::kDouble)}, kIn);
+  call.index = describe(buffers, {index, int(rakd::Number::kInt32)}, kIn);
+  return call;
 }
 
-template <class E>
-void bind_typed(py::module_& module, const std::string& name) {
-  module.def(("distill_" + name).c_str(),
-             [](const py::dict& options, const Arrays& apprentice, const Arrays& expert, const py::array& boxes,
-                const py::array& coefficients, const Arrays& apprentice_gradient, const Arrays& expert_gradient,
-                const py::array& losses, const py::array& total) {
-               emulator::Buffers buffers;
-               Problem problem = make_problem(options, apprentice.at(0));
-               problem.boxes = boxes.shape(0);
-               problem.rows = buffers.in<double>(boxes);
-               problem.coefficients = buffers.in<double>(coefficients);
-               const auto a = inputs<E>(buffers, apprentice), e = inputs<E>(buffers, expert);
-               const auto ga = outputs<E>(buffers, apprentice_gradient), ge = outputs<E>(buffers, expert_gradient);
-               double* box_losses = buffers.out<double>(losses);
-               const bool gram = run_distill<E>(problem, a, e, ga, ge, box_losses, buffers.out<double>(total));
-               buffers.finish();
-               return gram;
-             });
-  module.def(("align_" + name).c_str(),
-             [](const py::dict& options, const Arrays& features, const py::array& boxes, const py::array& output) {
-               emulator::Buffers buffers;
-               Problem problem = make_problem(options, features.at(0));
-               problem.boxes = boxes.shape(0);
-               problem.rows = buffers.in<double>(boxes);
-               const auto maps = inputs<E>(buffers, features);
-               run_align<E>(problem, maps, buffers.out<E>(output));
-               buffers.finish();
-             });
-  module.def(("align_backward_" + name).c_str(), [](const py::dict& options, const py::array& output_gradient,
-                                                    const py::array& boxes, const Arrays& gradients) {
-    emulator::Buffers buffers;
-    Problem problem = make_problem(options, gradients.at(0));
-    problem.boxes = boxes.shape(0);
-    problem.rows = buffers.in<double>(boxes);
-    const E* from = buffers.in<E>(output_gradient);
-    run_align_backward<E>(problem, from, outputs<E>(buffers, gradients));
-    buffers.finish();
-  });
+Boxes make_boxes(emulator::Buffers& buffers, const py::dict& options, const Pyramid& boxes, const Pyramid& box_weights,
+                 const Pyramid& level_weights) {
+  Boxes result;
+  result.boxes = describe(buffers, boxes, kIn);
+  rakd::Preparation& preparation = result.preparation;
+  const auto strides = options["strides"].cast<std::vector<double>>();
+  preparation.levels = static_cast<int32_t>(strides.size());
+  for (size_t l = 0; l < strides.size(); ++l) preparation.level_of[l] = std::log2(strides[l]);
+  preparation.rule =
+      rakd::LevelRule{static_cast<rakd::Assignment>(options["assignment"].cast<int>()), options["sigma"].cast<double>(),
+                      options["canonical_size"].cast<double>(), options["canonical_level"].cast<double>()};
+  preparation.images = options["images"].cast<int64_t>();
+  preparation.factor = options["factor"].cast<double>();
+  if (!box_weights.empty()) preparation.box_weights = describe(buffers, box_weights, kIn)[0].numbers();
+  if (!level_weights.empty()) preparation.level_weights = describe(buffers, level_weights, kIn)[0].numbers();
+  return result;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(emulated, module) {
   emulator::bind(module);
-  bind_typed<float>(module, "float32");
-  bind_typed<double>(module, "float64");
-  bind_typed<__half>(module, "float16");
-  bind_typed<__nv_bfloat16>(module, "bfloat16");
+  module.def("prepare", [](const py::dict& options, const Pyramid& boxes, const Pyramid& box_weights,
+                           const Pyramid& level_weights, const py::array& rows, const py::array& index) {
+    emulator::Buffers buffers;
+    const Boxes call = make_boxes(buffers, options, boxes, box_weights, level_weights);
+    double* rows_out = buffers.out<double>(rows);
+    run_prepare(call, rows_out, buffers.out<int32_t>(index));
+    buffers.finish();
+  });
+  module.def("level_weights", [](const py::dict& options, const Pyramid& boxes, const Typed& weights) {
+    emulator::Buffers buffers;
+    const Boxes call = make_boxes(buffers, options, boxes, {}, {});
+    run_level_weights(call, describe(buffers, weights, kOut));
+    buffers.finish();
+  });
+  module.def("distill",
+             [](const py::dict& options, const py::array& rows, const py::array& index, const Pyramid& apprentice,
+                const Pyramid& expert, const Pyramid& factor, const Pyramid& apprentice_gradient,
+                const Pyramid& expert_gradient, const Typed& losses, const Typed& total) {
+               emulator::Buffers buffers;
+               const Call call = make_call(buffers, options, rows, index);
+               const Arrays maps[2] = {describe(buffers, apprentice, kIn), describe(buffers, expert, kIn)};
+               const Arrays gradients[2] = {describe(buffers, apprentice_gradient, kOut),
+                                            describe(buffers, expert_gradient, kOut)};
+               const Array scale = factor.empty() ? Array{} : describe(buffers, factor[0], kIn);
+               const Array losses_out = describe(buffers, losses, kOut);
+               const bool gram = run_distill(call, maps, gradients, scale, losses_out, describe(buffers, total, kOut));
+               buffers.finish();
+               return gram;
+             });
+  module.def("align", [](const py::dict& options, const py::array& rows, const py::array& index,
+                         const Pyramid& features, const Typed& output) {
+    emulator::Buffers buffers;
+    const Call call = make_call(buffers, options, rows, index);
+    const Arrays maps = describe(buffers, features, kIn);
+    run_align(call, maps, describe(buffers, output, kOut));
+    buffers.finish();
+  });
+  module.def("align_backward", [](const py::dict& options, const py::array& rows, const py::array& index,
+                                  const Typed& output_gradient, const Pyramid& gradients) {
+    emulator::Buffers buffers;
+    const Call call = make_call(buffers, options, rows, index);
+    const Array from = describe(buffers, output_gradient, kIn);
+    run_align_backward(call, from, describe(buffers, gradients, kOut));
+    buffers.finish();
+  });
 }

@@ -7,7 +7,7 @@ that differ from seed to seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,17 +15,10 @@ import build
 import numpy as np
 import pytest
 import torch
+from kernel_calls import BINDING, KERNELS, OTHER_THREADS, TYPES, Call, launches
 from torch import Tensor
 
-from rakd_ops import reference
-from rakd_ops.levels import ASSIGNMENTS
-
-BINDING, KERNELS = build.HERE / "kernels_binding.cpp", build.HERE / "kernels.cpp"
-TYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 1e-2, "bfloat16": 1e-2}
-DEFAULT_THREADS = (64, 128, 256, 256, 128)
-OTHER_THREADS = ((32, 32, 32, 32, 32), (128, 64, 1024, 64, 64), (96, 224, 96, 128, 256), (256, 512, 512, 256, 512))
-FORMS = ("shape", "pooled", "gram")  # csrc/cuda/launch_gram.h: Form
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -39,152 +32,11 @@ def module(compiled: ModuleType) -> Iterator[ModuleType]:
     compiled.schedule()
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's bits as numpy knows them, with its strides."""
-    tensor = tensor.detach()
-    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.element_size() == 2 else tensor.numpy()
-
-
-def pyramid(
-    dtype: torch.dtype,
-    strides: Sequence[float],
-    layout: str,
-    seed: int,
-    batch: int,
-    channels: int,
-    size: tuple[int, int],
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    maps = []
-    for stride in strides:
-        shape = (batch, channels, max(1, -int(-size[0] // stride)), max(1, -int(-size[1] // stride)))
-        feature = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        maps.append(feature.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else feature)
-    return maps
-
-
-def boxes_in(size: tuple[int, int], count: int, batch: int, seed: int) -> Tensor:
-    """Boxes of all kinds: inside, reaching out, outside, points, huge."""
-    generator = torch.Generator().manual_seed(seed)
-    corners = (torch.rand(count, 2, 2, generator=generator, dtype=torch.float64) * 1.5 - 0.25) * torch.tensor(
-        size[::-1]
-    )
-    image = torch.randint(0, batch, (count, 1), generator=generator).double()
-    rows = torch.cat([image, corners.amin(1), corners.amax(1)], 1)
-    odd = [[0, 5, 5, 5, 5], [batch - 1, -900, -900, -800, -800], [0, -1e6, -40.0, 1e6, size[0]], [0, 8, 4, 24, 20]]
-    return torch.cat([rows, torch.tensor(odd, dtype=torch.float64)]) if count else rows
-
-
-class Call:
-    """One call's inputs, its expected results, and how to run it in the emulator."""
-
-    def __init__(
-        self,
-        dtype: str = "float32",
-        *,
-        layout: str = "contiguous",
-        strides: tuple[float, ...] = (4, 8),
-        expert_strides: tuple[float, ...] | None = None,
-        output_size: tuple[int, int] = (3, 2),
-        sampling_ratio: int = 2,
-        assignment: str = "soft",
-        threads: tuple[int, ...] = DEFAULT_THREADS,
-        channels: int = 35,
-        boxes: int = 5,
-        seed: int = 0,
-        batch: int = 2,
-        size: tuple[int, int] = (44, 148),
-        form: str = "pooled",
-    ) -> None:
-        self.dtype = dtype
-        steps = expert_strides or strides
-        shapes = (batch, channels, size)
-        self.apprentice = pyramid(TYPES[dtype], strides, layout, seed, *shapes)
-        self.expert = pyramid(TYPES[dtype], steps, layout, seed + 1, *shapes)
-        self.boxes = boxes_in(size, boxes, batch, seed)
-        self.coefficients = torch.linspace(-0.5, 1.5, len(self.boxes), dtype=torch.float64)
-        # Levels such that the small boxes here spread over them.
-        self.rule = {"assignment": assignment, "sigma": 0.8, "canonical_size": 30.0, "canonical_level": 2.5}
-        self.geometry = {"strides": strides, "output_size": output_size, "sampling_ratio": sampling_ratio, **self.rule}
-        self.expert_strides = expert_strides
-        self.options = {
-            **self.geometry,
-            "strides": list(map(float, strides)),
-            "expert_strides": list(map(float, steps)),
-            "assignment": ASSIGNMENTS.index(assignment),
-            "threads": list(threads),
-            "form": FORMS.index(form),
-        }
-
-    def distill(self, module: ModuleType, wanted: tuple[bool, bool] = (True, True)) -> list[Tensor]:
-        """Per-box losses, total, gradients of apprentice and expert. The Gram form has no per-box losses: NaN."""
-        gradients = [
-            [torch.zeros_like(m) for m in side] if w else [] for side, w in zip(self.maps, wanted, strict=True)
-        ]
-        losses, total = torch.zeros(len(self.boxes), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        self.took_gram = getattr(module, f"distill_{self.dtype}")(
-            self.options,
-            *([to_numpy(m) for m in side] for side in self.maps),
-            self.boxes.numpy(),
-            self.coefficients.numpy(),
-            *([to_numpy(m) for m in side] for side in gradients),
-            losses.numpy(),
-            total.numpy(),
-        )
-        return [losses, total, *gradients[0], *gradients[1]]
-
-    @property
-    def maps(self) -> tuple[list[Tensor], list[Tensor]]:
-        return self.apprentice, self.expert
-
-    def expected_distill(self) -> list[Tensor]:
-        exact = [[m.double().requires_grad_() for m in side] for side in self.maps]
-        losses = reference.soft_roi_distill(
-            *exact, self.boxes, **self.geometry, expert_strides=self.expert_strides, reduction="none",
-            box_weights=self.coefficients,
-        )  # fmt: skip
-        return [losses.detach(), losses.detach().sum()[None], *torch.autograd.grad(losses.sum(), exact[0] + exact[1])]
-
-    def align(self, module: ModuleType) -> list[Tensor]:
-        """Pooled features, and gradients for a fixed gradient of theirs."""
-        output = torch.zeros(len(self.boxes), self.apprentice[0].shape[1], *self.geometry["output_size"])
-        output = output.to(TYPES[self.dtype])
-        rows = self.boxes.numpy()
-        getattr(module, f"align_{self.dtype}")(
-            self.options, [to_numpy(m) for m in self.apprentice], rows, to_numpy(output)
-        )
-        gradients = [torch.zeros_like(m) for m in self.apprentice]
-        getattr(module, f"align_backward_{self.dtype}")(
-            self.options, to_numpy(self.output_gradient(output)), rows, [to_numpy(m) for m in gradients]
-        )
-        return [output, *gradients]
-
-    def output_gradient(self, output: Tensor) -> Tensor:
-        return torch.linspace(-1.0, 2.0, output.numel(), dtype=torch.float64).view(output.shape).to(TYPES[self.dtype])
-
-    def expected_align(self) -> list[Tensor]:
-        exact = [m.double().requires_grad_() for m in self.apprentice]
-        output = reference.multilevel_roi_align(exact, self.boxes, **self.geometry)
-        gradient = self.output_gradient(output).double()
-        return [output.detach(), *torch.autograd.grad(output, exact, gradient)]
-
-    def check(self, got: list[Tensor], expected: list[Tensor]) -> None:
-        assert len(got) == len(expected)
-        for a, b in zip(got, expected, strict=True):
-            assert a.shape == b.shape
-            if a.numel() == 0:
-                continue
-            error, largest = float((a.double() - b).abs().max()), float(b.abs().max())
-            slack = 1e-6 if self.dtype == "float16" else 0.0  # float16 is no finer
-            assert error <= TOLERANCE[self.dtype] * largest + slack, (error, largest)
-
-
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes_and_layouts(module: ModuleType, dtype: str, layout: str) -> None:
     call = Call(dtype, layout=layout)
-    call.check(call.distill(module), call.expected_distill())
-    call.check(call.align(module), call.expected_align())
+    call.right(module)
 
 
 @pytest.mark.parametrize("options", [
@@ -198,14 +50,17 @@ def test_dtypes_and_layouts(module: ModuleType, dtype: str, layout: str) -> None
     {"expert_strides": (2.0, 4.0), "sampling_ratio": 0, "dtype": "float64"},
     {"batch": 3, "channels": 32},
     {"boxes": 40, "channels": 2, "size": (20, 40)},
+    {"boxes": 150, "channels": 2, "size": (20, 40), "batch": 1, "threads": (32, 64, 64, 64, 32)},  # rounds of boxes
     {"boxes": 0},
+    {"channels": (3, 70)},
+    {"channels": (65, 1), "layout": "channels_last", "expert_strides": (3.0, 8.0)},  # one level shares its tables
+    {"channels": (40, 33, 2), "strides": (4, 8, 16), "dtype": "float64"},
     {"size": (3, 200)},
     {"size": (200, 3)},
 ])  # fmt: skip
 def test_options(module: ModuleType, options: dict[str, Any]) -> None:
     call = Call(**options)
-    call.check(call.distill(module), call.expected_distill())
-    call.check(call.align(module), call.expected_align())
+    call.right(module)
 
 
 @pytest.mark.parametrize("options", [
@@ -219,27 +74,19 @@ def test_options(module: ModuleType, options: dict[str, Any]) -> None:
 def test_output_sizes_and_maps_of_any_size(module: ModuleType, options: dict[str, Any]) -> None:
     """Where pooled values, or the tables themselves, exceed what a block can hold."""
     call = Call(**options)
-    call.check(call.distill(module), call.expected_distill())
-    call.check(call.distill(module, (False, False))[:2], call.expected_distill()[:2])
-    call.check(call.align(module), call.expected_align())
-
-
-def launches(module: ModuleType, run: Callable[[], object]) -> int:
-    module.counts()
-    run()
-    count: int = module.counts()["launches"]
-    return count
+    call.right(module)
 
 
 @pytest.mark.parametrize("options", [{}, {"expert_strides": (3.0, 7.0)}, {"output_size": (2, 2000), "channels": 2}])
 def test_launches(module: ModuleType, options: dict[str, Any]) -> None:
-    """A training step is two; there are no launches that only fill or add."""
+    """A training step is four, with preparation; there are no launches that only fill or add."""
     call = Call(boxes=2, **options)
-    for wanted in ((True, True), (True, False), (False, True), (False, False)):
-        assert launches(module, lambda wanted=wanted: call.distill(module, wanted)) == 2
-    assert launches(module, lambda: call.align(module)) == 3  # forward one, backward two
+    for wanted in ((True, True), (True, False), (False, True)):
+        assert launches(module, lambda wanted=wanted: call.distill(module, wanted)) == 4
+    assert launches(module, lambda: call.losses(module)) == 4
+    assert launches(module, lambda: call.align(module)) == 5  # prepared once, forward two, backward two
     nothing = Call(boxes=0, **options)
-    assert launches(module, lambda: nothing.distill(module)) == 1
+    assert launches(module, lambda: nothing.distill(module)) == 2
 
 
 def test_boxes_of_hardly_any_extent(module: ModuleType) -> None:
@@ -251,8 +98,7 @@ def test_boxes_of_hardly_any_extent(module: ModuleType) -> None:
         call = Call("float64", strides=(4,), channels=1, sampling_ratio=ratio, output_size=size, size=(40, 60), batch=1)
         call.boxes = torch.tensor(rows, dtype=torch.float64)
         call.coefficients = torch.ones(len(rows), dtype=torch.float64)
-        call.check(call.distill(module), call.expected_distill())
-        call.check(call.align(module), call.expected_align())
+        call.right(module)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -263,7 +109,7 @@ def test_cells_that_no_sample_touches_may_hold_anything(module: ModuleType, layo
     call.coefficients = torch.ones(2, dtype=torch.float64)
     clean = call.distill(module)
     call.check(clean, call.expected_distill())
-    call.apprentice[0][:, :, ~clean[2].abs().sum(dim=(0, 1)).bool()] = float("inf")
+    call.apprentice[0][:, :, ~clean[1].abs().sum(dim=(0, 1)).bool()] = float("inf")
     assert not torch.isfinite(call.apprentice[0]).all()
     for again, before in zip(call.distill(module), clean, strict=True):
         assert torch.equal(again, before)
@@ -272,28 +118,28 @@ def test_cells_that_no_sample_touches_may_hold_anything(module: ModuleType, layo
 @pytest.mark.parametrize("threads", OTHER_THREADS)
 def test_block_sizes(module: ModuleType, threads: tuple[int, ...]) -> None:
     call = Call(threads=threads)
-    call.check(call.distill(module), call.expected_distill())
-    call.check(call.align(module), call.expected_align())
+    call.right(module)
 
 
 def test_every_schedule_gives_the_same_bits(module: ModuleType) -> None:
     call = Call(boxes=6, channels=5)
-    first = call.distill(module) + call.align(module)
+
+    def run() -> list[Tensor]:
+        return call.losses(module) + call.distill(module) + call.align(module)
+
+    first = run()
     for seed in range(1, 6):
         module.schedule(seed, shuffle_blocks=True)
-        assert all(torch.equal(a, b) for a, b in zip(first, call.distill(module) + call.align(module), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 def test_only_the_gradients_asked_for(module: ModuleType) -> None:
     for steps in (None, (3.0, 7.0)):
         call = Call(expert_strides=steps, channels=4)
         whole = call.distill(module)
-        for wanted, kept in (((True, False), (0, 1, 2, 3)), ((False, True), (0, 1, 4, 5)), ((False, False), (0, 1))):
+        for wanted, kept in (((True, False), (0, 1, 2)), ((False, True), (0, 3, 4))):
             other = call.distill(module, wanted)
             assert all(torch.equal(a, whole[i]) for a, i in zip(other, kept, strict=True))
-
-
-NAN, INF = float("nan"), float("inf")
 
 
 def test_boxes_that_make_no_sense_stay_in_bounds_and_count_nothing(module: ModuleType) -> None:
@@ -307,13 +153,93 @@ def test_boxes_that_make_no_sense_stay_in_bounds_and_count_nothing(module: Modul
     for ratio in (0, 2):
         call = Call(sampling_ratio=ratio, channels=3)
         sensible = len(call.boxes)
-        expected_losses = call.distill(module)[0]
+        expected_losses = call.losses(module)[0]
         call.boxes = torch.cat([call.boxes, torch.tensor(wrong, dtype=torch.float64)])
         call.coefficients = torch.cat([call.coefficients, torch.ones(len(wrong), dtype=torch.float64)])
-        losses, *others = call.distill(module)
+        losses = call.losses(module)[0]
         assert torch.equal(losses[:sensible], expected_losses)
         nonsense = ~call.boxes.isfinite().all(1) | (call.boxes[:, 0] != call.boxes[:, 0].clamp(0, 1).floor())
         assert int(nonsense.sum()) == 12
+        nonsense |= (call.boxes[:, 1:3] > call.boxes[:, 3:]).any(dim=1)
+        assert int(nonsense.sum()) == 13  # one is turned around
         assert torch.count_nonzero(losses[nonsense]) == 0
-        for tensor in (losses, *others, *call.align(module)):
+        for tensor in (losses, *call.distill(module), *call.align(module)):
             assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("dtypes", [
+    ("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float32"), ("float32", "float16"),
+    ("bfloat16", "float16"), ("float64", "float32"), ("float32", "float64"), ("float64", "bfloat16"),
+    (("float16", "float32"), ("bfloat16", "float32")), (("float32", "float64"), "float32"),
+    (("bfloat16", "float16"), ("bfloat16", "float16")),
+])  # fmt: skip
+def test_dtype_pairs(module: ModuleType, dtypes: tuple[Any, Any]) -> None:
+    """The sides may differ, and levels may: those that agree are subtracted at load, the others once pooled."""
+    for options in ({"channels": 35}, {"channels": (3, 40), "layout": "channels_last"}):
+        Call(dtypes[0], expert_dtype=dtypes[1], **options).right(module)
+
+
+def test_level_weights_that_are_given(module: ModuleType) -> None:
+    call = Call(channels=(5, 9))
+    call.level_weights = torch.rand(len(call.boxes), 2, generator=torch.Generator().manual_seed(3)).half()
+    call.level_weights[::2, 0] = 0.0
+    call.right(module)
+
+
+@pytest.mark.parametrize("form", ["pooled", "gram"])
+def test_a_level_of_weight_zero_is_not_read(module: ModuleType, form: str) -> None:
+    call = Call(form=form)
+    call.level_weights = torch.tensor([[0.0, 1.5]]).expand(len(call.boxes), 2).contiguous()
+    expected = call.losses(module) + call.distill(module) + call.align(module)
+    call.check(expected[2:7], call.expected_distill())
+    for side in call.maps:
+        side[0].fill_(NAN)
+    got = call.losses(module) + call.distill(module) + call.align(module)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", ["pooled", "gram"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("of_box", [False, True])
+def test_factor(module: ModuleType, form: str, dtype: torch.dtype, of_box: bool) -> None:
+    """The incoming gradient, one number or one a box, multiplies all weights."""
+    call = Call(form=form, channels=5)
+    call.factor = (torch.linspace(-2.0, 3.0, len(call.boxes)) if of_box else torch.tensor(-1.75)).to(dtype)
+    call.check(call.distill(module), call.expected_distill())
+
+
+def test_a_factor_that_is_not_finite_reaches_what_counts(module: ModuleType) -> None:
+    """Mixed-precision training looks for it in the gradients; a box of no image, or of weight zero, stays out of it."""
+    call = Call(channels=3, boxes=2)
+    call.boxes = torch.tensor([[0.0, 8, 4, 40, 30], [9, 8, 4, 40, 30], [1, 60, 20, 90, 40]], dtype=torch.float64)
+    call.coefficients = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    call.factor = torch.tensor(INF)
+    _, *gradients = call.distill(module)
+    for gradient in gradients:
+        assert not gradient[0].isfinite().all()
+        assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("form", ["pooled", "gram"])
+def test_an_index_that_lies_stays_in_bounds(module: ModuleType, form: str) -> None:
+    """A caller of the raw op may pass any index: no box is taken for another image's, none from outside."""
+    call = Call(channels=3, form=form)
+    rows, index = call.prepare(module)
+    count, order = len(rows), index[3:]
+    right = call.distill(module)
+
+    def distill(ranges: list[int], places: list[int]) -> list[Tensor]:
+        given = [rows, np.array(ranges + places, dtype=np.int32)]
+        call.prepare = lambda module, weighted=True: given  # type: ignore[method-assign]
+        return call.distill(module)
+
+    def same(got: list[Tensor], expected: list[Tensor], image: slice = slice(None)) -> bool:
+        return all(torch.equal(a[image], b[image]) for a, b in zip(got[1:], expected[1:], strict=True))
+
+    ascending = [*range(count)]
+    split = distill([0, 3, count], ascending)
+    assert same(distill([-5, 3, 2**31 - 1], ascending), split)
+    assert same(distill([0, count, count], [*order]), right, slice(0, 1))  # image 1's boxes are not image 0's
+    wild = distill([0, count, count], [-1, 2**31 - 1, count, -(2**31), *order[: count - 4]])
+    assert all(tensor.isfinite().all() for tensor in wild)
+    assert not distill([2**31 - 1, -(2**31), 2], [0] * count)[1].any()

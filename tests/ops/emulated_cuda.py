@@ -16,7 +16,7 @@ from emulated_ops import OPS, library
 from test_backends import check_align, check_distill
 from torch import Tensor
 
-from rakd_ops import multilevel_roi_align, soft_roi_distill
+from rakd_ops import multilevel_roi_align, reference, soft_roi_distill
 
 
 def launches(call: Any) -> int:
@@ -31,26 +31,82 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tenso
     return maps, pyramid(2, 40, dtype=dtype, seed=1), random_boxes(12)
 
 
-def step(maps: list[Tensor], expert: list[Tensor], boxes: Tensor, **options: Any) -> list[Tensor]:
+def step(maps: list[Tensor], expert: list[Tensor], boxes: Any, **options: Any) -> list[Tensor]:
     loss = soft_roi_distill(maps, expert, boxes, **options, backend="cuda")
     return [loss, *torch.autograd.grad(loss, maps)]
 
 
-@pytest.mark.parametrize("count", [12, 0])
-def test_launches(count: int) -> None:
-    maps, expert, boxes = inputs()
-    boxes = boxes[:count]
-    wanted = 2 if count else 1  # without boxes nothing is pooled
+def as_lists(boxes: Tensor, images: int, dtype: torch.dtype) -> list[Tensor]:
+    """One [K_b, 4] per image; columns of [K, 5], so not contiguous."""
+    return [boxes[boxes[:, 0] == image].to(dtype)[:, 1:] for image in range(images)]
+
+
+@pytest.mark.parametrize("form", ["list", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("weights", [False, True])
+def test_launches(form: str, dtype: torch.dtype, weights: bool) -> None:
+    """At most four for the loss with its gradient: prepare, tables, pool, gradient; its backward is one."""
+    maps, expert = pyramid(8, 5, dtype=torch.float32, requires_grad=True), pyramid(8, 5, dtype=torch.float32, seed=1)
+    rows = random_boxes(24, 8)
+    boxes: Any = as_lists(rows, 8, dtype) if form == "list" else rows.to(dtype)
+    options: dict[str, Any] = {"backend": "cuda"}
+    of_boxes = {"box_weights": torch.rand(24), "level_weights": torch.rand(24, 4).half()} if weights else {}
     for output_size in (7, 19):
         loss = []
-        options = {"output_size": output_size, "backend": "cuda"}
-        assert launches(lambda: loss.append(soft_roi_distill(maps, expert, boxes, **options))) == wanted  # noqa: B023
+        options["output_size"] = output_size
+        wanted = 4 if output_size == 7 else 3  # the Gram form pools nothing
+        assert launches(lambda: loss.append(soft_roi_distill(maps, expert, boxes, **options, **of_boxes))) == wanted  # noqa: B023
         assert launches(lambda: torch.autograd.grad(loss[0], maps)) == 1  # noqa: B023
+    options["output_size"] = 7
+    each = soft_roi_distill(maps, expert, boxes, **options, **of_boxes, reduction="none")
+    assert launches(lambda: torch.autograd.grad(each, maps, torch.ones_like(each))) == 3
     with torch.no_grad():
-        assert launches(lambda: soft_roi_distill(maps, expert, boxes, backend="cuda")) == wanted
-        assert launches(lambda: multilevel_roi_align(maps, boxes, backend="cuda")) == wanted - 1
-    pooled = multilevel_roi_align(maps, boxes, backend="cuda").sum()
-    assert launches(lambda: torch.autograd.grad(pooled, maps)) == wanted
+        assert launches(lambda: soft_roi_distill(maps, expert, boxes, **options, **of_boxes)) == 4
+        assert launches(lambda: multilevel_roi_align(maps, boxes, **options)) == 3
+    pooled = multilevel_roi_align(maps, boxes, **options).sum()
+    assert launches(lambda: torch.autograd.grad(pooled, maps)) == 2
+    strides = [4.0, 8.0, 16.0, 32.0]
+    assert launches(lambda: OPS.level_weights(boxes if form == "list" else [boxes], strides, *RULE)) == 1
+
+
+def test_launches_without_boxes_and_of_many_images() -> None:
+    maps, expert, boxes = inputs()
+    assert launches(lambda: soft_roi_distill(maps, expert, boxes[:0], backend="cuda")) == 2
+    with torch.no_grad():
+        assert launches(lambda: soft_roi_distill(maps, expert, boxes[:0], backend="cuda")) == 2
+        assert launches(lambda: multilevel_roi_align(maps, boxes[:0], backend="cuda")) == 1
+    many = [torch.zeros(70, 1, 2, 2)]
+    lists = [torch.zeros(1, 4)] * 70
+    options = {"strides": (4,), "backend": "cuda"}
+    assert launches(lambda: soft_roi_distill(many, many, lists, **options)) == 5  # prepared 64 images at a time
+    assert launches(lambda: soft_roi_distill(many, many, torch.zeros(70, 5), **options)) == 4
+
+
+@pytest.mark.parametrize("images", [3, 70])
+def test_lists_and_unsorted_rows_give_the_same(images: int) -> None:
+    maps = pyramid(images, 3, 20, 28, strides=(4, 8), dtype=torch.float32, requires_grad=True)
+    expert = pyramid(images, 3, 20, 28, strides=(4, 8), dtype=torch.float32, seed=1)
+    rows = random_boxes(2 * images, images, 20, 28, dtype=torch.float32)
+    options = {"strides": (4, 8), "canonical_level": 2}
+    results = []
+    for boxes in (as_lists(rows, images, torch.float32), rows, rows[rows[:, 0].argsort(stable=True)]):
+        loss, *gradients = step(maps, expert, boxes, **options)
+        check = reference.soft_roi_distill(maps, expert, boxes, **options)
+        torch.testing.assert_close(loss, check, rtol=1e-5, atol=0)
+        results.append(gradients)
+    # Boxes add up in the order of their numbers within an image, which is the same in all three.
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("form", ["pooled", "gram"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "transposed"])
+def test_channels_per_level(form: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAKD_CUDA_FORM", form)
+    case = Case(2, (3, 64, 1, 33), 64, 96, (4, 8, 16, 32), (layout, "contiguous"), 1.0, random_boxes(12), None,
+                {"output_size": 5})  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        check_distill(case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("form", ["pooled", "gram"])
@@ -104,61 +160,118 @@ def test_tables_too_large_for_shared_memory() -> None:
 
 
 RULE = (0, 1.0, 224.0, 4.0)  # of soft assignment
-GEOMETRY = ([4.0, 8.0, 16.0, 32.0], [3, 2], 2, *RULE)
+STRIDES = [4.0, 8.0, 16.0, 32.0]
+GEOMETRY = (STRIDES, [3, 2], 2)
+
+
+def prepare(boxes: Tensor, images: int = 2, strides: list[float] = STRIDES) -> tuple[Tensor, Tensor]:
+    rows: tuple[Tensor, Tensor] = OPS.prepare_boxes([boxes], None, None, images, False, strides, *RULE)
+    return rows
 
 
 def distill_arguments(**changes: Any) -> list[Any]:
     maps, expert, boxes = inputs(torch.float64)
+    rows, index = prepare(boxes)
     arguments = {
         "apprentice": [m.detach() for m in maps],
         "expert": expert,
-        "boxes": boxes,
-        "coefficients": torch.full((len(boxes),), 0.5, dtype=torch.float64),
-        "strides": GEOMETRY[0],
-        "expert_strides": GEOMETRY[0],
+        "rows": rows,
+        "index": index,
+        "factor": None,
+        "strides": STRIDES,
+        "expert_strides": STRIDES,
         "output_size": [3, 2],
         "sampling_ratio": 2,
-        "assignment": 0,
-        "sigma": 1.0,
-        "canonical_size": 224.0,
-        "canonical_level": 4.0,
     }
     assert set(changes) <= set(arguments)
     return list({**arguments, **changes}.values())
 
 
-def test_boxes_that_count_nothing() -> None:
-    """What on a GPU nobody looks at before the kernels: another image's number, NaN, turned around."""
+def without_factor(arguments: list[Any]) -> list[Any]:
+    return arguments[:4] + arguments[5:]
+
+
+@pytest.mark.parametrize("form", ["list", "rows"])
+def test_boxes_that_count_nothing(form: str) -> None:
+    """Nobody looks at boxes on a GPU before the kernels: another image's number, NaN, turned around; all by value."""
     nan, inf = float("nan"), float("inf")
     wrong = torch.tensor(
         [[7, 0, 0, 90, 60], [-1, 0, 0, 90, 60], [0.5, 0, 0, 90, 60], [nan, 0, 0, 90, 60], [inf, 0, 0, 90, 60],
-         [0, nan, 0, 90, 60], [0, 0, 0, inf, 60], [0, 90, 0, 0, 60], [1e300, 0, 0, 90, 60]],
+         [1e300, 0, 0, 90, 60], [0, nan, 0, 90, 60], [0, 0, 0, inf, 60], [0, 90, 0, 0, 60], [0, 0, 60, 90, 0]],
         dtype=torch.float64,
     )  # fmt: skip
+    if form == "list":
+        wrong = wrong[6:]
     right = random_boxes(3)
+    right[:, 0] = torch.tensor([0, 0, 1])
     mixed = torch.cat([right[:2], wrong, right[2:]])
-    for output_size in ([3, 2], [16, 17]):  # either form
-        few, many = (
-            distill_arguments(
-                boxes=boxes, coefficients=torch.ones(len(boxes), dtype=torch.float64), output_size=output_size
-            )
-            for boxes in (right, mixed)
-        )
-        total, gradients = OPS.distill_gradient(*few, True, True)
-        got, got_gradients = OPS.distill_gradient(*many, True, True)
-        assert total > 0
-        torch.testing.assert_close(got, total, rtol=1e-14, atol=0)  # other blocks may share the sum
-        assert all(torch.equal(a, b) for a, b in zip(got_gradients, gradients, strict=True))
-        losses = OPS.distill_loss(*many)[1]
-        assert torch.equal(losses != 0, torch.tensor([True] * 2 + [False] * 9 + [True]))
-    features = few[0]
-    pooled = OPS.align(features, mixed, *GEOMETRY)
-    assert not pooled[2:11].any() and pooled[11].any()
+    count = len(mixed)
+    for output_size in ((3, 2), (16, 17)):  # either form
+        maps, expert, _ = inputs(torch.float64)
+        options = {"output_size": output_size, "reduction": "sum"}
+        results = []
+        for rows in (right, mixed):
+            boxes: Any = as_lists(rows.clamp(min=-(10**9)), 2, torch.float64) if form == "list" else rows
+            results.append(step(maps, expert, boxes, **options))
+            options["reduction"] = "none"
+            losses = soft_roi_distill(maps, expert, boxes, **options, backend="cuda")
+            options["reduction"] = "sum"
+        assert results[0][0] > 0
+        for got, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+        assert all(torch.equal(a, b) for a, b in zip(results[1][1:], results[0][1:], strict=True))
+        exact = reference.soft_roi_distill(maps, expert, right, output_size=output_size, reduction="sum")
+        torch.testing.assert_close(results[1][0], exact.detach(), rtol=1e-12, atol=0)
+        assert (losses != 0).tolist() == [True] * 2 + [False] * (count - 3) + [True]
+    features = [m.detach() for m in maps]
+    rows, index = prepare(mixed)
+    pooled = OPS.align(features, rows, index, *GEOMETRY)
+    assert not pooled[2:-1].any() and pooled[-1].any()
     shapes = [size for m in features for size in m.shape]
     ones = torch.ones_like(pooled)
-    expected = OPS.align_backward(ones[:3], right, shapes, [False] * 4, *GEOMETRY)
-    got = OPS.align_backward(ones, mixed, shapes, [False] * 4, *GEOMETRY)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    expected = OPS.align_backward(ones[:3], *prepare(right), shapes, [False] * 4, *GEOMETRY)
+    got = OPS.align_backward(ones, rows, index, shapes, [False] * 4, *GEOMETRY)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_and_index_of_anything_stay_in_bounds() -> None:
+    """A caller of the raw ops may pass any numbers."""
+    nan, inf = float("nan"), float("inf")
+    images = torch.tensor([0, 1, 0, 3, nan, -1, 0, 0.5, 1e300], dtype=torch.float64)
+    corners = torch.tensor([[0, 0, 60, 50]], dtype=torch.float64).repeat(9, 1)
+    corners[1, 0], corners[2], corners[6] = nan, torch.tensor([inf, 0, -inf, 1]), torch.tensor([60, 50, 0, 0])
+    rows = torch.cat([images[:, None], corners, torch.ones(9, 4, dtype=torch.float64)], dim=1)
+    clean = None
+    for index in (
+        [0, 9, 9, *range(9)],
+        [0, 1, 9, *range(9)],
+        [-(2**31), 2**31 - 1, 7, -1, 99, 2**31 - 1, 5, *range(5)],
+    ):
+        given = {"rows": rows, "index": torch.tensor(index, dtype=torch.int32)}
+        total, gradients = OPS.distill_gradient(*distill_arguments(**given), True, False)
+        assert total > 0 and all(g.isfinite().all() for g in gradients)
+        losses = OPS.distill_loss(*without_factor(distill_arguments(**given)))[1]
+        assert (losses != 0).tolist() == [True] + [False] * 8
+        if clean is None:
+            clean = gradients
+        assert all(torch.equal(a, b) for a, b in zip(gradients, clean, strict=True))
+
+
+@pytest.mark.parametrize("of_box", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_factor(of_box: bool, dtype: torch.dtype) -> None:
+    """The gradient that comes in, read on the device; one a box may have any stride."""
+    factor = (torch.linspace(-2, 3, 24)[::2] if of_box else torch.tensor(-1.5)).to(dtype)
+    arguments = distill_arguments()
+    expected = distill_arguments(rows=torch.cat([arguments[2][:, :5], arguments[2][:, 5:]
+                                                 * factor.double().expand(12)[:, None]], dim=1))  # fmt: skip
+    total, gradients = OPS.distill_gradient(*expected, True, True)
+    arguments[4] = factor
+    got, got_gradients = OPS.distill_gradient(*arguments, True, True)
+    torch.testing.assert_close(got, total, rtol=1e-12, atol=0)
+    for a, b in zip(got_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-18)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -180,6 +293,18 @@ def test_scaling(dtype: torch.dtype, layout: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(maps, before, strict=True))
     if layout == "misaligned":
         assert all(m._base is not None and m._base.flatten()[0] == 7 for m in maps)
+
+
+def test_scaling_of_several_dtypes() -> None:
+    maps = [torch.randn(2, 3, 5, 7).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    before = [m.clone() for m in maps]
+    OPS.scale_gradients(maps, torch.tensor(0.5))
+    assert all(torch.equal(a, 0.5 * b) for a, b in zip(maps, before, strict=True))
+    maps.append(torch.randn(1, 2, 3, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="factor: expected float64 as some gradients are"):
+        OPS.scale_gradients(maps, torch.tensor(2.0))
+    OPS.scale_gradients(maps, torch.tensor(2.0, dtype=torch.float64))
+    assert all(torch.equal(a, b) for a, b in zip(maps, before, strict=False))
 
 
 def test_gradients_are_scaled_in_place_only_where_none_reads_them_again() -> None:
@@ -208,10 +333,10 @@ def test_saved_gradients_that_a_hook_has_changed() -> None:
         ([torch.ones(1, 2, 3, 4)] * 33, torch.ones(())),
         ([torch.ones(2, 3, 4)], torch.ones(())),
         ([torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4).double()], torch.ones(())),
+        ([torch.ones(1, 2, 3, 4, dtype=torch.int32)], torch.ones(())),
         ([torch.ones(2, 3, 4, 5).transpose(2, 3)], torch.ones(())),
         ([torch.ones(2, 3, 4, 10)[..., ::2]], torch.ones(())),
         ([torch.ones(2, 3, 4, 5)], torch.ones(1)),
-        ([torch.ones(2, 3, 4, 5)], torch.ones((), dtype=torch.float64)),
         ([torch.ones(2, 3, 4, 5, dtype=torch.bfloat16)], torch.ones((), dtype=torch.bfloat16)),
     ],
 )
@@ -221,46 +346,87 @@ def test_scaling_refuses(gradients: list[Tensor], factor: Tensor) -> None:
 
 
 MAP = torch.zeros(2, 40, 4, 4, dtype=torch.float64)
+ROWS, INDEX = torch.zeros(12, 9, dtype=torch.float64), torch.zeros(15, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"apprentice": []}, "apprentice|vector"),
-        ({"apprentice": [MAP] * 17}, "apprentice: expected 1 to 16 maps"),
+        ({"apprentice": []}, "apprentice: expected 1 to 16 maps"),
+        ({"apprentice": [MAP] * 17}, "apprentice: expected 1 to 16 maps, got 17"),
+        ({"apprentice": [MAP[0]] * 4}, "apprentice: expected maps"),
         ({"expert": [MAP] * 3}, "expert: expected as many maps and strides as apprentice"),
         ({"expert_strides": [4.0]}, "expert: expected as many maps and strides as apprentice"),
         ({"strides": [4.0]}, "strides: expected one per map"),
-        ({"expert": [MAP.float()] * 4}, "expert: expected CUDA maps"),
-        ({"expert": [MAP[:, :3]] * 4}, "expert: expected CUDA maps"),
+        ({"expert": [MAP.int()] * 4}, "expert: expected float32, float64, float16 or bfloat16 maps"),
+        ({"expert": [MAP.to(torch.complex64)] * 4}, "expert: expected floating-point numbers or integers"),
+        ({"expert": [MAP[:, :3]] * 4}, "expert: expected 40 channels on level 0 as apprentice, got 3"),
         ({"expert": [MAP[:1]] * 4}, "expert: expected CUDA maps"),
         ({"expert": [MAP[0]] * 4}, "expert: expected CUDA maps"),
-        ({"expert": [MAP[:, :, :0]] * 4}, "maps: expected 1 to"),
-        ({"boxes": random_boxes(12).float()}, "boxes: expected contiguous float64"),
-        ({"boxes": random_boxes(12)[:, :4]}, "boxes: expected contiguous float64"),
-        ({"boxes": random_boxes(24)[::2]}, "boxes: expected contiguous float64"),
-        ({"coefficients": torch.ones(3, dtype=torch.float64)}, "coefficients: expected contiguous float64"),
-        ({"coefficients": torch.ones(12)}, "coefficients: expected contiguous float64"),
+        ({"expert": [MAP[:, :, :0]] * 4}, "expert: expected 1 to 2\\^31 - 2 rows and columns, got 0"),
+        ({"apprentice": [MAP[:, :0]] * 4}, "apprentice: expected 1 to 2\\^31 - 2 channels, got 0"),
+        ({"rows": ROWS.float()}, "rows: expected contiguous float64"),
+        ({"rows": ROWS[:, :8]}, "rows: expected contiguous float64 \\[K, 9\\]"),
+        ({"rows": ROWS.t().contiguous().t()}, "rows: expected contiguous float64"),
+        ({"index": INDEX.long()}, "index: expected contiguous int32 \\[15\\]"),
+        ({"index": INDEX[:14]}, "index: expected contiguous int32 \\[15\\]"),
+        ({"index": INDEX[None]}, "index: expected contiguous int32 \\[15\\]"),
+        ({"factor": torch.ones(3)}, "factor: expected one number or \\[12\\]"),
+        ({"factor": torch.ones(12, 1)}, "factor: expected one number or \\[12\\]"),
         ({"output_size": [3]}, "output_size: expected two positive numbers"),
         ({"output_size": [0, 3]}, "output_size: expected two positive numbers"),
-        ({"assignment": 3}, "assignment: expected 0, 1 or 2"),
         ({"output_size": [2**16, 2**15]}, "output_size: expected fewer than 2\\^31 bins"),
+        ({"sampling_ratio": -1}, "sampling_ratio: expected 0 to"),
     ],
 )  # fmt: skip
 def test_host_code_refuses(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises((RuntimeError, IndexError), match=message):
+    with pytest.raises(RuntimeError, match=message):
         OPS.distill_gradient(*distill_arguments(**changes), True, True)
 
 
-def test_host_code_refuses_integers_and_other_gradients() -> None:
-    maps = [torch.zeros(2, 3, 4, 4, dtype=torch.int32)]
-    with pytest.raises(RuntimeError, match="maps: expected float32, float64, float16 or bfloat16"):
-        OPS.align(maps, random_boxes(2), [4.0], [3, 2], 2, *RULE)
+def test_host_code_refuses_other_features_and_gradients() -> None:
+    rows, index = prepare(random_boxes(2), strides=[4.0])
+    for maps, message in (
+        ([torch.zeros(2, 3, 4, 4, dtype=torch.int32)], "features: expected float32, float64, float16 or bfloat16"),
+        ([torch.zeros(2, 3, 4)], "features: expected 1 to 16 maps"),
+        ([torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)], "strides: expected one per map"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.align(maps, rows, index, [4.0], [3, 2], 2)
+    two = prepare(random_boxes(2), strides=[4.0, 8.0])
+    for other in (torch.zeros(2, 4, 2, 2), torch.zeros(2, 3, 2, 2).double()):
+        with pytest.raises(RuntimeError, match="features: expected maps of one dtype and channel count"):
+            OPS.align([torch.zeros(2, 3, 4, 4), other], *two, [4.0, 8.0], [3, 2], 2)
     gradient = torch.zeros(2, 3, 3, 2, dtype=torch.float64)
-    shapes = [2, 3, 4, 4]
-    assert len(OPS.align_backward(gradient, random_boxes(2), shapes, [False], [4.0], [3, 2], 2, *RULE)) == 1
+    rest = ([False], [4.0], [3, 2], 2)
+    assert len(OPS.align_backward(gradient, rows, index, [2, 3, 4, 4], *rest)) == 1
     for wrong in (gradient[0], gradient[:1], gradient[:, :1], gradient[:, :, :1], gradient[..., :1]):
         with pytest.raises(RuntimeError, match="output_gradient: expected CUDA"):
-            OPS.align_backward(wrong, random_boxes(2), shapes, [False], [4.0], [3, 2], 2, *RULE)
+            OPS.align_backward(wrong, rows, index, [2, 3, 4, 4], *rest)
     with pytest.raises(RuntimeError, match="shapes: expected four numbers per map"):
-        OPS.align_backward(gradient, random_boxes(2), shapes[:3], [False], [4.0], [3, 2], 2, *RULE)
+        OPS.align_backward(gradient, rows, index, [2, 3, 4], *rest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"boxes": [torch.zeros(3, 6)]}, "boxes: expected one tensor"),
+        ({"boxes": [torch.zeros(3, 5)] * 2}, "boxes: expected one tensor \\[K, 5\\], got 2"),
+        ({"boxes": [torch.zeros(3, 4)] * 3}, "boxes: expected one tensor for each of 2 images, got 3"),
+        ({"boxes": [torch.zeros(3, 4), torch.zeros(3, 5)]}, "boxes: expected one tensor"),
+        ({"boxes": [torch.zeros(3)]}, "boxes: expected one tensor"),
+        ({"boxes": [torch.zeros(3, 5, dtype=torch.complex64)]}, "boxes: expected floating-point numbers or integers"),
+        ({"boxes": [torch.zeros(3, 5, dtype=torch.bool)]}, "boxes: expected floating-point numbers or integers"),
+        ({"box_weights": torch.ones(3)}, "box_weights: expected \\[12\\]"),
+        ({"level_weights": torch.ones(12, 3)}, "level_weights: expected \\[12, 4\\]"),
+        ({"images": -1}, "images: expected 0 to"),
+        ({"strides": []}, "strides: expected 1 to 16 numbers, got 0"),
+        ({"strides": [4.0] * 17}, "strides: expected 1 to 16 numbers, got 17"),
+        ({"assignment": 3}, "assignment: expected 0, 1 or 2, got 3"),
+    ],
+)
+def test_preparation_refuses(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"boxes": [random_boxes(12)], "box_weights": None, "level_weights": None, "images": 2,
+                                 "mean": True, "strides": STRIDES, "assignment": 0}  # fmt: skip
+    with pytest.raises(RuntimeError, match=message):
+        OPS.prepare_boxes(*{**arguments, **changes}.values(), *RULE[1:])

@@ -96,11 +96,12 @@ def test_compile_dynamic(backend: str, levels: int, gradient: bool) -> None:
         return loss + module(maps, expert, boxes) + pooled.square().mean()
 
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-    calls = ((64, 96, 5, 1.0, 224.0), (96, 128, 9, 0.5, 112.0), (80, 64, 7, 0.25, 96.5), (112, 96, 4, 0.125, 48.0))
+    # In the first call no two sizes are equal: tracing would take them for one.
+    calls = ((192, 288, 7, 1.0, 224.0), (96, 128, 9, 0.5, 112.0), (80, 64, 7, 0.25, 96.5), (112, 96, 8, 0.125, 48.0))
     for seed, (height, width, count, *floats) in enumerate(calls):
-        sizes: dict[str, Any] = {"channels": 3, "height": height, "width": width, "strides": strides}
+        sizes: dict[str, Any] = {"channels": 11, "height": height, "width": width, "strides": strides}
         maps = pyramid(**sizes, dtype=torch.float32, device=device, seed=seed, requires_grad=gradient)
         expert = pyramid(**sizes, dtype=torch.float32, device=device, seed=seed + 9)
         boxes = random_boxes(count, height=height, width=width, seed=seed).to(device)
@@ -108,7 +109,7 @@ def test_compile_dynamic(backend: str, levels: int, gradient: bool) -> None:
         torch.testing.assert_close(*losses)
         if gradient:
             torch.testing.assert_close(*(torch.autograd.grad(loss, maps) for loss in losses))
-    assert counter.frame_count <= 2  # the second where floats turn out to change
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import as_layout, pyramid, random_boxes
+from cases import as_layout, random_boxes
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from rakd_ops._triton import operations, preparation  # noqa: E402
+from rakd_ops._triton import launch  # noqa: E402
 
 POINTERS = {
     torch.float64: "*fp64",
@@ -18,7 +18,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
 }
-KERNELS = {"weigh_levels", "sample_bins", "distill_rows", "align_rows", "gather_tiles"}
+KERNELS = {"sample_bins", "distill_rows", "align_rows", "gather_tiles"}
 
 
 def signature_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -28,7 +28,8 @@ def signature_of(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, A
 
     def describe(value: Any, path: tuple[int, ...]) -> Any:
         if isinstance(value, tuple):
-            return tuple(describe(item, (*path, i)) for i, item in enumerate(value))
+            described = [describe(item, (*path, i)) for i, item in enumerate(value)]
+            return type(value)(*described) if hasattr(value, "_fields") else tuple(described)
         if isinstance(value, float):
             return "fp64"
         if isinstance(value, int) and value == 1:
@@ -65,50 +66,57 @@ class Compiler:
 
 def run_all(
     dtype: torch.dtype,
+    expert_dtype: torch.dtype | None = None,
     layout: str = "contiguous",
     ratio: int = 2,
-    assignment: int = 0,
     expert_scale: float = 1.0,
-    channels: int = 64,
+    channels: tuple[int, ...] = (64,) * 4,
     strides: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0),
     boxes: int = 3,
     bins: int = 7,
+    factor: tuple[int, ...] | None = None,
     vast: bool = False,
 ) -> None:
     """All four ops on small maps; with the launcher replaced their results mean nothing."""
     steps = [s * expert_scale for s in strides]
-    maps = pyramid(1, channels=channels, dtype=dtype, layout=layout, strides=strides)
-    expert = pyramid(1, channels=channels, dtype=dtype, layout=layout, strides=tuple(steps), seed=1)
+    sides = []
+    for side_dtype, side_strides in ((dtype, strides), (expert_dtype or dtype, steps)):
+        shapes = [(1, c, int(64 // s) + 1, int(96 // s) + 1) for c, s in zip(channels, side_strides, strict=True)]
+        sides.append([as_layout(torch.rand(shape).to(side_dtype), layout) for shape in shapes])
+    maps, expert = sides
     if vast:  # an offset that only 64 bits hold
         maps[0] = torch.empty_strided(maps[0].shape, (2**33, *maps[0].stride()[1:]), dtype=dtype)
-    rows = random_boxes(boxes)
-    geometry = ([bins, bins], ratio, assignment, 1.0, 224.0, 4.0)
-    distill = (maps, expert, rows, torch.ones(boxes, dtype=torch.float64), list(strides), steps, *geometry)
-    operations.distill_loss(*distill)
-    operations.distill_gradient(*distill, True, True)
-    operations.align(maps, rows, list(strides), *geometry)
-    shapes = [n for m in maps for n in m.shape]
+    rows = torch.cat([random_boxes(boxes), torch.ones(boxes, len(strides), dtype=torch.float64)], dim=1)
+    index = torch.tensor([0, boxes, *range(boxes)], dtype=torch.int32)
+    geometry = ([bins, bins], ratio)
+    launch.distill_loss(maps, expert, rows, index, list(strides), steps, *geometry)
+    scale = None if factor is None else torch.ones(factor)
+    launch.distill_gradient(maps, expert, rows, index, scale, list(strides), steps, *geometry, True, True)
+    aligned = [m[:, : min(channels)] for m in maps]
+    launch.align(aligned, rows, index, list(strides), *geometry)
+    shapes = [n for m in aligned for n in m.shape]
     last = [layout == "channels_last"] * len(maps)
-    gradient = as_layout(torch.rand(boxes, channels, bins, bins).to(dtype), layout)
-    operations.align_backward(gradient, rows, shapes, last, list(strides), *geometry)
+    gradient = as_layout(torch.rand(boxes, min(channels), bins, bins).to(dtype), layout)
+    launch.align_backward(gradient, rows, index, shapes, last, list(strides), *geometry)
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [75, 80, 90])
 @pytest.mark.parametrize(
     "options",
     [
-        {"dtype": torch.float32, "vast": True},
-        {"dtype": torch.float64, "layout": "channels_last", "ratio": 0, "assignment": 1},
-        {"dtype": torch.float16, "layout": "channels_last", "expert_scale": 0.5, "assignment": 2},
-        {"dtype": torch.bfloat16, "layout": "strided", "channels": 5, "boxes": 130},
+        {"dtype": torch.float32, "vast": True, "channels": (64, 128, 256, 256)},
+        {"dtype": torch.bfloat16, "expert_dtype": torch.float64, "layout": "channels_last", "ratio": 0, "factor": (3,)},
+        {"dtype": torch.float16, "layout": "channels_last", "expert_scale": 0.5, "factor": ()},
+        {"dtype": torch.bfloat16, "expert_dtype": torch.float32, "layout": "strided", "channels": (1, 5, 40, 65),
+         "boxes": 130},
         # Triton turns arguments that are 1 into constants.
-        {"dtype": torch.bfloat16, "channels": 1, "strides": (200.0,), "ratio": 1, "boxes": 1, "bins": 1},
+        {"dtype": torch.bfloat16, "channels": (1,), "strides": (200.0,), "ratio": 1, "boxes": 1, "bins": 1},
     ],
     ids=["float32", "float64", "float16", "bfloat16", "ones"],
-)
+)  # fmt: skip
 def test_kernels_compile(architecture: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Compiler(architecture)
-    monkeypatch.setattr(preparation, "launch", compiler)
+    monkeypatch.setattr(launch, "launch", compiler)
     run_all(**options)
     assert {name for name, _ in compiler.compiled} == KERNELS
     for name, kernel in compiler.compiled:

@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton kernels under Triton's interpreter, in a process of their own."""
+"""Runs the tests of the Triton backend under Triton's interpreter, in a process of their own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_under_the_interpreter() -> None:
-    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py"))
+    files = (str(HERE / "interpreted_triton.py"), str(HERE / "interpreted_triton_ops.py"))
+    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     result = run_python(*arguments, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     print(result.stdout, result.stderr)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

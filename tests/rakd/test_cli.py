@@ -1,14 +1,19 @@
 import builtins
 import dataclasses
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 import rakd
 import rakd_ops
@@ -16,8 +21,22 @@ from rakd import cli
 from rakd.cli import main
 from rakd.data.frames import find_frames
 from rakd.data.labels import write_objects
+from rakd.errors import MissingFileError, UserError
+from rakd.evaluation.depth import DepthFigures
+from rakd.study.results import RunResult, write_run
 
-COMMANDS = ("distill", "train", "predict", "evaluate", "show", "latency", "inspect", "make-scenes", "distill-features")
+COMMANDS = (
+    "distill",
+    "train",
+    "predict",
+    "evaluate",
+    "compare",
+    "show",
+    "latency",
+    "inspect",
+    "make-scenes",
+    "distill-features",
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +103,7 @@ def test_help_lists_the_commands(capsys):
         (["distill", "--study", "kitti"], "--data: --study kitti needs a folder in KITTI's layout"),
         (["distill", "--out", "file"], "--out: expected a folder to write to, file is a file"),
         (["distill-features", "--out", "file"], "--out: expected a folder to write to, file is a file"),
+        (["distill-features", "--data", "no", "--out", "x", "--steps", "0"], "steps must be 1 or more, got 0"),
         (["train", "--data", "nowhere", "--out", "file"], "--out: expected a folder to write to, file is a file"),
         (["train", "--out", "x"], "--data"),
         (["train", "--data", "nowhere", "--out", "x", "--steps", "-1"], "steps must be 1 or more, got -1"),
@@ -107,6 +127,9 @@ def test_help_lists_the_commands(capsys):
         ),
         (["predict", "a.png", "--out", ".", "--calib", "b", "--checkpoint", "c"], "a.png, which is an input"),
         (["predict", "a.png", "--out", "b", "--calib", "b/a.txt", "--checkpoint", "c"], "a.txt, which is an input"),
+        (["evaluate", ".", ".", "--json", "file/a"], "--json: expected a folder to write to, file is a file"),
+        (["compare"], "expected at least one folder of a run, got none"),
+        (["compare", "nowhere"], "RUN: nowhere holds no finished run: expected result.json in it or in its folders"),
         (["latency", "huge"], "DETECTOR must be one of tiny"),
         (["latency", "tiny", "--repeats", "0"], "repeats must be 1 or more, got 0"),
     ],
@@ -150,6 +173,98 @@ def test_evaluate(scenes, results, tmp_path, capsys):
     count = figures["Car"]["3d"]["objects"][1]
     assert figures["Car"]["3d"]["R40"][1] == pytest.approx(min(100, 100 * (count - 1) / 40))
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+def test_evaluate_writes_json(scenes, results, tmp_path, capsys):
+    arguments = ["evaluate", str(scenes / "training" / "label_2"), str(results)]
+    file = tmp_path / "new" / "figures.txt"
+    assert main([*arguments, "--json", str(file), "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "AP R40" in text and str(file) in text
+    figures = json.loads(file.read_text())
+    assert figures == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert main([*arguments, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == figures
+    assert main([*arguments, "--json", "-", "--overlaps", "loose"]) == 0
+    assert json.loads(capsys.readouterr().out)["Car"]["3d"]["objects"] == figures["Car"]["3d"]["objects"]
+
+
+def test_evaluate_says_when_nothing_counts(tmp_path, capsys):
+    row = "{} 0 0 0.5 {} 1.5 1.6 4 1 1.7 20 0.6"
+    cases = {
+        "unknown": ("-1 -1 -1 -1", "10 10 90 90", "no labelled Car or Pedestrian or Cyclist counts", ""),
+        "low": ("10 10 90 35", "10 10 90 90", "no labelled Car or Pedestrian or Cyclist counts", ""),
+        "detections": ("10 10 90 90", "-1 -1 -1 -1", "no labelled Pedestrian or Cyclist counts", "Car counts"),
+        "good": ("10 10 90 90", "10 10 90 90", "no labelled Pedestrian or Cyclist counts", ""),
+    }
+    for name, (truth, detection, nothing, warning) in cases.items():
+        for folder, text in (("gt", row.format("Car", truth)), ("pred", row.format("Car", detection) + " 0.9")):
+            (tmp_path / name / folder).mkdir(parents=True)
+            (tmp_path / name / folder / "000000.txt").write_text(f"{text}\n")
+        assert main(["evaluate", str(tmp_path / name / "gt"), str(tmp_path / name / "pred")]) == 0
+        captured = capsys.readouterr()
+        (line,) = [line for line in captured.out.splitlines() if line.startswith("Nothing to find")]
+        assert f"{nothing}, and 0 says nothing of the detections" in line
+        assert "over 25 pixels high, with occlusion 0 to 2 and truncation up to 0.5" in line
+        assert ("none of the 1 detections of Car counts" in captured.err) == bool(warning), name
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Folders of finished runs: two methods with two seeds, and one run alone."""
+
+    def write(folder, method, seed, car, objects=7, **more):
+        official = {"3d": {"Car": (0.0, car, 0.0), "Cyclist": (math.nan,) * 3}}
+        depth = {"all": DepthFigures(0.125, 0.5, objects)}
+        write_run(tmp_path / folder / "result.json", RunResult(method, seed, {"official": official}, depth, **more))
+
+    write("study/rakd-seed0", "rakd", 0, 10.0, seconds=120.0)
+    write("study/rakd-seed1", "rakd", 1, 13.0, seconds=240.0)
+    write("study/none-seed0", "none", 0, 4.0, seconds=60.0)
+    write("study/none-seed1", "none", 1, math.nan)
+    write("alone", "none", 5, 30.0)
+    write("other", "none", 5, 30.0, objects=8)
+    return tmp_path
+
+
+def test_compare(finished, capsys):
+    assert (
+        main(["compare", str(finished / "study"), str(finished / "alone"), str(finished / "study" / "rakd-seed1")]) == 0
+    )
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    head, *rows, note = captured.out.splitlines()
+    assert head.split() == ["study/none", "study/rakd", "alone"]
+    table = {row[:21].strip(): [cell for cell in re.split(r"  +", row[21:].strip()) if cell] for row in rows}
+    assert table == {
+        "seeds": ["0, 1", "0, 1", "5"],
+        "AP 3D Car, official": ["4.00 (of 1)", "11.50 ± 2.12", "30.00"],
+        "AP 3D Cyclist, offici": table["AP 3D Cyclist, offici"],
+        "depth error all, %": ["12.50 ± 0.00", "12.50 ± 0.00", "12.50"],
+        "found all, %": ["50.00 ± 0.00", "50.00 ± 0.00", "50.00"],
+        "training, minutes": ["1.00 (of 1)", "3.00 ± 1.41", "–"],
+    }
+    assert table["AP 3D Cyclist, offici"][-3:] == ["–"] * 3
+    assert "R40, percent, moderate" in note
+    assert main(["compare", str(finished / "study" / "rakd-seed1")]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["rakd"]
+
+
+def test_compare_says_when_runs_have_other_frames(finished, capsys):
+    assert main(["compare", str(finished / "alone"), str(finished / "other")]) == 0
+    assert (
+        "rakd: warning: the runs were evaluated on different frames: objects to find are 7, 8"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"depth": {"all": {}}}', '{"precisions": {"official": 3}}', '{"seed": 1}']
+)
+def test_compare_names_a_file_that_holds_no_result(text, finished, capsys):
+    (finished / "alone" / "result.json").write_text(text)
+    assert main(["compare", str(finished / "alone")]) == 2
+    assert "alone/result.json: expected the result of a run: " in capsys.readouterr().err
 
 
 def test_evaluate_a_split(scenes, results, capsys):
@@ -259,14 +374,17 @@ def test_labels_that_cannot_be_meant_are_told(scenes, tmp_path, capsys):
         2: (good.replace("1.5 1.6 4 ", "-1.5 0 -4 "), "no 3D box"),
         3: (good.replace("1.57", "-99"), "an angle beyond half a turn"),
         5: (good.replace("50 60", "10 60"), "a 2D box without area"),
+        6: (good.replace("50 60", "1000000 60"), "a 2D box that leaves the image, 414 x 125 pixels"),
         7: (good.replace("1.6 9", "1.6 -9"), "a place behind the camera"),
+        8: (good.replace("1.6 4 ", "1.6 4000 "), "a 3D box over 100 m in size or 1000 m away"),
+        9: (good.replace("1.6 9", "1.6 1e6"), "a 3D box over 100 m in size or 1000 m away"),
     }
     for i in range(10):
         text = f"{good}\n{bad[i][0]}\n" if i in bad else f"{good}\n{region}\n"
         (tmp_path / "training" / "label_2" / f"{i:06d}.txt").write_text(text)
     assert main(["inspect", "--data", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
     captured = capsys.readouterr()
-    assert "10 frames, 14 labelled objects, 6 DontCare regions" in captured.out
+    assert "10 frames, 17 labelled objects, 3 DontCare regions" in captured.out
     lines = captured.err.splitlines()
     assert len(lines) == len(bad)
     for line, (i, (_, fault)) in zip(lines, bad.items(), strict=True):
@@ -314,14 +432,99 @@ def test_missing_extras_are_told(missing, scenes, tmp_path, monkeypatch, capsys)
     assert capsys.readouterr().err == f"rakd: error: {missing} is not installed; run: pip install '.[train]'\n"
 
 
-def test_errors_of_the_program_itself_are_not_hidden(monkeypatch):
-    class Broken:
-        def run(self):
-            raise ZeroDivisionError
+def test_commands_raise_what_is_told_in_one_line():
+    for path in sorted(Path(cli.__file__).parent.glob("commands/*.py")):
+        names = set(re.findall(r"raise (\w+Error)\(", path.read_text(encoding="utf-8")))
+        assert names <= {"UserError", "MissingFileError", "NotAFolderError"}, path.name
 
-    monkeypatch.setattr(cli, "_parse", lambda argv: Broken())
-    with pytest.raises(ZeroDivisionError):
-        main([])
+
+def run_broken(error, monkeypatch, **options):
+    """The exit code of a command with some options that raises an error."""
+
+    class Broken(SimpleNamespace):
+        def run(self):
+            raise error
+
+    monkeypatch.setattr(cli, "_parse", lambda argv: Broken(**options))
+    return main([])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError(),
+        ValueError("Expected more than 1 value per channel when training"),  # torch's
+        json.JSONDecodeError("Expecting value", "", 0),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        OSError("could not get source code"),  # inspect's
+        FileNotFoundError("of no file"),
+        KeyError("a"),
+    ],
+    ids=repr,
+)
+def test_errors_of_the_program_itself_are_not_hidden(error, monkeypatch):
+    with pytest.raises(type(error)) as caught:
+        run_broken(error, monkeypatch)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("a.txt:1: wrong"), "a.txt:1: wrong"),
+        (MissingFileError("a.txt is not there"), "a.txt is not there"),
+        (PermissionError(13, "Permission denied", "a.txt"), "[Errno 13] Permission denied: 'a.txt'"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+    ],
+    ids=repr,
+)
+def test_what_users_can_mend_is_one_line(error, line, monkeypatch, capsys):
+    assert run_broken(error, monkeypatch) == 2
+    assert capsys.readouterr().err == f"rakd: error: {line}\n"
+
+
+@pytest.mark.parametrize("error", [UserError, MissingFileError])
+def test_errors_of_loading_processes_are_one_line(error, monkeypatch, capsys):
+    class Broken(Dataset):
+        def __getitem__(self, index):
+            raise error(f"frame {index}: wrong") from OSError("the cause")
+
+    class Command:
+        def run(self):
+            list(DataLoader(Broken(), sampler=[7], num_workers=1, multiprocessing_context="fork"))
+
+    monkeypatch.setattr(cli, "_parse", lambda argv: Command())
+    assert main([]) == 2
+    assert capsys.readouterr().err == "rakd: error: frame 7: wrong\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "line"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB. See docs",
+            {"batch_size": 8, "amp": "off", "device": "auto"},
+            "out of memory: lower --batch-size or set --amp bfloat16 or set --device cpu (torch says: CUDA out",
+        ),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", {"device": "auto"}, "--device"),
+        ("CUDA error: out of memory\nCUDA kernel errors might be", {"batch_size": 1}, "lower --batch-size"),
+        ("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.", {}, "smaller images"),
+    ],
+)
+def test_a_lack_of_memory_says_what_to_lower(text, options, line, monkeypatch, capsys):
+    for kind in (RuntimeError, torch.OutOfMemoryError):
+        assert run_broken(kind(text), monkeypatch, **options) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert line in said
+        assert ("--amp" in said) == ("amp" in options) and ("--batch-size" in said) == ("batch_size" in options)
+
+
+def test_a_real_lack_of_memory_is_told_as_one(monkeypatch, capsys):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert run_broken(caught.value, monkeypatch, batch_size=2, device="auto") == 2
+    said = capsys.readouterr().err
+    assert "out of memory: lower --batch-size (torch says: " in said and "--device" not in said
 
 
 def test_python_dash_m():

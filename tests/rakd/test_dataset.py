@@ -1,4 +1,5 @@
 import multiprocessing
+import shutil
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,10 @@ from torch.utils.data import DataLoader
 from rakd.data.augment import Augmentation, distort
 from rakd.data.frames import Frame, read_image
 from rakd.data.kitti import KittiDataset, collate
+from rakd.errors import UserError
 from rakd.geometry import box_corners, box_iou, project_boxes
+
+DONTCARE = "DontCare -1 -1 -10 5 5 9 9 -1 -1 -1 -1000 -1000 -1000 -10"
 
 
 @pytest.fixture
@@ -133,7 +137,9 @@ def test_collate_pads_images_of_different_sizes(scenes, plain):
 
 
 def test_bad_input(scenes, plain):
-    with pytest.raises(ValueError, match=r"size must hold every image, got \(100, 100\) for .* \(414, 125\)"):
+    with pytest.raises(
+        ValueError, match=r"frame 000000: too large: resized it is 414 x 125 pixels, expected at most 100 x 100"
+    ):
         collate([plain[0]], size=(100, 100))
     with pytest.raises(ValueError, match="samples must hold at least one"):
         collate([])
@@ -154,3 +160,29 @@ def test_targets_of_frames_without_labels(scenes, tmp_path):
     assert dataset[0].targets is None
     with pytest.raises(ValueError, match="frame 000000 has no labels to learn from"):
         collate([dataset[0]]).targets("cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            lambda row: row.replace("Car", "automobile").replace("Cyclist", "bike").replace("Pedestrian", "man"),
+            "automob",
+        ),
+        (lambda row: DONTCARE, r"DontCare \("),
+        (lambda row: "", "the labels hold none"),
+        # Two pixels high.
+        (lambda row: " ".join([*row.split()[:5], "80", *row.split()[6:7], "82", *row.split()[8:]]), r"Car \("),
+    ],
+)
+def test_frames_without_anything_to_learn_are_told(scenes, tmp_path, change, found):
+    root = shutil.copytree(scenes, tmp_path / "kitti")
+    KittiDataset(root, "train").check_targets()
+    labels = sorted((root / "training" / "label_2").iterdir())
+    for path in labels:
+        path.write_text("".join(f"{change(row)}\n" for row in path.read_text().splitlines()))
+    with pytest.raises(UserError, match=rf"none of the 8 frames holds an object to learn .*{found}"):
+        KittiDataset(root, "train").check_targets()
+    # One object in the last frame will do.
+    shutil.copy(scenes / "training" / "label_2" / "000008.txt", labels[8])
+    KittiDataset(root, "train").check_targets()

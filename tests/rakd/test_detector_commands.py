@@ -41,7 +41,13 @@ def train(scenes: Path, out: Path) -> list[str]:
 
 
 def test_train(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {path.name for path in run.iterdir()} == {"checkpoint.pt", "log.csv", "detector.pt", "detections"}
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoint.pt",
+        "log.csv",
+        "detector.pt",
+        "detections",
+        "result.json",
+    }
     assert load_detector(run / "detector.pt").config == DETECTORS["tiny"]
     frames = [frame.id for frame in find_frames(scenes, "val")]
     assert sorted(path.stem for path in (run / "detections").iterdir()) == sorted(frames)
@@ -75,7 +81,7 @@ def test_no_process_leaves_the_training_before_the_evaluation(
     )
     assert main(train(scenes, tmp_path)) == 0
     written = {"checkpoint.pt", "log.csv"}
-    assert there == [written if rank else written | {"detector.pt", "detections"}]
+    assert there == [written if rank else written | {"detector.pt", "detections", "result.json"}]
 
 
 def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,3 +273,52 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
     assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("fault", ["image", "cut", "label", "calib", "wide"])
+def test_broken_files_are_one_line_from_any_process(
+    fault: str, workers: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(scenes, tmp_path / "data")
+    folder = data / "training"
+    image, label, calib = (folder / name for name in ("image_2/000006.png", "label_2/000006.txt", "calib/000006.txt"))
+    message = f"{image}: cannot be read as an image"
+    if fault == "image":
+        image.write_text("no image")
+    elif fault == "cut":
+        image.write_bytes(image.read_bytes()[:3000])
+    elif fault == "label":
+        label.write_text("Car 0 0\n")
+        message = f"{label}:1: expected 15 columns, got 3"
+    elif fault == "calib":
+        calib.write_text("P3: 1\n")
+        message = f"{calib}: expected a line 'P2: <12 numbers>'"
+    else:
+        Image.new("RGB", (1000, 100)).save(image)
+        message = "frame 000006: too large: resized it is 1280 x 128 pixels, expected at most 448 x 128"
+    options = ["--workers", workers, "--batch-size", "8", "--warm-up", "0"]
+    assert main([*train(data, tmp_path / "run"), *options]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rakd: ")]
+    assert line.startswith(f"rakd: error: {message}")
+    assert len(line) < 400 and "Traceback" not in line
+
+
+def test_train_stops_where_nothing_can_be_learned(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(scenes, tmp_path / "data")
+    for path in (data / "training" / "label_2").iterdir():
+        path.write_text(path.read_text().replace("Car", "automobile").replace("Cyclist", "bike").replace("Ped", "Qed"))
+    assert main([*train(data, tmp_path / "run"), "--steps", "1000000", "--warm-up", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none of the 8 frames holds an object to learn (Car, Pedestrian or Cyclist with a 3D box" in line
+    assert "automobile (" in line
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_trained_detectors_can_be_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert text.split()[0] == "run"
+    assert "AP 3D Car, official" in text and "AP BEV Car, loose" in text and "found all, %" in text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import rakd.detector.pyramid as pyramid_module
+import rakd.detector.backbones as backbones_module
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
@@ -45,7 +45,7 @@ def test_all_settings_survive(name: str, detector: Detector, tmp_path: Path, mon
     def refused(name: str) -> None:
         raise AssertionError("reading a file must not download anything")
 
-    monkeypatch.setattr(pyramid_module, "get_model_weights", refused)
+    monkeypatch.setattr(backbones_module, "get_model_weights", refused)
     config = DETECTORS[name]
     # The layers' sizes are the small detector's, so that the test takes no time; all else is the named one's.
     backbone = replace(config.backbone, name=detector.config.backbone.name, channels=detector.channels)

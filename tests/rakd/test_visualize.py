@@ -176,3 +176,15 @@ def test_sheet(scenes, tmp_path):
     assert pixels_of(tmp_path / "sheet.png", TRUTH_COLOR) > 300
     with pytest.raises(ValueError, match="at least one frame"):
         draw_sheet(tmp_path / "none.png", [])
+
+
+@pytest.mark.parametrize("size", [(375, 1242), (60, 3000), (640, 480)])
+def test_pictures_of_any_shape_have_a_reasonable_size(size, frame, results, tmp_path):
+    image = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    calibration, labels = frame.read_calibration(), frame.read_labels()
+    draw_frame(tmp_path / "frame.png", image, calibration, [truth_layer(labels)], title="Frame")
+    draw_sheet(tmp_path / "sheet.png", [("a", image, calibration, labels)] * 2, title="two")
+    compare_frames(tmp_path / "models.png", [Compared("one", image, calibration, labels, {"a": results, "b": results})])
+    for name in ("frame", "sheet", "models"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 200 and max(picture.size) < 3200, name

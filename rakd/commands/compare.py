@@ -1,0 +1,96 @@
+"""``rakd compare``: the metrics of finished runs, side by side."""
+
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from rakd.errors import UserError
+from rakd.study.measures import Measure, summarise
+from rakd.study.results import RunResult, read_run
+from rakd.study.tables import Cell
+
+_SEED = re.compile(r"-seed\d+$")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Print the metrics of finished runs side by side: means, and standard deviations over seeds.
+
+    Reads result.json of each trained model. Models whose folders differ in -seedN only make one column.
+    """
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")]
+    """Folders: of rakd train, of rakd distill (all of its models), or of one of its models."""
+
+    def run(self) -> None:
+        """Read the runs and print the table."""
+        columns: dict[Path, list[RunResult]] = {}
+        for path in dict.fromkeys(path for folder in self.runs for path in _find_results(folder)):
+            columns.setdefault(path.parent.with_name(_SEED.sub("", path.parent.name)), []).append(read_run(path))
+        if not columns:
+            raise UserError("RUN: expected at least one folder of a run, got none")
+        objects = {run.depth["all"].objects for runs in columns.values() for run in runs if "all" in run.depth}
+        if len(objects) > 1:
+            counts = ", ".join(map(str, sorted(objects)))
+            warnings.warn(f"the runs were evaluated on different frames: objects to find are {counts}", stacklevel=1)
+        print(format_runs(_short_names(columns)))
+
+
+def format_runs(columns: dict[str, list[RunResult]]) -> str:
+    """Table of metrics, one down a line; runs across.
+
+    Args:
+        columns: Runs by the name of their column. Each shows the mean of its runs, and the sample standard deviation
+            if there are several.
+    """
+    figures = {name: [_figures(run) for run in runs] for name, runs in columns.items()}
+    rows = [["", *columns], ["seeds", *(", ".join(str(run.seed) for run in runs) for runs in columns.values())]]
+    for metric in dict.fromkeys(key for column in figures.values() for run in column for key in run):
+        cells = []
+        for runs in figures.values():
+            values = [run[metric] for run in runs if isfinite(run.get(metric, float("nan")))]
+            cells.append(Cell(Measure(metric), summarise(values), 2).text(len(runs)))
+        rows.append([metric, *cells])
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = (
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+        for name, *cells in rows
+    )
+    note = "AP: R40, percent, moderate; official overlaps: Car 0.7, others 0.5; loose: Car 0.5, others 0.25."
+    return "\n".join([*lines, note])
+
+
+def _figures(run: RunResult) -> dict[str, float]:
+    """The metrics of one run, by their names in the table."""
+    figures = {
+        f"AP {metric.upper()} {name}, {overlaps}": values[1]
+        for overlaps, metrics in run.precisions.items()
+        for metric, classes in metrics.items()
+        for name, values in classes.items()
+    }
+    for name, depth in run.depth.items():
+        figures[f"depth error {name}, %"] = 100 * depth.error
+        figures[f"found {name}, %"] = 100 * depth.found
+    if run.seconds is not None:
+        figures["training, minutes"] = run.seconds / 60
+    return figures
+
+
+def _find_results(folder: Path) -> list[Path]:
+    """The result files of a run, or of all runs in a folder."""
+    paths = [path.resolve() for path in sorted([*folder.glob("result.json"), *folder.glob("*/result.json")])]
+    if not paths:
+        raise UserError(f"RUN: {folder} holds no finished run: expected result.json in it or in its folders")
+    return paths
+
+
+def _short_names(columns: dict[Path, list[RunResult]]) -> dict[str, list[RunResult]]:
+    """Columns by their paths, without what all paths have in common."""
+    common = os.path.commonpath([path.parent for path in columns])
+    return {os.path.relpath(path, common): runs for path, runs in columns.items()}

@@ -1,0 +1,56 @@
+"""What the trainer trains: a detector, and with it, where an expert teaches, the distillation term."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from rakd.data.kitti import Batch
+from rakd.data.targets import pooling_boxes
+from rakd.detector.detector import Detector
+from rakd.distill import Regions
+from rakd.distill.distiller import Distiller
+
+
+class DistillationModel(nn.Module):
+    """A detector with its losses, and a term more where it is distilled. For `rakd.training.trainer.Trainer`.
+
+    Args:
+        detector: The apprentice, or whatever is trained.
+        distiller: Brings the expert; None: no distillation.
+        regions: Where features are compared.
+    """
+
+    def __init__(self, detector: Detector, distiller: Distiller | None = None, regions: Regions = "proposals") -> None:
+        super().__init__()
+        self.detector = detector
+        self.distiller = distiller
+        self.regions = regions
+
+    def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            batch: Images and targets, on any device.
+            seeds: One for each image, see `rakd.detector.detector.Detector.losses`.
+
+        Returns:
+            The terms, to be summed; "distillation" is the distiller's.
+        """
+        device = next(self.detector.parameters()).device
+        images = batch.images.to(device, non_blocking=True)
+        targets = batch.targets(device)
+        features = self.detector.extract_features(images)
+        losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
+        if self.distiller is not None:
+            boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
+            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), features)
+        return losses
+
+
+def make_distillation_model(
+    apprentice: Detector, expert: Detector | None, method: nn.Module | None, weight: float, regions: Regions
+) -> DistillationModel:
+    """The apprentice with its losses; without a method or expert it is trained alone."""
+    if method is None or expert is None:
+        return DistillationModel(apprentice)
+    return DistillationModel(apprentice, Distiller(expert, method, weight), regions)
