@@ -41,8 +41,8 @@ class BoxDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __init__(self, data: Path | str, split: str | None = None, *, first_label: int = 0) -> None:
         self.items = [_read_item(frame, first_label) for frame in find_frames(Path(data), split)]
 
-    def loader(self, batch_size: int) -> DataLoader[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-        """Make a shuffling loader of full batches: lists of images and targets, as torchvision's detectors take them."""
+    def loader(self, batch_size: int) -> DataLoader[Any]:
+        """Make a shuffling loader of full batches: lists of images and of targets."""
         return DataLoader(self, batch_size, shuffle=True, drop_last=True, collate_fn=_as_lists)
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rakd.distill.distiller import Distiller
 from rakd.integrations import require
 
-L = require("lightning.pytorch", "lightning")
+Callback_: Any = require("lightning.pytorch", "lightning").Callback
 
 _REPLACED = ("training_step", "manual_backward")
 
@@ -26,7 +26,7 @@ def images_and_boxes(batch: Any) -> tuple[Any, Any]:
     return images, targets
 
 
-class DistillCallback(L.Callback):  # type: ignore[misc]
+class DistillCallback(Callback_):  # type: ignore[misc]
     """Adds the distillation loss to what ``training_step`` returns, or to the first ``manual_backward`` in it.
 
     The loss is logged as ``distill_loss``. Adapters join the first optimizer; they and the measured scales are the
@@ -94,7 +94,8 @@ class DistillCallback(L.Callback):  # type: ignore[misc]
         self._waiting = None
         added = self.distiller(images, boxes, task_loss=loss.detach())
         pl_module.log("distill_loss", added.detach(), prog_bar=True)
-        return loss + added.to(loss.dtype)
+        total: Tensor = loss + added.to(loss.dtype)
+        return total
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Have the first optimizer train the adapters, before its state is loaded."""

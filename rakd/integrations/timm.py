@@ -86,7 +86,7 @@ def _info(network: Any) -> tuple[tuple[float, ...], tuple[int, ...], str] | None
     if not isinstance(network, nn.Module):
         return None
     for module in network.modules():
-        info = getattr(module, "feature_info", None)
+        info: Any = getattr(module, "feature_info", None)
         if callable(getattr(info, "reduction", None)) and hasattr(module, "output_fmt"):
             layout = str(getattr(module.output_fmt, "value", module.output_fmt))
             return tuple(map(float, info.reduction())), tuple(info.channels()), layout

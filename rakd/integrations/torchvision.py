@@ -54,8 +54,7 @@ class DistilledDetector(nn.Module):
     ) -> None:
         super().__init__()
         for part in ("transform", "backbone"):
-            if not isinstance(getattr(model, part, None), nn.Module):
-                raise TypeError(f"model: expected a detector of torchvision with a {part}, got {type(model).__name__}")
+            _part(model, part)
         self.model = model
         self._expert_scale: tuple[Tensor, Tensor] | None = None
         self._names: list[str] | None = None
@@ -70,7 +69,8 @@ class DistilledDetector(nn.Module):
         if "apprentice_features" in options or "features" in options or not isinstance(expert, nn.Module):
             options.setdefault("apprentice_features", "backbone")
         else:
-            ours, theirs = _levels(model, model.backbone, size, device), _levels(expert_model, expert, size, device)
+            ours = _levels(model, _part(model, "backbone"), size, device)
+            theirs = _levels(expert_model, expert, size, device)
             strides = [stride for stride in ours if stride in theirs]
             if not strides:
                 raise ValueError(f"expert: expected a level of one of the strides {list(ours)}, got {list(theirs)}")
@@ -94,9 +94,7 @@ class DistilledDetector(nn.Module):
         """
         if not self.training:
             return self.model(images, targets)
-        transform_module, backbone_module = self.model.transform, self.model.backbone
-        assert isinstance(transform_module, nn.Module) and isinstance(backbone_module, nn.Module)
-        with tap(transform_module) as transform, tap(backbone_module) as backbone:
+        with tap(_part(self.model, "transform")) as transform, tap(_part(self.model, "backbone")) as backbone:
             losses: dict[str, Tensor] = self.model(images, targets)
         batch, resized = transform.output
         seen = batch.tensors
@@ -115,6 +113,13 @@ class DistilledDetector(nn.Module):
             maps = {name: found[name] for name in self._names}
         added = self.distiller(seen, boxes, maps, task_loss=task, expert_images=expert_images)
         return {**losses, "loss_distill": added}
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    part = getattr(model, name, None)
+    if not isinstance(part, nn.Module):
+        raise TypeError(f"model: expected a detector of torchvision with a {name}, got {type(model).__name__}")
+    return part
 
 
 def _take(backbone: nn.Module, images: Tensor, *, names: dict[str, str]) -> dict[str, Tensor]:

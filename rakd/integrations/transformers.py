@@ -28,7 +28,7 @@ def decoder_maps(model: nn.Module) -> list[str]:
     Raises:
         TypeError: It is built otherwise; give ``features`` and ``apprentice_features``.
     """
-    base = getattr(model, "model", model)
+    base: Any = getattr(model, "model", model)
     prefix = "" if base is model else "model."
     if hasattr(base, "encoder_input_proj") and hasattr(base, "encoder"):
         return [f"{prefix}encoder"]

@@ -142,12 +142,11 @@ class _Distilling:
     def run_callbacks(self, event: str) -> None:
         """Add the loss while batches are trained on, so that validation, copies and checkpoints see none of it."""
         if event == "on_train_epoch_start":
-            network = unwrap(self.model)
+            network: Any = unwrap(self.model)
             network.loss = partial(self._loss, network)
         elif event in ("on_train_epoch_end", "teardown"):
-            network = unwrap(self.model) if isinstance(self.model, nn.Module) else None
-            if network is not None:
-                network.__dict__.pop("loss", None)
+            if isinstance(self.model, nn.Module):
+                unwrap(self.model).__dict__.pop("loss", None)
         if event == "teardown" and hasattr(self, "distiller"):
             self.distiller.close()
         super().run_callbacks(event)  # type: ignore[misc]
