@@ -144,9 +144,8 @@ class _Distilling:
         if event == "on_train_epoch_start":
             network: Any = unwrap(self.model)
             network.loss = partial(self._loss, network)
-        elif event in ("on_train_epoch_end", "teardown"):
-            if isinstance(self.model, nn.Module):
-                unwrap(self.model).__dict__.pop("loss", None)
+        elif event in ("on_train_epoch_end", "teardown") and isinstance(self.model, nn.Module):
+            unwrap(self.model).__dict__.pop("loss", None)
         if event == "teardown" and hasattr(self, "distiller"):
             self.distiller.close()
         super().run_callbacks(event)  # type: ignore[misc]
