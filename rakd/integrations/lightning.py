@@ -37,8 +37,8 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         weight: Same.
         method: Same.
         apprentice: Name of the learning network in the LightningModule; "": the module itself.
-        batch: Gives (images, boxes) of a training batch, as the apprentice's backbone sees them. Networks that resize
-            images inside need one that says what they saw.
+        batch: Gives (images, boxes) of a training batch, as the apprentice's backbone sees them; with ``cache``
+            (images, boxes, keys). Networks that resize images inside need one that says what they saw.
         options: Of the `Distiller`; ``apprentice_features`` names modules in the apprentice, "": its own output.
     """
 
@@ -49,7 +49,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         *,
         method: str | nn.Module = "rakd",
         apprentice: str = "",
-        batch: Callable[[Any], tuple[Any, Any]] = images_and_boxes,
+        batch: Callable[[Any], tuple[Any, ...]] = images_and_boxes,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -90,9 +90,9 @@ class DistillCallback(Callback_):  # type: ignore[misc]
 
     def _add(self, pl_module: Any, loss: Tensor) -> Tensor:
         assert self.distiller is not None
-        images, boxes = self._batch(self._waiting)
+        images, boxes, *keys = self._batch(self._waiting)
         self._waiting = None
-        added = self.distiller(images, boxes, task_loss=loss.detach())
+        added = self.distiller(images, boxes, task_loss=loss.detach(), keys=keys[0] if keys else None)
         pl_module.log("distill_loss", added.detach(), prog_bar=True)
         total: Tensor = loss + added.to(loss.dtype)
         return total

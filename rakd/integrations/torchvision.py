@@ -4,7 +4,7 @@ detector = DistilledDetector(fasterrcnn_mobilenet_v3_large_fpn(), expert, weight
 losses = detector(images, targets)  # as before, and "loss_distill"
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,8 @@ class DistilledDetector(nn.Module):
             apprentice's normalised images.
         weight: See the `Distiller`.
         method: Same.
+        keys: With ``cache``: gives each image's key from the batch's targets, such as their ``image_id``. Only sensible
+            where images repeat.
         options: Same, such as ``normalize=True``. ``features`` and ``apprentice_features`` choose other maps.
 
     Raises:
@@ -50,12 +52,14 @@ class DistilledDetector(nn.Module):
         weight: float | str | None = None,
         *,
         method: str | nn.Module = "rakd",
+        keys: Callable[[Sequence[dict[str, Tensor]]], Sequence[Any]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         for part in ("transform", "backbone"):
             _part(model, part)
         self.model = model
+        self._keys = keys
         self._expert_scale: tuple[Tensor, Tensor] | None = None
         self._names: list[str] | None = None
         # Found before the first step, so that an optimizer made now has the adapters.
@@ -111,7 +115,8 @@ class DistilledDetector(nn.Module):
         if self._names is not None:
             found = find_maps("backbone", backbone.output)
             maps = {name: found[name] for name in self._names}
-        added = self.distiller(seen, boxes, maps, task_loss=task, expert_images=expert_images)
+        keys = None if self._keys is None else self._keys(targets or ())
+        added = self.distiller(seen, boxes, maps, task_loss=task, expert_images=expert_images, keys=keys)
         return {**losses, "loss_distill": added}
 
 

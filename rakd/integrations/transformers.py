@@ -53,7 +53,8 @@ class DistillMixin:
         args: Of the ``Trainer``, by position.
         expert: A detector of transformers, or anything that `rakd.distill.distiller.Distiller` takes, given
             ``pixel_values``. None: train without distillation.
-        distill: Options of the `Distiller`, such as ``weight``, ``method`` or ``normalize``.
+        distill: Options of the `Distiller`, such as ``weight``, ``method`` or ``normalize``. With ``cache``, ``keys``
+            is a function that gives each image's key from a batch; only sensible where images repeat.
         kwargs: Of the ``Trainer``.
     """
 
@@ -65,6 +66,7 @@ class DistillMixin:
     def __init__(self, *args: Any, expert: Any = None, distill: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._expert = expert
         self._distill = dict(distill or {})
+        self._distill_keys = self._distill.pop("keys", None)
         self._distill_losses: list[Tensor] = []
         super().__init__(*args, **kwargs)
 
@@ -99,7 +101,8 @@ class DistillMixin:
             self.distiller.zero_grad()  # the Trainer clears the model's gradients, not the optimizer's
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
         boxes = [label["boxes"] for label in inputs["labels"]]
-        added = self.distiller(inputs["pixel_values"], boxes, task_loss=loss.detach())
+        keys = None if self._distill_keys is None else self._distill_keys(inputs)
+        added = self.distiller(inputs["pixel_values"], boxes, task_loss=loss.detach(), keys=keys)
         self._distill_losses.append(added.detach())
         total = loss + added.to(loss.dtype)
         return (total, outputs) if return_outputs else total
