@@ -39,7 +39,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         apprentice: Name of the learning network in the LightningModule; "": the module itself.
         batch: Gives (images, boxes) of a training batch, as the apprentice's backbone sees them; with ``cache``
             (images, boxes, keys). Networks that resize images inside need one that says what they saw.
-        options: Of the `Distiller`; ``apprentice_features`` names modules in the apprentice, "": its own output.
+        options: Of the ``Distiller``; ``apprentice_features`` names modules in the apprentice, "": its own output.
     """
 
     def __init__(

@@ -35,10 +35,10 @@ def distill(
             that `rakd.distill.distiller.Distiller` takes.
         apprentice: A backbone made with ``features_only=True``, or a network that holds one; None: calls bring the
             maps, and ``strides`` are told.
-        weight: See the `Distiller`.
+        weight: See the ``Distiller``.
         method: Same.
         pretrained: Whether an expert given by name has its published weights.
-        options: Of the `Distiller`.
+        options: Of the ``Distiller``.
 
     Returns:
         The distiller; its calls bring the apprentice's maps, unless ``apprentice_features`` names their module.

@@ -34,7 +34,7 @@ class DistilledDetector(nn.Module):
         model: The apprentice, a detector with ``transform`` and ``backbone``.
         expert: A detector of torchvision, or anything that `rakd.distill.distiller.Distiller` takes for the
             apprentice's normalised images.
-        weight: See the `Distiller`.
+        weight: See the ``Distiller``.
         method: Same.
         keys: With ``cache``: gives each image's key from the batch's targets, such as their ``image_id``. Only sensible
             where images repeat.

@@ -53,7 +53,7 @@ class DistillMixin:
         args: Of the ``Trainer``, by position.
         expert: A detector of transformers, or anything that `rakd.distill.distiller.Distiller` takes, given
             ``pixel_values``. None: train without distillation.
-        distill: Options of the `Distiller`, such as ``weight``, ``method`` or ``normalize``. With ``cache``, ``keys``
+        distill: Options of the ``Distiller``, such as ``weight``, ``method`` or ``normalize``. With ``cache``, ``keys``
             is a function that gives each image's key from a batch; only sensible where images repeat.
         kwargs: Of the ``Trainer``.
     """

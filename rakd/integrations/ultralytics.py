@@ -62,7 +62,7 @@ def distill(
         method: Same.
         keys: With ``cache``: gives each image's key from a batch. Only sensible where images repeat, that is with
             mosaic, flips and the other random augmentation switched off.
-        options: Of the `Distiller`, such as ``normalize=True`` or ``cache``.
+        options: Of the ``Distiller``, such as ``normalize=True`` or ``cache``.
 
     Returns:
         The model with another ``train``; all else is passed on to it.
