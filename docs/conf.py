@@ -47,7 +47,7 @@ napoleon_custom_sections = ["Source"]
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|torchvision|numpy|np|npt|nn|matplotlib|PIL|pathlib|collections|tqdm|Image)\..*"),
     ("py:class", r"rakd_ops\._inputs\.(Boxes|Maps)"),  # Sphinx finds type aliases from 8.2 on
-    ("py:class", r"NDArray|u?int\d+|float64"),
+    ("py:class", r"NDArray|u?int\d+|float\d+"),
 ]
 
 _ARRAY = re.compile(r"numpy\.ndarray\[.*?numpy\.dtype\[numpy\.(\w+?)_?\]\]")

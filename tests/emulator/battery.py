@@ -23,6 +23,7 @@ def battery(module: ModuleType) -> None:
             {"boxes": 6},
             {"expert_strides": (3.0, 8.0), "channels": (33, 5)},
             {"threads": (32, 64, 64, 64, 32)},
+            {"channels": (5, 40, 3), "strides": (4, 8, 16), "boxes": 2},
             {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
             {"sampling_ratio": 4, "strides": (2,), "output_size": (1, 1), "channels": 2},  # a bin weighs eight cells
             {"expert_dtype": "bfloat16", "dtype": ("float32", "bfloat16"), "channels": (3, 40)},

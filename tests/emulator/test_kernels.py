@@ -243,3 +243,10 @@ def test_an_index_that_lies_stays_in_bounds(module: ModuleType, form: str) -> No
     wild = distill([0, count, count], [-1, 2**31 - 1, count, -(2**31), *order[: count - 4]])
     assert all(tensor.isfinite().all() for tensor in wild)
     assert not distill([2**31 - 1, -(2**31), 2], [0] * count)[1].any()
+    nobody, foreign = rows.copy(), rows.copy()
+    nobody[0, 5:] = 0.0
+    foreign[0, 0] = 7.0  # no image's number
+    rows = nobody
+    without = distill([*index[:3]], [*order])
+    rows = foreign
+    assert all(torch.equal(a, b) for a, b in zip(distill([*index[:3]], [*order]), without, strict=True))
