@@ -54,9 +54,8 @@ def batch() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("faster", "retinanet", "fcos", "ssdlite"),
-        pytest.param("mask", marks=pytest.mark.slow),
-        pytest.param("ssd", marks=pytest.mark.slow),
+        *("faster", "ssdlite"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("retinanet", "fcos", "mask", "ssd")),
     ],
 )
 def test_losses_gain_one(kind: str) -> None:
