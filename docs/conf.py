@@ -17,6 +17,8 @@ author = "the RAKD developers"
 project_copyright = author
 version = release = rakd_ops.__version__
 
+# Optional packages that the integrations import; documented whether or not they are installed.
+autodoc_mock_imports = ["ultralytics", "transformers", "lightning", "timm"]
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_help"]
 templates_path: list[str] = []
 html_theme = "furo"

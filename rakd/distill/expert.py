@@ -191,7 +191,8 @@ class Expert:
     def move(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         """Take part in ``to``, ``cuda`` and the like; a dtype of its own stays."""
         for root in self.roots:
-            root._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            # Some networks (ultralytics') override _apply without its second argument.
+            root._apply(fn) if recurse else root._apply(fn, recurse)  # type: ignore[no-untyped-call]
             if self.dtype is not None:
                 root.to(self.dtype)
 
