@@ -117,7 +117,7 @@ def suppress_together(boxes: Tensor, scores: Tensor, valid: Tensor, limit: float
             before, kept = kept, candidates & ~(beats & kept[:, :, None]).any(dim=1)
         if torch.equal(before, kept):
             break
-    return torch.zeros_like(valid).scatter_(1, order, kept)
+    return torch.zeros_like(valid, memory_format=torch.contiguous_format).scatter_(1, order, kept)
 
 
 def _suppress_one(boxes: Tensor, scores: Tensor, valid: Tensor, limit: float) -> Tensor:

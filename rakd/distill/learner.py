@@ -40,10 +40,12 @@ class Learner(nn.Module):
         images = batch.images.to(device, non_blocking=True)
         targets = batch.targets(device)
         features = self.detector.extract_features(images)
+        # Before the losses, which wait for the device: so it has the expert's work to do meanwhile.
+        expert = None if self.distiller is None else self.distiller.teach(images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
-            losses["distillation"] = self.distiller(images, features, pooling_boxes(boxes))
+            losses["distillation"] = self.distiller(images, features, pooling_boxes(boxes), expert)
         return losses
 
 
