@@ -94,8 +94,9 @@ def box_heights(boxes: Tensor) -> Tensor:
 def _frames(boxes: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1.0)
-    shape = (len(boxes), *(1,) * (dimensions - 2), 2)
-    return center.view(shape), size.view(shape)
+    for _ in range(dimensions - 2):
+        center, size = center[:, None], size[:, None]
+    return center, size
 
 
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted_deltas: Tensor) -> tuple[Tensor, Tensor]:
