@@ -38,6 +38,7 @@ def _commands() -> dict[str, Any]:
     from rakd.commands.distill import Distill
     from rakd.commands.distill_features import DistillFeatures
     from rakd.commands.evaluate import Evaluate
+    from rakd.commands.export import Export
     from rakd.commands.inspect import Inspect
     from rakd.commands.latency import Latency
     from rakd.commands.make_scenes import MakeScenes
@@ -49,6 +50,7 @@ def _commands() -> dict[str, Any]:
         "distill": Distill,
         "train": Train,
         "predict": Predict,
+        "export": Export,
         "evaluate": Evaluate,
         "compare": Compare,
         "show": Show,
@@ -81,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("rakd", "rakd_ops"):
             raise
-        return _fail(f"{error.name} is not installed; run: pip install '.[train]'")
+        extra = "export" if str(error.name).startswith("onnx") else "train"
+        return _fail(f"{error.name} is not installed; run: pip install '.[{extra}]'")
     except KeyboardInterrupt:
         resumes = type(command).__name__ in _RESUMING
         print(f"rakd: interrupted{'; repeat the command to go on' if resumes else ''}", file=sys.stderr)

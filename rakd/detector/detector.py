@@ -78,7 +78,8 @@ class Detector(nn.Module):
         Args:
             images: ``[B, 3, H, W]`` in 0..1, RGB, padded to multiples of 32.
         """
-        return self.pyramid.extract_features(images.contiguous(memory_format=torch.channels_last))
+        features: dict[str, Tensor] = self.pyramid(images.contiguous(memory_format=torch.channels_last))
+        return features
 
     def losses(
         self,

@@ -5,8 +5,10 @@
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from rakd.files import replacing
 
 OPSET = 18
 """Version of ONNX's operators, which onnxruntime knows from 1.14 on."""
+
+
+_SAME = 1.0  # pixels that a detection may move and still be the same one
 
 
 class Deployed(nn.Module):
@@ -61,7 +66,9 @@ def export_program(detector: Detector) -> "torch.export.ExportedProgram":
         raise UserError("export needs a detector with a fixed width (DetectorConfig.width), this one has None")
     width, height = size
     example = (torch.zeros(1, 3, height, width), torch.tensor([width, height], dtype=torch.float32), torch.eye(3, 4))
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # torchvision's description of nms calls torch by an old name.
+        warnings.filterwarnings("ignore", "`create_unbacked_symint` is deprecated", FutureWarning)
         return torch.export.export(Deployed(detector).eval(), example, strict=False)
 
 
@@ -78,6 +85,8 @@ def export_onnx(detector: Detector, path: Path) -> None:
     """
     import onnx
 
+    # It warns of empty lists in torch's own translations.
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     detector = detector.eval()
     program = torch.onnx.export(
         export_program(detector),
@@ -85,11 +94,7 @@ def export_onnx(detector: Detector, path: Path) -> None:
         opset_version=OPSET,
         input_names=list(INPUTS),
         output_names=list(OUTPUTS),
-        custom_translation_table={
-            torch.ops.rakd_ops.prepare_boxes.default: _prepare_boxes,
-            torch.ops.rakd_ops.align.default: _align,
-            torch.ops.aten.sort.stable: _sort,
-        },
+        custom_translation_table=translations(),
         verbose=False,
     )
     assert program is not None
@@ -101,30 +106,71 @@ def export_onnx(detector: Detector, path: Path) -> None:
         temporary.write_bytes(model.SerializeToString())
 
 
-def check_onnx(detector: Detector, model: OnnxDetector, samples: Sequence[Sample]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Differences:
+    """How far a model is from the detector that it was made of.
+
+    Attributes:
+        detections: Detections of the detector in all frames.
+        unmatched: Detections that one side has alone.
+        worst: The largest absolute difference of each output over the others: boxes in pixels, dimensions and location
+            in metres, angles in radians.
+    """
+
+    detections: int
+    unmatched: int
+    worst: dict[str, float]
+
+
+def check_onnx(detector: Detector, model: OnnxDetector, samples: Sequence[Sample]) -> Differences:
     """Compare a model with the detector that it was made of.
 
     Args:
         detector: On the CPU.
         model: The model.
         samples: Frames, resized to the detector's image height.
-
-    Returns:
-        The largest absolute difference of each output over all detections; infinite where they differ in number or
-        class. Location and dimensions in metres, angles in radians, boxes in pixels.
     """
-    worst = dict.fromkeys(OUTPUTS, 0.0)
-    deployed = Deployed(detector.eval())
+    worst = {name: 0.0 for name in OUTPUTS if name != "classes"}
+    deployed, total, unmatched = Deployed(detector.eval()), 0, 0
     for sample in samples:
         inputs = model_inputs(detector.config, sample)
         with torch.no_grad():
-            expected = deployed(*map(torch.from_numpy, inputs.values()))
-        for name, own, other in zip(OUTPUTS, expected, model.run(inputs), strict=True):
-            difference = torch.inf
-            if own.shape == other.shape:
-                difference = (own.double() - torch.from_numpy(other).double()).abs().amax().item() if len(own) else 0.0
-            worst[name] = max(worst[name], difference)
-    return worst
+            values = deployed(*map(torch.from_numpy, inputs.values()))
+        expected = dict(zip(OUTPUTS, values, strict=True))
+        found = {name: torch.from_numpy(value) for name, value in zip(OUTPUTS, model.run(inputs), strict=True)}
+        own, other = _pair(expected, found)
+        total += len(expected["scores"])
+        unmatched += len(expected["scores"]) + len(found["scores"]) - 2 * len(own)
+        for name in worst if len(own) else ():
+            difference = (expected[name][own].double() - found[name][other].double()).abs()
+            if name in ("rotation_y", "alpha"):  # which end where they begin
+                difference = torch.minimum(difference, (2 * torch.pi - difference).abs())
+            worst[name] = max(worst[name], difference.amax().item())
+    return Differences(total, unmatched, worst)
+
+
+def _pair(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of the detections that are each other's nearest, of one class and a pixel or less apart.
+
+    By place rather than by rank, since two scores that differ by rounding may change places.
+    """
+    if not (len(a["scores"]) and len(b["scores"])):
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    apart = (a["boxes"][:, None] - b["boxes"][None]).abs().amax(dim=2)
+    apart = apart.masked_fill(a["classes"][:, None] != b["classes"][None], torch.inf)
+    nearest = apart.argmin(dim=1)
+    rows = torch.arange(len(nearest))
+    own = rows[(apart.argmin(dim=0)[nearest] == rows) & (apart[rows, nearest] <= _SAME)]
+    return own, nearest[own]
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Operators that torch.onnx does not know, for its ``custom_translation_table``: of `rakd_ops`, and sorting."""
+    return {
+        torch.ops.rakd_ops.prepare_boxes.default: _prepare_boxes,
+        torch.ops.rakd_ops.align.default: _align,
+        torch.ops.aten.sort.stable: _sort,
+    }
 
 
 def _name_rows(model: Any) -> None:

@@ -1,19 +1,36 @@
 """Running a detector over frames, and writing what it finds in KITTI's format."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from rakd.data.kitti import KittiDataset, Sample, collate
 from rakd.data.labels import Objects, write_objects
+from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
+from rakd.geometry import Calibration
 from rakd.progress import bar
 
 _BAR_DELAY = 2.0  # seconds before a progress bar shows
 
 
-def detect(detector: Detector, sample: Sample, device: torch.device) -> Objects:
+class Predictor(Protocol):
+    """What finds objects: `rakd.detector.detector.Detector`, or `rakd.detector.onnx_model.OnnxDetector`."""
+
+    @property
+    def config(self) -> DetectorConfig:
+        """Its settings."""
+
+    def predict(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]], calibrations: Sequence[Calibration]
+    ) -> list[Objects]:
+        """See `rakd.detector.detector.Detector.predict`."""
+
+
+def detect(detector: Predictor, sample: Sample, device: torch.device) -> Objects:
     """Find the objects of one frame.
 
     Args:
