@@ -161,7 +161,11 @@ def test_the_commands(
     arguments = ["export", str(run_folder / "detector.pt"), "--out", str(out), "--data", str(scenes), "--frames", "2"]
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "compared with PyTorch in 2 frames" in text and "largest differences: boxes" in text
+    assert (
+        "compared with PyTorch: " in text
+        and "detections in 2 frames, 0 found by one side alone" in text
+        and "largest differences: boxes" in text
+    )
     before = out.read_bytes()
     assert main([*arguments, "--tolerance", "1e-12"]) == 2
     assert "differs from PyTorch by more than --tolerance, 1e-12, and is not kept" in capsys.readouterr().err
