@@ -33,7 +33,7 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools numpy
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,bench,dev,docs]'
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,waymo,bench,dev,docs]'
 	$(BIN)/python -m rakd_ops
 	touch $@
 

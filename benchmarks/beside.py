@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks import options as checks
-from benchmarks.results import csv_path, describe_machine, exit_with_errors, git_state, write_rows
+from benchmarks.results import Machine, csv_path, describe_machine, exit_with_errors, git_state, write_rows
 from benchmarks.timing import Step, count_dispatched, summarise, wall_sampler
 from benchmarks.workloads import DISTILL_WORKLOADS, FORWARD, LAYOUTS, TRAINING, Workload, make_inputs
 
@@ -79,39 +79,35 @@ def step_cases(workloads: Sequence[str], layouts: Sequence[str]) -> list[BesideC
     ]
 
 
-@dataclass(frozen=True)
-class BesideRow:
-    """One case in both trees; columns of the other are empty without one. The last are those of `results.Machine`.
+@dataclass(frozen=True, kw_only=True)
+class BesideRow(Machine):
+    """One case in one tree; ``commit`` and ``dirty`` are that tree's.
 
     Attributes:
         kind: ``"host"`` or ``"steps"``.
+        tree: ``"this"`` or ``"other"``.
         workload: Its name.
         batch: Images.
         boxes: Boxes of the whole batch.
         layout: Of the maps.
         boxes_as: ``"list"`` or ``"rows"``.
         passes: See :class:`BesideCase`.
-        processes: Pairs of processes.
+        processes: Processes of each tree.
         rounds: Rounds of all of them.
         calls: Calls of a round, of which the median is its sample.
-        median_us: Of this tree, microseconds.
-        p20_us: 20th percentile of the rounds.
+        median_us: Median over the rounds, microseconds.
+        p20_us: 20th percentile.
         p80_us: 80th percentile.
         torch_ops: Operations of torch that one step dispatches.
         own_ops: Those of ``rakd_ops``.
-        other_median_us: Of the other tree.
-        other_p20_us: 20th percentile.
-        other_p80_us: 80th percentile.
-        other_torch_ops: As above.
-        other_own_ops: As above.
-        other_commit: Its commit, with ``+`` where tracked files differ.
-        ratio: Median over the rounds of this tree's time over the other's.
+        ratio: Of this tree's time over the other's: median over the rounds; None without another tree, and in its rows.
         ratio_p20: 20th percentile.
         ratio_p80: 80th percentile.
         threads: Torch's threads.
     """
 
     kind: str
+    tree: str
     workload: str
     batch: int
     boxes: int
@@ -126,24 +122,10 @@ class BesideRow:
     p80_us: float
     torch_ops: int
     own_ops: int
-    other_median_us: float | None
-    other_p20_us: float | None
-    other_p80_us: float | None
-    other_torch_ops: int | None
-    other_own_ops: int | None
-    other_commit: str | None
-    ratio: float | None
-    ratio_p20: float | None
-    ratio_p80: float | None
+    ratio: float | None = None
+    ratio_p20: float | None = None
+    ratio_p80: float | None = None
     threads: int
-    device: str
-    cpu: str
-    torch: str
-    torchvision: str
-    rakd: str
-    commit: str
-    dirty: bool
-    date: str
 
 
 def make_step(case: BesideCase) -> Step:
@@ -258,7 +240,7 @@ def measure(
         advance: Told of each finished round.
 
     Returns:
-        What was found, for each case.
+        Samples and operations, for each case.
     """
     found = [_Found([[] for _ in trees], [(0, 0)] * len(trees)) for _ in cases]
     for _ in range(processes):
@@ -280,66 +262,53 @@ def measure(
 
 
 def make_rows(
-    kind: str, cases: Sequence[BesideCase], found: Sequence[_Found], options: argparse.Namespace, threads: int
+    options: argparse.Namespace, cases: Sequence[BesideCase], found: Sequence[_Found], trees: Sequence[Path]
 ) -> list[BesideRow]:
-    """Make the rows of a CSV."""
+    """Make the rows of a CSV: of each case one for each tree."""
     machine = describe_machine("cpu")
+    states = [git_state(tree) for tree in trees]
     rows = []
     for case, here in zip(cases, found, strict=True):
-        other: dict[str, Any] = dict.fromkeys(name for name in BesideRow.__annotations__ if name.startswith("other_"))
-        ratio = None
-        if len(here.ms) == 2:
-            ratio = summarise([a / b for a, b in zip(*here.ms, strict=True)])
-            timing = summarise(here.ms[1])
-            commit, dirty = git_state(options.beside)
-            other = {
-                "other_median_us": 1000 * timing.median,
-                "other_p20_us": 1000 * timing.p20,
-                "other_p80_us": 1000 * timing.p80,
-                "other_torch_ops": here.ops[1][0],
-                "other_own_ops": here.ops[1][1],
-                "other_commit": commit + "+" * dirty,
-            }
-        timing = summarise(here.ms[0])
-        row = BesideRow(
-            kind=kind,
-            workload=case.name,
-            batch=case.workload.batch,
-            boxes=case.workload.boxes,
-            layout=case.layout,
-            boxes_as=case.boxes_as,
-            passes=case.passes,
-            processes=options.processes,
-            rounds=timing.repeats,
-            calls=options.calls,
-            median_us=1000 * timing.median,
-            p20_us=1000 * timing.p20,
-            p80_us=1000 * timing.p80,
-            torch_ops=here.ops[0][0],
-            own_ops=here.ops[0][1],
-            **other,
-            ratio=None if ratio is None else ratio.median,
-            ratio_p20=None if ratio is None else ratio.p20,
-            ratio_p80=None if ratio is None else ratio.p80,
-            threads=threads,
-            **asdict(machine),
-        )
-        rows.append(row)
+        for index, (commit, dirty) in enumerate(states):
+            timing = summarise(here.ms[index])
+            ratios: dict[str, Any] = {}
+            if index == 0 and len(trees) == 2:
+                ratio = summarise([a / b for a, b in zip(*here.ms, strict=True)])
+                ratios = {"ratio": ratio.median, "ratio_p20": ratio.p20, "ratio_p80": ratio.p80}
+            row = BesideRow(
+                kind=options.kind,
+                tree=("this", "other")[index],
+                workload=case.name,
+                batch=case.workload.batch,
+                boxes=case.workload.boxes,
+                layout=case.layout,
+                boxes_as=case.boxes_as,
+                passes=case.passes,
+                processes=options.processes,
+                rounds=timing.repeats,
+                calls=options.calls,
+                median_us=1000 * timing.median,
+                p20_us=1000 * timing.p20,
+                p80_us=1000 * timing.p80,
+                torch_ops=here.ops[index][0],
+                own_ops=here.ops[index][1],
+                **ratios,
+                threads=options.threads,
+                **{**asdict(machine), "commit": commit, "dirty": dirty},
+            )
+            rows.append(row)
     return rows
 
 
 def format_rows(rows: Sequence[BesideRow]) -> str:
     """Lay out the rows for the terminal."""
-    lines = [f"{'case':44} {'µs':>10} {'20-80 %':>19} {'ops':>7}   {'beside, µs':>10} {'ops':>7}   ratio (20-80 %)"]
+    lines = [f"{'case':40} {'tree':5} {'µs':>10} {'20-80 %':>19} {'ops':>6}   ratio (20-80 %)"]
     for row in rows:
         label = f"{row.workload} {row.layout} {row.boxes_as} {row.passes}"
         spread = f"{row.p20_us:.1f}-{row.p80_us:.1f}"
-        line = f"{label:44} {row.median_us:>10.1f} {spread:>19} {f'{row.torch_ops}+{row.own_ops}':>7}"
-        if row.other_median_us is not None:
-            ops = f"{row.other_torch_ops}+{row.other_own_ops}"
-            line += (
-                f"   {row.other_median_us:>10.1f} {ops:>7}   {row.ratio:.3f} ({row.ratio_p20:.3f}-{row.ratio_p80:.3f})"
-            )
+        line = f"{label:40} {row.tree:5} {row.median_us:>10.1f} {spread:>19} {f'{row.torch_ops}+{row.own_ops}':>6}"
+        if row.ratio is not None:
+            line += f"   {row.ratio:.3f} ({row.ratio_p20:.3f}-{row.ratio_p80:.3f})"
         lines.append(line)
     return "\n".join([*lines, "ops: dispatched, torch's + ours; ratio: this tree over the other, round by round"])
 
@@ -374,6 +343,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         checks.check_minimum(name, getattr(options, name), 1)
     checks.check_choices("workloads", options.workloads, list(DISTILL_WORKLOADS))
     checks.check_choices("layouts", options.layouts, list(LAYOUTS))
+    options.threads = checks.check_threads(options.threads)
     if options.beside is not None:
         options.beside = options.beside.resolve()
         if not list((options.beside / "rakd_ops").glob("_cpu*so")):
@@ -385,13 +355,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure, print and write."""
     options = parse()
-    threads = checks.check_threads(options.threads)
     cases = host_cases() if options.kind == "host" else step_cases(options.workloads, options.layouts)
     trees = [ROOT] + ([options.beside] if options.beside else [])
     total = options.processes * len(cases) * (options.rounds + 1)
     with tqdm(total=total, unit="round", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
-        found = measure(cases, trees, options.processes, options.rounds, options.calls, threads, bar.update)
-    rows = make_rows(options.kind, cases, found, options, threads)
+        found = measure(cases, trees, options.processes, options.rounds, options.calls, options.threads, bar.update)
+    rows = make_rows(options, cases, found, trees)
     path = csv_path(options.out, options.kind, "cpu")
     write_rows(path, BesideRow, rows)
     print(format_rows(rows))

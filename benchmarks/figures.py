@@ -1,7 +1,7 @@
 """``python -m benchmarks.figures CSV... --out DIR``: figures drawn from benchmark CSV files and nothing else.
 
-Bars: time (with the bandwidth bound) and peak memory by workload, a panel for each layout. Curves: time over each axis
-that ``python -m benchmarks.scaling`` measured. Bars of training steps, from ``python -m benchmarks.training_cost``.
+Bars: time by workload, with the bandwidth bound, a panel for each layout. Curves: time over each axis that
+``python -m benchmarks.scaling`` measured.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.results import Row, StepRow, exit_with_errors, holds_rows, read_all, read_rows
+from benchmarks.results import Row, exit_with_errors, read_all
 from benchmarks.scaling import AXES, PREFIX
 from benchmarks.tables import LAYOUT_NAMES, format_ratio
 from benchmarks.workloads import FORWARD, TRAINING
 
 LOOKS = {  # colour and name of each implementation, in the order of the legend
-    "alone": ("#9aa3ad", "apprentice alone"),
-    "expert": ("#6b7480", "expert's forward as well"),
     "rakd:cuda": ("#1f5fbf", "rakd_ops, CUDA"),
     "rakd:cuda-rows": ("#6f97d6", "rakd_ops, CUDA, boxes as one tensor"),
     "rakd:cpu": ("#1f5fbf", "rakd_ops, C++"),
@@ -38,7 +36,7 @@ LOOKS = {  # colour and name of each implementation, in the order of the legend
 PASS_NAMES = {FORWARD: "forward", TRAINING: "forward + backward"}
 OP_NAMES = {"distill": "soft_roi_distill", "align": "multilevel_roi_align"}
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
-BAR, GAP, STEP_BAR = 0.22, 0.2, 0.34  # inches
+BAR, GAP = 0.22, 0.2  # inches
 DASHES = (0, (2, 1.5))
 
 _AXIS_VALUE: dict[str, tuple[str, Callable[[Row], int]]] = {
@@ -86,11 +84,11 @@ def _annotate(axes: Axes, text: str, place: tuple[float, float], colour: str = I
     axes.annotate(text, place, (4, 0), textcoords="offset points", va="center", size=8.5, color=colour, weight=weight)
 
 
-def write_title(figure: Figure, title: str, row: Row | StepRow) -> None:
+def write_title(figure: Figure, title: str, row: Row) -> None:
     """Write the title, and under it where the figures come from."""
     commit = f", commit {row.commit[:10]}{'+' if row.dirty else ''}" if row.commit else ""
     machine = row.device if row.device != "cpu" else f"{row.cpu}, {row.threads} threads"
-    if isinstance(row, Row) and row.workload == PREFIX + "threads":
+    if row.workload == PREFIX + "threads":
         machine = row.cpu
     versions = f"torch {row.torch}, torchvision {row.torchvision}, rakd {row.rakd}{commit}"
     height = figure.get_size_inches()[1]
@@ -156,27 +154,21 @@ def _bound_ms(row: Row) -> float:
     return 1000 * row.bound_mib * 2**20 / (1e9 * row.copy_gb_s)
 
 
-def _draw_bar(axes: Axes, row: Row, group: int, y: float, height: float, memory: bool) -> None:
-    value = row.peak_extra_mib if memory else row.median_ms
-    if value is None:
-        return
-    axes.barh(y, value, height=0.86 * height, color=_colour(row.implementation))
-    text = f"{value:,.0f}" if memory else show_time(value) + ("" if row.is_subject else f" · {format_ratio(row.ratio)}")
-    _annotate(axes, text, (value if memory else max(value, row.p80_ms), y), bold=row.is_subject)
-    if memory:
-        return
+def _draw_bar(axes: Axes, row: Row, group: int, y: float, height: float) -> None:
+    axes.barh(y, row.median_ms, height=0.86 * height, color=_colour(row.implementation))
+    text = show_time(row.median_ms) + ("" if row.is_subject else f" · {format_ratio(row.ratio)}")
+    _annotate(axes, text, (max(row.median_ms, row.p80_ms), y), bold=row.is_subject)
     axes.plot([row.p20_ms, row.p80_ms], [y, y], color=INK, linewidth=1, alpha=0.6)
     if row.is_subject:
         bound = _bound_ms(row)
         axes.plot([bound, bound], [group - 0.45, group + 0.45], color=INK, linewidth=1.4, linestyle=DASHES)
 
 
-def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
+def draw_bars(rows: Sequence[Row]) -> Figure:
     """Draw bars by workload, a panel for each layout.
 
     Args:
         rows: Rows of one op, dtype, device and kind of passes.
-        memory: Peak memory instead of time.
 
     Returns:
         The figure.
@@ -185,7 +177,7 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
     layouts = _unique([row.layout for row in rows])
     names = _implementations(rows)
     group_inches = GAP + BAR * len(names)
-    head = head_height(len(names) + (not memory))
+    head = head_height(len(names) + 1)
     height = head + 0.33 + len(workloads) * group_inches
     figure = Figure(figsize=(4.9 * max(2, len(layouts)), height))
     panels = figure.subplots(1, len(layouts), sharex=True, sharey=True, squeeze=False)[0]
@@ -193,27 +185,20 @@ def draw_bars(rows: Sequence[Row], memory: bool) -> Figure:
         for row in (row for row in rows if row.layout == layout):
             group = workloads.index(row.workload)
             y = group + (names.index(row.implementation) - (len(names) - 1) / 2) * BAR / group_inches
-            _draw_bar(axes, row, group, y, BAR / group_inches, memory)
-        if not memory:
-            _use_time_axis(axes, "x")
+            _draw_bar(axes, row, group, y, BAR / group_inches)
+        _use_time_axis(axes, "x")
         axes.set_title(LAYOUT_NAMES[layout], loc="left", size=10, color=INK)
         axes.set_yticks(range(len(workloads)), workloads)
         axes.set_ylim(len(workloads) - 0.48, -0.52)
         clean_axes(axes, "x")
         axes.tick_params(axis="y", labelsize=10, labelcolor=INK)
     handles: list[Patch | Line2D] = [Patch(color=_colour(name), label=_name(name)) for name in names]
-    if memory:
-        panels[0].set_xlim(0, 1.18 * max(row.peak_extra_mib or 0.0 for row in rows) or 1.0)
-    else:
-        low = min(min(_bound_ms(row), row.median_ms) for row in rows)
-        high = max(row.p80_ms for row in rows)
-        panels[0].set_xlim(0.5 * low, high * (high / low) ** 0.3)
-        handles.append(
-            Line2D([], [], color=INK, linewidth=1.4, linestyle=DASHES, label="bandwidth bound: a plain copy")
-        )
+    low = min(min(_bound_ms(row), row.median_ms) for row in rows)
+    high = max(row.p80_ms for row in rows)
+    panels[0].set_xlim(0.5 * low, high * (high / low) ** 0.3)
+    handles.append(Line2D([], [], color=INK, linewidth=1.4, linestyle=DASHES, label="bandwidth bound: a plain copy"))
     first = rows[0]
-    subject = "peak memory above the inputs, MiB" if memory else "time and ratio"
-    write_title(figure, f"{OP_NAMES[first.op]}, {PASS_NAMES[first.passes]}, {first.dtype}: {subject}", first)
+    write_title(figure, f"{OP_NAMES[first.op]}, {PASS_NAMES[first.passes]}, {first.dtype}: time and ratio", first)
     write_legend(figure, handles)
     figure.subplots_adjust(left=0.085, right=0.975, top=1 - head / height, bottom=0.33 / height, wspace=0.06)
     return figure
@@ -280,44 +265,11 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_steps(rows: Sequence[StepRow]) -> Figure:
-    """Draw a bar for each kind of training step, from top to bottom in the rows' order.
-
-    Args:
-        rows: Rows of one run.
-
-    Returns:
-        The figure.
-    """
-    head = 0.92  # inches of title, source and sizes
-    height = head + 0.4 + STEP_BAR * len(rows)
-    figure = Figure(figsize=(9.2, height))
-    axes = figure.subplots()
-    for y, row in enumerate(rows):
-        axes.barh(y, row.median_ms, height=0.72, color=_colour(row.implementation))
-        axes.plot([row.p20_ms, row.p80_ms], [y, y], color=INK, linewidth=1, alpha=0.6)
-        added = "" if row.share is None else f" · the loss adds {100 * row.share:.1f} %"
-        _annotate(axes, show_time(row.median_ms) + added, (max(row.median_ms, row.p80_ms), y))
-    axes.set_yticks(range(len(rows)), [_name(row.implementation) for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 1.5 * max(row.p80_ms for row in rows))
-    axes.xaxis.set_major_formatter(lambda value, _: show_time(value) if value else "0")
-    clean_axes(axes, "x")
-    axes.tick_params(axis="y", labelsize=9, labelcolor=INK)
-    first = rows[0]
-    sizes = f"{first.batch} images {first.height}×{first.width}, {first.boxes} boxes"
-    axes.set_title(sizes, loc="left", size=10, color=INK)
-    write_title(figure, f"A training step: {first.apprentice} learns from {first.expert}", first)
-    figure.subplots_adjust(left=0.22, right=0.985, top=1 - head / height, bottom=0.33 / height)
-    return figure
-
-
-def draw_all(rows: Sequence[Row], steps: Sequence[StepRow] = ()) -> dict[str, Figure]:
+def draw_all(rows: Sequence[Row]) -> dict[str, Figure]:
     """Draw every figure that the rows support; of several runs of the same, the last counts.
 
     Args:
-        rows: Rows of ops, of any number of runs.
-        steps: Rows of training steps, likewise.
+        rows: Rows, of any number of runs.
 
     Returns:
         Figures by file stem.
@@ -325,25 +277,14 @@ def draw_all(rows: Sequence[Row], steps: Sequence[StepRow] = ()) -> dict[str, Fi
     groups: dict[str, list[Row]] = {}
     several_threads = len({row.threads for row in rows if not row.workload.startswith(PREFIX)}) > 1
     for row in latest(rows):
-        curves = row.workload.startswith(PREFIX)
-        parts = ["scaling" if curves else row.op, row.dtype]
+        is_curve = row.workload.startswith(PREFIX)
+        parts = ["scaling" if is_curve else row.op, row.dtype]
         parts += [] if row.device == "cpu" else row.device.lower().split()
-        parts += [f"{row.threads}-threads"] if several_threads and not curves else []
+        parts += [f"{row.threads}-threads"] if several_threads and not is_curve else []
         parts += [] if row.passes == TRAINING else ["forward"]
         groups.setdefault("-".join(parts), []).append(row)
-    figures = {}
-    for stem, group in groups.items():
-        if group[0].workload.startswith(PREFIX):
-            figures[stem] = draw_curves(group)
-            continue
-        figures[f"{stem}-time"] = draw_bars(group, memory=False)
-        if any(row.peak_extra_mib is not None for row in group):
-            figures[f"{stem}-memory"] = draw_bars(group, memory=True)
-    runs: dict[str, dict[str, StepRow]] = {}
-    for step in steps:
-        where = [f"{step.threads}-threads"] if step.device == "cpu" else step.device.lower().split()
-        runs.setdefault("-".join(["training", step.pair, *where]), {})[step.implementation] = step
-    return figures | {stem: draw_steps(list(run.values())) for stem, run in runs.items()}
+    curves = {stem: draw_curves(group) for stem, group in groups.items() if stem.startswith("scaling")}
+    return {f"{stem}-time": draw_bars(group) for stem, group in groups.items() if stem not in curves} | curves
 
 
 def main() -> None:
@@ -353,10 +294,7 @@ def main() -> None:
                         "measurement, the last counts")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the figures")
     options = parser.parse_args()
-    steps = [path for path in options.csv if holds_rows(path, StepRow)]
-    others = [path for path in options.csv if path not in steps]
-    rows = read_all(others) if others or not steps else []
-    figures = draw_all(rows, [row for path in steps for row in read_rows(path, StepRow)])
+    figures = draw_all(read_all(options.csv))
     options.out.mkdir(parents=True, exist_ok=True)
     for stem, figure in figures.items():
         figure.savefig(options.out / f"{stem}.png", dpi=150, facecolor="white")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ops import BASELINES, COMPILED, ROWS, Protocol
+from benchmarks.implementations import BASELINES, COMPILED, ROWS
+from benchmarks.ops import Protocol
 from benchmarks.timing import MIN_REPEATS
 from benchmarks.workloads import DTYPES, LAYOUTS, PASSES, TRAINING
 from rakd_ops import available_backends

@@ -45,9 +45,9 @@ class Machine:
     date: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measurement of an op; the last fields are those of :class:`Machine`.
+@dataclass(frozen=True, kw_only=True)
+class Row(Machine):
+    """One measurement of an op.
 
     Attributes:
         op: ``"distill"`` or ``"align"``.
@@ -110,14 +110,6 @@ class Row:
     bound_fraction: float
     copy_gb_s: float
     threads: int
-    device: str
-    cpu: str
-    torch: str
-    torchvision: str
-    rakd: str
-    commit: str
-    dirty: bool
-    date: str
     host_us: float | None = None
     host_p20_us: float | None = None
     host_p80_us: float | None = None
@@ -133,9 +125,9 @@ class Row:
         return self.implementation == self.ratio_to
 
 
-@dataclass(frozen=True)
-class StepRow:
-    """One kind of training step, as ``python -m benchmarks.training_cost`` measures it; then :class:`Machine`.
+@dataclass(frozen=True, kw_only=True)
+class StepRow(Machine):
+    """One kind of training step, as ``python -m benchmarks.training_cost`` measures it.
 
     Attributes:
         pair: Name of expert and apprentice together.
@@ -175,14 +167,6 @@ class StepRow:
     share_p20: float | None
     share_p80: float | None
     threads: int
-    device: str
-    cpu: str
-    torch: str
-    torchvision: str
-    rakd: str
-    commit: str
-    dirty: bool
-    date: str
 
 
 Kind = TypeVar("Kind")
@@ -256,11 +240,17 @@ def _from_text(kind: str, text: str | None) -> object:
 
 def write_rows(path: Path, kind: type[Kind], rows: Iterable[Kind]) -> None:
     """Write rows, which are dataclasses of one kind, to a CSV file, whole or not at all."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    names = _columns(kind)
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(names)
         writer.writerows([_to_text(getattr(row, name)) for name in names] for row in rows)
+
+
+def _columns(kind: type) -> list[str]:
+    """Names of a CSV's columns: the measurement, then the machine."""
+    names = [field.name for field in fields(kind)]
+    return sorted(names, key=lambda name: name in Machine.__annotations__)
 
 
 def _header(path: Path) -> list[str]:
@@ -269,7 +259,8 @@ def _header(path: Path) -> list[str]:
 
 
 def _needed(kind: type) -> list[str]:
-    return [field.name for field in fields(kind) if not str(field.type).endswith("| None")]
+    types = {field.name: str(field.type) for field in fields(kind)}
+    return [name for name in _columns(kind) if not types[name].endswith("| None")]
 
 
 def read_rows(path: Path, kind: type[Kind]) -> list[Kind]:
@@ -302,11 +293,6 @@ def _parse_row(path: Path, number: int, cells: dict[str, str], kind: type[Kind])
         except (KeyError, ValueError):
             raise ValueError(f"{path}, line {number}: {field.name} is {cells.get(field.name)!r}") from None
     return kind(**values)
-
-
-def holds_rows(path: Path, kind: type) -> bool:
-    """Whether a file is a CSV with the columns of a kind of rows."""
-    return path.is_file() and set(_needed(kind)) <= set(_header(path))
 
 
 def read_all(paths: Sequence[Path]) -> list[Row]:

@@ -164,19 +164,22 @@ def _capture(step: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def device_sampler(step: Step) -> tuple[Sampler, str]:
+def device_sampler(step: Step) -> tuple[Sampler | None, str]:
     """Time the kernels of a step on a GPU with a cold L2 cache.
 
     Returns:
-        The sampler, and how it measures: ``"graph"``, or ``"profiler"`` with the reason that there is no graph.
+        The sampler, and how it measures: ``"graph"``, or ``"profiler"`` with the reason that there is no graph. No
+        sampler where the profiler sees no kernel either, as where the system keeps its counters from users.
     """
     cold = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     try:
         graph = _capture(step)
     except Exception as error:
         torch.cuda.synchronize()
-        reason = f"profiler ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
-        return lambda: sum(us for _, us in list_kernels(step)) / 1000.0, reason
+        reason = f"({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+        if not list_kernels(step):
+            return None, f"none: the profiler sees no kernel, and no graph {reason}"
+        return lambda: sum(us for _, us in list_kernels(step)) / 1000.0, f"profiler {reason}"
 
     def sample() -> float:
         cold.zero_()

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.training_cost``: what distillation costs in a training step of a real detector.
+"""``python -m benchmarks.training_cost``: the cost of distillation in a training step of a real detector.
 
 A step is what `rakd.training.trainer.Trainer` does with a batch in memory: forward, losses, backward, clipping,
 optimiser. Steps of these kinds take turns in one run, on the same images and boxes:
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks import options as checks
-from benchmarks.ops import Implementation, check_agreement, torchvision_loss
+from benchmarks.implementations import Implementation, check_agreement, torchvision_loss
 from benchmarks.results import Machine, StepRow, csv_path, describe_machine, exit_with_errors, write_rows
 from benchmarks.tables import format_ratio, format_time
 from benchmarks.timing import Sampler, Timing, end_to_end_sampler, time_interleaved, wall_sampler
@@ -48,12 +48,12 @@ ALONE, EXPERT, TORCHVISION = "alone", "expert", "torchvision"
 
 Features = dict[str, Tensor]
 Term = Callable[[Features], Tensor | None]
-"""What a kind of step adds to the apprentice's own losses, given its feature maps; None: nothing."""
+"""Gives the loss that a kind of step adds to the apprentice's own, from its feature maps; None: nothing."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Who learns from whom.
+    """An expert, and the apprentice that learns from it.
 
     Attributes:
         expert: Name of the expert's detector.
@@ -78,7 +78,7 @@ class Steps:
     draws the same anchors and proposals and does the same work besides its term.
 
     Args:
-        pair: Who learns from whom.
+        pair: The two detectors.
         device: A torch device.
         seed: Seed of weights, scenes and boxes.
     """
@@ -111,7 +111,7 @@ class Steps:
         """Do one step as the trainer does, and give the loss.
 
         Args:
-            term: What is added to the apprentice's own losses.
+            term: The loss that is added to the apprentice's own.
 
         Returns:
             The sum of all losses.
@@ -151,18 +151,18 @@ class Steps:
         check_agreement(implementations, list(features.values()), upstream, "float32", lambda _: None)
 
     @torch.no_grad()
-    def _teach(self) -> Features:
+    def _expert_features(self) -> Features:
         return self.expert.extract_features(self.images)
 
     def _run_expert(self, _: Features) -> None:
-        self._teach()
+        self._expert_features()
 
     def _distillation(self, backend: str) -> Term:
         distiller = Distiller(self.expert, RegionDistillation("soft", self.apprentice.strides, backend=backend))
-        return lambda features: distiller(self.images, features, self.boxes)
+        return lambda features: distiller(self.images, self.boxes, features)
 
     def _distill_eagerly(self, features: Features) -> Tensor:
-        expert = self._teach()
+        expert = self._expert_features()
         rows = [torch.cat([boxes.new_full((len(boxes), 1), i), boxes], dim=1) for i, boxes in enumerate(self.boxes)]
         inputs = Inputs(list(features.values()), [expert[name] for name in features], torch.cat(rows))
         return torchvision_loss(inputs, self.workload)
@@ -275,7 +275,7 @@ def measure(options: argparse.Namespace, machine: Machine, device: str, backends
 def added_share(timing: Timing, base: Timing) -> tuple[float, float, float]:
     """Return how much longer one step takes, as a part of the other: 20th, 50th, 80th percentile over the rounds.
 
-    Rounds are compared one by one: what slows the whole machine down for a while slows both steps of a round.
+    Rounds are compared one by one: a slow minute of the machine slows both steps of a round.
     """
     differences = np.array(timing.samples) / np.array(base.samples) - 1.0
     low, middle, high = (float(value) for value in np.percentile(differences, [20, 50, 80]))

@@ -1,5 +1,5 @@
-// RoIAlign along one axis as a sparse matrix R (bins x touched cells): the one builder of both the CPU plans and the
-// device's tables.
+// RoIAlign along one axis as a sparse matrix R (bins x cells of the support, which are the cells that some sample
+// reads): the one builder of both the CPU plans and the device's tables.
 //
 // Three steps: count_cells() of every bin, link_bins() once, fill_bin() of every bin. The first and the last treat each
 // bin on its own, so a device gives each to a thread of its own.
@@ -12,22 +12,22 @@ namespace rakd {
 // Arrays are the caller's. Capacities: see axis_capacity().
 template <class T>
 struct AxisTable {
-  int32_t* count;       // touched cells
+  int32_t* count;       // cells of the support
   int32_t* cell;        // [cells] their positions, increasing
   int32_t* cell_bin;    // [cells] first bin each feeds
-  int32_t* bin_cell;    // [bins] first touched cell of each bin, never decreasing
+  int32_t* bin_cell;    // [bins] first cell of each bin, by its number in the support; never decreasing
   int32_t* bin_offset;  // [bins + 1] into pool
-  int32_t* bin_new;     // [bins] first touched cell that no earlier bin touches
-  T* pool;              // [weights] R, bin by bin; a bin's cells are neighbours among the touched ones
+  int32_t* bin_new;     // [bins] first cell that no earlier bin weighs
+  T* pool;              // [weights] R, bin by bin; a bin's cells are neighbours in the support
 
-  // Weight of touched cell t in a bin with bin_cell[bin] <= t; 0 past the bin's last cell.
+  // Weight of cell t of the support in a bin with bin_cell[bin] <= t; 0 past the bin's last cell.
   RAKD_HD T weight(int32_t bin, int32_t t) const {
     const int32_t at = bin_offset[bin] + t - bin_cell[bin];
     return at < bin_offset[bin + 1] ? pool[at] : T(0);
   }
 };
 
-// Touched cells begin .. end - 1, by their numbers.
+// Cells begin .. end - 1 of a support, by their numbers.
 struct CellRange {
   int32_t begin, end;
 };
@@ -36,8 +36,8 @@ struct AxisCapacity {
   int64_t cells, weights;
 };
 
-// A fixed ratio gives two taps a sample. Where samples are closer than a cell, the touched cells are bounded by the
-// map, and each further bin repeats at most two of them.
+// A fixed ratio gives two taps a sample. Where samples are closer than a cell, the support is bounded by the map, and
+// each further bin repeats at most two of its cells.
 RAKD_HD AxisCapacity axis_capacity(int64_t size, int64_t bins, int64_t sampling_ratio) {
   const int64_t dense = size + 2 * bins;
   const bool sparse = sampling_ratio > 0 && sampling_ratio <= dense / (2 * bins);
@@ -79,14 +79,15 @@ RAKD_HD void count_cells(const AxisSamples& samples, int64_t size, int32_t bin, 
   table.bin_new[bin] = low;
 }
 
-// Step 2, once. The cells of a bin are new ones or the last two.
+// Step 2, once. Lower cells never decrease from bin to bin, so a bin shares at most the last two cells with those
+// before it; its other cells are new.
 template <class T>
 RAKD_HD void link_bins(int64_t size, int32_t bins, const AxisTable<T>& table) {
   int32_t count = 0, offset = 0, begin = 0, high = -1;
   for (int32_t bin = 0; bin < bins; ++bin) {
     const int32_t cells = table.bin_offset[bin], first = table.bin_cell[bin], low = table.bin_new[bin];
     const int32_t repeated = first > high ? 0 : first == high ? 1 : 2;
-    // A bin without samples on the map may stand between two that share a cell.
+    // A bin without samples on the map may stand between two that share a cell, so it begins at the last two cells.
     const int32_t at = cells > 0 ? count - repeated : count - 2;
     begin = at > begin ? at : begin;
     table.bin_cell[bin] = begin;

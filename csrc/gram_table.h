@@ -1,14 +1,14 @@
 // The Gram matrix G = R^T R of RoIAlign along one axis (axis_table.h), by which the loss's gradient needs no pooled
-// values: a band around the diagonal, as touched cells are coupled only where they share a bin.
+// values: a band around the diagonal, as cells of the support are coupled only where they share a bin.
 //
-// Each touched cell is treated on its own, so a device gives each to a thread of its own.
+// Each cell is treated on its own, so a device gives each to a thread of its own.
 #pragma once
 
 #include "axis_table.h"
 
 namespace rakd {
 
-// The touched cells that share a bin with touched cell t, itself included. Neither end ever decreases with t.
+// The cells of the support that share a bin with cell t, itself included. Neither end ever decreases with t.
 template <class T>
 RAKD_HD CellRange gram_band(const AxisTable<T>& table, int32_t bins, int32_t t) {
   const int32_t first = table.cell_bin[t];
@@ -31,7 +31,7 @@ RAKD_HD double gram_value(const AxisTable<T>& table, int32_t bins, int32_t t, in
   return sum;
 }
 
-// Cells of a band at most, where so many are touched at most. With a fixed ratio a bin has two cells a sample, so a
+// Cells of a band at most, of a support of at most so many. With a fixed ratio a bin has two cells a sample, so a
 // cell's bins reach that many less one to either side; adaptive sampling gives no bound.
 RAKD_HD int64_t gram_band_capacity(int64_t cells, int64_t sampling_ratio) {
   const bool narrow = sampling_ratio > 0 && sampling_ratio <= cells / 4;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstring>
+#include <vector>
 
 #include "geometry.h"
 
@@ -59,6 +60,14 @@ struct Numbers {
   int64_t stride[2] = {0, 0};
 
   RAKD_HD double at(int64_t i, int64_t j) const { return number_at(data, type, i * stride[0] + j * stride[1]); }
+};
+
+// A call's boxes as the caller has them: one [K, 5], or a list [K_b, 4] for each image.
+struct BoxLists {
+  bool whole = false;
+  std::vector<Numbers> list;
+  std::vector<int64_t> count;  // boxes of each
+  int64_t total = 0;           // of them
 };
 
 // What the rows of a call are made from, beside the boxes.

@@ -17,6 +17,8 @@ author = "the RAKD developers"
 project_copyright = author
 version = release = rakd_ops.__version__
 
+# Optional packages that the integrations import; documented whether or not they are installed.
+autodoc_mock_imports = ["ultralytics", "transformers", "lightning", "timm"]
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_help"]
 templates_path: list[str] = []
 html_theme = "furo"
@@ -45,7 +47,7 @@ napoleon_custom_sections = ["Source"]
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|torchvision|numpy|np|npt|nn|matplotlib|PIL|pathlib|collections|tqdm|Image)\..*"),
     ("py:class", r"rakd_ops\._inputs\.(Boxes|Maps)"),  # Sphinx finds type aliases from 8.2 on
-    ("py:class", r"NDArray|u?int\d+|float64"),
+    ("py:class", r"NDArray|u?int\d+|float\d+"),
 ]
 
 _ARRAY = re.compile(r"numpy\.ndarray\[.*?numpy\.dtype\[numpy\.(\w+?)_?\]\]")

@@ -17,7 +17,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 # Commands that go on where they stopped.
-_RESUMING = ("Distill", "Train", "MakeScenes", "DistillFeatures")
+_RESUMING = ("Distill", "Train", "MakeScenes", "ConvertWaymo", "DistillFeatures")
 
 
 # Of torch's errors, for memory of the GPU and of the machine.
@@ -35,6 +35,7 @@ class Command(Protocol):
 
 def _commands() -> dict[str, Any]:
     from rakd.commands.compare import Compare
+    from rakd.commands.convert_waymo import ConvertWaymo, ExportWaymo
     from rakd.commands.distill import Distill
     from rakd.commands.distill_features import DistillFeatures
     from rakd.commands.evaluate import Evaluate
@@ -57,6 +58,8 @@ def _commands() -> dict[str, Any]:
         "latency": Latency,
         "inspect": Inspect,
         "make-scenes": MakeScenes,
+        "convert-waymo": ConvertWaymo,
+        "export-waymo": ExportWaymo,
         "distill-features": DistillFeatures,
     }
 
@@ -83,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("rakd", "rakd_ops"):
             raise
-        extra = "export" if str(error.name).startswith("onnx") else "train"
+        name = str(error.name)
+        extra = "waymo" if name in ("pyarrow", "scipy") else "export" if name.startswith("onnx") else "train"
         return _fail(f"{error.name} is not installed; run: pip install '.[{extra}]'")
     except KeyboardInterrupt:
         resumes = type(command).__name__ in _RESUMING

@@ -1,6 +1,6 @@
 """Memory layouts of maps and of their gradients, for all backends written in Python.
 
-``csrc/maps.h`` states the same rule for the compiled libraries.
+``csrc/arguments.h`` states the same rule for the compiled libraries.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_architectures(setup: ModuleType) -> None:
         "-gencode=arch=compute_120,code=compute_120",
     ]
     for wrong in ("Ampere", "90", "9.0+ptx"):
-        with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0"):
+        with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: expected entries like 9\.0 or 9\.0\+PTX"):
             setup.list_architectures(wrong)
 
 

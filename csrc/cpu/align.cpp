@@ -9,17 +9,13 @@ namespace {
 template <class T>
 std::vector<Plan<T>> plans_of(const Maps& maps, const BoxRows& boxes, const DoubleList& strides,
                               const PlanOptions& options) {
-  std::vector<PlanRequest> requests;
-  for (size_t l = 0; l < maps.size(); ++l) {
-    for (int64_t b = 0; b < maps[0].batch; ++b) {
-      requests.push_back(PlanRequest{b, static_cast<int64_t>(l), strides[l], maps[l].height, maps[l].width});
-    }
-  }
-  return build_plans<T>(boxes, options, requests);
+  std::vector<PlanLevel> levels;
+  for (size_t l = 0; l < maps.size(); ++l) levels.push_back(PlanLevel{strides[l], maps[l].height, maps[l].width});
+  return build_plans<T>(boxes, options, levels);
 }
 
 // Pooled values [K, C, bins_y, bins_x] as a map of K rows and of as many columns as there are bins.
-ImageView view_of_pooled(const Tensor& pooled, Element element) {
+ImageView view_of_pooled(const Tensor& pooled, Number element) {
   const int64_t bins = pooled.size(2) * pooled.size(3);
   return ImageView{pooled.data_ptr(), element, bins, pooled.size(1) * bins, 1};
 }
@@ -28,7 +24,7 @@ template <class T>
 void align_forward(const Maps& maps, const BoxRows& boxes, const DoubleList& strides, const PlanOptions& options,
                    const ImageView& output) {
   const int64_t levels = static_cast<int64_t>(maps.size()), batch = maps[0].batch, channels = maps[0].channels;
-  const int64_t width = block_width<T>(channels), bins = options.bins_y * options.bins_x;
+  const int64_t width = block_width<T>(channels), bins = options.bins();
   const auto plans = plans_of<T>(maps, boxes, strides, options);
   std::vector<ImageView> views(batch * levels);
   Work work;
@@ -44,22 +40,14 @@ void align_forward(const Maps& maps, const BoxRows& boxes, const DoubleList& str
       values += plan_values(plan, bins);
     }
     sizes.pooled = (bins + kSlack) * width;
-    work.sizes.include(sizes);
-    for_each_block(channels, width, [&](const ChannelBlock& block) { work.add(Item{0, b, block}, values * width); });
+    work.add_blocks(0, b, channels, width, values, sizes);
   }
   run_items<T>(work, [&](int64_t i, Scratch<T>& scratch) {
-    const Item& item = work.items[i];
-    const int32_t *begin = boxes.order + boxes.begin[item.image], *end = boxes.order + boxes.begin[item.image + 1];
-    const AlignTask<T> task{&plans[item.image],
-                            &views[item.image * levels],
-                            batch,
-                            levels,
-                            begin,
-                            end - begin,
-                            options.bins_y,
-                            options.bins_x,
-                            item.channels,
-                            output};
+    const int64_t b = work.items[i].image;
+    const int32_t *begin = boxes.order + boxes.begin[b], *end = boxes.order + boxes.begin[b + 1];
+    const int64_t count = end - begin;
+    const AlignTask<T> task{&plans[b], &views[b * levels],     batch, levels, begin, count,
+                            bins,      work.items[i].channels, output};
     best_kernels<T>().align(task, scratch);
   });
 }
@@ -68,8 +56,7 @@ template <class T>
 void align_gradient(const Maps& gradients, const BoxRows& boxes, const DoubleList& strides, const PlanOptions& options,
                     const ImageView& output_gradient) {
   const int64_t levels = static_cast<int64_t>(gradients.size()), batch = gradients[0].batch;
-  const int64_t channels = gradients[0].channels, width = block_width<T>(channels);
-  const int64_t bins = options.bins_y * options.bins_x;
+  const int64_t channels = gradients[0].channels, width = block_width<T>(channels), bins = options.bins();
   const auto plans = plans_of<T>(gradients, boxes, strides, options);
   Work work;
   for (int64_t l = 0; l < levels; ++l) append_clearing(work, l, 0, gradients[l]);
@@ -80,20 +67,16 @@ void align_gradient(const Maps& gradients, const BoxRows& boxes, const DoubleLis
       sizes.gradients[0] = (plan.pixels + kSlack) * width;
       sizes.sums = plan.rows * width;
       sizes.pooled = (bins + kSlack) * width;
-      work.sizes.include(sizes);
       const int64_t values = plan_values(plan, bins) + gradients[l].height * gradients[l].width;
-      for_each_block(channels, width, [&](const ChannelBlock& block) { work.add(Item{l, b, block}, values * width); });
+      work.add_blocks(l, b, channels, width, values, sizes);
     }
   }
   run_items<T>(work, [&](int64_t i, Scratch<T>& scratch) {
     const Item& item = work.items[i];
     const Plan<T>& plan = plans[item.level * batch + item.image];
-    if (item.clear_side >= 0) {
-      clear_untouched(plan, gradients[item.level], item);
-      return;
-    }
-    const AlignBackwardTask<T> task{
-        &plan, gradients[item.level].image(item.image), options.bins_y, options.bins_x, item.channels, output_gradient};
+    const MapBatch& gradient = gradients[item.level];
+    if (item.clear_side >= 0) return clear_untouched(plan, gradient, item);
+    const AlignBackwardTask<T> task{&plan, gradient.image(item.image), bins, item.channels, output_gradient};
     best_kernels<T>().align_backward(task, scratch);
   });
 }
@@ -120,7 +103,7 @@ Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, In
     std::memset(output.data_ptr(), 0, output.numel() * maps[0].element_size);
   }
   const ImageView view = view_of_pooled(output, maps[0].element);
-  if (maps[0].element == Element::kDouble) {
+  if (maps[0].element == Number::kDouble) {
     align_forward<double>(maps, boxes, strides, options, view);
   } else {
     align_forward<float>(maps, boxes, strides, options, view);
@@ -151,7 +134,7 @@ Tensors align_backward(Tensor output_gradient, Tensor rows, Tensor index, IntLis
                   "output_gradient: expected CPU [", boxes.count, ", ", maps[0].channels, ", ", options.bins_y, ", ",
                   options.bins_x, "]");
   const ImageView view = view_of_pooled(dense, maps[0].element);
-  if (maps[0].element == Element::kDouble) {
+  if (maps[0].element == Number::kDouble) {
     align_gradient<double>(maps, boxes, strides, options, view);
   } else {
     align_gradient<float>(maps, boxes, strides, options, view);

@@ -12,7 +12,8 @@
 template <class T, int W, int N, int Radius>
 inline void add_row(const T* value, const T* weight, Block<T, W> (&sum)[N]) {
   constexpr int kHalf = GramOperator<T>::kHalf;
-  // Otherwise compilers compute what the radii have in common before they are told apart, and run out of registers.
+  // Hides the pointers from the compiler, which would hoist the addresses that the radii share and run out of
+  // registers.
   __asm__("" : "+r"(value), "+r"(weight));
   RAKD_UNROLL
   for (int at = -Radius; at < N + Radius; ++at) {

@@ -11,11 +11,11 @@ class AxisBuilder {
  public:
   void build(AxisSamples samples, int64_t bins, int64_t size, int64_t sampling_ratio) {
     const AxisCapacity capacity = axis_capacity(size, bins, sampling_ratio);
-    for (auto* array : {&cell_, &cell_bin_}) grow(*array, capacity.cells + 1);
-    for (auto* array : {&bin_cell_, &bin_offset_, &bin_new_}) grow(*array, bins + 1);
-    grow(pool_, capacity.weights);
-    table = AxisTable<double>{&count,          cell_.data(), cell_bin_.data(), bin_cell_.data(), bin_offset_.data(),
-                              bin_new_.data(), pool_.data()};
+    const size_t cells = capacity.cells + 1, edges = bins + 1;
+    integers_.resize(std::max(integers_.size(), 2 * cells + 3 * edges));
+    pool_.resize(std::max<size_t>(pool_.size(), capacity.weights));
+    int32_t *cell = integers_.data(), *bin = cell + 2 * cells;
+    table = AxisTable<double>{&count, cell, cell + cells, bin, bin + edges, bin + 2 * edges, pool_.data()};
     this->bins = static_cast<int32_t>(bins);
     if (samples.samples <= kMaxOffsets) {
       for (int64_t i = 0; i < samples.samples; ++i) offset_[i] = sample_offset(samples, i);
@@ -33,12 +33,7 @@ class AxisBuilder {
  private:
   static constexpr int64_t kMaxOffsets = 64;
 
-  template <class U>
-  static void grow(std::vector<U>& array, int64_t count) {
-    if (static_cast<int64_t>(array.size()) < count) array.resize(count);
-  }
-
-  std::vector<int32_t> cell_, cell_bin_, bin_cell_, bin_offset_, bin_new_;
+  std::vector<int32_t> integers_;
   std::vector<double> pool_;
   double offset_[kMaxOffsets];
 };
@@ -80,29 +75,28 @@ void merge_interval(std::vector<Interval>& row, Interval added) {
 template <class T>
 class PlanBuilder {
  public:
-  Plan<T> build(const BoxRows& boxes, const PlanOptions& options, const PlanRequest& request) {
+  Plan<T> build(const BoxRows& boxes, const PlanOptions& options, const PlanLevel& level, int64_t l, int64_t image) {
     Plan<T> plan;
-    plan.height = request.height;
-    plan.width = request.width;
+    plan.height = level.height;
+    plan.width = level.width;
     patches_.clear();
-    for (int32_t i = boxes.begin[request.image]; i < boxes.begin[request.image + 1]; ++i) {
+    for (int32_t i = boxes.begin[image]; i < boxes.begin[image + 1]; ++i) {
       const int32_t k = boxes.order[i];
-      const double scale =
-          request.factor * boxes.row(k)[5 + request.level] * (options.box_factor ? options.box_factor[k] : 1.0);
-      if (scale != 0.0) add_patch(plan, options, request, boxes.row(k), k, scale);
+      const double scale = level.factor * boxes.row(k)[5 + l] * (options.box_factor ? options.box_factor[k] : 1.0);
+      if (scale != 0.0) add_patch(plan, options, level, boxes.row(k), k, scale);
     }
     plan.patch_count = static_cast<int64_t>(patches_.size());
-    lay_out(plan, options.gradients, request.channel_blocks);
+    lay_out(plan, options.gradients, level.channel_blocks);
     plan.patches = plan.arena.template copy<Patch<T>>(patches_.data(), plan.patch_count);
     return plan;
   }
 
  private:
-  void add_patch(Plan<T>& plan, const PlanOptions& options, const PlanRequest& request, const double* row, int64_t box,
+  void add_patch(Plan<T>& plan, const PlanOptions& options, const PlanLevel& level, const double* row, int64_t box,
                  double scale) {
     const int64_t ratio = options.sampling_ratio;
-    y_.build(axis_samples(row[2], row[4], request.stride, options.bins_y, ratio), options.bins_y, plan.height, ratio);
-    x_.build(axis_samples(row[1], row[3], request.stride, options.bins_x, ratio), options.bins_x, plan.width, ratio);
+    y_.build(axis_samples(row[2], row[4], level.stride, options.bins_y, ratio), options.bins_y, plan.height, ratio);
+    x_.build(axis_samples(row[1], row[3], level.stride, options.bins_x, ratio), options.bins_x, plan.width, ratio);
     if (y_.count == 0 || x_.count == 0) {  // outside along one axis: nothing along the other either
       y_.clear();
       x_.clear();
@@ -186,20 +180,20 @@ class PlanBuilder {
 
 template <class T>
 std::vector<Plan<T>> build_plans(const BoxRows& boxes, const PlanOptions& options,
-                                 const std::vector<PlanRequest>& requests) {
-  const auto count = static_cast<int64_t>(requests.size());
+                                 const std::vector<PlanLevel>& levels) {
+  const auto count = static_cast<int64_t>(levels.size()) * boxes.images;
   const int64_t samples = (options.bins_y + options.bins_x) * std::max<int64_t>(options.sampling_ratio, 2);
   const int64_t threads = thread_count(count, 16 * samples * boxes.count * boxes.levels);
   std::vector<PlanBuilder<T>> builders(threads);
   std::vector<Plan<T>> plans(count);
-  for_each_task(count, threads,
-                [&](int64_t i, int64_t thread) { plans[i] = builders[thread].build(boxes, options, requests[i]); });
+  for_each_task(count, threads, [&](int64_t i, int64_t thread) {  // level by level, as the fine ones take longest
+    const int64_t l = i / boxes.images;
+    plans[i] = builders[thread].build(boxes, options, levels[l], l, i % boxes.images);
+  });
   return plans;
 }
 
-template std::vector<Plan<float>> build_plans<float>(const BoxRows&, const PlanOptions&,
-                                                     const std::vector<PlanRequest>&);
-template std::vector<Plan<double>> build_plans<double>(const BoxRows&, const PlanOptions&,
-                                                       const std::vector<PlanRequest>&);
+template std::vector<Plan<float>> build_plans(const BoxRows&, const PlanOptions&, const std::vector<PlanLevel>&);
+template std::vector<Plan<double>> build_plans(const BoxRows&, const PlanOptions&, const std::vector<PlanLevel>&);
 
 }  // namespace rakd

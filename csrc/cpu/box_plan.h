@@ -98,25 +98,26 @@ struct Plan {
   Arena arena;
 };
 
-struct PlanRequest {
-  int64_t image = 0, level = 0;
-  double stride = 1.0;  // pixels per cell
-  int64_t height = 0, width = 0;
+struct PlanLevel {
+  double stride;  // pixels per cell
+  int64_t height, width;
   double factor = 1.0;         // of all weights of the level
   int64_t channel_blocks = 0;  // that may share a Gram operator; 0: none is wanted
 };
 
-// What the plans of a call have in common.
+// Options that all plans of a call share.
 struct PlanOptions {
   int64_t bins_y, bins_x, sampling_ratio;
   const double* box_factor = nullptr;  // [boxes] of their weights; nullptr: 1
   bool gradients = true;               // wanted of the Gram operator; else the loss alone
+
+  int64_t bins() const { return bins_y * bins_x; }
 };
 
-// A box whose weight is zero on the level has no patch.
+// [levels * images]. A box whose weight is zero on a level has no patch there.
 template <class T>
 std::vector<Plan<T>> build_plans(const BoxRows& boxes, const PlanOptions& options,
-                                 const std::vector<PlanRequest>& requests);
+                                 const std::vector<PlanLevel>& levels);
 
 // The segments of each map row, among the rows from the first to the last that have any.
 class SegmentsOfRows {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 struct AtenTensorOpaque;  // torch's C interface: a tensor
 
@@ -38,11 +39,12 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(size_t bytes);
-  Buffer(Buffer&& other) noexcept : data_(other.data_), block_(other.block_) {
-    other.data_ = nullptr;
-    other.block_ = {};
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(block_, other.block_);
+    return *this;
   }
-  Buffer& operator=(Buffer&&) = delete;
   ~Buffer();
   char* data() const { return data_; }
 

@@ -1,10 +1,17 @@
-// Run-time choice of the instruction set; see dispatch.h.
-#include "dispatch.h"
-
+// Chooses the instruction set at run time; see kernel_table() in kernels.h.
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
 #include <string>
+
+#include "kernels.h"
+
+// All processors with AVX2 convert float16, but not all compilers have a name for it.
+#if defined(__clang__) || __GNUC__ < 11
+#define RAKD_CONVERTS_HALVES true
+#else
+#define RAKD_CONVERTS_HALVES __builtin_cpu_supports("f16c")
+#endif
 
 namespace rakd {
 namespace {
@@ -15,28 +22,17 @@ struct InstructionSet {
   const KernelTable& (*kernels)();
 };
 
-#if defined(RAKD_HAS_AVX2)
-// Whether the processor converts float16, as all with AVX2 do; not all compilers have a name for it.
-bool converts_halves() {
-#if defined(__clang__) || __GNUC__ < 11
-  return true;
-#else
-  return __builtin_cpu_supports("f16c");
-#endif
-}
-#endif
-
 const KernelTable& choose() {
   const InstructionSet sets[] = {
-      // the best first
+  // the best first
 #if defined(RAKD_HAS_AVX512)
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && converts_halves(),
+           __builtin_cpu_supports("avx512dq") && RAKD_CONVERTS_HALVES,
        avx512::kernels},
 #endif
 #if defined(RAKD_HAS_AVX2)
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves(), avx2::kernels},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && RAKD_CONVERTS_HALVES, avx2::kernels},
 #endif
       {"baseline", true, baseline::kernels}};
   const char* variable = std::getenv("RAKD_CPU_ISA");

@@ -1,7 +1,6 @@
 // CPU ops distill_loss and distill_gradient: the distillation loss of all levels, images and boxes.
 //
-//   rows, index --box_plan.h--> plans of all levels and images --> tasks (level, image, block of channels) -->
-//   kernels.cpp
+//   rows, index --box_plan.h--> plans (level, image) --tasks.h--> items (level, image, channels) --> kernels.cpp
 #include <algorithm>
 #include <optional>
 
@@ -53,8 +52,7 @@ class Job {
       const Item& item = work.items[i];
       if (item.clear_side >= 0) {
         const int64_t side = shared_[item.level] ? 0 : item.clear_side;
-        clear_untouched(plan(side, item.level, item.image), gradients_[item.clear_side][item.level], item);
-        return;
+        return clear_untouched(plan(side, item.level, item.image), gradients_[item.clear_side][item.level], item);
       }
       DistillTask<T> task = make_task(item);
       if (call_.per_box) {
@@ -87,18 +85,16 @@ class Job {
     PlanOptions options = call_.options;
     if (!call_.factor.empty()) options.box_factor = call_.factor.data();
     options.gradients = call_.gradient[0] || call_.gradient[1];
-    std::vector<PlanRequest> requests;
-    requests.reserve(levels_ * batch_);
+    std::vector<PlanLevel> levels;
     for (int64_t l = 0; l < levels_; ++l) {
       const MapBatch& map = call_.maps[side][l];
-      PlanRequest request{0, l, call_.strides[side][l], map.height, map.width};
-      request.factor = 1.0 / static_cast<double>(map.channels * options.bins_y * options.bins_x);
-      // The Gram operator is of the difference of two maps, so it needs maps of one shape, and sums over the boxes.
       const int64_t width = block_width<T>(map.channels);
-      request.channel_blocks = shared_[l] && !call_.per_box ? (map.channels + width - 1) / width : 0;
-      for (request.image = 0; request.image < batch_; ++request.image) requests.push_back(request);
+      levels.push_back(PlanLevel{call_.strides[side][l], map.height, map.width});
+      levels[l].factor = 1.0 / static_cast<double>(map.channels * options.bins());
+      // The Gram operator is of the difference of two maps, so it needs maps of one shape, and sums over the boxes.
+      if (shared_[l] && !call_.per_box) levels[l].channel_blocks = (map.channels + width - 1) / width;
     }
-    return build_plans<T>(call_.boxes, options, requests);
+    return build_plans<T>(call_.boxes, options, levels);
   }
 
   void allocate(Result& result) {
@@ -120,16 +116,12 @@ class Job {
     for (int64_t l = 0; l < levels_; ++l) {
       for (int64_t b = 0; b < batch_; ++b) {
         const int64_t width = block_width_of(l, b);
-        work.sizes.include(scratch_sizes(l, b, width));
-        int64_t values = plan_values(plan(0, l, b), bins());
+        int64_t values = plan_values(plan(0, l, b), call_.options.bins());
         for (const Maps& maps : gradients_) values += maps.empty() ? 0 : maps[l].height * maps[l].width;
-        for_each_block(call_.maps[0][l].channels, width,
-                       [&](const ChannelBlock& block) { work.add(Item{l, b, block}, values * width); });
+        work.add_blocks(l, b, call_.maps[0][l].channels, width, values, scratch_sizes(l, b, width));
       }
     }
   }
-
-  int64_t bins() const { return call_.options.bins_y * call_.options.bins_x; }
 
   // Channels-last maps are read and written in pieces of a block's width, so wide ones are better, as long as their
   // scratch stays small.
@@ -152,7 +144,7 @@ class Job {
       }
       sizes.sums = std::max(sizes.sums, p.rows * width);
     }
-    sizes.pooled = (bins() + kSlack) * width;
+    sizes.pooled = (call_.options.bins() + kSlack) * width;
     return sizes;
   }
 
@@ -164,8 +156,7 @@ class Job {
       task.map[side] = call_.maps[side][item.level].image(item.image);
       if (call_.gradient[side]) task.gradient[side] = gradients_[side][item.level].image(item.image);
     }
-    task.bins_y = call_.options.bins_y;
-    task.bins_x = call_.options.bins_x;
+    task.bins = call_.options.bins();
     task.channels = item.channels;
     return task;
   }
@@ -187,18 +178,7 @@ class Job {
 };
 
 bool any_double(const Maps& maps) {
-  return std::any_of(maps.begin(), maps.end(), [](const MapBatch& map) { return map.element == Element::kDouble; });
-}
-
-Tensor tensor_of(ScalarType type, const IntList& shape, const double* values) {
-  Tensor t = empty_tensor(type, shape);
-  const int64_t count = t.numel();
-  if (type == ScalarType::Double) {
-    std::copy_n(values, count, static_cast<double*>(t.data_ptr()));
-  } else {
-    std::copy_n(values, count, static_cast<float*>(t.data_ptr()));
-  }
-  return t;
+  return std::any_of(maps.begin(), maps.end(), [](const MapBatch& map) { return map.element == Number::kDouble; });
 }
 
 // Total, losses [K] (of no value unless per_box), gradients.
@@ -227,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensors> distill(const Tensors& apprentice, const Ten
   call.boxes = box_rows(rows, index, maps[0].batch, static_cast<int64_t>(maps.size()));
   const int64_t count = call.boxes.count;
   if (factor) {
-    const Numbers given = numbers(*factor, "factor");
+    const Numbers given = numbers(*factor, rows, "factor");
     STD_TORCH_CHECK(factor->dim() == 0 || (factor->dim() == 1 && factor->size(0) == count),
                     "factor: expected shape [] or [", count, "]");
     for (int64_t k = 0; k < count; ++k) call.factor.push_back(given.at(k, 0));

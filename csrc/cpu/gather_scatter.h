@@ -77,11 +77,11 @@ inline void store_vector(typename VectorOf<T, N>::type v, E* p) {
 
 // Calls f with a value of the element's type. Float never meets float64 maps: a call that has any computes in double.
 template <class T, class F>
-inline auto with_element(Element element, const F& f) {
-  if (element == Element::kHalf) return f(HalfBits{});
-  if (element == Element::kBFloat16) return f(BFloat16Bits{});
+inline auto with_element(Number element, const F& f) {
+  if (element == Number::kHalf) return f(HalfBits{});
+  if (element == Number::kBFloat16) return f(BFloat16Bits{});
   if constexpr (kSame<T, double>) {
-    if (element == Element::kDouble) return f(double{});
+    if (element == Number::kDouble) return f(double{});
   }
   return f(float{});
 }
@@ -99,7 +99,7 @@ inline E* cell_pointer(const ImageView& view, const CellRun& run) {
          run.column * view.column_stride;
 }
 
-// What gather_run() does with its source: out = a, out = a - b, or out -= a.
+// Modes of gather_run(): out = a, out = a - b, out -= a.
 enum class Gather { kCopy, kDifference, kSubtract };
 
 // A run of cells of a, or of a - b, into out[length][W]. Channels beyond the run's become zero, so that they count
@@ -164,7 +164,7 @@ template <class T>
 using GatherRun = void (*)(const ImageView&, const ImageView&, const CellRun&, T*);
 
 template <Gather Mode, class T, int W>
-inline GatherRun<T> gather_function(Element element) {
+inline GatherRun<T> gather_function(Number element) {
   return with_element<T>(element, [](auto e) -> GatherRun<T> { return gather_run<Mode, decltype(e), T, W>; });
 }
 
@@ -215,7 +215,7 @@ void scatter_run(const T* in, T sign, const ImageView& view, const CellRun& run)
 }
 
 template <class T, int W>
-inline auto scatter_function(Element element) {
+inline auto scatter_function(Number element) {
   typedef void (*ScatterRun)(const T*, T, const ImageView&, const CellRun&);
   return with_element<T>(element, [](auto e) -> ScatterRun { return scatter_run<decltype(e), T, W>; });
 }
@@ -225,7 +225,7 @@ template <class T, int W>
 class CellWriter {
  public:
   CellWriter(const ImageView& view, const ChannelBlock& block) : view_(view), begin_(block.begin), count_(block.count) {
-    const bool same = view.element == (kSame<T, double> ? Element::kDouble : Element::kFloat);
+    const bool same = view.element == (kSame<T, double> ? Number::kDouble : Number::kFloat);
     lines_ = same && W * sizeof(T) % kLine == 0 && count_ == W &&
              reinterpret_cast<uintptr_t>(static_cast<T*>(view.data) + begin_) % kLine == 0 &&
              size_t(view.column_stride) * sizeof(T) % kLine == 0;
@@ -256,8 +256,8 @@ class CellWriter {
   bool lines_;
 };
 
-inline size_t element_size(Element element) {
-  return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2;
+inline size_t element_size(Number element) {
+  return element == Number::kDouble ? 8 : element == Number::kFloat ? 4 : 2;
 }
 
 // The gradient of one channel block. Channels-first: whole planes, zeros included, each element once. Channels-last:

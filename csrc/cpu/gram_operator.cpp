@@ -8,7 +8,7 @@
 #include <numeric>
 
 #include "box_plan.h"
-#include "dispatch.h"
+#include "kernels.h"
 
 namespace rakd {
 namespace {
@@ -27,9 +27,10 @@ int reach(const Axis<T>& axis) {
   return most;
 }
 
-// Clock cycles that the patch's own passes take for a block of channels: about 13 for four cells of a row, bound by
-// loads and stores, and about 15 for a bin; the loss alone takes about two fifths. They were fitted to timings of the
-// workloads in benchmarks/; the two algorithms differ by multiples, so that rough numbers are enough.
+// Estimated clock cycles of the patch's own passes for a block of channels: 13 for four cells of a row, bound by loads
+// and stores, and 15 for a bin; the loss alone takes about two fifths. The algorithms differ by multiples, so that
+// rough numbers are enough. To check them, let choose_algorithm() return false and compare the benchmark's workloads
+// train (7 bins) and train19.
 template <class T>
 double factor_cost(const Patch<T>& patch, bool gradients) {
   const double taps = static_cast<double>(patch.y.count) * patch.x.offset[patch.x.bins];
@@ -37,7 +38,7 @@ double factor_cost(const Patch<T>& patch, bool gradients) {
   return (3.2 * taps + 15.0 * bins) * (gradients ? 1.0 : 0.4);
 }
 
-// Clock cycles that the operator takes for a block of channels, for one cell of one cell's window.
+// Estimated clock cycles of the operator for a block of channels, for one cell of one cell's window.
 constexpr double kCellOfWindow = 0.8;
 
 // G = R^T R along one axis, by distance on the map: value[(cell - first) * kHalf + distance], distances 0 to kRadius.

@@ -2,6 +2,9 @@
 // choosing the registers; dispatch.cpp picks one at run time. See kernels.h for what may be included here.
 #include "kernels.h"
 
+#include <type_traits>
+#include <utility>
+
 #include "nontemporal_store.h"
 
 #if defined(__F16C__)
@@ -27,8 +30,6 @@ void clear(T* p, int64_t count) {
 #include "gather_scatter.h"
 #include "separable_roi_align.h"
 
-inline bool is_finite(double value) { return value - value == 0.0; }
-
 // One side, gradients wanted: from gathered values [pixels][W] to the maps' gradients, with scratch [pixels][W] for the
 // gradient of all cells.
 template <class T, int W>
@@ -38,7 +39,7 @@ double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, 
   const auto put = [&](const GramRun&, int64_t u, const T* value) { Block<T, W>::load(value).store(gradient + u * W); };
   double total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, put) : 0.0;
   // The operator's windows have cells of weight zero that the patches do not touch: infinities there would spread.
-  if (assembled && !is_finite(total)) {
+  if (assembled && !is_finite_number(total)) {
     assembled = false;
     total = 0.0;
   }
@@ -57,18 +58,10 @@ double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, 
   return total;
 }
 
+// One side, gradients wanted, for channels-last maps in wide blocks, with compact scratch for the gradient: where the
+// operator stands for all patches it writes to the maps.
 template <class T, int W>
-void distill_gradient(DistillTask<T>& task, Scratch<T>& scratch) {
-  const Plan<T>& plan = *task.plan[0];
-  gather<T, W>(plan, task.map[0], task.map[1], task.channels, scratch.values[0]);
-  const bool assembled = plan.gram.weight != nullptr;
-  task.total = distill_values<T, W>(task, task.channels, assembled, scratch.values[0], scratch.gradients[0], scratch);
-}
-
-// The same for channels-last maps in wide blocks, with compact scratch for the gradient: where the operator stands for
-// all patches it writes to the maps.
-template <class T, int W>
-void distill_gradient_wide(DistillTask<T>& task, Scratch<T>& scratch) {
+void distill_wide(DistillTask<T>& task, Scratch<T>& scratch) {
   const Plan<T>& plan = *task.plan[0];
   T *values = scratch.values[0], *gradient = scratch.gradients[0];
   gather<T, W>(plan, task.map[0], task.map[1], task.channels, values);
@@ -86,7 +79,7 @@ void distill_gradient_wide(DistillTask<T>& task, Scratch<T>& scratch) {
   };
   const bool assembled = plan.gram.weight != nullptr;
   task.total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, put) : 0.0;
-  if (is_finite(task.total)) {
+  if (is_finite_number(task.total)) {
     if (!assembled) clear(gradient, plan.gradient_pixels * W);
     for (int64_t n = 0; n < plan.patch_count; ++n) {
       const Patch<T>& patch = plan.patches[n];
@@ -124,7 +117,7 @@ void distill_loss(DistillTask<T>& task, Scratch<T>& scratch) {
   const auto drop = [](const GramRun&, int64_t, const T*) {};
   bool assembled = plan.gram.weight != nullptr;
   task.total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, drop) : 0.0;
-  if (!is_finite(task.total)) {  // see distill_values
+  if (!is_finite_number(task.total)) {  // see distill_values
     assembled = false;
     task.total = 0.0;
   }
@@ -146,7 +139,7 @@ void distill_pooled(DistillTask<T>& task, Scratch<T>& scratch) {
     if (task.gradient[side].data) clear(scratch.gradients[side], task.plan[side]->pixels * W);
   }
   task.total = 0.0;
-  const int64_t bins = task.bins_y * task.bins_x;
+  const int64_t bins = task.bins;
   for (int64_t n = 0; n < task.plan[0]->patch_count; ++n) {
     const Patch<T>& patch = task.plan[0]->patches[n];
     pool<T, W>(patch, scratch.values[0], scratch.sums[0], pooled[0]);
@@ -170,82 +163,85 @@ void distill_pooled(DistillTask<T>& task, Scratch<T>& scratch) {
 }
 
 template <class T, int W>
-struct Distill {
-  static constexpr bool kWide = true;  // for maps that share a shape, unless the losses of the boxes are wanted
-  static void run(DistillTask<T>& task, Scratch<T>& scratch) {
-    if (task.plan[1] || task.patch_losses) {
-      if constexpr (W != kWideBlock) distill_pooled<T, W>(task, scratch);
-    } else if (!task.gradient[0].data && !task.gradient[1].data) {
-      distill_loss<T, W>(task, scratch);
-    } else if constexpr (W == kWideBlock) {
-      distill_gradient_wide<T, W>(task, scratch);
-    } else {
-      distill_gradient<T, W>(task, scratch);
-    }
+void distill_block(DistillTask<T>& task, Scratch<T>& scratch) {
+  if (task.plan[1] || task.patch_losses) {
+    if constexpr (W != kWideBlock) distill_pooled<T, W>(task, scratch);  // which has no wide blocks
+  } else if (!task.gradient[0].data && !task.gradient[1].data) {
+    distill_loss<T, W>(task, scratch);
+  } else if constexpr (W == kWideBlock) {
+    distill_wide<T, W>(task, scratch);
+  } else {
+    const Plan<T>& plan = *task.plan[0];
+    T* values = scratch.values[0];
+    gather<T, W>(plan, task.map[0], task.map[1], task.channels, values);
+    const bool assembled = plan.gram.weight != nullptr;
+    task.total = distill_values<T, W>(task, task.channels, assembled, values, scratch.gradients[0], scratch);
   }
-};
+}
 
 template <class T, int W>
-struct Align {
-  static constexpr bool kWide = false;
-  static void run(const AlignTask<T>& task, Scratch<T>& scratch) {
-    T *pooled = scratch.pooled[0], *sum = scratch.pooled[1], *values = scratch.values[0];
-    const int64_t bins = task.bins_y * task.bins_x;
+void align_block(const AlignTask<T>& task, Scratch<T>& scratch) {
+  T *pooled = scratch.pooled[0], *sum = scratch.pooled[1], *values = scratch.values[0];
+  const int64_t bins = task.bins;
+  for (int64_t l = 0; l < task.levels; ++l) {
+    const Plan<T>& plan = task.plans[l * task.plan_stride];
+    gather<T, W>(plan, task.maps[l], ImageView{}, task.channels, values);
+    values += (plan.pixels + kSlack) * W;
+  }
+  const auto scatter_box = scatter_function<T, W>(task.output.element);
+  int64_t next[kMaxLevels] = {};  // first patch of each level that is not done; they come in the boxes' order
+  for (int64_t n = 0; n < task.box_count; ++n) {
+    const int64_t box = task.boxes[n];
+    clear(sum, bins * W);
+    values = scratch.values[0];
     for (int64_t l = 0; l < task.levels; ++l) {
       const Plan<T>& plan = task.plans[l * task.plan_stride];
-      gather<T, W>(plan, task.maps[l], ImageView{}, task.channels, values);
+      if (next[l] < plan.patch_count && plan.patches[next[l]].box == box) {
+        const Patch<T>& patch = plan.patches[next[l]++];
+        pool<T, W>(patch, values, scratch.sums[0], pooled);
+        const T scale = T(patch.scale);
+        for (int64_t i = 0; i < bins * W; ++i) sum[i] += scale * pooled[i];
+      }
       values += (plan.pixels + kSlack) * W;
     }
-    const auto scatter_box = scatter_function<T, W>(task.output.element);
-    int64_t next[kMaxLevels] = {};  // first patch of each level that is not done; they come in the boxes' order
-    for (int64_t n = 0; n < task.box_count; ++n) {
-      const int64_t box = task.boxes[n];
-      clear(sum, bins * W);
-      values = scratch.values[0];
-      for (int64_t l = 0; l < task.levels; ++l) {
-        const Plan<T>& plan = task.plans[l * task.plan_stride];
-        if (next[l] < plan.patch_count && plan.patches[next[l]].box == box) {
-          const Patch<T>& patch = plan.patches[next[l]++];
-          pool<T, W>(patch, values, scratch.sums[0], pooled);
-          const T scale = T(patch.scale);
-          for (int64_t i = 0; i < bins * W; ++i) sum[i] += scale * pooled[i];
-        }
-        values += (plan.pixels + kSlack) * W;
-      }
-      scatter_box(sum, T(1), task.output, CellRun{task.channels.begin, task.channels.count, box, 0, bins, bins});
-    }
+    scatter_box(sum, T(1), task.output, CellRun{task.channels.begin, task.channels.count, box, 0, bins, bins});
   }
-};
+}
 
 template <class T, int W>
-struct AlignBackward {
-  static constexpr bool kWide = false;
-  static void run(const AlignBackwardTask<T>& task, Scratch<T>& scratch) {
-    const Plan<T>& plan = *task.plan;
-    T *gradient = scratch.gradients[0], *pooled = scratch.pooled[0];
-    const int64_t bins = task.bins_y * task.bins_x;
-    const ImageView& in = task.output_gradient;
-    const auto gather_box = gather_function<Gather::kCopy, T, W>(in.element);
-    clear(gradient, plan.pixels * W);
-    for (int64_t n = 0; n < plan.patch_count; ++n) {
-      const Patch<T>& patch = plan.patches[n];
-      gather_box(in, in, CellRun{task.channels.begin, task.channels.count, patch.box, 0, bins, bins}, pooled);
-      pool_backward<T, W>(patch, T(patch.scale), pooled, scratch.sums[0], gradient);
-    }
-    scatter<T, W>(plan, gradient, T(1), task.channels, task.gradient);
+void align_backward_block(const AlignBackwardTask<T>& task, Scratch<T>& scratch) {
+  const Plan<T>& plan = *task.plan;
+  T *gradient = scratch.gradients[0], *pooled = scratch.pooled[0];
+  const int64_t bins = task.bins;
+  const ImageView& in = task.output_gradient;
+  const auto gather_box = gather_function<Gather::kCopy, T, W>(in.element);
+  clear(gradient, plan.pixels * W);
+  for (int64_t n = 0; n < plan.patch_count; ++n) {
+    const Patch<T>& patch = plan.patches[n];
+    gather_box(in, in, CellRun{task.channels.begin, task.channels.count, patch.box, 0, bins, bins}, pooled);
+    pool_backward<T, W>(patch, T(patch.scale), pooled, scratch.sums[0], gradient);
   }
-};
+  scatter<T, W>(plan, gradient, T(1), task.channels, task.gradient);
+}
 
-// Double has blocks of 8 channels alone, which make a cache line.
-template <template <class, int> class Kernel, class T, class Task>
-void run_width(Task& task, Scratch<T>& scratch) {
+// The block's width becomes a constant. Double has blocks of 8 channels alone, which make a cache line.
+template <class T>
+void distill(DistillTask<T>& task, Scratch<T>& scratch) {
   if constexpr (kSame<T, float>) {
-    if constexpr (Kernel<T, 8>::kWide) {
-      if (task.channels.width == kWideBlock) return Kernel<T, int(kWideBlock)>::run(task, scratch);
-    }
-    if (task.channels.width == 16) return Kernel<T, 16>::run(task, scratch);
+    if (task.channels.width == kWideBlock) return distill_block<T, int(kWideBlock)>(task, scratch);
+    if (task.channels.width == 16) return distill_block<T, 16>(task, scratch);
   }
-  Kernel<T, 8>::run(task, scratch);
+  distill_block<T, 8>(task, scratch);
+}
+template <class T>
+void align(const AlignTask<T>& task, Scratch<T>& scratch) {
+  const bool narrow = task.channels.width == 8;
+  narrow ? align_block<T, 8>(task, scratch) : align_block<T, kLine / sizeof(T)>(task, scratch);
+}
+template <class T>
+void align_backward(const AlignBackwardTask<T>& task, Scratch<T>& scratch) {
+  const bool narrow = task.channels.width == 8;
+  narrow ? align_backward_block<T, 8>(task, scratch) : align_backward_block<T, kLine / sizeof(T)>(task, scratch);
 }
 
 template <class T>
@@ -253,14 +249,11 @@ void add_scaled(T factor, const T* __restrict from, int64_t count, T* __restrict
   for (int64_t i = 0; i < count; ++i) to[i] += factor * from[i];
 }
 
-template <class T>
-constexpr Kernels<T> kKernels = {run_width<Distill, T, DistillTask<T>>, run_width<Align, T, const AlignTask<T>>,
-                                 run_width<AlignBackward, T, const AlignBackwardTask<T>>, add_scaled<T>};
-
 }  // namespace
 
 const KernelTable& kernels() {
-  static const KernelTable table = {kKernels<float>, kKernels<double>};
+  static const KernelTable table = {{distill<float>, align<float>, align_backward<float>, add_scaled<float>},
+                                    {distill<double>, align<double>, align_backward<double>, add_scaled<double>}};
   return table;
 }
 

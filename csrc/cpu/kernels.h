@@ -1,20 +1,19 @@
 // Interface between the CPU ops and the kernels, which are compiled several times for different instruction sets. Plain
-// structs only: a kernel file must not instantiate templates of the standard library, or the linker might hand the
-// AVX-512 copy of one to code that runs everywhere.
+// structs only: a kernel file must not instantiate functions of the standard library's templates, or the linker might
+// hand the AVX-512 copy of one to code that runs everywhere.
 #pragma once
 
 #include <cstdint>
 
+#include "../prepare.h"
 #include "box_plan.h"
 
 namespace rakd {
 
-enum class Element : int32_t { kFloat, kDouble, kHalf, kBFloat16 };
-
 // One image of a feature map, [C, H, W]; strides in elements.
 struct ImageView {
   void* data = nullptr;
-  Element element = Element::kFloat;
+  Number element = Number::kFloat;  // or kDouble, kHalf, kBFloat16
   int64_t channel_stride = 0, row_stride = 0, column_stride = 0;
 };
 
@@ -30,7 +29,7 @@ struct Scratch {
   T* values[2];     // [pixels][width] gathered maps, one per side
   T* gradients[2];  // [pixels][width] their gradients
   T* sums[2];       // [rows][width] one column of bins: a value for each touched row of a patch
-  T* pooled[2];     // [bins_y * bins_x][width] of one patch, one per side
+  T* pooled[2];     // [bins][width] of one patch, one per side
 };
 
 // Σ_k scale_k |RoIAlign(A) - RoIAlign(E)|² of one image and level. When the maps have one shape and stride there is one
@@ -40,7 +39,7 @@ struct DistillTask {
   const Plan<T>* plan[2];  // plan[1] == nullptr: one side
   ImageView map[2];        // apprentice, expert
   ImageView gradient[2];   // data == nullptr: not wanted
-  int64_t bins_y, bins_x;
+  int64_t bins;            // of a box
   ChannelBlock channels;
   double* patch_losses;  // out [patches], where the losses of the boxes are wanted; else nullptr
   double total;          // out
@@ -55,18 +54,18 @@ struct AlignTask {
   int64_t plan_stride, levels;
   const int32_t* boxes;  // [box_count] rows of the output that belong to this image
   int64_t box_count;
-  int64_t bins_y, bins_x;
+  int64_t bins;  // of a box
   ChannelBlock channels;
-  ImageView output;  // [C, K, bins_y * bins_x]
+  ImageView output;  // [C, K, bins]
 };
 
 template <class T>
 struct AlignBackwardTask {
   const Plan<T>* plan;
   ImageView gradient;
-  int64_t bins_y, bins_x;
+  int64_t bins;  // of a box
   ChannelBlock channels;
-  ImageView output_gradient;  // [C, K, bins_y * bins_x]
+  ImageView output_gradient;  // [C, K, bins]
 };
 
 // The kernels of one instruction set.
@@ -87,6 +86,19 @@ constexpr int64_t kWideBlock = 32;
 
 // Spare scratch pixels after the last one: vector tiles may spill past a segment's end.
 constexpr int64_t kSlack = 8;
+
+// Those of the best instruction set of this processor (dispatch.cpp). The RAKD_CPU_ISA environment variable (baseline,
+// avx2, avx512) chooses another one, for tests and measurements; one that cannot run here is an error.
+const KernelTable& kernel_table();
+
+template <class T>
+const Kernels<T>& best_kernels() {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return kernel_table().single_precision;
+  } else {
+    return kernel_table().double_precision;
+  }
+}
 
 namespace baseline {
 const KernelTable& kernels();

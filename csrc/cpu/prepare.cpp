@@ -1,161 +1,78 @@
 // CPU ops prepare_boxes and level_weights: boxes and weights of any real dtype become the rows and the index that all
 // other ops read, in one pass.
-#include <cmath>
-#include <optional>
-#include <string>
-
 #include "tensors.h"
 
 namespace rakd {
 namespace {
 
-// Boxes as the caller has them: one tensor [K, 5], or one [K_b, 4] for each image.
-class BoxList {
- public:
-  explicit BoxList(const Tensors& tensors) {
-    STD_TORCH_CHECK(!tensors.empty(), "boxes: expected at least one tensor");
-    per_image_ = tensors[0].dim() != 2 || tensors[0].size(1) != 5;
-    STD_TORCH_CHECK(per_image_ || tensors.size() == 1, "boxes: expected one tensor [K, 5] or one [K_b, 4] per image");
-    for (size_t b = 0; b < tensors.size(); ++b) {
-      const Tensor& t = tensors[b];
-      STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == (per_image_ ? 4 : 5), name(b), ": expected shape [K, ",
-                      per_image_ ? "4" : "5", "], (", per_image_ ? "" : "batch_index, ", "x1, y1, x2, y2)");
-      numbers_.push_back(numbers(t, name(b).c_str()));
-      counts_.push_back(t.size(0));
-      count += t.size(0);
-    }
-    STD_TORCH_CHECK(count <= kMaxCells, "boxes: expected fewer than 2^31 - 1, got ", count);
-  }
-
-  // Calls f(k, box, name of its tensor, row there) for box number k = 0 .. count - 1, (image, x1, y1, x2, y2).
-  template <class F>
-  void for_each(const F& f) const {
-    int64_t k = 0;
-    for (size_t b = 0; b < numbers_.size(); ++b) {
-      for (int64_t i = 0; i < counts_[b]; ++i, ++k) {
-        double box[5] = {static_cast<double>(b)};
-        for (int j = per_image_ ? 1 : 0; j < 5; ++j) box[j] = numbers_[b].at(i, per_image_ ? j - 1 : j);
-        f(k, box, b, i);
-      }
-    }
-  }
-  std::string name(size_t b) const { return per_image_ ? "boxes[" + std::to_string(b) + "]" : "boxes"; }
-  int64_t tensors_per_image() const { return per_image_ ? static_cast<int64_t>(counts_.size()) : -1; }
-
-  int64_t count = 0;
-
- private:
-  bool per_image_;
-  std::vector<Numbers> numbers_;
-  std::vector<int64_t> counts_;
-};
-
-Preparation preparation(int64_t images, const DoubleList& strides, int64_t assignment, double sigma,
-                        double canonical_size, double canonical_level) {
-  STD_TORCH_CHECK(!strides.empty() && strides.size() <= kMaxLevels, "strides: expected 1 to ", kMaxLevels,
-                  " numbers, got ", strides.size());
-  STD_TORCH_CHECK(assignment >= 0 && assignment <= 2, "assignment: expected 0, 1 or 2, got ", assignment);
-  STD_TORCH_CHECK(sigma > 0.0 && canonical_size > 0.0, "sigma, canonical_size: expected positive numbers, got ", sigma,
-                  " and ", canonical_size);
-  Preparation call{};
-  call.images = images;
-  call.levels = static_cast<int32_t>(strides.size());
-  call.rule = LevelRule{static_cast<Assignment>(assignment), sigma, canonical_size, canonical_level};
-  call.factor = 1.0;
-  for (size_t l = 0; l < strides.size(); ++l) {
-    STD_TORCH_CHECK(strides[l] > (l == 0 ? 0.0 : strides[l - 1]),
-                    "strides: expected positive, increasing numbers, got ", strides[l], " in place ", l);
-    call.level_of[l] = std::log2(strides[l]);
-  }
-  return call;
+// Fills the row of box number k; a fault is an error.
+void checked_row(const Preparation& call, const double* box, int64_t k, double* row) {
+  constexpr const char* kExpected[] = {"",
+                                       "boxes: expected finite numbers",
+                                       "boxes: expected whole batch indices of the call's images",
+                                       "boxes: expected x1 <= x2 and y1 <= y2",
+                                       "box_weights: expected finite numbers",
+                                       "level_weights: expected finite numbers of at least 0"};
+  const Fault fault = prepare_row(call, box, k, row);
+  STD_TORCH_CHECK(fault == Fault::kNone, kExpected[static_cast<int>(fault)], ", got others in row ", k,
+                  ", whose box is (", box[1], ", ", box[2], ", ", box[3], ", ", box[4], ") of image ", box[0]);
 }
 
-void check_fault(Fault fault, const BoxList& boxes, const Preparation& call, int64_t k, const double* box, size_t b,
-                 int64_t row) {
-  switch (fault) {
-    case Fault::kNone:
-      return;
-    case Fault::kNotFinite:
-      STD_TORCH_CHECK(false, boxes.name(b), ": expected finite numbers, got (", box[1], ", ", box[2], ", ", box[3],
-                      ", ", box[4], ") of image ", box[0], " in row ", row);
-    case Fault::kBatchIndex:
-      STD_TORCH_CHECK(false, boxes.name(b), ": expected whole batch indices from 0 to ", call.images - 1, ", got ",
-                      box[0], " in row ", row);
-    case Fault::kTurned:
-      STD_TORCH_CHECK(false, boxes.name(b), ": expected x1 <= x2 and y1 <= y2, got (", box[1], ", ", box[2], ", ",
-                      box[3], ", ", box[4], ") in row ", row);
-    case Fault::kBoxWeight:
-      STD_TORCH_CHECK(false, "box_weights: expected finite numbers, got ", call.box_weights.at(k, 0), " in row ", k);
-    case Fault::kLevelWeight:
-      STD_TORCH_CHECK(false, "level_weights: expected finite numbers of at least 0, got another in row ", k);
+// Calls f(k, box) for box number k = 0 .. total - 1, box = (image, x1, y1, x2, y2).
+template <class F>
+void for_each_box(const BoxLists& boxes, const F& f) {
+  const int64_t columns = boxes.whole ? 5 : 4;
+  int64_t k = 0;
+  for (size_t b = 0; b < boxes.list.size(); ++b) {
+    for (int64_t i = 0; i < boxes.count[b]; ++i, ++k) {
+      double box[5] = {static_cast<double>(b)};
+      for (int64_t j = 0; j < columns; ++j) box[5 - columns + j] = boxes.list[b].at(i, j);
+      f(k, box);
+    }
   }
 }
 
-std::tuple<Tensor, Tensor> prepare_boxes(Tensors tensors, std::optional<Tensor> box_weights,
+std::tuple<Tensor, Tensor> prepare_boxes(Tensors boxes, std::optional<Tensor> box_weights,
                                          std::optional<Tensor> level_weights, int64_t images, bool mean,
                                          DoubleList strides, int64_t assignment, double sigma, double canonical_size,
                                          double canonical_level) {
-  Preparation call = preparation(images, strides, assignment, sigma, canonical_size, canonical_level);
-  const BoxList boxes(tensors);
-  STD_TORCH_CHECK(images >= 0 && images <= kMaxCells, "images: expected a number from 0 to 2^31 - 2, got ", images);
-  STD_TORCH_CHECK(boxes.tensors_per_image() < 0 || boxes.tensors_per_image() == images, "boxes: expected ", images,
-                  " tensors, one per image, got ", tensors.size());
-  if (mean && boxes.count > 0) call.factor = 1.0 / static_cast<double>(boxes.count);
-  if (box_weights) {
-    STD_TORCH_CHECK(box_weights->dim() == 1 && box_weights->size(0) == boxes.count, "box_weights: expected shape [",
-                    boxes.count, "], one per box");
-    call.box_weights = numbers(*box_weights, "box_weights");
-  }
-  if (level_weights) {
-    STD_TORCH_CHECK(
-        level_weights->dim() == 2 && level_weights->size(0) == boxes.count && level_weights->size(1) == call.levels,
-        "level_weights: expected shape [", boxes.count, ", ", call.levels, "], one per box and level");
-    call.level_weights = numbers(*level_weights, "level_weights");
-  }
-  Tensor rows = empty_tensor(ScalarType::Double, {boxes.count, 5 + call.levels});
-  Tensor index = empty_tensor(ScalarType::Int, {images + 1 + boxes.count});
+  BoxArguments given(boxes, strides, assignment, sigma, canonical_size, canonical_level);
+  given.add(boxes[0], box_weights, level_weights, images, mean);
+  const int64_t count = given.boxes.total, width = 5 + given.preparation.levels;
+  Tensor rows = empty_tensor(ScalarType::Double, {count, width});
+  Tensor index = empty_tensor(ScalarType::Int, {images + 1 + count});
   auto* row = static_cast<double*>(rows.data_ptr());
   auto* begin = static_cast<int32_t*>(index.data_ptr());
   std::fill_n(begin, images + 1, 0);
-  boxes.for_each([&](int64_t k, const double* box, size_t b, int64_t i) {
-    check_fault(prepare_row(call, box, k, row), boxes, call, k, box, b, i);
+  for_each_box(given.boxes, [&](int64_t k, const double* box) {
+    checked_row(given.preparation, box, k, row);
     ++begin[static_cast<int64_t>(row[0])];
-    row += 5 + call.levels;
+    row += width;
   });
   // A stable counting sort: sums of counts are where images end; filled from the last box on, they become the
   // beginnings.
   for (int64_t b = 0; b < images; ++b) begin[b + 1] += begin[b];
   int32_t* order = begin + images + 1;
-  for (int64_t k = boxes.count - 1; k >= 0; --k) {
-    row -= 5 + call.levels;
+  for (int64_t k = count - 1; k >= 0; --k) {
+    row -= width;
     order[--begin[static_cast<int64_t>(row[0])]] = static_cast<int32_t>(k);
   }
   return {rows, index};
 }
 
-template <class T>
-void fill_level_weights(const BoxList& boxes, const Preparation& call, T* weights) {
-  boxes.for_each([&](int64_t k, const double* box, size_t b, int64_t i) {
-    double row[5 + kMaxLevels];
-    check_fault(prepare_row(call, box, k, row), boxes, call, k, box, b, i);
-    std::copy_n(row + 5, call.levels, weights + k * call.levels);
-  });
-}
-
 // [K, L], for boxes of any number of images.
-Tensor level_weights_of(Tensors tensors, DoubleList strides, int64_t assignment, double sigma, double canonical_size,
+Tensor level_weights_of(Tensors boxes, DoubleList strides, int64_t assignment, double sigma, double canonical_size,
                         double canonical_level) {
-  const Preparation call =
-      preparation(std::numeric_limits<int64_t>::max(), strides, assignment, sigma, canonical_size, canonical_level);
-  const BoxList boxes(tensors);
-  const bool wide = tensors[0].scalar_type() == ScalarType::Double;
-  Tensor weights = empty_tensor(wide ? ScalarType::Double : ScalarType::Float, {boxes.count, call.levels});
-  if (wide) {
-    fill_level_weights(boxes, call, static_cast<double*>(weights.data_ptr()));
-  } else {
-    fill_level_weights(boxes, call, static_cast<float*>(weights.data_ptr()));
-  }
-  return weights;
+  const BoxArguments given(boxes, strides, assignment, sigma, canonical_size, canonical_level);
+  const int64_t levels = given.preparation.levels;
+  DoubleList weights(given.boxes.total * levels);
+  for_each_box(given.boxes, [&](int64_t k, const double* box) {
+    double row[5 + kMaxLevels];
+    checked_row(given.preparation, box, k, row);
+    std::copy_n(row + 5, levels, weights.data() + k * levels);
+  });
+  const bool wide = boxes[0].scalar_type() == ScalarType::Double;
+  return tensor_of(wide ? ScalarType::Double : ScalarType::Float, {given.boxes.total, levels}, weights.data());
 }
 
 }  // namespace

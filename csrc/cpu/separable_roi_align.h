@@ -8,7 +8,7 @@
 
 #include "simd.h"
 
-// What a column of bins weighs in one row of cells: N neighbours in the list of touched cells.
+// The weights of a column of bins in one row of cells, for N neighbours in the list of touched cells.
 template <class T, int W, int N>
 struct Taps {
   T weight[N];
@@ -135,7 +135,7 @@ inline void pool_backward(const Patch<T>& patch, T factor, const T* pooled, T* s
   }
 }
 
-// Σ pooled² without keeping what is pooled: take_bin(q, value) gets the bins of a column, end_column(p) follows them.
+// Σ pooled² without storing pooled values: take_bin(q, value) gets the bins of a column, end_column(p) follows them.
 template <class T, int W, class TakeBin, class EndColumn>
 inline double pool_squares(const Patch<T>& patch, const T* values, T* sums, const TakeBin& take_bin,
                            const EndColumn& end_column) {

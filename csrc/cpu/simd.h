@@ -133,24 +133,6 @@ inline void from_accum(double value, E* out) {
   from_accum(float(value), out);
 }
 
-// Compile-time lane numbers (std::integer_sequence is not used here, see kernels.h).
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
-template <int... I>
-struct LanesUpTo<0, I...> {
-  typedef Lanes<I...> type;
-};
-template <int Bytes>
-struct IntegerOf {
-  typedef int32_t type;
-};
-template <>
-struct IntegerOf<8> {
-  typedef int64_t type;
-};
-
 // In-place transpose of a square tile held as `N` vectors: log2(N) rounds of exchanges between rows i and i + D.
 template <class T, int N>
 struct Tile {
@@ -162,14 +144,14 @@ struct Tile {
  private:
 #if defined(__clang__)
   template <int D, int... I>
-  static inline Vector pick(Vector a, Vector b, bool high, Lanes<I...>) {
+  static inline Vector pick(Vector a, Vector b, bool high, std::integer_sequence<int, I...>) {
     return high ? __builtin_shufflevector(a, b, ((I & D) ? N + I : I + D)...)
                 : __builtin_shufflevector(a, b, ((I & D) ? N + I - D : I)...);
   }
 #else
   template <int D, int... I>
-  static inline Vector pick(Vector a, Vector b, bool high, Lanes<I...>) {
-    typedef typename IntegerOf<sizeof(T)>::type Index;
+  static inline Vector pick(Vector a, Vector b, bool high, std::integer_sequence<int, I...>) {
+    typedef typename std::conditional<sizeof(T) == 8, int64_t, int32_t>::type Index;
     typedef typename VectorOf<Index, N>::type Mask;
     const Mask low_mask = {Index((I & D) ? N + I - D : I)...};
     const Mask high_mask = {Index((I & D) ? N + I : I + D)...};
@@ -182,8 +164,8 @@ struct Tile {
     for (int i = 0; i < N; ++i) {
       if (i & D) continue;
       const Vector a = row[i], b = row[i + D];
-      row[i] = pick<D>(a, b, false, typename LanesUpTo<N>::type{});
-      row[i + D] = pick<D>(a, b, true, typename LanesUpTo<N>::type{});
+      row[i] = pick<D>(a, b, false, std::make_integer_sequence<int, N>{});
+      row[i + D] = pick<D>(a, b, true, std::make_integer_sequence<int, N>{});
     }
     if constexpr (D > 1) exchange<D / 2>();
   }

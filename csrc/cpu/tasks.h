@@ -4,14 +4,13 @@
 
 #include <vector>
 
-#include "dispatch.h"
 #include "nontemporal_store.h"
 #include "tensors.h"
 #include "threads.h"
 
 namespace rakd {
 
-// Values of the computation's type that one worker's buffers need.
+// Values of the computation's type that one worker's buffers need; see Scratch.
 struct ScratchSizes {
   int64_t values[2] = {0, 0}, gradients[2] = {0, 0}, sums = 0, pooled = 0;
 
@@ -27,28 +26,18 @@ struct ScratchSizes {
 
 // One worker's buffers in one allocation, each on a cache line of its own.
 template <class T>
-class WorkerScratch {
- public:
-  explicit WorkerScratch(const ScratchSizes& sizes) : layout_(sizes), memory_(layout_.bytes) {
-    const auto at = [&](int i) { return reinterpret_cast<T*>(memory_.data() + layout_.offsets[i]); };
-    scratch = Scratch<T>{{at(0), at(1)}, {at(2), at(3)}, {at(4), at(5)}, {at(6), at(7)}};
+struct WorkerScratch {
+  explicit WorkerScratch(const ScratchSizes& s) {
+    const int64_t counts[8] = {s.values[0], s.values[1], s.gradients[0], s.gradients[1],
+                               s.sums,      s.sums,      s.pooled,       s.pooled};
+    size_t at[9] = {0};
+    for (int i = 0; i < 8; ++i) at[i + 1] = at[i] + (counts[i] * sizeof(T) + kLine - 1) / kLine * kLine;
+    memory = Buffer(at[8]);
+    const auto buffer = [&](int i) { return reinterpret_cast<T*>(memory.data() + at[i]); };
+    scratch = {{buffer(0), buffer(1)}, {buffer(2), buffer(3)}, {buffer(4), buffer(5)}, {buffer(6), buffer(7)}};
   }
   Scratch<T> scratch;
-
- private:
-  struct Layout {
-    explicit Layout(const ScratchSizes& sizes) {
-      const int64_t counts[8] = {sizes.values[0], sizes.values[1], sizes.gradients[0], sizes.gradients[1],
-                                 sizes.sums,      sizes.sums,      sizes.pooled,       sizes.pooled};
-      for (int i = 0; i < 8; ++i) {
-        offsets[i] = bytes;
-        bytes += (static_cast<size_t>(counts[i]) * sizeof(T) + kLine - 1) / kLine * kLine;
-      }
-    }
-    size_t offsets[8], bytes = 0;
-  };
-  Layout layout_;
-  Buffer memory_;
+  Buffer memory;
 };
 
 // One (level, image, channel block), or a run of cells of a channels-last gradient to be cleared.
@@ -65,9 +54,14 @@ struct Work {
   ScratchSizes sizes;
   int64_t values = 0;
 
-  void add(const Item& item, int64_t item_values) {
-    items.push_back(item);
-    values += item_values;
+  // All channels of an image and level in blocks; channel_values: those that one channel computes.
+  void add_blocks(int64_t level, int64_t image, int64_t channels, int64_t width, int64_t channel_values,
+                  const ScratchSizes& needed) {
+    for (int64_t c = 0; c < channels; c += width) {
+      items.push_back(Item{level, image, ChannelBlock{c, std::min(width, channels - c), width}});
+    }
+    sizes.include(needed);
+    values += channels * channel_values;
   }
 };
 
@@ -78,15 +72,10 @@ int64_t block_width(int64_t channels) {
   return kWidth > 8 && channels <= 8 ? 8 : kWidth;
 }
 
-// Values that a block of one channel computes on a plan.
+// Values that one channel computes on a plan.
 template <class T>
 int64_t plan_values(const Plan<T>& plan, int64_t bins) {
   return plan.pixels + 2 * plan.patch_count * bins;
-}
-
-template <class F>
-void for_each_block(int64_t channels, int64_t width, const F& f) {
-  for (int64_t c = 0; c < channels; c += width) f(ChannelBlock{c, std::min(width, channels - c), width});
 }
 
 // Clearing of one gradient [B, C, H, W], if it is channels-last; channels-first ones are written whole by their blocks.
@@ -95,13 +84,14 @@ void for_each_block(int64_t channels, int64_t width, const F& f) {
 inline void append_clearing(Work& work, int64_t level, int64_t side, const MapBatch& map) {
   if (map.stride[3] == 1) return;
   const int64_t cell = map.channels * map.element_size, cells = map.height * map.width;
+  work.values += map.batch * cells * cell / 8;
   for (int64_t image = 0; image < map.batch; ++image) {
     const auto data = reinterpret_cast<uintptr_t>(map.data) + static_cast<uintptr_t>(image * cells * cell);
     for (int64_t begin = 0; begin < cells;) {
       const uintptr_t at = data + static_cast<uintptr_t>(begin * cell);
       const auto left = static_cast<int64_t>(kHugePage - at % kHugePage);
       const int64_t end = std::min(cells, begin + (left + cell - 1) / cell);
-      work.add(Item{level, image, {}, side, begin, end}, (end - begin) * cell / 8);
+      work.items.push_back(Item{level, image, {}, side, begin, end});
       begin = end;
     }
   }

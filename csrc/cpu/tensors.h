@@ -1,37 +1,13 @@
-// Reads the arguments of the CPU ops off torch tensors, with the checks that memory safety needs whoever calls (the
-// Python layer has better messages and cannot look at values under torch.compile), and makes the tensors of their
-// results.
+// Arguments of the CPU ops as the plans and kernels take them, and the tensors of their results.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <vector>
-
-#include "../maps.h"
-#include "../prepare.h"
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace rakd {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using DoubleList = std::vector<double>;
-using IntList = std::vector<int64_t>;
-
-constexpr int64_t kMaxCount = 10000;                   // bins and samples along one axis
-constexpr int64_t kMaxCells = (int64_t(1) << 31) - 2;  // rows or columns of a map; the tables count in 32 bits
-
 inline PlanOptions plan_options(const IntList& output_size, int64_t sampling_ratio) {
-  const auto good = [](int64_t n) { return n >= 1 && n <= kMaxCount; };
-  STD_TORCH_CHECK(output_size.size() == 2 && good(output_size[0]) && good(output_size[1]),
-                  "output_size: expected two numbers from 1 to ", kMaxCount);
-  STD_TORCH_CHECK(sampling_ratio >= 0 && sampling_ratio <= kMaxCount, "sampling_ratio: expected a number from 0 to ",
-                  kMaxCount, ", got ", sampling_ratio);
+  check_sampling(output_size, sampling_ratio);
   return PlanOptions{output_size[0], output_size[1], sampling_ratio};
 }
 
@@ -39,7 +15,7 @@ inline PlanOptions plan_options(const IntList& output_size, int64_t sampling_rat
 struct MapBatch {
   char* data;
   ScalarType type;
-  Element element;
+  Number element;
   int64_t element_size;  // bytes
   int64_t batch, channels, height, width;
   int64_t stride[4];  // elements
@@ -52,90 +28,31 @@ struct MapBatch {
 using Maps = std::vector<MapBatch>;
 
 inline MapBatch map_batch(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.is_cpu(), name, ": expected CPU maps [B, C, H, W]");
-  MapBatch map{};
-  map.data = static_cast<char*>(t.data_ptr());
-  map.type = t.scalar_type();
-  switch (map.type) {
-    case ScalarType::Float:
-      map.element = Element::kFloat;
-      break;
-    case ScalarType::Double:
-      map.element = Element::kDouble;
-      break;
-    case ScalarType::Half:
-      map.element = Element::kHalf;
-      break;
-    case ScalarType::BFloat16:
-      map.element = Element::kBFloat16;
-      break;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
-  }
-  map.element_size = static_cast<int64_t>(t.element_size());
-  int64_t* sizes[4] = {&map.batch, &map.channels, &map.height, &map.width};
-  for (int i = 0; i < 4; ++i) {
-    *sizes[i] = t.size(i);
-    map.stride[i] = t.stride(i);
-    STD_TORCH_CHECK(i == 0 || (*sizes[i] >= 1 && *sizes[i] <= kMaxCells), name,
-                    ": expected at least one channel, row and column and fewer than 2^31 - 1, got ", *sizes[i],
-                    " in dimension ", i);
-  }
-  map.channels_last = is_channels_last(t);
-  return map;
+  const Number element = check_map(t, t, name);
+  return MapBatch{static_cast<char*>(t.data_ptr()),
+                  t.scalar_type(),
+                  element,
+                  static_cast<int64_t>(t.element_size()),
+                  t.size(0),
+                  t.size(1),
+                  t.size(2),
+                  t.size(3),
+                  {t.stride(0), t.stride(1), t.stride(2), t.stride(3)},
+                  is_channels_last(t)};
 }
 
 // One map per stride, fine to coarse.
 inline Maps map_batches(const Tensors& tensors, const DoubleList& strides, const char* name) {
-  STD_TORCH_CHECK(!tensors.empty() && tensors.size() <= kMaxLevels && tensors.size() == strides.size(), name,
-                  ": expected 1 to ", kMaxLevels, " maps, one per stride, got ", tensors.size(), " maps and ",
-                  strides.size(), " strides");
+  check_maps(tensors, strides, tensors, name);
   Maps maps;
-  maps.reserve(tensors.size());
-  for (const Tensor& t : tensors) {
-    maps.push_back(map_batch(t, name));
-    STD_TORCH_CHECK(maps.back().batch == maps[0].batch, name, ": expected maps of one batch size");
-  }
+  for (const Tensor& t : tensors) maps.push_back(map_batch(t, name));
   return maps;
-}
-
-// Numbers of any real dtype on the CPU.
-inline Numbers numbers(const Tensor& t, const char* name) {
-  Numbers result;
-  switch (t.scalar_type()) {
-#define RAKD_NUMBER(scalar, number) \
-  case ScalarType::scalar:          \
-    result.type = Number::number;   \
-    break;
-    RAKD_NUMBER(Float, kFloat)
-    RAKD_NUMBER(Double, kDouble)
-    RAKD_NUMBER(Half, kHalf)
-    RAKD_NUMBER(BFloat16, kBFloat16)
-    RAKD_NUMBER(Byte, kUInt8)
-    RAKD_NUMBER(Char, kInt8)
-    RAKD_NUMBER(Short, kInt16)
-    RAKD_NUMBER(Int, kInt32)
-    RAKD_NUMBER(Long, kInt64)
-#undef RAKD_NUMBER
-    default:
-      STD_TORCH_CHECK(false, name, ": expected a floating-point or integer dtype");
-  }
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() <= 2, name, ": expected a tensor on the CPU of at most two dimensions");
-  static const double none = 0.0;  // where an empty tensor has no memory
-  result.data = t.numel() > 0 ? t.data_ptr() : &none;
-  for (int64_t i = 0; i < t.dim(); ++i) result.stride[i] = t.stride(i);
-  return result;
 }
 
 // Checks rows and index, the outputs of prepare_boxes.
 inline BoxRows box_rows(const Tensor& rows, const Tensor& index, int64_t images, int64_t levels) {
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == 5 + levels && rows.scalar_type() == ScalarType::Double &&
-                      rows.is_contiguous() && rows.is_cpu(),
-                  "rows: expected contiguous float64 [K, ", 5 + levels, "] on the CPU");
+  check_rows(rows, index, images, levels, rows);
   const int64_t count = rows.size(0);
-  STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == images + 1 + count && index.scalar_type() == ScalarType::Int &&
-                      index.is_contiguous() && index.is_cpu(),
-                  "index: expected contiguous int32 [", images + 1 + count, "], images + 1 + K, on the CPU");
   const auto* begin = static_cast<const int32_t*>(index.data_ptr());
   const BoxRows boxes{static_cast<const double*>(rows.data_ptr()), begin, begin + images + 1, count, images, levels};
   STD_TORCH_CHECK(begin[0] >= 0, "index: expected no negative number, got ", begin[0]);
@@ -150,9 +67,7 @@ inline BoxRows box_rows(const Tensor& rows, const Tensor& index, int64_t images,
       const double* row = boxes.row(k);
       STD_TORCH_CHECK(row[0] == static_cast<double>(b), "rows: expected image ", b, " as in index, got ", row[0],
                       " in row ", k);
-      const bool finite =
-          row[1] - row[1] == 0.0 && row[2] - row[2] == 0.0 && row[3] - row[3] == 0.0 && row[4] - row[4] == 0.0;
-      STD_TORCH_CHECK(finite && row[1] <= row[3] && row[2] <= row[4],
+      STD_TORCH_CHECK(std::all_of(row + 1, row + 5, is_finite_number) && row[1] <= row[3] && row[2] <= row[4],
                       "rows: expected finite numbers with x1 <= x2 and y1 <= y2 in row ", k);
       previous = k;
     }
@@ -180,6 +95,18 @@ inline Tensor empty_tensor(ScalarType type, const IntList& shape, bool channels_
                     "torch could not allocate ", bytes, " bytes");
   }
   return Tensor(handle);
+}
+
+// The same, filled; float32 or float64.
+inline Tensor tensor_of(ScalarType type, const IntList& shape, const double* values) {
+  Tensor t = empty_tensor(type, shape);
+  const int64_t count = t.numel();
+  if (type == ScalarType::Double) {
+    std::copy_n(values, count, static_cast<double*>(t.data_ptr()));
+  } else {
+    std::copy_n(values, count, static_cast<float*>(t.data_ptr()));
+  }
+  return t;
 }
 
 }  // namespace rakd

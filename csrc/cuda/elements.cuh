@@ -15,7 +15,6 @@ RAKD_HD float to_accum(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 RAKD_HD void from_accum(double value, double* out) { *out = value; }
 RAKD_HD void from_accum(double value, float* out) { *out = static_cast<float>(value); }
-RAKD_HD void from_accum(float value, float* out) { *out = value; }
 RAKD_HD void from_accum(float value, __half* out) { *out = __float2half_rn(value); }
 RAKD_HD void from_accum(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
 
@@ -24,8 +23,9 @@ RAKD_HD int64_t element_bytes(Number type) { return type == Number::kDouble ? 8 
 
 // Calls f(E()) for the element type E that `type` names. Kernels do so outside of their loops. A call that sums in
 // float has no float64 maps, so its kernels have no code for them.
+RAKD_ANY_CALLER
 template <class T, class F>
-__device__ __forceinline__ void with_element_type(Number type, const F& f) {
+__host__ __device__ __forceinline__ void with_element_type(Number type, const F& f) {
   if (type == Number::kHalf) {
     f(__half());
   } else if (type == Number::kBFloat16) {
@@ -38,13 +38,11 @@ __device__ __forceinline__ void with_element_type(Number type, const F& f) {
 }
 
 // The maps of one level, [B, C, H, W]. Strides are in elements; those of rows and columns, and any offset in a row, fit
-// 32 bits (check_strides() of tensors.h). data == nullptr: not wanted.
+// 32 bits (map_view() of tensors.h). data == nullptr: not wanted.
 struct MapView {
   void* data;
   int64_t image_stride, channel_stride;
   uint32_t row_stride, column_stride;
-  Number type;
-  int32_t channels;
 
   // The first cell of a channel of an image.
   template <class E>
@@ -55,19 +53,17 @@ struct MapView {
 
 struct Pyramid {
   MapView level[kMaxLevels];
+  Number type[kMaxLevels];
 };
 
-// Four values that are moved as one or two 16-byte words.
-template <class T>
-struct alignas(16) Quad {
-  T value[4];
-};
-
-// Neighbouring channels, which are moved in words of up to 16 bytes where they lie together.
+// Neighbouring values, which are moved in words of up to 16 bytes where they lie together.
 template <class E, int kCount>
 struct alignas(kCount * sizeof(E) < 16 ? kCount * sizeof(E) : 16) ChannelGroup {
   E value[kCount];
 };
+
+template <class T>
+using Quad = ChannelGroup<T, 4>;
 
 }  // namespace gpu
 }  // namespace rakd

@@ -6,7 +6,6 @@
 // spread it over them. Longer bands and more rows come in several parts, one fragment after another.
 #pragma once
 
-#include "gram_bands.cuh"
 #include "roi_align_backward.cuh"
 
 namespace rakd {
@@ -33,68 +32,58 @@ struct Rectangle {
   }
 };
 
-// A quad of channels of one image of a map.
-template <class E>
-class QuadPlane {
- public:
-  typedef decltype(to_accum(E())) T;
-
-  __device__ QuadPlane(const MapView& map, int32_t image, int32_t channel)
-      : first_(map.plane<const E>(image, channel)),
-        channel_stride_(map.channel_stride),
-        row_stride_(map.row_stride),
-        stride_(map.column_stride),
-        channels_(map.channels - channel < kQuad ? map.channels - channel : kQuad) {
-    constexpr uint32_t kWord = alignof(Together) / sizeof(E);
-    together_ = channel_stride_ == 1 && channels_ == kQuad && row_stride_ % kWord == 0 && stride_ % kWord == 0 &&
-                reinterpret_cast<uintptr_t>(first_) % alignof(Together) == 0;
-    RAKD_OPAQUE(first_);
-  }
-
-  // At a cell; zero for channels past the last.
-  __device__ __forceinline__ Quad<T> operator()(int32_t y, int32_t x) const {
-    const E* from = first_ + uint64_t(uint32_t(y)) * row_stride_ + uint32_t(x) * stride_;
-    Quad<T> values;
-    if (together_) {
-      const Together together = *reinterpret_cast<const Together*>(from);
-      RAKD_UNROLL
-      for (int c = 0; c < kQuad; ++c) values.value[c] = to_accum(together.value[c]);
-    } else {
-      RAKD_UNROLL
-      for (int c = 0; c < kQuad; ++c) values.value[c] = c < channels_ ? to_accum(from[c * channel_stride_]) : T(0);
-    }
-    return values;
-  }
-
- private:
-  typedef ChannelGroup<E, kQuad> Together;
-
-  const E* first_;
-  int64_t channel_stride_;
-  uint32_t row_stride_, stride_;
-  int32_t channels_;
-  bool together_;  // whether each quad is a whole word
-};
-
-// A - E of a quad of channels of one image and level.
+// A - E of a quad of channels of one image and level, both of element type E.
 template <class E>
 class Difference {
  public:
   typedef decltype(to_accum(E())) T;
 
-  __device__ Difference(const MapView& a, const MapView& e, int32_t image, int32_t channel)
-      : a_(a, image, channel), e_(e, image, channel) {}
+  __device__ Difference(const Pyramid (&map)[2], int level, int32_t image, int32_t channel, int32_t channels)
+      : channels_(min(channels - channel, kQuad)) {
+    constexpr uint32_t kWord = alignof(Group) / sizeof(E);
+    for (int i = 0; i < 2; ++i) {
+      const MapView& view = map[i].level[level];
+      plane_[i] = view.plane<const E>(image, channel);
+      channel_stride_[i] = view.channel_stride;
+      row_stride_[i] = view.row_stride;
+      column_stride_[i] = view.column_stride;
+      grouped_[i] = channel_stride_[i] == 1 && channels_ == kQuad && row_stride_[i] % kWord == 0 &&
+                    column_stride_[i] % kWord == 0 && reinterpret_cast<uintptr_t>(plane_[i]) % alignof(Group) == 0;
+      RAKD_OPAQUE(plane_[i]);
+    }
+  }
 
+  // At a cell; zero for channels past the last.
   __device__ __forceinline__ Quad<T> operator()(int32_t y, int32_t x) const {
-    Quad<T> value = a_(y, x);
-    const Quad<T> other = e_(y, x);
+    Quad<T> value = load(0, y, x);
+    const Quad<T> other = load(1, y, x);
     RAKD_UNROLL
     for (int c = 0; c < kQuad; ++c) value.value[c] -= other.value[c];
     return value;
   }
 
  private:
-  QuadPlane<E> a_, e_;
+  typedef ChannelGroup<E, kQuad> Group;
+
+  __device__ __forceinline__ Quad<T> load(int i, int32_t y, int32_t x) const {
+    const E* from = plane_[i] + uint64_t(uint32_t(y)) * row_stride_[i] + uint32_t(x) * column_stride_[i];
+    Quad<T> values;
+    if (grouped_[i]) {
+      const Group group = *reinterpret_cast<const Group*>(from);
+      RAKD_UNROLL
+      for (int c = 0; c < kQuad; ++c) values.value[c] = to_accum(group.value[c]);
+    } else {
+      RAKD_UNROLL
+      for (int c = 0; c < kQuad; ++c) values.value[c] = c < channels_ ? to_accum(from[c * channel_stride_[i]]) : T(0);
+    }
+    return values;
+  }
+
+  const E* plane_[2];
+  int64_t channel_stride_[2];
+  uint32_t row_stride_[2], column_stride_[2];
+  int32_t channels_;
+  bool grouped_[2];  // whether each quad is a whole word
 };
 
 // Differences in shared memory: [rows, columns, quads] of Quads. Quads of neighbouring columns are permuted such that
@@ -124,73 +113,45 @@ struct alignas(16) Fragment {
   int32_t box;
 };
 
-// A box that puts something into the tile, and the cells of its support there.
-struct GramTileBox {
-  int32_t box;
-  CellRange rows, columns;
-};
-
-// The cells of a support from position `low` to before `low + size`: none where the samples of a large box step over a
-// whole tile.
-RAKD_HD CellRange cells_between(const int32_t* cells, int32_t count, int32_t low, int32_t size) {
-  const int32_t begin = lower_bound(cells, 0, count, low), most = begin + size < count ? begin + size : count;
-  return CellRange{begin, lower_bound(cells, begin, most, low + size)};
-}
-
-// Whether `box` puts something into the tile, where, and which cells of the maps that needs.
+// The cells of the maps that a box on a tile needs.
 template <class T>
-__device__ bool find_tile_box(const GramTables<T>& tables, int level, int64_t box, const Tile& tile, GramTileBox* found,
-                              Rectangle* needed) {
-  if (box < 0) return false;
-  if (!extent_meets(tables.extents + int64_t(level) * kExtent * tables.boxes + box, tables.boxes, tile)) return false;
-  const Bands<T> y = bands_of(tables, level, 0, box), x = bands_of(tables, level, 1, box);
-  found->box = int32_t(box);
-  found->rows = cells_between(y.cell, *y.count, tile.top, tile.rows);
-  found->columns = cells_between(x.cell, *x.count, tile.left, tile.columns);
-  if (found->rows.begin == found->rows.end || found->columns.begin == found->columns.end) return false;
-  const CellRange rows = y.coupled(found->rows), columns = x.coupled(found->columns);
-  *needed = Rectangle{y.cell[rows.begin], x.cell[columns.begin], y.cell[rows.end - 1] + 1, x.cell[columns.end - 1] + 1};
-  return true;
+__device__ Rectangle cells_needed(const Bands<T>& y, const Bands<T>& x, const TileBox& at) {
+  const CellRange rows = y.coupled(at.row_range()), columns = x.coupled(at.column_range());
+  return Rectangle{y.cell[rows.begin], x.cell[columns.begin], y.cell[rows.end - 1] + 1, x.cell[columns.end - 1] + 1};
 }
 
 // By a whole warp: part `part` of the operator of the box on the tile. A part past the last has no rows.
 template <class T>
-__device__ void make_fragment(const GramTables<T>& tables, int level, const Tile& tile, const GramTileBox& at,
-                              int32_t part, const Rectangle& held, Fragment<T>* fragment) {
+__device__ void make_fragment(const Tables<T>& tables, int level, const Tile& tile, const TileBox& at, int32_t part,
+                              const Rectangle& held, Fragment<T>* fragment) {
   const int32_t lane = int32_t(threadIdx.x) % 32;
-  const int64_t box = at.box;
-  const Bands<T> y = bands_of(tables, level, 0, box), x = bands_of(tables, level, 1, box);
-  const CellRange rows = y.coupled(at.rows), columns = x.coupled(at.columns);
-  const Rectangle needed{y.cell[rows.begin], x.cell[columns.begin], y.cell[rows.end - 1] + 1,
-                         x.cell[columns.end - 1] + 1};
-  const int32_t t = at.columns.begin + lane;
-  const CellRange band = t < at.columns.end ? CellRange{x.begin[t], x.end[t]} : CellRange{0, 0};
+  const Bands<T> y = tables.bands(level, 0, at.box), x = tables.bands(level, 1, at.box);
+  const CellRange own_rows = at.row_range(), own_columns = at.column_range(), rows = y.coupled(own_rows);
+  const int32_t t = own_columns.begin + lane;
+  const CellRange band = t < own_columns.end ? CellRange{x.begin[t], x.end[t]} : CellRange{0, 0};
   int32_t widest = band.end - band.begin;
-  for (int step = 16; step > 0; step /= 2) {
-    const int32_t other = __shfl_xor_sync(0xffffffffu, widest, step);
-    widest = other > widest ? other : widest;
-  }
+  for (int step = 16; step > 0; step /= 2) widest = max(widest, __shfl_xor_sync(0xffffffffu, widest, step));
   const int32_t cell_parts = (widest + kFragmentCells - 1) / kFragmentCells;
   const int32_t row_parts = (rows.end - rows.begin + kFragmentRows - 1) / kFragmentRows;
   const int32_t skipped = part % cell_parts * kFragmentCells,
                 first_row = rows.begin + part / cell_parts * kFragmentRows;
-  const int32_t left_rows = rows.end - first_row, row_count = left_rows < kFragmentRows ? left_rows : kFragmentRows;
-  const bool staged = held.holds(needed);
+  const int32_t row_count = min(rows.end - first_row, kFragmentRows);
+  const bool staged = held.holds(cells_needed(y, x, at));
   if (lane == 0) {
     fragment->rows = part < cell_parts * row_parts ? row_count : 0;
-    fragment->widest = widest - skipped < kFragmentCells ? widest - skipped : kFragmentCells;
+    fragment->widest = min(widest - skipped, kFragmentCells);
     fragment->parts = cell_parts * row_parts;
     fragment->staged = staged ? 1 : 0;
-    fragment->box = int32_t(box);
+    fragment->box = at.box;
   }
   if (part >= cell_parts * row_parts) return;
 
   if (lane < kGramColumns) fragment->length[lane] = 0;
   for (int32_t i = lane; i < row_count * kGramRows; i += 32) fragment->weight_y[i / kGramRows][i % kGramRows] = T(0);
   __syncwarp();
-  if (t < at.columns.end) {
-    const int32_t left = band.end - band.begin - skipped, column = x.cell[t] - tile.left;
-    const int32_t length = left < 0 ? 0 : left < kFragmentCells ? left : kFragmentCells;
+  if (t < own_columns.end) {
+    const int32_t column = x.cell[t] - tile.left;
+    const int32_t length = max(min(band.end - band.begin - skipped, kFragmentCells), 0);
     fragment->length[column] = static_cast<unsigned char>(length);
     fragment->first[column] = band.begin + skipped;
     for (int32_t s = 0; s < length; ++s) {
@@ -201,9 +162,9 @@ __device__ void make_fragment(const GramTables<T>& tables, int level, const Tile
     }
   }
   if (lane < row_count) fragment->row[lane] = y.cell[first_row + lane];
-  const double factor = 2.0 * tables.scales[level * tables.boxes + box];
-  for (int32_t i = lane; i < (at.rows.end - at.rows.begin) * row_count; i += 32) {
-    const int32_t own = at.rows.begin + i / row_count, from = first_row + i % row_count;
+  const double factor = 2.0 * tables.scales[level * tables.boxes + at.box];
+  for (int32_t i = lane; i < (own_rows.end - own_rows.begin) * row_count; i += 32) {
+    const int32_t own = own_rows.begin + i / row_count, from = first_row + i % row_count;
     if (from < y.begin[own] || from >= y.end[own]) continue;
     const double value = double(y.value[int64_t(own) * y.pitch + from - y.begin[own]]);
     fragment->weight_y[i % row_count][y.cell[own] - tile.top] = T(factor * value);

@@ -20,7 +20,7 @@ constexpr int kGramThreads = 128;  // of a block at most; four of them fit a pro
 template <class E>
 struct GramGradient {
   typedef decltype(to_accum(E())) T;
-  GramTables<T> tables;
+  Tables<T> tables;
   Pyramid map[2];                      // apprentice, expert; all of element type E
   Pyramid gradient[2];                 // out: the apprentice's and the expert's, the latter with the opposite sign
   int32_t first_tile[kMaxLevels + 1];  // of each level: channel block, image, tile; then the end
@@ -33,17 +33,17 @@ struct GramGradient {
 // The block's shared memory, in this order; the stage fills the rest.
 template <class T>
 struct GramMemory {
-  Fragment<T>* fragments;   // [warps]
-  double* sums;             // [warps], or counts of boxes
-  int32_t* bounds;          // [warps, 4]
-  GramTileBox* tile_boxes;  // [threads]
+  Fragment<T>* fragments;  // [warps]
+  double* sums;            // [warps], or counts of boxes
+  int32_t* bounds;         // [4] top, left, -bottom, -right of the cells that the tile's boxes need
+  TileBox* tile_boxes;     // [threads]
   Quad<T>* stage;
 
   __device__ GramMemory(unsigned char* shared, int32_t warps) {
     fragments = reinterpret_cast<Fragment<T>*>(shared);
     bounds = reinterpret_cast<int32_t*>(fragments + warps);
-    sums = reinterpret_cast<double*>(bounds + 4 * warps);
-    tile_boxes = reinterpret_cast<GramTileBox*>(sums + 2 * ((warps + 1) / 2));
+    sums = reinterpret_cast<double*>(bounds + 4);
+    tile_boxes = reinterpret_cast<TileBox*>(sums + 2 * ((warps + 1) / 2));
     stage = reinterpret_cast<Quad<T>*>(tile_boxes + 32 * warps);
   }
 };
@@ -52,30 +52,8 @@ struct GramMemory {
 template <class T>
 RAKD_HD size_t gram_shared_bytes(int threads) {
   const size_t warps = size_t(threads) / 32;
-  return warps * (sizeof(Fragment<T>) + 4 * sizeof(int32_t)) + 2 * ((warps + 1) / 2) * sizeof(double) +
-         size_t(threads) * sizeof(GramTileBox);
-}
-
-// The least rectangle that holds those of all threads; `bounds` must not be written before another barrier.
-__device__ __forceinline__ void bound_in_block(const Rectangle& own, int32_t* bounds) {
-  int32_t least[4] = {own.top, own.left, -own.bottom, -own.right};
-  for (int side = 0; side < 4; ++side) {
-    for (int step = 16; step > 0; step /= 2) {
-      const int32_t other = __shfl_xor_sync(0xffffffffu, least[side], step);
-      least[side] = other < least[side] ? other : least[side];
-    }
-    if (threadIdx.x % 32 == 0) bounds[threadIdx.x / 32 * 4 + side] = least[side];
-  }
-}
-
-__device__ __forceinline__ Rectangle read_bounds(const int32_t* bounds) {
-  int32_t least[4] = {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};
-  for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) {
-    for (int side = 0; side < 4; ++side) {
-      least[side] = bounds[4 * warp + side] < least[side] ? bounds[4 * warp + side] : least[side];
-    }
-  }
-  return Rectangle{least[0], least[1], -least[2], -least[3]};
+  return warps * sizeof(Fragment<T>) + 4 * sizeof(int32_t) + 2 * ((warps + 1) / 2) * sizeof(double) +
+         size_t(threads) * sizeof(TileBox);
 }
 
 // The cells to stage of those that are needed: all, or the tile with a rim, or nothing.
@@ -95,13 +73,13 @@ __device__ __forceinline__ Rectangle choose_stage(Rectangle needed, const Tile& 
 template <class E, class T>
 __device__ void fill_stage(const GramGradient<E>& call, int level, int32_t image, int32_t first_channel,
                            const Stage<T>& stage) {
-  const MapView &a = call.map[0].level[level], &e = call.map[1].level[level];
+  const int32_t channels = call.tables.level[level].channels;
   const int32_t quads = int32_t(blockDim.x) / kGramColumns, thread = int32_t(threadIdx.x);
-  const bool channels_inner = a.channel_stride == 1;
+  const bool channels_inner = call.map[0].level[level].channel_stride == 1;
   const int32_t quad = channels_inner ? thread % quads : thread / kGramColumns;
   const int32_t columns = stage.held.columns();
-  if (first_channel + quad * kQuad >= a.channels) return;
-  const Difference<E> difference(a, e, image, first_channel + quad * kQuad);
+  if (first_channel + quad * kQuad >= channels) return;
+  const Difference<E> difference(call.map, level, image, first_channel + quad * kQuad, channels);
   // i / columns = i * reciprocal >> kShift, exactly for any i of the stage, and in 31 bits.
   constexpr int kShift = 20;
   static_assert(kMaxStageCells * kMaxStageColumns <= 1 << kShift && kMaxStageCells << kShift > 0, "exact");
@@ -153,8 +131,8 @@ __device__ __forceinline__ void apply_fragment(const GramGradient<E>& call, int 
     }
     return;
   }
-  const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], image, channel);
-  const int32_t* cell = bands_of(call.tables, level, 1, fragment.box).cell + fragment.first[column];
+  const Difference<E> difference(call.map, level, image, channel, call.tables.level[level].channels);
+  const int32_t* cell = call.tables.bands(level, 1, fragment.box).cell + fragment.first[column];
   for (int32_t row = 0; row < fragment.rows; ++row) {
     T middle[kQuad] = {T(0), T(0), T(0), T(0)};
     RAKD_ROLLED
@@ -196,7 +174,7 @@ template <class E>
 __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E> call) {
   typedef decltype(to_accum(E())) T;
   RAKD_SHARED(shared);
-  const GramTables<T>& tables = call.tables;
+  const Tables<T>& tables = call.tables;
   const int32_t warps = int32_t(blockDim.x) / 32, warp = int32_t(threadIdx.x) / 32;
   const int32_t quads = int32_t(blockDim.x) / kGramColumns, quad = int32_t(threadIdx.x) / kGramColumns;
   const GramMemory<T> memory(shared, warps);
@@ -204,11 +182,11 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
   const int32_t number = int32_t(blockIdx.x);
   int level = 0;
   while (number >= call.first_tile[level + 1]) ++level;
-  const BandLayout& layout = tables.level[level];
-  const int32_t height = layout.axis[0].size, width = layout.axis[1].size;
+  const Level& shape = tables.level[level];
+  const int32_t height = shape.axis[0][0].size, width = shape.axis[0][1].size;
   const Tile tile(number - call.first_tile[level], tables.images, height, width, kGramRows, kGramColumns);
   const int32_t first_channel = tile.channel_block * quads * kQuad, channel = first_channel + quad * kQuad;
-  const bool real = channel < layout.channels;
+  const bool real = channel < shape.channels;
 
   T sum[kGramRows][kQuad];
   RAKD_UNROLL
@@ -220,17 +198,25 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
   bool met = false;
   const BoxRange range(tables, tile.image);
   for (int64_t begin = range.begin; begin < range.end; begin += blockDim.x) {
-    GramTileBox own{};
-    Rectangle needed{INT32_MAX, INT32_MAX, -INT32_MAX, -INT32_MAX};
-    const bool meets = find_tile_box(tables, level, range.box(begin + threadIdx.x, tables.boxes), tile, &own, &needed);
+    TileBox own{};
+    const bool meets = find_tile_box(tables, 0, level, range.box(begin + threadIdx.x, tables.boxes), tile, &own);
+    if (threadIdx.x < 4) memory.bounds[threadIdx.x] = INT32_MAX;
     int32_t found;
     const int32_t place = rank_in_block(meets, reinterpret_cast<int32_t*>(memory.sums), &found);
-    if (meets) memory.tile_boxes[place] = own;
-    if (found > 0) bound_in_block(needed, memory.bounds);
+    if (meets) {
+      memory.tile_boxes[place] = own;
+      const Rectangle needed = cells_needed(tables.bands(level, 0, own.box), tables.bands(level, 1, own.box), own);
+      atomicMin(memory.bounds, needed.top);
+      atomicMin(memory.bounds + 1, needed.left);
+      atomicMin(memory.bounds + 2, -needed.bottom);
+      atomicMin(memory.bounds + 3, -needed.right);
+    }
     __syncthreads();
     if (found == 0) continue;
     met = true;
-    stage.held = choose_stage(read_bounds(memory.bounds), tile, call.stage_cells);
+    const int32_t* bounds = memory.bounds;
+    const Rectangle needed{bounds[0], bounds[1], -bounds[2], -bounds[3]};
+    stage.held = choose_stage(needed, tile, call.stage_cells);
     fill_stage(call, level, tile.image, first_channel, stage);
     for (int32_t first = 0; first < found; first += warps) {
       int32_t parts = 1;
@@ -253,8 +239,8 @@ __global__ void __launch_bounds__(kGramThreads, 4) gram_gradient(GramGradient<E>
   double loss = 0.0;
   const int32_t x = tile.left + int32_t(threadIdx.x) % kGramColumns;
   if (real && x < width) {
-    const Difference<E> difference(call.map[0].level[level], call.map[1].level[level], tile.image, channel);
-    const int32_t channels = layout.channels - channel < kQuad ? layout.channels - channel : kQuad;
+    const Difference<E> difference(call.map, level, tile.image, channel, shape.channels);
+    const int32_t channels = min(shape.channels - channel, kQuad);
     RAKD_UNROLL
     for (int r = 0; r < kGramRows; ++r) {
       const int32_t y = tile.top + r;

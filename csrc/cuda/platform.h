@@ -2,8 +2,8 @@
 // kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
 //   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
-//   __popc; atomicAdd(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at most 48 KiB;
-//   launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP.
+//   __popc; atomicAdd and atomicMin(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at
+//   most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP, RAKD_ANY_CALLER.
 #pragma once
 
 #if defined(RAKD_EMULATE)
@@ -14,6 +14,7 @@
 #define RAKD_ROLLED
 #define RAKD_OPAQUE(pointer)
 #define RAKD_KEEP(pointer)
+#define RAKD_ANY_CALLER
 
 #else
 
@@ -21,15 +22,19 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+// Before a template for host and device whose functors are for either alone.
+#define RAKD_ANY_CALLER _Pragma("nv_exec_check_disable")
 // Before a loop whose array must stay in registers.
 #define RAKD_UNROLL _Pragma("unroll")
 // Before a loop that is not worth more code.
 #define RAKD_ROLLED _Pragma("unroll 1")
 
-// Keeps compilers from computing anew, at each use, what a pointer is made of.
+// Stops nvcc from repeating the arithmetic behind a pointer at each use: in the kernels' loops that costs more
+// instructions than the register that holds it.
 #define RAKD_KEEP(pointer) asm("" : "+l"(pointer))
 
-// The same, of a pointer to global memory, which compilers could no longer tell.
+// The same for a pointer to global memory, which is not null. nvcc would forget that it is global, and generic loads
+// are slower.
 #define RAKD_OPAQUE(pointer)               \
   do {                                     \
     RAKD_KEEP(pointer);                    \

@@ -32,12 +32,15 @@ struct RoiAlignBackward {
   SumLosses<T> sum;                        // total != nullptr: one block more adds the losses
 };
 
-// A box that puts something into the tile.
+// A box that puts something into a tile.
 struct TileBox {
   int32_t box;
   int32_t row, column;         // first row and column of the support in the tile, by their numbers in the box's tables
   uint32_t rows, columns;      // a bit for each row and column of the tile: whether it is in the support
   int32_t first_bin, end_bin;  // of x: those that feed the tile
+
+  __device__ CellRange row_range() const { return CellRange{row, row + __popc(rows)}; }
+  __device__ CellRange column_range() const { return CellRange{column, column + __popc(columns)}; }
 };
 
 template <class T>
@@ -46,15 +49,12 @@ RAKD_HD size_t backward_shared_bytes(int threads) {
   return warps * (kRowBins * kRowBinPitch * sizeof(T) + sizeof(double)) + size_t(threads) * sizeof(TileBox);
 }
 
-// Number of the first that is not less; values never decrease.
-RAKD_HD int32_t lower_bound(const int32_t* values, int32_t low, int32_t high, int32_t value) {
-  while (low < high) {
+// Number of the first value that is not less; values never decrease.
+RAKD_HD int32_t lower_bound(const int32_t* values, int32_t count, int32_t value) {
+  int32_t low = 0;
+  for (int32_t high = count; low < high;) {
     const int32_t middle = (low + high) / 2;
-    if (values[middle] < value) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
+    (values[middle] < value ? low : high) = values[middle] < value ? middle + 1 : middle;
   }
   return low;
 }
@@ -82,8 +82,8 @@ struct BoxRange {
   int64_t begin, end;
   const int32_t* order;
 
-  template <class Tables>
-  __device__ BoxRange(const Tables& tables, int32_t image) : order(tables.index + tables.images + 1) {
+  template <class T>
+  __device__ BoxRange(const Tables<T>& tables, int32_t image) : order(tables.index + tables.images + 1) {
     begin = max(int64_t(tables.index[image]), int64_t(0));
     end = min(int64_t(tables.index[image + 1]), int64_t(tables.boxes));
   }
@@ -117,16 +117,16 @@ template <class T>
 __device__ bool find_tile_box(const Tables<T>& tables, int side, int level, int64_t box, const Tile& tile,
                               TileBox* found) {
   if (box < 0) return false;
-  const int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
+  const int32_t* extent = tables.extent(side, level, box);
   if (!extent_meets(extent, tables.boxes, tile)) return false;
-  const AxisTable<T> y = axis_table(tables, side, level, 0, box), x = axis_table(tables, side, level, 1, box);
+  const AxisTable<T> y = tables.axis(side, level, 0, box), x = tables.axis(side, level, 1, box);
   found->box = int32_t(box);
-  found->row = lower_bound(y.cell, 0, *y.count, tile.top);
+  found->row = lower_bound(y.cell, *y.count, tile.top);
   found->rows = support_bits(y.cell, found->row, *y.count, tile.top, tile.rows);
-  found->column = lower_bound(x.cell, 0, *x.count, tile.left);
+  found->column = lower_bound(x.cell, *x.count, tile.left);
   found->columns = support_bits(x.cell, found->column, *x.count, tile.left, tile.columns);
   if (found->rows == 0 || found->columns == 0) return false;
-  const CellBins<T>* columns = cell_bins(tables, side, level, 1, box);
+  const CellBins<T>* columns = tables.columns(side, level, 1, box);
   const CellBins<T>& last = columns[found->column + __popc(found->columns) - 1];
   found->first_bin = columns[found->column].first;
   found->end_bin = last.first + last.count;
@@ -248,20 +248,19 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1)
   while (number >= call.first_tile[map + 1]) ++map;
   const int side = map / tables.levels, level = map % tables.levels;
   const Level& shape = tables.level[level];
-  const SideLayout& layout = shape.side[side];
-  const int32_t height = layout.axis[0].size, width = layout.axis[1].size;
+  const AxisLayout* axis = shape.axis[side];
+  const int32_t height = axis[0].size, width = axis[1].size;
   const Tile tile(number - call.first_tile[map], tables.images, height, width, warps, kTileColumns);
   const int32_t y = tile.top + warp, x = tile.left + lane, first_channel = tile.channel_block * kChannelBlock;
-  const int32_t channels =
-      shape.channels - first_channel < kChannelBlock ? shape.channels - first_channel : kChannelBlock;
+  const int32_t channels = min(shape.channels - first_channel, kChannelBlock);
 
   T sum[kChannelBlock];
   RAKD_UNROLL
   for (int c = 0; c < kChannelBlock; ++c) sum[c] = T(0);
 
   // Of box 0; those of the others lie so far apart each.
-  const unsigned char* slice = tables.slices + layout.first;
-  const uint32_t slice_bytes = uint32_t(layout.bytes), x_offset = uint32_t(layout.axis[1].offset);
+  const unsigned char* slice = tables.slices + shape.first + axis[0].offset;
+  const uint32_t slice_bytes = uint32_t(shape.bytes), x_offset = uint32_t(axis[1].offset - axis[0].offset);
   const T* pooled = nullptr;
   const uint64_t pooled_apart = uint64_t(channel_blocks(shape.channels)) * kChannelBlock * uint32_t(bins);
   RAKD_OPAQUE(slice);
@@ -289,10 +288,10 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1)
       CellBins<T> column_cell{};
       if (at.columns >> lane & 1) column_cell = reinterpret_cast<const CellBins<T>*>(of_box + x_offset)[column];
       // A cell that feeds more bins than CellBins stores finds their weights in the rows of R.
-      const auto table = [&](int axis) { return axis_table(tables, side, level, axis, int64_t(box)); };
+      const auto table = [&](int axis) { return tables.axis(side, level, axis, int64_t(box)); };
       int32_t done = 0;  // of the lane's bins
       for (int32_t left = at.first_bin; left < at.end_bin; left += kRowBins) {
-        const int32_t count = at.end_bin - left < kRowBins ? at.end_bin - left : kRowBins;
+        const int32_t count = min(at.end_bin - left, kRowBins);
         if constexpr (kPooled) {
           static_assert(kChannelBlock == 32, "each lane has a channel");
           const T* from = pooled + box * pooled_apart + int64_t(row_cell.first * bins_x + left) * kChannelBlock + lane;
@@ -344,7 +343,7 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1)
   for (int output = 0; output < 2; ++output) {
     const MapView& view = call.gradient[output].level[level];
     if (!view.data || (shape.sides == 2 && output != side)) continue;
-    with_element_type<T>(view.type, [&](auto element) {
+    with_element_type<T>(call.gradient[output].type[level], [&](auto element) {
       auto* out = view.template plane<decltype(element)>(tile.image, first_channel) + uint64_t(y) * view.row_stride +
                   uint64_t(x) * view.column_stride;
       write_channels<decltype(element), kChannelBlock>(sum, output == 0 ? T(1) : T(-1), out, view.channel_stride,

@@ -128,18 +128,20 @@ class Column {
 
 // A part of one column of a pooled patch: bins top .. top + height - 1 of y.
 struct Patch {
-  int64_t box, image, channel;
-  int32_t bin_x, top, height;
+  int64_t box;
+  int32_t channel, bin_x, top, height;
 };
 
-// Calls f(q, value) for the bins of the patch, q from 0 on. kDifference: of a - b, else of a.
+// Calls f(q, value) for the bins of the patch, q from 0 on. kDifference: of map[0] - map[1], else of map[0].
 template <bool kDifference, class T, class F>
 __device__ __forceinline__ void pool_column(const Tables<T>& tables, int side, int level, const Patch& at,
-                                            const MapView& a, const MapView& b, const F& f) {
-  with_element_type<T>(a.type, [&](auto element) {
-    Column<T, decltype(element), kDifference> column(axis_table(tables, side, level, 0, at.box),
-                                                     axis_table(tables, side, level, 1, at.box), at.bin_x, at.image,
-                                                     at.channel, a, b);
+                                            const Pyramid* map, const F& f) {
+  const int64_t image = int64_t(tables.rows[at.box * (5 + tables.levels)]);
+  const MapView &first = map[0].level[level], &second = map[kDifference ? 1 : 0].level[level];
+  with_element_type<T>(map->type[level], [&](auto element) {
+    Column<T, decltype(element), kDifference> column(tables.axis(side, level, 0, at.box),
+                                                     tables.axis(side, level, 1, at.box), at.bin_x, image, at.channel,
+                                                     first, second);
     for (int32_t q = 0; q < at.height; ++q) f(q, column(at.top + q));
   });
 }
@@ -157,12 +159,13 @@ __device__ __forceinline__ double block_sum(double value, double* sums) {
 }
 
 template <class T>
-struct DistillPool {
+struct RoiAlignForward {
   Tables<T> tables;
-  Pyramid map[2];   // apprentice, expert
+  Pyramid map[2];   // for the loss the apprentice's and the expert's, else the first
   int32_t group;    // channel blocks that one thread block takes
   double* partial;  // out [thread blocks]: losses
-  T* pooled;  // out, per level [K, channel blocks, bins, kChannelBlock]: 2 * scale * difference; nullptr: not wanted
+  T* pooled;     // out, per level [K, channel blocks, bins, kChannelBlock]: 2 * scale * difference; nullptr: not wanted
+  void* output;  // out [K, channels, bins_y, bins_x], of the maps' element type: the pooled features
 };
 
 // Thread blocks of a box on one level.
@@ -170,83 +173,104 @@ RAKD_HD int32_t groups_of(const Level& level, int32_t group) {
   return (channel_blocks(level.channels) + group - 1) / group;
 }
 
-// Block (level, box, group of channel blocks): the loss, and the pooled differences that the gradient is made from.
-//
-// Where maps of one level differ in shape or element type, either is pooled by itself and the results are subtracted.
-template <class T>
-__global__ void __launch_bounds__(kPoolThreads, sizeof(T) == 8 ? 4 : 6) distill_pool(DistillPool<T> call) {
+// kLoss: block (level, box, group of channel blocks), the loss and the pooled differences that the gradient is made
+// from. Where maps of one level differ in shape or element type, either is pooled by itself and the results are
+// subtracted. Else: block (box, group of channel blocks), multi-level RoIAlign, the sum over levels of scale * pooled.
+template <class T, bool kLoss>
+__global__ void __launch_bounds__(kPoolThreads, kLoss && sizeof(T) == 8 ? 4 : 6)
+    roi_align_forward(RoiAlignForward<T> call) {
   RAKD_SHARED(shared);
   double* sums = reinterpret_cast<double*>(shared);
   T* stage = reinterpret_cast<T*>(sums + kMaxWarps);
   const Tables<T>& tables = call.tables;
   int level = 0;
   int64_t number = blockIdx.x;
-  while (number >= tables.boxes * groups_of(tables.level[level], call.group)) {
+  while (kLoss && number >= tables.boxes * groups_of(tables.level[level], call.group)) {
     number -= tables.boxes * groups_of(tables.level[level++], call.group);
   }
   const Level& shape = tables.level[level];
-  const int32_t groups = groups_of(shape, call.group), group = int32_t(number % groups);
+  const int32_t groups = groups_of(shape, call.group), first = int32_t(number % groups) * call.group;
   const int64_t box = number / groups;
   const double scale = tables.scales[level * tables.boxes + box];
-  if (scale == 0.0) {  // the gradient kernel skips this box as well
+  if (kLoss && scale == 0.0) {  // the gradient kernel skips this box as well
     if (threadIdx.x == 0) call.partial[blockIdx.x] = 0.0;
     return;
   }
 
-  const MapView &a = call.map[0].level[level], &e = call.map[1].level[level];
-  const bool fused = shape.sides == 1 && a.type == e.type;
   const int32_t bins_y = tables.bins[0], bins_x = tables.bins[1], columns = columns_of(int(blockDim.x), bins_x);
-  const ThreadMap thread(columns, a.channel_stride == 1);
-  const int64_t image = int64_t(tables.rows[box * (5 + tables.levels)]);
-  const int32_t blocks = channel_blocks(shape.channels), first = group * call.group;
-  T* own = stage + thread.column * kStagePitch + thread.channel;  // [kStageBins], `step` apart
-  const int32_t step = columns * kStagePitch;
+  const ThreadMap thread(columns, call.map[0].level[level].channel_stride == 1);
+  constexpr int kPitch = kLoss ? kStagePitch : kTransposePitch;
+  T* own = stage + thread.column * kPitch + thread.channel;  // [kStageBins], `step` apart
+  const int32_t step = columns * kPitch, blocks = channel_blocks(shape.channels);
   double sum = 0.0;
   for (int32_t block = first; block < first + call.group && block < blocks; ++block) {
-    const int32_t channel = block * kChannelBlock + thread.channel;
-    const int64_t entry = (box * blocks + block) * bins_y;  // rows of bins before this box and block
+    const int32_t count = min(shape.channels - block * kChannelBlock, kChannelBlock);
     for (int32_t left = 0; left < bins_x; left += columns) {
-      const int32_t width = bins_x - left < columns ? bins_x - left : columns;
+      const int32_t width = min(bins_x - left, columns);
       for (int32_t top = 0; top < bins_y; top += kStageBins) {
-        const int32_t height = bins_y - top < kStageBins ? bins_y - top : kStageBins;
-        T squares = T(0);  // few enough for T; double is slow on many GPUs
-        const auto keep = [&](int32_t q, T difference) {
-          squares += difference * difference;
-          if (call.pooled) own[q * step] = T(2.0 * scale) * difference;
-        };
-        if (thread.used && thread.column < width && channel < shape.channels) {
-          const Patch patch{box, image, channel, left + thread.column, top, height};
-          if (fused) {
-            pool_column<true>(tables, 0, level, patch, a, e, keep);
+        const int32_t height = min(bins_y - top, kStageBins);
+        const bool real = thread.used && thread.column < width && thread.channel < count;
+        const Patch patch{box, block * kChannelBlock + thread.channel, left + thread.column, top, height};
+        T squares = T(0);                       // few enough for T; double is slow on many GPUs
+        if (thread.used && !(kLoss && real)) {  // channels past the last are written as well
+          for (int32_t q = 0; q < height; ++q) own[q * step] = T(0);
+        }
+        if (kLoss && real) {
+          const auto keep = [&](int32_t q, T difference) {
+            squares += difference * difference;
+            if (call.pooled) own[q * step] = T(2.0 * scale) * difference;
+          };
+          if (shape.sides == 1 && call.map[0].type[level] == call.map[1].type[level]) {
+            pool_column<true>(tables, 0, level, patch, call.map, keep);
           } else {
-            pool_column<false>(tables, 0, level, patch, a, a, [&](int32_t q, T value) { own[q * step] = value; });
-            pool_column<false>(tables, shape.sides - 1, level, patch, e, e,
+            pool_column<false>(tables, 0, level, patch, call.map, [&](int32_t q, T value) { own[q * step] = value; });
+            pool_column<false>(tables, shape.sides - 1, level, patch, call.map + 1,
                                [&](int32_t q, T value) { keep(q, own[q * step] - value); });
           }
-        } else if (thread.used) {
-          for (int32_t q = 0; q < height; ++q) own[q * step] = T(0);  // channels past the last are written as well
+        } else if (real) {
+          for (int l = 0; l < tables.levels; ++l) {
+            const double weight = tables.scales[l * tables.boxes + box];
+            if (weight == 0.0) continue;
+            pool_column<false>(tables, 0, l, patch, call.map,
+                               [&](int32_t q, T value) { own[q * step] += T(weight) * value; });
+          }
         }
         sum += double(squares);
-        if (!call.pooled) continue;
+        if (kLoss && !call.pooled) continue;
         __syncthreads();
-        static_assert(kChannelBlock == 32, "each lane has a channel");
-        for (int32_t q = threadIdx.x / 32; q < height; q += blockDim.x / 32) {
-          const T* from = stage + q * step + threadIdx.x % 32;
-          T* to = call.pooled + shape.pooled + ((entry + top + q) * bins_x + left) * kChannelBlock + threadIdx.x % 32;
-          for (int32_t i = 0; i < width; ++i) to[i * kChannelBlock] = from[i * kStagePitch];
+        if constexpr (kLoss) {
+          static_assert(kChannelBlock == 32, "each lane has a channel");
+          const int64_t entry = (box * blocks + block) * bins_y + top;  // rows of bins before these
+          for (int32_t q = threadIdx.x / 32; q < height; q += blockDim.x / 32) {
+            const T* from = stage + q * step + threadIdx.x % 32;
+            T* to = call.pooled + shape.pooled + ((entry + q) * bins_x + left) * kChannelBlock + threadIdx.x % 32;
+            for (int32_t i = 0; i < width; ++i) to[i * kChannelBlock] = from[i * kPitch];
+          }
+        } else {
+          const int64_t entry = box * shape.channels + block * kChannelBlock;
+          with_element_type<T>(call.map[0].type[0], [&](auto element) {
+            auto* output = static_cast<decltype(element)*>(call.output);
+            for (int32_t i = threadIdx.x; i < count * height * width; i += blockDim.x) {
+              const int32_t p = i % width, q = i / width % height, c = i / width / height;
+              from_accum(stage[q * step + p * kPitch + c],
+                         output + ((entry + c) * bins_y + top + q) * bins_x + left + p);
+            }
+          });
         }
         __syncthreads();  // the stage is written anew
       }
     }
   }
-  sum = block_sum(sum, sums);
-  if (threadIdx.x == 0) call.partial[blockIdx.x] = scale * sum;
+  if constexpr (kLoss) {
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0) call.partial[blockIdx.x] = scale * sum;
+  }
 }
 
 // losses[k] = sum of the box's parts, total = sum of losses; both in a fixed order.
 template <class T>
 struct SumLosses {
-  const double* partial;  // [thread blocks of distill_pool]
+  const double* partial;  // [thread blocks of roi_align_forward]
   int32_t group;          // as there
   T* losses;              // out [K]; nullptr: not wanted
   T* total;               // out [1]; nullptr: nothing to add
@@ -269,68 +293,6 @@ __device__ void add_losses(const Tables<T>& tables, const SumLosses<T>& call, do
   }
   sum = block_sum(sum, sums);
   if (threadIdx.x == 0) *call.total = T(sum);
-}
-
-// The sum by itself, where there is no gradient kernel to do it.
-template <class T>
-__global__ void sum_losses(Tables<T> tables, SumLosses<T> call) {
-  RAKD_SHARED(shared);
-  add_losses(tables, call, reinterpret_cast<double*>(shared));
-}
-
-template <class T>
-struct AlignPool {
-  Tables<T> tables;
-  Pyramid map;
-  int32_t group;  // channel blocks that one thread block takes
-  void* output;   // [K, channels, bins_y, bins_x], of the maps' element type
-};
-
-// Block (box, group of channel blocks): multi-level RoIAlign, the sum over levels of scale * pooled.
-template <class T>
-__global__ void __launch_bounds__(kPoolThreads, 6) align_pool(AlignPool<T> call) {
-  RAKD_SHARED(shared);
-  T* stage = reinterpret_cast<T*>(shared + kMaxWarps * sizeof(double));
-  const Tables<T>& tables = call.tables;
-  const int32_t groups = groups_of(tables.level[0], call.group), group = int32_t(blockIdx.x) % groups;
-  const int64_t box = blockIdx.x / groups;
-  const int32_t channels = tables.level[0].channels, first = group * call.group;
-  const int32_t bins_y = tables.bins[0], bins_x = tables.bins[1], columns = columns_of(int(blockDim.x), bins_x);
-  const ThreadMap thread(columns, call.map.level[0].channel_stride == 1);
-  T* own = stage + thread.column * kTransposePitch + thread.channel;  // [kStageBins], `step` apart
-  const int32_t step = columns * kTransposePitch;
-  for (int32_t block = first; block < first + call.group && block < channel_blocks(channels); ++block) {
-    const int32_t channel = block * kChannelBlock + thread.channel, left_over = channels - block * kChannelBlock;
-    const int32_t count = left_over < kChannelBlock ? left_over : kChannelBlock;
-    for (int32_t left = 0; left < bins_x; left += columns) {
-      const int32_t width = bins_x - left < columns ? bins_x - left : columns;
-      for (int32_t top = 0; top < bins_y; top += kStageBins) {
-        const int32_t height = bins_y - top < kStageBins ? bins_y - top : kStageBins;
-        if (thread.used && thread.column < width && thread.channel < count) {
-          for (int32_t q = 0; q < height; ++q) own[q * step] = T(0);
-          for (int level = 0; level < tables.levels; ++level) {
-            const double scale = tables.scales[level * tables.boxes + box];
-            if (scale == 0.0) continue;
-            const MapView& map = call.map.level[level];
-            const int64_t image = int64_t(tables.rows[box * (5 + tables.levels)]);
-            pool_column<false>(tables, 0, level, Patch{box, image, channel, left + thread.column, top, height}, map,
-                               map, [&](int32_t q, T value) { own[q * step] += T(scale) * value; });
-          }
-        }
-        __syncthreads();
-        const int64_t entry = box * channels + block * kChannelBlock;
-        with_element_type<T>(call.map.level[0].type, [&](auto element) {
-          auto* output = static_cast<decltype(element)*>(call.output);
-          for (int32_t i = threadIdx.x; i < count * height * width; i += blockDim.x) {
-            const int32_t p = i % width, q = i / width % height, c = i / width / height;
-            from_accum(stage[q * step + p * kTransposePitch + c],
-                       output + ((entry + c) * bins_y + top + q) * bins_x + left + p);
-          }
-        });
-        __syncthreads();  // the stage is written anew
-      }
-    }
-  }
 }
 
 }  // namespace gpu

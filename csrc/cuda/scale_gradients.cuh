@@ -13,44 +13,38 @@ constexpr int kVectorBytes = 16;            // that are loaded and stored at onc
 
 template <class T>
 struct ScaleGradients {
-  const T* factor;                      // [1]
-  void* data[kMaxScaled];               // each dense
-  Number type[kMaxScaled];              // of their elements
-  int64_t count[kMaxScaled];            // elements of each
-  int64_t first_piece[kMaxScaled + 1];  // pieces of kScaleThreads vectors, numbered through; then their number
+  const T* factor;            // [1]
+  void* data[kMaxScaled];     // each dense
+  Number type[kMaxScaled];    // of their elements
+  int64_t count[kMaxScaled];  // elements of each
 };
 
-template <class E, class T>
-__device__ __forceinline__ void scale_vector(E* data, int64_t first, int64_t count, T factor) {
-  constexpr int kCount = kVectorBytes / sizeof(E);
-  typedef ChannelGroup<E, kCount> Vector;
-  if (reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && first + kCount <= count) {
-    Vector* place = reinterpret_cast<Vector*>(data + first);
-    Vector values = *place;
-    RAKD_UNROLL
-    for (int i = 0; i < kCount; ++i) from_accum(T(to_accum(values.value[i])) * factor, &values.value[i]);
-    *place = values;
-  } else {
-    for (int64_t i = first; i < first + kCount && i < count; ++i) {
-      from_accum(T(to_accum(data[i])) * factor, data + i);
-    }
-  }
-}
-
-// Blocks take the pieces in turns.
+// Block (vectors in turns, array).
 template <class T>
 __global__ void __launch_bounds__(kScaleThreads) scale_gradients(ScaleGradients<T> call) {
   const T factor = *call.factor;
   if (factor == T(1)) return;
-  int array = 0;
-  for (int64_t piece = blockIdx.x; piece < call.first_piece[kMaxScaled]; piece += gridDim.x) {
-    while (piece >= call.first_piece[array + 1]) ++array;
-    const int64_t vector = (piece - call.first_piece[array]) * kScaleThreads + int64_t(threadIdx.x);
-    with_element_type<T>(call.type[array], [&](auto element) {
-      scale_vector(static_cast<decltype(element)*>(call.data[array]), vector * (kVectorBytes / int(sizeof(element))),
-                   call.count[array], factor);
-    });
-  }
+  const int64_t count = call.count[blockIdx.y];
+  with_element_type<T>(call.type[blockIdx.y], [&](auto element) {
+    typedef decltype(element) E;
+    constexpr int kCount = kVectorBytes / sizeof(E);
+    typedef ChannelGroup<E, kCount> Vector;
+    E* data = static_cast<E*>(call.data[blockIdx.y]);
+    const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
+    const auto scale = [&](E& value) { from_accum(T(to_accum(value)) * factor, &value); };
+    const int64_t step = int64_t(gridDim.x) * kScaleThreads * kCount;
+    for (int64_t first = (int64_t(blockIdx.x) * kScaleThreads + threadIdx.x) * kCount; first < count; first += step) {
+      if (aligned && first + kCount <= count) {
+        Vector* place = reinterpret_cast<Vector*>(data + first);
+        Vector values = *place;
+        RAKD_UNROLL
+        for (int i = 0; i < kCount; ++i) scale(values.value[i]);
+        *place = values;
+      } else {
+        for (int64_t i = first; i < first + kCount && i < count; ++i) scale(data[i]);
+      }
+    }
+  });
 }
 
 }  // namespace gpu

@@ -16,33 +16,27 @@
 // device and a CUDA graph can hold a call. A box of no image, or of weight zero on a level, has no tables there.
 #pragma once
 
-#include "../axis_table.h"
+#include "../gram_table.h"
 #include "elements.cuh"
 
 namespace rakd {
 namespace gpu {
 
-// One axis of a box's tables: capacities, and where its arrays begin.
+// One axis of a box's tables on one side's maps: capacities, and where its arrays begin.
 struct AxisLayout {
-  int32_t size;            // of the map, in cells
-  int32_t cells, weights;  // capacities: cells of the support, weights of R
-  int32_t offset;          // bytes from the beginning of the table slice
-};
-
-// Tables of one side's maps of a level.
-struct SideLayout {
-  double stride;       // pixels a cell
-  int64_t first;       // bytes from Tables::slices to the slice of box 0
-  int32_t bytes;       // of one box's slice
-  AxisLayout axis[2];  // y, x
+  int32_t size;    // of the map, in cells
+  int32_t cells;   // of the support, at most
+  int32_t values;  // weights of R at most, and behind them the values of bands where the call has them
+  int32_t offset;  // bytes from the beginning of the box's slice
 };
 
 struct Level {
-  int32_t sides;       // 1: the expert's maps have the apprentice's shape and stride, and share its tables; else 2
-  int32_t channels;    // C
-  double normalizer;   // of weights: 1 / (C * bins) for the loss, 1 for pooling
-  int64_t pooled;      // elements of pooled differences on the levels before
-  SideLayout side[2];  // apprentice, expert
+  int64_t first;          // bytes from Tables::slices to the slice of box 0
+  int64_t pooled;         // elements of pooled differences on the levels before
+  int32_t bytes;          // of one box's slice
+  int32_t channels;       // C
+  int32_t sides;          // 1: the expert's maps have the apprentice's shape and stride, and share its tables; else 2
+  AxisLayout axis[2][2];  // [side][y, x]
 };
 
 // A column of R: the bins that one cell of the support feeds, and their weights. A cell feeds more than two bins only
@@ -54,6 +48,30 @@ struct alignas(16) CellBins {
   T weight[kStored];
 };
 
+// The Gram bands of one axis of a box (../gram_table.h).
+template <class T>
+struct Bands {
+  int32_t* count;  // cells of the support
+  int32_t* cell;   // [cells] their positions, increasing
+  int32_t* begin;  // [cells] the band of each
+  int32_t* end;
+  T* value;  // [cells, pitch]
+  int32_t pitch;
+
+  // The cells that share a bin with one of some neighbouring cells.
+  RAKD_HD CellRange coupled(const CellRange& cells) const { return CellRange{begin[cells.begin], end[cells.end - 1]}; }
+};
+
+// A slice holds for each side and axis: CellBins [cells], T [values], and integers: those of axis_table.h, bands' ends.
+template <class T>
+RAKD_HD int64_t axis_bytes(int64_t cells, int64_t values, int64_t bins) {
+  return (cells * int64_t(sizeof(CellBins<T>)) + values * int64_t(sizeof(T)) + (2 + 4 * cells + 3 * bins) * 4 + 15) /
+         16 * 16;
+}
+
+// The support of a box: image (-1: the box puts nothing here), first and last row, first and last column.
+constexpr int kExtent = 5;
+
 // All that kernels know of a call's boxes, shapes and options.
 template <class T>
 struct Tables {
@@ -61,62 +79,58 @@ struct Tables {
   int32_t levels, images;
   int32_t bins[2];  // y, x
   int32_t sampling_ratio;
+  bool with_bands;        // slices hold bands as well, for the Gram form; all levels then have one side
   const double* rows;     // [K, 5 + levels], see ../prepare.h
   const int32_t* index;   // [images + 1 + K]: ranges of images, then box numbers in the order of images
-  unsigned char* slices;  // out: per level and side [K] table slices
+  unsigned char* slices;  // out: per level [K] slices
   int32_t* extents;       // out [2, levels, kExtent, K]; by boxes last, as neighbouring threads read neighbouring boxes
   double* scales;         // out [levels, K]: weight * normalizer * factor; 0: the box is not read on that level
   Level level[kMaxLevels];
+
+  RAKD_HD CellBins<T>* columns(int side, int l, int y_or_x, int64_t box) const {
+    const int64_t offset = level[l].axis[side][y_or_x].offset;
+    return reinterpret_cast<CellBins<T>*>(slices + level[l].first + box * level[l].bytes + offset);
+  }
+
+  RAKD_HD AxisTable<T> axis(int side, int l, int y_or_x, int64_t box) const {
+    const AxisLayout& at = level[l].axis[side][y_or_x];
+    T* pool = reinterpret_cast<T*>(columns(side, l, y_or_x, box) + at.cells);
+    int32_t* count = reinterpret_cast<int32_t*>(pool + at.values);
+    int32_t *cell_bin = count + 1 + at.cells, *bin_cell = cell_bin + at.cells, *bin_offset = bin_cell + bins[y_or_x];
+    return AxisTable<T>{count, count + 1, cell_bin, bin_cell, bin_offset, bin_offset + bins[y_or_x] + 1, pool};
+  }
+
+  RAKD_HD Bands<T> bands(int l, int y_or_x, int64_t box) const {
+    const AxisLayout& at = level[l].axis[0][y_or_x];
+    const AxisTable<T> own = axis(0, l, y_or_x, box);
+    const int32_t pitch = int32_t(gram_band_capacity(at.cells, sampling_ratio));
+    int32_t* begin = own.bin_new + bins[y_or_x];
+    T* value = own.pool + at.values - int64_t(at.cells) * pitch;
+    return Bands<T>{own.count, own.cell, begin, begin + at.cells, value, pitch};
+  }
+
+  // Its values lie `boxes` apart.
+  RAKD_HD int32_t* extent(int side, int l, int64_t box) const {
+    return extents + int64_t(side * levels + l) * kExtent * boxes + box;
+  }
 };
 
-// The support of a box: image (-1: the box puts nothing here), first and last row, first and last column.
-constexpr int kExtent = 5;
-
-// A slice holds for either axis: CellBins [cells], R's weights [weights], and the integers of axis_table.h.
 template <class T>
-RAKD_HD int64_t axis_bytes(const AxisCapacity& capacity, int64_t bins) {
-  const int64_t ints = 1 + 2 * capacity.cells + 3 * bins + 1;
-  return (capacity.cells * int64_t(sizeof(CellBins<T>)) + capacity.weights * int64_t(sizeof(T)) + ints * 4 + 15) / 16 *
-         16;
-}
+struct BuildTables {
+  Tables<T> tables;
+  double stride[2][kMaxLevels];   // [side][level] pixels a cell
+  double normalizer[kMaxLevels];  // of weights: 1 / (C * bins) for the loss, 1 for pooling
+  Numbers factor;                 // of all weights: [K], or one number (stride 0); data == nullptr: 1
+  int32_t* finished;              // out [1]: 0, see gram_gradient; or nullptr
+};
 
-template <class T>
-RAKD_HD CellBins<T>* cell_bins(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
-  const SideLayout& at = tables.level[level].side[side];
-  return reinterpret_cast<CellBins<T>*>(tables.slices + at.first + box * at.bytes + at.axis[axis].offset);
-}
-
-template <class T>
-RAKD_HD AxisTable<T> axis_table(const Tables<T>& tables, int side, int level, int axis, int64_t box) {
-  const AxisLayout& at = tables.level[level].side[side].axis[axis];
-  const int32_t bins = tables.bins[axis];
-  AxisTable<T> table;
-  table.pool = reinterpret_cast<T*>(cell_bins(tables, side, level, axis, box) + at.cells);
-  table.count = reinterpret_cast<int32_t*>(table.pool + at.weights);
-  table.cell = table.count + 1;
-  table.cell_bin = table.cell + at.cells;
-  table.bin_cell = table.cell_bin + at.cells;
-  table.bin_offset = table.bin_cell + bins;
-  table.bin_new = table.bin_offset + bins + 1;
-  return table;
-}
-
-template <class T>
-__device__ AxisSamples box_samples(const Tables<T>& tables, const double* row, const SideLayout& side, int axis) {
+// The samples of a box along one axis. Prepared rows are finite and not turned around; rows of a caller of the raw op
+// may be anything, and then have no samples.
+RAKD_HD AxisSamples box_samples(const double* row, int axis, double stride, int32_t bins, int32_t sampling_ratio) {
   const double low = axis == 0 ? row[2] : row[1], high = axis == 0 ? row[4] : row[3];
-  AxisSamples samples = axis_samples(low, high, side.stride, tables.bins[axis], tables.sampling_ratio);
-  // Prepared rows are finite and not turned around; rows of a caller of the raw op may be anything.
+  AxisSamples samples = axis_samples(low, high, stride, bins, sampling_ratio);
   if (!(samples.bin >= 0.0 && samples.bin < 1e300 && samples.start > -1e300)) samples.samples = 0;
   return samples;
-}
-
-// The scale of a box on a level: 0 for a box of no image and for a level of weight 0, whatever the factor is, so that a
-// factor that is not finite reaches only what counts.
-template <class T>
-__device__ double box_scale(const Tables<T>& tables, const double* row, int level, double factor) {
-  const bool inside = row[0] >= 0.0 && row[0] < static_cast<double>(tables.images) && row[0] == floor(row[0]);
-  const double weight = row[5 + level];
-  return inside && weight != 0.0 ? weight * tables.level[level].normalizer * factor : 0.0;
 }
 
 template <class T>
@@ -134,11 +148,11 @@ __device__ CellBins<T> find_cell_bins(const AxisTable<T>& table, int32_t bins, i
 // Leaves the support of a box on one level and side; the image -1 where it is empty.
 template <class T>
 __device__ void store_extent(const Tables<T>& tables, int side, int level, int64_t box, int32_t image) {
-  int32_t* extent = tables.extents + int64_t(side * tables.levels + level) * kExtent * tables.boxes + box;
+  int32_t* extent = tables.extent(side, level, box);
   extent[0] = -1;
   if (image < 0) return;
   for (int axis = 0; axis < 2; ++axis) {
-    const AxisTable<T> table = axis_table(tables, side, level, axis, box);
+    const AxisTable<T> table = tables.axis(side, level, axis, box);
     if (*table.count == 0) return;
     extent[(1 + 2 * axis) * tables.boxes] = table.cell[0];
     extent[(2 + 2 * axis) * tables.boxes] = table.cell[*table.count - 1];
@@ -146,16 +160,36 @@ __device__ void store_extent(const Tables<T>& tables, int side, int level, int64
   extent[0] = image;
 }
 
-// Builds the tables of one box on one level, of all sides and both axes; block (level, box). `factor` multiplies all
-// weights: one number a box, or one for all (stride 0); data == nullptr: 1.
+// Leaves the bands of one axis of a box, a cell of the support each thread.
 template <class T>
-__global__ void build_tables(Tables<T> tables, Numbers factor) {
+__device__ void store_bands(const Tables<T>& tables, int level, int axis, int64_t box) {
+  const AxisTable<T> table = tables.axis(0, level, axis, box);
+  const Bands<T> bands = tables.bands(level, axis, box);
+  for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) {
+    const CellRange band = gram_band(table, tables.bins[axis], t);
+    bands.begin[t] = band.begin;
+    bands.end[t] = band.end;
+    T* value = bands.value + int64_t(t) * bands.pitch;
+    for (int32_t u = band.begin; u < band.end; ++u)
+      value[u - band.begin] = T(gram_value(table, tables.bins[axis], t, u));
+  }
+}
+
+// Builds the tables of one box on one level, of all sides and both axes; block (level, box). The scale is 0 for a box
+// of no image and for a level of weight 0, whatever the factor is, so that a factor that is not finite reaches only
+// what counts.
+template <class T>
+__global__ void build_tables(BuildTables<T> call) {
+  const Tables<T>& tables = call.tables;
   const int level = int(blockIdx.x / tables.boxes);
   const int64_t box = blockIdx.x % tables.boxes;
   const Level& shape = tables.level[level];
   const double* row = tables.rows + box * (5 + tables.levels);
-  const double scale = box_scale(tables, row, level, factor.data ? factor.at(box, 0) : 1.0);
+  const bool inside = row[0] >= 0.0 && row[0] < static_cast<double>(tables.images) && row[0] == floor(row[0]);
+  const double factor = call.factor.data ? call.factor.at(box, 0) : 1.0;
+  const double scale = inside && row[5 + level] != 0.0 ? row[5 + level] * call.normalizer[level] * factor : 0.0;
   if (threadIdx.x == 0) tables.scales[level * tables.boxes + box] = scale;
+  if (threadIdx.x == 0 && blockIdx.x == 0 && call.finished) *call.finished = 0;
   if (scale == 0.0) {
     for (int side = threadIdx.x; side < shape.sides; side += blockDim.x) store_extent(tables, side, level, box, -1);
     return;
@@ -165,8 +199,9 @@ __global__ void build_tables(Tables<T> tables, Numbers factor) {
   const auto for_each_bin = [&](const auto& f) {
     for (int32_t i = threadIdx.x; i < shape.sides * bins; i += blockDim.x) {
       const int side = i / bins, axis = i % bins < tables.bins[0] ? 0 : 1;
-      f(axis_table(tables, side, level, axis, box), box_samples(tables, row, shape.side[side], axis),
-        shape.side[side].axis[axis].size, axis == 0 ? i % bins : i % bins - tables.bins[0]);
+      f(tables.axis(side, level, axis, box),
+        box_samples(row, axis, call.stride[side][level], tables.bins[axis], tables.sampling_ratio),
+        shape.axis[side][axis].size, axis == 0 ? i % bins : i % bins - tables.bins[0]);
     }
   };
   for_each_bin([](const AxisTable<T>& table, const AxisSamples& samples, int64_t size, int32_t bin) {
@@ -174,8 +209,7 @@ __global__ void build_tables(Tables<T> tables, Numbers factor) {
   });
   __syncthreads();
   for (int32_t i = threadIdx.x; i < shape.sides * 2; i += blockDim.x) {
-    const int side = i / 2, axis = i % 2;
-    link_bins(shape.side[side].axis[axis].size, tables.bins[axis], axis_table(tables, side, level, axis, box));
+    link_bins(shape.axis[i / 2][i % 2].size, tables.bins[i % 2], tables.axis(i / 2, level, i % 2, box));
   }
   __syncthreads();
   for_each_bin([](const AxisTable<T>& table, const AxisSamples& samples, int64_t size, int32_t bin) {
@@ -183,11 +217,12 @@ __global__ void build_tables(Tables<T> tables, Numbers factor) {
   });
   __syncthreads();
   for (int i = 0; i < 2 * shape.sides; ++i) {
-    const AxisTable<T> table = axis_table(tables, i / 2, level, i % 2, box);
-    CellBins<T>* columns = cell_bins(tables, i / 2, level, i % 2, box);
+    const AxisTable<T> table = tables.axis(i / 2, level, i % 2, box);
+    CellBins<T>* columns = tables.columns(i / 2, level, i % 2, box);
     for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) {
       columns[t] = find_cell_bins(table, tables.bins[i % 2], t);
     }
+    if (tables.with_bands) store_bands(tables, level, i, box);
   }
   for (int side = threadIdx.x; side < shape.sides; side += blockDim.x) {
     store_extent(tables, side, level, box, static_cast<int32_t>(row[0]));

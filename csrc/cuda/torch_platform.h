@@ -2,8 +2,6 @@
 // tensors lie on the CPU. What kernels need stands in platform.h.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include "platform.h"
 
 #if defined(RAKD_EMULATE)
@@ -27,8 +25,6 @@ namespace rakd {
 namespace gpu {
 
 using torch::stable::accelerator::DeviceGuard;
-
-inline bool is_on_device(const torch::stable::Tensor& t) { return t.is_cuda(); }
 
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;

@@ -11,7 +11,7 @@ from rakd.distill import MethodName, Regions
 from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
-from rakd.study.settings import ALL_METHODS, STUDIES
+from rakd.study.settings import PAPER_METHODS, STUDIES
 from rakd.training.settings import TrainSettings
 
 _SCENES = 200  # frames rendered where no data are given
@@ -28,12 +28,13 @@ class Distill:
     machines start it with torchrun: torchrun --nproc-per-node 4 -m rakd distill --study kitti --data KITTI
     """
 
-    study: Literal["tiny", "kitti"] = "tiny"
+    study: Literal["tiny", "kitti", "waymo"] = "tiny"
     """Settings to start from. tiny: MobileNetV3 learns from ResNet-18 on images 128 px high. kitti: the paper's,
-    ResNet-18 learns from ResNet-50 on images 512 px high."""
+    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder in KITTI's layout. Without it street scenes are rendered into the run's folder (study tiny)."""
+    """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
+    scenes are rendered into the run's folder (study tiny)."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""
@@ -41,7 +42,7 @@ class Distill:
     splits: Annotated[tuple[str, str], arg(metavar="TRAIN VAL")] = ("train", "val")
     """Names of the frame lists in ImageSets to learn from and to evaluate on."""
 
-    methods: Annotated[tuple[MethodName, ...], arg(metavar="METHOD...")] = ALL_METHODS
+    methods: Annotated[tuple[MethodName, ...], arg(metavar="METHOD...")] = PAPER_METHODS
     """What apprentices are trained with."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
@@ -70,6 +71,7 @@ class Distill:
 
     def run(self) -> None:
         """Render, train, evaluate, report."""
+        from rakd.commands.waymo_data import is_converted, kitti_layout, write_waymo_tables
         from rakd.study.report import format_tables
         from rakd.study.run import Study
         from rakd.training.processes import start_processes, wait_for_all
@@ -87,8 +89,11 @@ class Distill:
         )
         if self.expert is not None and not self.expert.is_file():
             raise UserError(f"--expert: {self.expert} is not there")
-        if self.data is None and self.study == "kitti":
-            raise UserError("--data: --study kitti needs a folder in KITTI's layout; scenes are rendered for tiny only")
+        if self.data is None and self.study != "tiny":
+            raise UserError(
+                f"--data: --study {self.study} needs a folder in KITTI's layout or of Waymo's parquet files; scenes "
+                "are rendered for tiny only"
+            )
         check_folder(self.out, "--out")
         with start_processes(self.device) as processes:
             data = self.data
@@ -98,10 +103,14 @@ class Distill:
                     print(f"no data given: learning from {_SCENES} rendered street scenes in {data}", flush=True)
                     make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
                 wait_for_all(processes)
+            data = kitti_layout(data, self.out / "data", processes)
             study = Study(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
             if processes.main:
                 print()
                 print(format_tables(study))
+                if is_converted(data):
+                    runs = [path.parent for path in sorted(self.out.glob("*/result.json"))]
+                    write_waymo_tables(self.out / "waymo.md", data, self.splits[1], runs)
                 print(f"tables, curves and pictures are in {self.out}")
 
 

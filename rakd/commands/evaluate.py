@@ -1,8 +1,8 @@
-"""``rakd evaluate``: score result files by the official KITTI rules."""
+"""``rakd evaluate``: score result files by the official KITTI rules, or by Waymo's."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -15,18 +15,19 @@ from rakd.files import check_folder, read_text
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score detections exactly as the official KITTI development kit does.
+    """Score detections exactly as the official KITTI development kit does, or as Waymo's does.
 
     Prints average precision of 3D boxes, bird's-eye view, 2D boxes and orientation (AOS), by class and
     difficulty, over 40 recall positions (R40) and over 11 (R11). A dash marks what the detections lack the
-    data for.
+    data for. With --waymo: AP and APH of 3D boxes by type, level and range.
     """
 
     gt: Annotated[Positional[Path], arg(metavar="GT")]
-    """Folder of label files NNNNNN.txt, such as KITTI/training/label_2."""
+    """Folder of label files NNNNNN.txt, such as KITTI/training/label_2; with --waymo also a .bin file."""
 
     pred: Annotated[Positional[Path], arg(metavar="PRED")]
-    """Folder of result files NNNNNN.txt, one for each evaluated frame (if only an empty one)."""
+    """Folder of result files NNNNNN.txt, one for each evaluated frame (if only an empty one); with --waymo also a
+    .bin file."""
 
     split: Annotated[Path | None, arg(metavar="NAME|FILE")] = None
     """Frames to evaluate: a list in the ImageSets beside GT's training folder, such as val, or a file of that form;
@@ -37,13 +38,32 @@ class Evaluate:
     Car 0.5, others 0.25; it tells apart what the official limits all give 0 (small data, early models)."""
 
     out: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder to write evaluation.json and curves.png (precision over recall) to."""
+    """Folder to write evaluation.json and curves.png (precision over recall; KITTI only) to."""
+
+    waymo: bool = False
+    """Evaluate as the Waymo Open Dataset does. GT: labels that rakd convert-waymo wrote, or .bin files for both."""
+
+    mode: Literal["official", "pct"] = "official"
+    """With --waymo: official: Waymo's own. pct: as PCT, DEVIANT and MonoCoP evaluate, whose tables compare only among
+    themselves."""
+
+    iou: Annotated[tuple[Literal["official", "papers"], ...], arg(metavar="NAME...")] = ("official", "papers")
+    """With --waymo: overlaps to make tables for. official: vehicles 0.7, others 0.5. papers: 0.5 and 0.3."""
+
+    let: bool = False
+    """With --waymo: LET-3D-AP and -APL, which tolerate errors along the camera's ray, at overlaps of 0.5 and 0.3."""
 
     json: Annotated[Path | None, arg(metavar="FILE|-")] = None
     """File to write all figures to as JSON; - prints them in the place of the tables."""
 
     def run(self) -> None:
         """Evaluate, print the tables and write the files."""
+        if self.waymo:
+            self._run_waymo()
+            return
+        for name, value, default in (("mode", self.mode, "official"), ("let", self.let, False)):
+            if value != default:
+                raise UserError(f"--{name}: only with --waymo")
         for name, folder in (("GT", self.gt), ("PRED", self.pred)):
             if not folder.is_dir():
                 what = "is a file" if folder.exists() else "is not there"
@@ -75,6 +95,36 @@ class Evaluate:
             report.write_curves(files[-1], result, self.overlaps)
         if files and not is_printed:
             print(f"\nwritten: {', '.join(map(str, files))}")
+
+    def _run_waymo(self) -> None:
+        """The same by Waymo's rules."""
+        from rakd.evaluation.waymo import evaluate as evaluate_waymo
+        from rakd.evaluation.waymo.report import format_table, to_json
+        from rakd.files import write_text
+
+        if self.overlaps != "official":
+            raise UserError("--overlaps: is for KITTI; with --waymo take --iou")
+        if not self.iou or len(set(self.iou)) < len(self.iou):
+            raise UserError(f"--iou: expected one or more names, each once, got {' '.join(self.iou) or 'none'}")
+        is_printed = str(self.json) == "-"
+        files = [] if self.json is None or is_printed else [self.json]
+        files += [] if self.out is None else [self.out / "evaluation.json"]
+        for file in files:
+            check_folder(file.parent, "--json" if file == self.json else "--out")
+        frames = None if self.split is None else read_split(self._split_file(self.split))
+        if self.pred.is_dir():
+            _check_scored(self.pred)
+        tables = []
+        for iou in ("papers",) if self.let else self.iou:
+            tables.append(evaluate_waymo(self.gt, self.pred, mode=self.mode, iou=iou, let=self.let, frames=frames))
+            if not is_printed:
+                print(f"{format_table(tables[-1])}\n", flush=True)
+        if is_printed:
+            print(to_json(tables), end="")
+        for file in files:
+            write_text(file, to_json(tables))
+        if files and not is_printed:
+            print(f"written: {', '.join(map(str, files))}")
 
     def _split_file(self, split: Path) -> Path:
         """The file of a list that is given by its name."""

@@ -26,7 +26,7 @@ class Train:
     """
 
     data: Annotated[Path, arg(metavar="DIR")]
-    """Folder in KITTI's layout."""
+    """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder first."""
 
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder of the run."""
@@ -75,10 +75,11 @@ class Train:
 
     def run(self) -> None:
         """Train, write and evaluate."""
+        from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
         from rakd.detector.detector import Detector
-        from rakd.distill.learner import Learner
+        from rakd.distill.model import DistillationModel
         from rakd.training.processes import start_processes, wait_for_all
         from rakd.training.trainer import Trainer
 
@@ -101,21 +102,22 @@ class Train:
                 "it ends before its height",
                 stacklevel=1,
             )
-        dataset = KittiDataset(
-            self.data,
-            self.splits[0],
-            height=config.height,
-            augmentation=Augmentation() if self.augment else None,
-            seed=self.seed,
-            cache=self.cache,
-        )
-        val = KittiDataset(self.data, self.splits[1], height=config.height)
         with start_processes(self.device) as processes:
+            data = kitti_layout(self.data, self.out / "data", processes)
+            dataset = KittiDataset(
+                data,
+                self.splits[0],
+                height=config.height,
+                augmentation=Augmentation() if self.augment else None,
+                seed=self.seed,
+                cache=self.cache,
+            )
+            val = KittiDataset(data, self.splits[1], height=config.height)
             detector = Detector(config, seed=self.seed)
             if processes.main:
                 print(f"{self.detector}: {detector.loaded}", flush=True)
             Trainer(
-                Learner(detector),
+                DistillationModel(detector),
                 dataset,
                 settings,
                 self.out,
@@ -124,12 +126,13 @@ class Train:
                 fingerprint={"detector": asdict(config)},
                 image_size=config.image_size,
             ).run()
-            self._finish(detector.eval(), val, processes)
+            self._finish(detector.eval(), val, data, processes)
             # Who left the others earlier would take the connection with it.
             wait_for_all(processes)
 
-    def _finish(self, detector: "Detector", val: "KittiDataset", processes: "Processes") -> None:
+    def _finish(self, detector: "Detector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
         """Write weights and detections, which all processes make, and print their evaluation."""
+        from rakd.commands.waymo_data import format_waymo_tables, is_converted
         from rakd.detector.files import save_detector
         from rakd.detector.inference import write_detections
         from rakd.evaluation.depth import depth_errors
@@ -143,13 +146,15 @@ class Train:
         if not processes.main:
             return
         frames = [frame.id for frame in val.frames]
-        folders = self.data / "training" / "label_2", self.out / "detections"
+        folders = data / "training" / "label_2", self.out / "detections"
         result = evaluate(*folders, frames=frames)
         loose = evaluate(*folders, frames=frames, overlaps="loose", progress=False)
         depth = depth_errors(*folders, frames=frames, progress=False)
         precisions = precisions_of(official=result, loose=loose)
         write_run(self.out / "result.json", RunResult("none", self.seed, precisions, depth))
-        for text in (format_table(result, "R40"), format_table(result, "R11"), format_ceilings(result)):
-            if text:
-                print(f"\n{text}")
+        texts = [format_table(result, "R40"), format_table(result, "R11"), format_ceilings(result)]
+        if is_converted(data):
+            texts = [format_waymo_tables(data, self.out / "detections", frames)]
+        for text in filter(None, texts):
+            print(f"\n{text}")
         print(f"\nweights: {self.out / 'detector.pt'}; detections: {self.out / 'detections'}")

@@ -122,7 +122,7 @@ def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: i
     )
 
 
-DetectorName = Literal["tiny", "tiny-expert", "small", "kitti-r18", "kitti-r50"]
+DetectorName = Literal["tiny", "tiny-expert", "small", "kitti-r18", "kitti-r50", "waymo-r18", "waymo-r50"]
 """Names of `DETECTORS`, as the command line reads them."""
 
 DETECTORS = {
@@ -131,6 +131,9 @@ DETECTORS = {
     "small": _scaled(192, 640, "resnet18", 64, sampled=128, hidden=512),
     "kitti-r18": DetectorConfig(BackboneConfig("resnet18")),
     "kitti-r50": DetectorConfig(BackboneConfig("resnet50")),
+    "waymo-r18": DetectorConfig(BackboneConfig("resnet18"), width=768),
+    "waymo-r50": DetectorConfig(BackboneConfig("resnet50"), width=768),
 }
-"""Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings; ``tiny``,
-``tiny-expert`` and ``small`` are for a processor and minutes: they start from random weights."""
+"""Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings, ``waymo-r18`` and
+``waymo-r50`` the same on images 768 x 512; ``tiny``, ``tiny-expert`` and ``small`` are for a processor and minutes:
+they start from random weights."""

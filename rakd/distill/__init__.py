@@ -1,10 +1,25 @@
-"""Distillation: an expert's features teach an apprentice's.
+"""Distillation: an apprentice (student) learns from the features of an expert (teacher).
 
-Loads no torch: the command line reads its choices here. The losses are in `rakd.distill.methods`, and
-`rakd.distill.distiller.Distiller` brings them and an expert into any trainer.
+`rakd.distill.distiller.Distiller` brings an expert, a method and a weight into any trainer; the methods are in
+`rakd.distill.registry`. Importing this package loads no torch, since the command line reads its choices here;
+``Distiller`` is loaded when it is asked for.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from rakd.distill.registry import NAMES
+
+if TYPE_CHECKING:
+    from rakd.distill.cache import FeatureCache as FeatureCache
+    from rakd.distill.distiller import Distiller as Distiller
+    from rakd.distill.expert import Expert as Expert
+    from rakd.distill.hooks import tap as tap
+    from rakd.distill.methods import make_method as make_method
+
+    MethodName = str
+else:
+    MethodName = Literal.__getitem__((*NAMES, "none"))
+    """Distillation methods: those of the registry, and none."""
 
 Weights = Literal["pretrained", "random"]
 """What backbones start from."""
@@ -12,6 +27,19 @@ Weights = Literal["pretrained", "random"]
 Regions = Literal["proposals", "objects"]
 """Where features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
 
-MethodName = Literal["rakd", "hfa", "l_roi", "pkd", "semckd", "none"]
-"""Distillation methods: RAKD (soft assignment of regions to levels), its ablations with hard assignment (HFA) and
-with all levels alike (L_RoI), PKD and SemCKD, which it is compared with, and none. See `methods.make_method`."""
+_LAZY = {
+    "Distiller": "rakd.distill.distiller",
+    "Expert": "rakd.distill.expert",
+    "FeatureCache": "rakd.distill.cache",
+    "make_method": "rakd.distill.methods",
+    "tap": "rakd.distill.hooks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch when it is asked for."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rakd.distill.maps import check_channels
 
@@ -70,4 +71,13 @@ class ChannelAdapters(nn.Module):
                     f"apprentice: expected {channels} channels in map {i}, as its adapter takes, got shape "
                     f"{list(feature.shape)}"
                 )
-        return [adapter(feature) for adapter, feature in zip(self.levels, maps, strict=True)]
+        return [_adapt(adapter, feature) for adapter, feature in zip(self.levels, maps, strict=True)]
+
+
+def _adapt(adapter: nn.Module, feature: Tensor) -> Tensor:
+    """Apply an adapter in the map's dtype: autocast of the model alone makes maps of another than the weights'."""
+    if not isinstance(adapter, nn.Conv2d):
+        return feature
+    dtype = feature.dtype
+    assert adapter.bias is not None
+    return F.conv2d(feature, adapter.weight.to(dtype), adapter.bias.to(dtype))

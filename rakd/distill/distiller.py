@@ -1,211 +1,339 @@
-"""Distillation in anyone's trainer: a frozen expert, a method and a weight in one module, and a tap for features."""
+"""Distillation in anyone's trainer: a frozen expert, a method and a weight in one module."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rakd.distill.maps import name_maps
+from rakd.distill.boxes import BoxFormat, refuse_maps
+from rakd.distill.cache import FeatureCache
+from rakd.distill.checks import Report
+from rakd.distill.finite import FiniteCheck
+from rakd.distill.hooks import Names
+from rakd.distill.hooks import tap as tap
+from rakd.distill.lifecycle import Lifecycle
+from rakd.distill.methods import check_options
+from rakd.distill.optimizing import TrainingWatch
+from rakd.distill.outputs import Layout, find_maps, pair_names
+from rakd.distill.parallel import GradientAverage
+from rakd.distill.registry import find_method
+from rakd.distill.scale import RunningEnergy, TaskShare, number_on, parse_weight
+from rakd.distill.step import Facts, Step, check_form, image_batch, inspect
 
-Features = Mapping[str, Tensor] | Sequence[Tensor]
-"""Feature maps ``[B, C, H, W]``, fine to coarse."""
 
+class Distiller(Lifecycle):
+    """Gives the weighted distillation loss of an apprentice's (student's) features against a frozen expert's.
 
-class Distiller(nn.Module):
-    """Gives the weighted distillation loss of an apprentice's features against a frozen expert's.
+    The expert runs in eval mode and without gradients, whatever way it was given, and training leaves its parameters
+    and buffers as they are to the bit. It is no submodule: ``parameters``, ``state_dict`` and ``train`` know nothing of
+    it; deep copies (such as EMA models) share it, and pickles leave it out. ``to``, ``cuda`` and the like take it
+    along.
 
-    The expert runs in eval mode and without gradients, and training leaves its parameters and buffers as they are to
-    the bit. It is no submodule: ``parameters``, ``state_dict`` and ``train`` know nothing of it, so that optimizers,
-    checkpoints and DistributedDataParallel carry only what the method learns (adapters); ``to``, ``cuda`` and the like
-    take it along.
-
-    What the method learns must be trained: give ``parameters`` to the optimizer, and where there are any, let
-    DistributedDataParallel wrap the distiller or a module that holds it and the apprentice.
+    Channels that differ are adapted by 1×1 convolutions, which must be trained: give ``parameters()`` to the optimizer,
+    or call ``add_to`` where one exists already. Over several processes their gradients are averaged here, whether or
+    not DistributedDataParallel wraps the distiller; every process must then call it equally often.
 
     Args:
-        expert: Maps a batch of images to feature maps, a dict or a sequence, fine to coarse: a module, an object with
-            ``extract_features``, or a function. A module, also one whose method this is, is frozen in place. None where
-            all calls bring ``expert_features``.
-        method: The loss, such as `rakd.distill.methods.make_method` gives: called with the expert's maps, the
-            apprentice's and the boxes.
-        weight: What the method's loss is multiplied with.
+        expert: Gives feature maps for a batch of images: a module, an object with ``extract_features``, a function or
+            method, or ``(module, function)`` where the module cannot be found in the function; an
+            `rakd.distill.expert.Expert` for one with its own dtype, memory format or compilation. None where all calls
+            bring ``expert_features``.
+        method: A name of `rakd.distill.registry.METHODS`, or a module called as ``method(expert, apprentice, boxes)``.
+        weight: Factor of the loss; None: the method's own default, 1 with ``normalize``. ``"auto:0.1"``: that share of
+            the task loss, which calls then bring as ``task_loss``, measured over the first 20 training steps, then
+            fixed and saved.
+        apprentice: The network that learns; needed for ``apprentice_features``, and to refuse an expert that shares
+            parameters with it.
+        features: Where the expert's maps come from: names of its modules whose outputs they are, ``"input:NAME"`` or
+            ``(NAME, "input")`` for what a module is given, or a function ``features(expert, images)``. Default: what
+            the expert returns. By names, the rest of the expert's forward is not run.
+        apprentice_features: The same of the apprentice; hooks stay until ``close``. Default: calls bring the maps.
+        scores: Names of the expert's modules that give class logits, for methods that take them.
+        strides: Pixels per cell of the apprentice's maps, fine to coarse. Default: found at the first step, as are the
+            next three.
+        expert_strides: Of the boxes' pixels, per cell of the expert's maps.
+        expert_channels: Per level.
+        apprentice_channels: Per level.
+        normalize: Divide by the expert's own energy in the regions: 0 is equal, 1 as good as zeros, in any network.
+            See `rakd.distill.scale.RunningEnergy`.
+        adapters: False refuses channels that differ.
+        box_format: "xyxy", "xywh" or "cxcywh".
+        normalized: Whether boxes are shares of the image's width and height.
+        layout: "NHWC" where the channels of the apprentice's maps come last.
+        expert_layout: The same of the expert's.
+        check: Whether the first step runs ``check``.
+        cache: Keeps the expert's features; calls then bring ``keys``.
+        batch_size: Images in every batch, for methods that need it; default: those of the first step.
+        seed: Of initial weights.
+        options: Of the method, such as ``sigma`` or ``canonical_size``.
 
     Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: The weight is negative or not finite.
+        TypeError: An argument has the wrong type, or the expert's module cannot be found.
+        ValueError: An argument has a wrong value, or expert and apprentice share parameters.
 
     Example:
-        A torchvision RetinaNet learns from a larger one. Both have levels of strides 8 to 128. torchvision's detectors
-        resize and normalise images inside, **so boxes must be taken from inside as well**: boxes in pixels of the
-        original images would lie elsewhere on the maps, and nothing would fail but the results. Tapping ``transform``
-        gives images and boxes as the backbone sees them; tapping ``backbone`` gives the features that the detector's
-        own losses are computed from, without another pass.
+        A torchvision RetinaNet learns from a larger one. Torchvision's detectors resize and normalise images and boxes
+        inside. Both are taken from inside, as the backbone sees them, and given to the expert's backbone alone: the
+        whole expert would normalise them again.
 
-        >>> method = make_method(
-        ...     "rakd", strides=(8, 16, 32, 64, 128), expert_channels=256, apprentice_channels=256
-        ... )
-        >>> distiller = Distiller(expert.backbone, method, weight=0.5)
+        >>> distiller = Distiller(expert.backbone, apprentice=apprentice, apprentice_features="backbone", weight=0.5)
         >>> optimizer = torch.optim.SGD([*apprentice.parameters(), *distiller.parameters()], lr=0.001)
         >>> for images, targets in loader:
-        ...     with tap(apprentice.transform) as transform, tap(apprentice.backbone) as backbone:
+        ...     with tap(apprentice.transform) as transform:
         ...         losses = apprentice(images, targets)
-        ...     seen, seen_targets = transform.output
-        ...     boxes = [target["boxes"] for target in seen_targets]
-        ...     loss = sum(losses.values()) + distiller(seen.tensors, backbone.output, boxes)
+        ...     batch, seen = transform.output
+        ...     loss = sum(losses.values()) + distiller(batch.tensors, [target["boxes"] for target in seen])
         ...     optimizer.zero_grad()
         ...     loss.backward()
         ...     optimizer.step()
     """
 
     def __init__(
-        self, expert: Callable[[Tensor], Features] | Any | None, method: nn.Module, weight: float = 1.0
+        self,
+        expert: Any,
+        method: str | nn.Module = "rakd",
+        weight: float | str | None = None,
+        *,
+        apprentice: nn.Module | None = None,
+        features: Names | Callable[..., Any] | None = None,
+        apprentice_features: Names | Callable[..., Any] | None = None,
+        scores: Names | None = None,
+        strides: Sequence[float] | Tensor | None = None,
+        expert_strides: Sequence[float] | Tensor | None = None,
+        expert_channels: int | Sequence[int] | None = None,
+        apprentice_channels: int | Sequence[int] | None = None,
+        normalize: bool = False,
+        adapters: bool = True,
+        box_format: BoxFormat = "xyxy",
+        normalized: bool = False,
+        layout: Layout = "NCHW",
+        expert_layout: Layout = "NCHW",
+        check: bool = True,
+        cache: FeatureCache | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(method, nn.Module):
-            raise TypeError(f"method: expected a module, got {type(method).__name__}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"weight: expected a number, got {type(weight).__name__}")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight: expected a finite number of 0 or more, got {weight}")
-        if expert is not None and not callable(expert) and not hasattr(expert, "extract_features"):
-            raise TypeError(
-                f"expert: expected a module, an object with extract_features or a function, got {type(expert).__name__}"
-            )
-        self.method = method
-        self.weight = float(weight)
-        self._expert = (expert,)  # in a tuple, where nn.Module does not find it
-        self._freeze()
-
-    @property
-    def expert(self) -> Any:
-        """The expert as it was given."""
-        return self._expert[0]
-
-    def _expert_module(self) -> nn.Module | None:
-        """The module to freeze and move: the expert, or the one whose method it is."""
-        for candidate in (self.expert, getattr(self.expert, "__self__", None)):
-            if isinstance(candidate, nn.Module):
-                return candidate
-        return None
-
-    def _freeze(self) -> None:
-        module = self._expert_module()
-        if module is not None:
-            module.eval().requires_grad_(False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distiller":
-        """Take the expert along in ``to``, ``cuda``, ``double`` and all that nn.Module builds on this."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        module = self._expert_module()
-        if module is not None:
-            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        check_form(box_format, layout, expert_layout)
+        if isinstance(method, str):
+            check_options(method, options)
+        elif not isinstance(method, nn.Module):
+            raise TypeError(f"method: expected a name or a module, got {type(method).__name__}")
+        elif options:
+            raise TypeError(f"{next(iter(options))}: expected no options beside a method that is a module")
+        # A method's default weight belongs to its loss as it is; a share of the expert's energy needs none.
+        default = find_method(method).weight if isinstance(method, str) and not normalize else 1.0
+        self._weight = parse_weight(weight, default)
+        self._energy = RunningEnergy() if normalize else None
+        self._facts = Facts.of(strides, expert_strides, expert_channels, apprentice_channels, batch_size)
+        self._method_name = method if isinstance(method, str) else None
+        self._options = options
+        self._adapters, self._seed = adapters, seed
+        self.box_format, self.normalized = box_format, normalized
+        self.layout, self.expert_layout = layout, expert_layout
+        self._check = check
+        self._begun = False
+        self._optimizers = []
+        self._sync, self._finite, self._watch = GradientAverage(), FiniteCheck(), TrainingWatch()
+        self._expert = None
+        self._owns_expert = True
+        self._expert_settings = {"features": features, "scores": scores, "cache": cache}
+        self._apprentice = (None,)
+        self._hooks = None
+        self._apprentice_features = apprentice_features
+        self.method = None
+        if not isinstance(method, str):
+            self.method = method
+            self._facts = self._facts.of_method(method)
+        self.attach(expert=expert, apprentice=apprentice)
+        if self._facts.complete and (self._method_name != "semckd" or batch_size is not None):
+            self._build()
 
     def forward(
         self,
-        images: Tensor | None,
-        apprentice_features: Features,
-        boxes: Sequence[Tensor],
-        expert_features: Features | None = None,
+        images: Any,
+        boxes: Any,
+        apprentice_features: Any = None,
+        expert_features: Any = None,
+        *,
+        task_loss: Tensor | None = None,
+        keys: Sequence[Any] | None = None,
+        scores: Sequence[Tensor] | None = None,
+        expert_images: Any = None,
+        image_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Compute the weighted loss.
 
         Args:
-            images: ``[B, 3, H, W]``, what the expert takes; None with ``expert_features``.
-            apprentice_features: The apprentice's maps, a dict or a sequence. Their graph is kept.
-            boxes: ``[K_b, 4]`` per image, (x1, y1, x2, y2) in pixels of the tensor that the apprentice's backbone was
-                given, after all resizing.
-            expert_features: The expert's maps for these images, such as cached ones; the expert then does not run.
+            images: ``[B, 3, H, W]``, as the apprentice's backbone was given them, after all resizing; None with
+                ``expert_features``.
+            boxes: In these images: ``[K_b, 4]`` per image, or ``[K, 5]`` with the image's number first, in the format
+                told to the constructor.
+            apprentice_features: The apprentice's maps, where no hooks give them; any form of
+                `rakd.distill.outputs.find_maps`. Their graph is kept.
+            expert_features: The expert's maps for these images; the expert then does not run.
+            task_loss: The apprentice's own loss, for ``weight="auto:..."``.
+            keys: For the cache, one for each image: its id and the state of its augmentation.
+            scores: The expert's class logits per level, where no hooks give them.
+            expert_images: What the expert is given, where that differs from ``images``.
+            image_size: Height and width, where ``images`` is None.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: Neither images nor expert features came, or the method does not take these maps or boxes.
-            TypeError: The features are neither dicts nor sequences of tensors.
+            ValueError: Maps, images, boxes or strides do not fit each other, or something is missing.
+            TypeError: An argument has the wrong type.
+            RuntimeError: The hooked modules did not run.
+            FloatingPointError: The loss is not finite; names the level.
         """
-        apprentice = name_maps("apprentice_features", apprentice_features)
-        if expert_features is None:
-            expert = name_maps("expert's output", self.teach(images), list(apprentice))
-        else:
-            expert = name_maps("expert_features", expert_features, list(apprentice))
-        loss: Tensor = self.method(expert, apprentice, boxes)
-        return loss if self.weight == 1.0 else self.weight * loss
+        refuse_maps(boxes)
+        maps = self._apprentice_maps(images) if apprentice_features is None else apprentice_features
+        step = self._gather(
+            images, boxes, maps, expert_features, keys=keys, scores=scores, expert_images=expert_images, size=image_size
+        )
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._begin(step)
+        elif self.method is None:
+            raise RuntimeError("Distiller: expected one step, or check(), before torch.compile sees it")
+        loss = self._weighted(step, task_loss, update=not compiling)
+        if not compiling:
+            self._finite(loss, step.apprentice, step.expert)
+        return loss
 
-    def teach(self, images: Tensor | None) -> Features:
+    def expert_features(self, images: Any, keys: Sequence[Any] | None = None) -> dict[str, Tensor]:
         """Run the expert, such as for filling a cache.
 
         Args:
-            images: ``[B, 3, H, W]``, what the expert takes.
+            images: The expert's input.
+            keys: See `forward`.
 
         Returns:
-            What it gives; no gradient flows to it.
+            Its maps by name; no gradient flows to them.
 
         Raises:
             ValueError: There is no expert, or there are no images.
         """
-        if self.expert is None:
-            raise ValueError("expert_features: expected the expert's maps, since this Distiller has no expert")
-        if images is None:
-            raise ValueError("images: expected images for the expert, or expert_features in their place, got None")
-        self._freeze()  # someone who holds the expert as well may have called train() on it
-        run = getattr(self.expert, "extract_features", self.expert)
-        with torch.no_grad():
-            features: Features = run(images)
-        return features
+        return self._run_expert(images, keys)[0]
 
-    def extra_repr(self) -> str:
-        """Show the expert's kind and the weight in ``repr``."""
-        return f"expert={type(self.expert).__name__}, weight={self.weight}"
+    def check(
+        self, images: Any, boxes: Any, apprentice_features: Any = None, expert_features: Any = None, **options: Any
+    ) -> Report:
+        """See whether levels, strides, channels and boxes fit each other; ``print`` shows a small table.
 
+        Makes what the method learns, if the first step has not. Runs the apprentice in eval mode where its maps are
+        hooked and have not been noted.
 
-class Tap:
-    """What a tapped module gave last; see `tap`."""
+        Args:
+            images: See `forward`, as all others.
+            boxes: Same.
+            apprentice_features: Same.
+            expert_features: Same.
+            options: ``keys``, ``scores``, ``expert_images``, ``image_size``: same.
 
-    def __init__(self) -> None:
-        self._outputs: list[Any] = []
-
-    @property
-    def output(self) -> Any:
-        """The module's last output, with its graph.
+        Returns:
+            The table; ``str`` lays it out.
 
         Raises:
-            RuntimeError: The module did not run while it was tapped.
+            ValueError: Something does not fit; names the remedy.
+            TypeError: An argument has the wrong type.
         """
-        if not self._outputs:
-            raise RuntimeError("the tapped module did not run inside the with block: there is no output")
-        return self._outputs[-1]
+        options["size"] = options.pop("image_size", None)
+        maps = self._apprentice_maps(images, keep=True) if apprentice_features is None else apprentice_features
+        step = self._gather(images, boxes, maps, expert_features, **options)
+        report = self._inspect(step, learns=False)
+        self._begin(step, check=False)
+        return report
 
-    def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._outputs[:] = [output]
+    def _run_expert(self, images: Any, keys: Sequence[Any] | None) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+        if self._expert is None:
+            raise ValueError(
+                "expert_features: expected the expert's maps, since this Distiller has no expert (a pickle leaves it "
+                "out: attach(expert=...))"
+            )
+        if images is None:
+            raise ValueError("images: expected images for the expert, or expert_features in their place, got None")
+        return self._expert(images, keys)
 
+    def _apprentice_maps(self, images: Any, *, keep: bool = False) -> Any:
+        wanted, network = self._apprentice_features, self.apprentice
+        if self._hooks is not None:
+            if keep and not self._hooks.ready and network is not None:
+                self._hooks.watch_once(network, images)
+            return self._hooks.take(keep=keep)
+        if callable(wanted):
+            return wanted(network, images)
+        raise ValueError(
+            "apprentice_features: expected the apprentice's maps, or a Distiller made with apprentice= and "
+            "apprentice_features="
+        )
 
-@contextmanager
-def tap(module: nn.Module) -> Iterator[Tap]:
-    """Within the block, note what a module gives when others call it.
+    def _gather(
+        self,
+        images: Any,
+        boxes: Any,
+        apprentice_features: Any,
+        expert_features: Any,
+        *,
+        keys: Sequence[Any] | None = None,
+        scores: Sequence[Tensor] | None = None,
+        expert_images: Any = None,
+        size: tuple[int, int] | None = None,
+    ) -> Step:
+        batch = image_batch("images", images)
+        expert_batch = batch if expert_images is None else image_batch("expert_images", expert_images)
+        apprentice = find_maps("apprentice_features", apprentice_features, self.layout)
+        if expert_features is None:
+            expert, found = self._run_expert(expert_batch, keys)
+            scores = found if scores is None else scores
+        else:
+            expert = find_maps("expert_features", expert_features, self.expert_layout)
+        apprentice, expert = pair_names(apprentice, expert)
+        return Step.make(batch, expert_batch, size, apprentice, expert, scores, boxes, self.box_format, self.normalized)
 
-    For networks that keep their features to themselves: the features come from the very pass that the network's own
-    losses come from. Under DistributedDataParallel tap ``network.module``'s parts. Calls of other methods than
-    ``module(...)`` are not seen.
+    def _begin(self, step: Step, *, check: bool | None = None) -> None:
+        """At the first step find what was not told, check, and make the method; at each, keep processes alike."""
+        if not self._begun:
+            known = step.size is not None or self._facts.strides is not None
+            if known and (self._check if check is None else check):
+                self._inspect(step, learns=self.training and torch.is_grad_enabled())
+            if self.method is None or step.size is not None:
+                self._facts = self._facts.completed(step)
+            if self.method is None:
+                self._build()
+            self.to(next(iter(step.apprentice.values())).device)
+            self._begun = True
+        self._sync.attach(self)
+        if self.training and torch.is_grad_enabled():
+            self._watch.step(list(self.parameters()))
 
-    Args:
-        module: Any part of a network.
+    def _inspect(self, step: Step, *, learns: bool) -> Report:
+        soft = self._method_name in ("rakd", "hfa") and "canonical_size" not in self._options
+        form = (self.box_format, self.normalized)
+        return inspect(step, self._facts, self._options, form, learns=learns, advise=soft)
 
-    Yields:
-        A `Tap`; its ``output`` can be read during and after the block. It holds the output, and with it the graph, for
-        as long as it lives itself.
-
-    Raises:
-        TypeError: This is no module.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected a module, got {type(module).__name__}")
-    tapped = Tap()
-    handle = module.register_forward_hook(tapped._keep)
-    try:
-        yield tapped
-    finally:
-        handle.remove()
+    def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:
+        assert self.method is not None
+        device = next(iter(step.apprentice.values())).device
+        factor = None
+        if self._energy is not None:
+            if update and (self.training or not self._energy.calls):
+                self._energy.update(lambda: step.energy(self.method))
+            factor = self._energy.factor(device)
+        weight = self._weight
+        if not isinstance(weight, TaskShare):
+            if weight != 1.0:
+                number = number_on(device, weight)
+                factor = number if factor is None else factor * number
+            return step.loss(self.method, factor)
+        if weight.measuring and self.training and update:
+            if task_loss is None:
+                raise ValueError("task_loss: expected the apprentice's own loss, of which weight='auto:...' is a share")
+            loss = step.loss(self.method, factor)
+            weight.update(task_loss, loss)
+            return loss * weight.factor(device).to(loss.dtype)
+        share = weight.factor(device)
+        return step.loss(self.method, share if factor is None else factor * share)

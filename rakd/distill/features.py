@@ -97,7 +97,7 @@ def object_boxes(batch: Batch) -> list[Tensor]:
     return boxes
 
 
-class FeatureLearner(nn.Module):
+class FeatureModel(nn.Module):
     """The distillation loss alone, for `rakd.training.trainer.Trainer`.
 
     Args:
@@ -115,7 +115,7 @@ class FeatureLearner(nn.Module):
         device = next(self.apprentice.parameters()).device
         images = batch.images.to(device)
         boxes = pooling_boxes([rows.to(device) for rows in object_boxes(batch)])
-        return {"loss": self.distiller(images, self.apprentice.extract_features(images), boxes)}
+        return {"loss": self.distiller(images, boxes, self.apprentice.extract_features(images))}
 
 
 class FeatureRun:
@@ -155,10 +155,10 @@ class FeatureRun:
         for pyramid in (self.expert, self.apprentice):
             if pyramid.loaded != "ImageNet weights":
                 pyramid.calibrate(batch.images.to(self.device) for batch in self._all_frames("calibrating"))
-        learner = FeatureLearner(self.apprentice, self.expert)
-        before = self._evaluate(learner, "loss before")
+        model = FeatureModel(self.apprentice, self.expert)
+        before = self._evaluate(model, "loss before")
         trainer = Trainer(
-            learner,
+            model,
             self.dataset,
             TrainSettings(
                 steps=settings.steps,
@@ -177,7 +177,7 @@ class FeatureRun:
             fingerprint={"expert": settings.expert, "apprentice": settings.apprentice, "weights": settings.weights},
         )
         rows = trainer.run()
-        outcome = Outcome([row["loss"] for row in rows], before, self._evaluate(learner, "loss after"))
+        outcome = Outcome([row["loss"] for row in rows], before, self._evaluate(model, "loss after"))
         self._write_results(outcome)
         return outcome
 
@@ -186,10 +186,10 @@ class FeatureRun:
             yield collate([self.dataset[index]])
 
     @torch.no_grad()
-    def _evaluate(self, learner: FeatureLearner, what: str) -> float:
+    def _evaluate(self, model: FeatureModel, what: str) -> float:
         """Mean loss over all frames, apprentice in eval mode."""
-        learner.eval()
-        losses = [float(learner(batch)["loss"]) for batch in self._all_frames(what)]
+        model.eval()
+        losses = [float(model(batch)["loss"]) for batch in self._all_frames(what)]
         return sum(losses) / len(losses)
 
     def _write_results(self, outcome: Outcome) -> None:

@@ -52,16 +52,14 @@ def check_both(expert: Any, apprentice: Any) -> tuple[list[Tensor], list[Tensor]
     Raises:
         ValueError, TypeError: As `check_maps`; or batch size or device differ.
     """
-    teachers, learners = check_maps("expert", expert), check_maps("apprentice", apprentice)
-    if teachers[0].shape[0] != learners[0].shape[0]:
+    theirs, ours = check_maps("expert", expert), check_maps("apprentice", apprentice)
+    if theirs[0].shape[0] != ours[0].shape[0]:
         raise ValueError(
-            f"expert: expected maps of {learners[0].shape[0]} images as in apprentice, got {teachers[0].shape[0]}"
+            f"expert: expected maps of {ours[0].shape[0]} images as in apprentice, got {theirs[0].shape[0]}"
         )
-    if teachers[0].device != learners[0].device:
-        raise ValueError(
-            f"expert: expected maps on {learners[0].device} as in apprentice, got them on {teachers[0].device}"
-        )
-    return [feature.detach() for feature in teachers], learners
+    if theirs[0].device != ours[0].device:
+        raise ValueError(f"expert: expected maps on {ours[0].device} as in apprentice, got them on {theirs[0].device}")
+    return [feature.detach() for feature in theirs], ours
 
 
 def check_pairs(expert: Any, apprentice: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,16 +1,18 @@
 """SemCKD: each of the apprentice's levels learns from all of the expert's, weighted by attention."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rakd.distill.adapters import seeded_modules
+from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup
 from rakd.distill.maps import check_both, check_channels, widen
 
 
-class SemanticCalibration(nn.Module):
+class SemanticCalibration(DistillationMethod):
     """Cross-layer distillation with semantic calibration (SemCKD).
 
     For each map ``F``, a row per image, the similarity matrix ``F Fᵀ`` of the batch goes through an MLP to a query
@@ -69,9 +71,14 @@ class SemanticCalibration(nn.Module):
                 nn.ModuleList(_projection(a, e) for e in self.expert_channels) for a in self.apprentice_channels
             )
 
-    def forward(
-        self, expert: Mapping[str, Tensor], apprentice: Mapping[str, Tensor], boxes: Sequence[Tensor]
-    ) -> Tensor:
+    @classmethod
+    def build(cls, setup: Setup, **options: Any) -> "SemanticCalibration":
+        """See `rakd.distill.base.DistillationMethod.build`."""
+        if setup.batch_size is None:
+            raise ValueError("batch_size: SemCKD needs the number of images in every batch, got None")
+        return cls(setup.expert_channels, setup.apprentice_channels, setup.batch_size, seed=setup.seed, **options)
+
+    def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:
         """Compute the loss.
 
         Args:
@@ -86,18 +93,19 @@ class SemanticCalibration(nn.Module):
             ValueError: Another batch size, number of maps or channels than the constructor was told.
             TypeError: These are no dicts of maps.
         """
-        teachers, learners = check_both(expert, apprentice)
-        self._check("expert", teachers, self.expert_channels)
-        self._check("apprentice", learners, self.apprentice_channels)
-        weights = self.attention(teachers, learners)
+        experts, apprentices = check_both(expert, apprentice)
+        self._check("expert", experts, self.expert_channels)
+        self._check("apprentice", apprentices, self.apprentice_channels)
+        weights = self.attention(experts, apprentices)
         total = weights.new_zeros(())
-        for i, learner in enumerate(learners):
-            for j, teacher in enumerate(teachers):
-                size = (min(learner.shape[2], teacher.shape[2]), min(learner.shape[3], teacher.shape[3]))
-                projected = self.projections[i][j](_pool(learner, size))  # type: ignore[index]
-                difference = widen(projected) - widen(_pool(teacher, size))
+        for i, ours in enumerate(apprentices):
+            for j, theirs in enumerate(experts):
+                size = (min(ours.shape[2], theirs.shape[2]), min(ours.shape[3], theirs.shape[3]))
+                pooled = _pool(ours, size).to(self.queries[i].hidden.weight.dtype)  # type: ignore[union-attr, arg-type]
+                projected = self.projections[i][j](pooled)  # type: ignore[index]
+                difference = widen(projected) - widen(_pool(theirs, size))
                 total = total + (weights[:, i, j] * difference.square().mean(dim=(1, 2, 3))).sum()
-        return total / (self.batch_size * len(learners))
+        return total / (self.batch_size * len(apprentices))
 
     def attention(self, expert: Sequence[Tensor], apprentice: Sequence[Tensor]) -> Tensor:
         """Weigh the pairs of levels.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rakd.evaluation.depth import ALL
 from rakd.study.measures import MEAN, METHOD_NAMES, Measure, summarise, values_by_seed
-from rakd.study.results import METHODS, StudyResult
+from rakd.study.results import METHODS, PAPER_METHODS, StudyResult
 
 HEADLINES = (
     Measure("3d", "Car", "moderate", "official"),
@@ -58,7 +58,7 @@ def describe(study: StudyResult) -> list[str]:
         return ["Nothing to compare yet: no two methods have figures of the same seed."]
     if silent:
         sentences.append(f"0 in every run, which tells nothing apart: {'; '.join(silent)}.")
-    missing = [METHOD_NAMES[name] for name in METHODS if all(run.method != name for run in study.runs)]
+    missing = [METHOD_NAMES[name] for name in PAPER_METHODS if all(run.method != name for run in study.runs)]
     if missing:
         sentences.append(f"Not run: {', '.join(missing)}.")
     return sentences + _caution(made)

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rakd.distill.registry import METHODS
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES, LEVELS
 from rakd.study.results import RunResult, StudyResult
@@ -15,11 +16,7 @@ MEAN = "mean"
 METHOD_NAMES = {
     "expert": "Expert",
     "none": "No distillation",
-    "pkd": "PKD",
-    "semckd": "SemCKD",
-    "l_roi": "L_RoI",
-    "hfa": "HFA",
-    "rakd": "RAKD",
+    **{name: spec.label for name, spec in METHODS.items()},
 }
 CLASS_NAMES = {"Car": "Car", "Pedestrian": "Ped.", "Cyclist": "Cyc.", MEAN: "Average", ALL: "All"}
 LEVEL_NAMES = {"easy": "easy", "moderate": "mod.", "hard": "hard", MEAN: ""}

@@ -9,22 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from rakd.distill import registry
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES
 from rakd.geometry import FloatArray
 from rakd.study.measures import MEAN, METHOD_NAMES, Measure, summarise, values_by_seed
 from rakd.study.results import METHODS, StudyResult, TrainingLog
 
-# Told apart by lightness as well, so that no kind of colour blindness merges them.
-COLORS = {
-    "expert": "#22272e",
-    "none": "#8b95a1",
-    "pkd": "#d3702c",
-    "semckd": "#f0bf7d",
-    "l_roi": "#a9c1e6",
-    "hfa": "#17877a",
-    "rakd": "#1f5fbf",
-}
+COLORS = {"expert": "#22272e", "none": "#8b95a1", **{name: spec.color for name, spec in registry.METHODS.items()}}
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
 
 

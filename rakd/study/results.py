@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rakd.distill import registry
 from rakd.errors import UserError
 from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES, LEVELS, Result
@@ -16,11 +17,11 @@ from rakd.evaluation.report import without_nan
 from rakd.files import write_text
 from rakd.geometry import FloatArray
 
-METHODS = ("expert", "none", "pkd", "semckd", "l_roi", "hfa", "rakd")
-"""How a model was trained: the expert on its own, or the apprentice without or with a kind of distillation.
+METHODS = ("expert", "none", *registry.METHODS)
+"""How a model was trained: the expert on its own, or the apprentice without or with a distillation method."""
 
-"l_roi", "hfa" and "rakd" are the paper's three terms: levels weighted uniformly, one level, softly (SFA).
-"""
+PAPER_METHODS = ("expert", "none", *registry.IN_PAPER)
+"""Those of the paper's tables."""
 
 Precisions = dict[str, dict[str, dict[str, tuple[float, ...]]]]
 """Average precision (R40, percent) ``[overlaps][metric][class]``, each for easy, moderate and hard."""

@@ -20,8 +20,9 @@ from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import write_detections
 from rakd.detector.latency import measure
-from rakd.distill.learner import make_learner
+from rakd.distill import registry
 from rakd.distill.methods import make_method
+from rakd.distill.model import make_distillation_model
 from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.depth import depth_errors
 from rakd.evaluation.kitti import DIFFICULTIES, evaluate
@@ -142,6 +143,9 @@ class Study:
                     f"{name}: batch_size must be a multiple of the number of processes, {count}, "
                     f"got {training.batch_size}"
                 )
+        for method in settings.methods:
+            if method != "none" and registry.METHODS[method].load().needs_scores:
+                raise UserError(f"methods: {method} needs an expert's class scores on its maps, which these have not")
         if "semckd" in settings.methods and settings.training.batch_size // count < 2:
             raise UserError(
                 f"training: SemCKD compares images of a batch and needs 2 or more in each of the {count} processes, "
@@ -202,7 +206,7 @@ class Study:
         term = None
         if expert is not None:
             term = make_method(
-                method,  # type: ignore[arg-type]  # the settings have checked it
+                method,
                 strides=detector.strides,
                 expert_channels=expert.channels,
                 apprentice_channels=detector.channels,
@@ -211,10 +215,10 @@ class Study:
                 canonical_size=detector.config.heads.canonical_size,
             )
         name = "expert" if expert is None else f"{method}-seed{seed}"
-        learner = make_learner(detector, expert, term, weight, self.settings.regions)
+        model = make_distillation_model(detector, expert, term, weight, self.settings.regions)
         config = detector.config
         trainer = Trainer(
-            learner,
+            model,
             self._training_frames(config.height, seed),
             training,
             self.out / name,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from rakd.distill import registry
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES, LEVELS, Overlaps
 from rakd.study.measures import (
@@ -19,18 +20,12 @@ from rakd.study.measures import (
     summarise,
     values_by_seed,
 )
-from rakd.study.results import METHODS, StudyResult
+from rakd.study.results import METHODS, PAPER_METHODS, StudyResult
 
 Mark = Literal["", "best", "second"]
 
 _OVERVIEW = {"expert": "Expert", "none": "Apprentice", "rakd": "Apprentice + RAKD"}
-_COMPARED = {method: METHOD_NAMES[method] for method in ("none", "pkd", "semckd", "rakd")}
-_ABLATED = {
-    "none": METHOD_NAMES["none"],
-    "l_roi": "L_RoI (uniform)",
-    "hfa": "HFA (hard)",
-    "rakd": "SFA (soft) = RAKD",
-}
+_ABLATED = {"none": METHOD_NAMES["none"], **{name: registry.METHODS[name].term for name in registry.ABLATED}}
 # Of a model: field, head, digits after the point.
 _COSTS = (
     ("latency_ms", "Latency, ms", 1),
@@ -106,18 +101,29 @@ class Table:
 def make_tables(study: StudyResult) -> list[Table]:
     """All tables of a study: expert and apprentice, methods compared, terms ablated."""
     ways, terms = "Ways to distil", "Terms of the loss"
+    compared = _compared(study)
     return [
         _overview(study, "table2", "Table 2. Expert and apprentice", "official"),
         _overview(study, "table2_loose", "Table 2, loose overlaps. Expert and apprentice", "loose"),
-        _precisions(study, "table3", f"Table 3. {ways}", _COMPARED, "3d", "official"),
-        _precisions(study, "table3_loose", f"Table 3, loose overlaps. {ways}", _COMPARED, "3d", "loose"),
-        _precisions(study, "table3_bev_loose", f"Table 3, loose overlaps. {ways}", _COMPARED, "bev", "loose"),
-        _depths(study, "table3_depth", f"Table 3, distances. {ways}", _COMPARED),
+        _precisions(study, "table3", f"Table 3. {ways}", compared, "3d", "official"),
+        _precisions(study, "table3_loose", f"Table 3, loose overlaps. {ways}", compared, "3d", "loose"),
+        _precisions(study, "table3_bev_loose", f"Table 3, loose overlaps. {ways}", compared, "bev", "loose"),
+        _depths(study, "table3_depth", f"Table 3, distances. {ways}", compared),
         _precisions(study, "ablation", f"Ablation. {terms}", _ABLATED, "3d", "official"),
         _precisions(study, "ablation_loose", f"Ablation, loose overlaps. {terms}", _ABLATED, "3d", "loose"),
         _depths(study, "ablation_depth", f"Ablation, distances. {terms}", _ABLATED),
         _training(study),
     ]
+
+
+def _is_shown(study: StudyResult, method: str) -> bool:
+    """The paper's methods have their place in each table, others where they were run."""
+    return method in PAPER_METHODS or any(run.method == method for run in study.runs)
+
+
+def _compared(study: StudyResult) -> dict[str, str]:
+    others = [name for name, spec in registry.METHODS.items() if not spec.role and _is_shown(study, name)]
+    return {method: METHOD_NAMES[method] for method in ("none", *registry.COMPARED, *others)}
 
 
 def _overview(study: StudyResult, key: str, title: str, overlaps: Overlaps) -> Table:
@@ -160,7 +166,7 @@ def _training(study: StudyResult) -> Table:
     """Time and losses at the end; not ranked, for losses of different methods are different things."""
     losses = list(dict.fromkeys(name for run in study.runs for name in run.losses))
     measures = [Measure("minutes"), *(Measure("loss", name) for name in losses)]
-    rows = [_row(study, method, METHOD_NAMES[method], measures) for method in METHODS]
+    rows = [_row(study, method, METHOD_NAMES[method], measures) for method in METHODS if _is_shown(study, method)]
     return Table("training", "Training: time, and losses at its end", ("minutes", *losses), tuple(rows))
 
 

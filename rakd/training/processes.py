@@ -93,7 +93,8 @@ def start_processes(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator
 
 def _abort() -> None:
     """Drop the connections without waiting for anybody."""
-    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)  # from torch 2.6 on, without a public name
+    # From torch 2.6 on; it has no public name.
+    abort: Callable[[], None] | None = getattr(dist.distributed_c10d, "_abort_process_group", None)
     if abort is not None and dist.get_backend() == "nccl":
         abort()
 
@@ -104,7 +105,7 @@ def current_processes(device: torch.device) -> Processes:
     Args:
         device: Where this one computes; "cuda" is the current GPU.
     """
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     if dist.is_available() and dist.is_initialized():
         return Processes(device, dist.get_rank(), dist.get_world_size())

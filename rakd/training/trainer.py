@@ -218,14 +218,15 @@ class Trainer:
     def _parallel(self) -> Callable[[Batch, Sequence[int]], dict[str, Tensor]]:
         if self.processes.count == 1:
             return self.learner
+        # Running means of normalisation: nobody reads them in training, and a checkpoint has the main process's.
+        unsynchronised: dict[str, Any] = {_SYNC_BUFFERS: False}
         return DistributedDataParallel(
             self.learner,
             # Looking for them goes through the whole graph in each step.
             find_unused_parameters=bool(getattr(self.learner, "may_leave_parameters_unused", False)),
-            # Running means of normalisation: nobody reads them in training, and a checkpoint has the main process's.
-            **{_SYNC_BUFFERS: False},
             # Gradients lie where they are sent from, in their parameters' memory layout: none is copied back.
             gradient_as_bucket_view=True,
+            **unsynchronised,
         )
 
     def _make_fingerprint(self, given: Mapping[str, object]) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def pool_row(
     lines = tables.bins_y + tables.bins_x
     line = tables.bins_y + q
     valid = q < tables.bins_x
-    slot = (level.to(tl.int64) * tables.count + k) * lines
-    ends = tables.spans + tl.cast(LEVELS, tl.int64) * tables.count * lines
+    slot = (level.to(tl.int64) * tables.boxes + k) * lines
+    ends = tables.spans + tl.cast(LEVELS, tl.int64) * tables.boxes * lines
     y_first = tl.load(tables.spans + slot + p)
     y_count = tl.load(ends + slot + p) - y_first
     x_first = tl.load(tables.spans + slot + line, mask=valid, other=0)
@@ -260,8 +260,8 @@ def add_box(
     With ``x`` the slowest axis of the tile, the inner sum lies in the threads that add it to the tile.
     """
     lines = tables.bins_y + tables.bins_x
-    begins = tables.spans + (level.to(tl.int64) * tables.count + k) * lines
-    ends = begins + tl.cast(LEVELS, tl.int64) * tables.count * lines
+    begins = tables.spans + (level.to(tl.int64) * tables.boxes + k) * lines
+    ends = begins + tl.cast(LEVELS, tl.int64) * tables.boxes * lines
     x_begins = begins + tables.bins_y
     x_ends = ends + tables.bins_y
     y = y_low + tl.arange(0, TILE_Y)
@@ -341,16 +341,16 @@ def gather_tiles(
     source = pooled + pick(starts, level, 0, 1, LEVELS)
     box_step = tl.cast(tables.bins_y, tl.int64) * tables.bins_x * many
     scale = side / tl.cast(pick(divisors, level, 0, 1, LEVELS), tl.float64)
-    extent = tables.extents + level.to(tl.int64) * tables.count
-    axis = tl.cast(LEVELS, tl.int64) * tables.count
+    extent = tables.extents + level.to(tl.int64) * tables.boxes
+    axis = tl.cast(LEVELS, tl.int64) * tables.boxes
     # Ranges and order may come from any caller: what lies outside is not followed.
-    begin = tl.minimum(tl.maximum(tl.load(index + image), 0), tables.count)
-    end = tl.minimum(tl.load(index + image + 1), tables.count)
+    begin = tl.minimum(tl.maximum(tl.load(index + image), 0), tables.boxes)
+    end = tl.minimum(tl.load(index + image + 1), tables.boxes)
     order = index + batch + 1
     for base in range(begin, end, BOXES):
         place = base + tl.arange(0, BOXES)
         k = tl.load(order + place, mask=place < end, other=-1).to(tl.int64)
-        inside = (k >= 0) & (k < tables.count)
+        inside = (k >= 0) & (k < tables.boxes)
         meets = inside & (image_of(rows, k, inside, batch, LEVELS) == image)
         meets &= weight_of(rows, factor, factor_step, k, level, inside, LEVELS, FACTOR) != 0.0
         meets &= tl.load(extent + k, mask=meets, other=0) < y_low + TILE_Y
@@ -369,14 +369,13 @@ def gather_tiles(
 
     y = y_low + tl.arange(0, TILE_Y)
     x = x_low + tl.arange(0, TILE_X)
-    height = pick(tables.sizes, level, 0, 2, LEVELS)
-    width = pick(tables.sizes, level, 1, 2, LEVELS)
+    in_map = (y < pick(tables.sizes, level, 0, 2, LEVELS))[None, :, None] & (c < many)[None, None, :]
+    in_map &= (x < pick(tables.sizes, level, 1, 2, LEVELS))[:, None, None]
     target = pick(gradients.data, level, 0, 1, LEVELS)
     target += image.to(tl.int64) * pick(gradients.strides, level, 0, 4, LEVELS)
     at_c = c.to(tl.int64) * pick(gradients.strides, level, 1, 4, LEVELS)
     at_y = y.to(tl.int64) * pick(gradients.strides, level, 2, 4, LEVELS)
     at_x = x.to(tl.int64) * pick(gradients.strides, level, 3, 4, LEVELS)
-    in_map = (x < width)[:, None, None] & (y < height)[None, :, None] & (c < many)[None, None, :]
     place = target + at_x[:, None, None] + at_y[None, :, None] + at_c[None, None, :]
     dtype = gradients.data[0].dtype.element_ty
     if dtype != tl.float64:

@@ -42,49 +42,44 @@ class Tables(NamedTuple):
     cells: Tensor
     weights: Tensor  # of each cell of a bin's span, at sampling.weight_row + cell; in the accumulation dtype
     sizes: tuple[int, ...]  # [L * 2] height and width of each level
-    count: int  # K
+    boxes: int  # K
     bins_y: int
     bins_x: int
 
 
-class Weights(NamedTuple):
-    """Prepared boxes and what multiplies their weights; trailing arguments of kernels are made from it."""
-
-    rows: Tensor  # [K, 5 + L] float64
-    index: Tensor  # [B + 1 + K] int32
-    factor: Tensor | None  # [] or [K]
-
-    def arguments(self) -> tuple[Tensor, int]:
-        """Return ``factor, factor_step``; any pointer will do where there is no factor."""
-        if self.factor is None:
-            return self.rows, 0
-        return self.factor, self.factor.stride(0) if self.factor.dim() else 0
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the current stream of the device that its tensors are on."""
+    """Run a kernel on the current stream of the device that its tensors are on; an empty grid launches nothing."""
     tensor = next(a for a in arguments if isinstance(a, Tensor))
     with torch.cuda.device(tensor.device if tensor.is_cuda else -1):
         kernel[grid](*arguments, **options)
 
 
-def check_weights(rows: Tensor, index: Tensor, factor: Tensor | None, levels: int, batch: int) -> Weights:
+def check_prepared(rows: Tensor, index: Tensor, levels: int, batch: int) -> None:
     """Check the form of prepared boxes; their values may be anything."""
     count = rows.shape[0] if rows.dim() else 0
-    expected = (
+    for name, values, dtype, shape in (
         ("rows", rows, torch.float64, [count, 5 + levels]),
         ("index", index, torch.int32, [batch + 1 + count]),
-    )
-    for name, values, dtype, shape in expected:
+    ):
         if values.dtype != dtype or list(values.shape) != shape or not values.is_contiguous():
             got = f"{values.dtype} {list(values.shape)} with strides {list(values.stride())}"
             raise ValueError(f"{name}: expected contiguous {dtype} {shape}, got {got}")
-    if factor is not None and (list(factor.shape) not in ([], [count]) or not factor.is_floating_point()):
-        raise ValueError(f"factor: expected floating [] or [{count}], got {factor.dtype} {list(factor.shape)}")
-    for name, values in (("index", index), ("factor", factor)):
-        if values is not None and values.device != rows.device:
-            raise ValueError(f"{name}: expected device {rows.device} as rows, got {values.device}")
-    return Weights(rows, index, factor)
+    if index.device != rows.device:
+        raise ValueError(f"index: expected device {rows.device} as rows, got {index.device}")
+
+
+def factor_of(factor: Tensor | None, rows: Tensor) -> tuple[Tensor, int]:
+    """Return what kernels take as ``factor, factor_step``; any pointer will do where there is none."""
+    if factor is None:
+        return rows, 0
+    if (
+        list(factor.shape) not in ([], [rows.shape[0]])
+        or not factor.is_floating_point()
+        or factor.device != rows.device
+    ):
+        got = f"{factor.dtype} {list(factor.shape)} on {factor.device}"
+        raise ValueError(f"factor: expected floating [] or [{rows.shape[0]}] on {rows.device}, got {got}")
+    return factor, factor.stride(0) if factor.dim() else 0
 
 
 def check_maps(name: str, maps: Sequence[Tensor], levels: int, rows: Tensor) -> list[int]:
@@ -97,11 +92,6 @@ def check_maps(name: str, maps: Sequence[Tensor], levels: int, rows: Tensor) -> 
     return [m.shape[1] for m in maps]
 
 
-def flat(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Chain tuples: kernels take one entry per level and axis in a row."""
-    return tuple(value for row in rows for value in row)
-
-
 def block_of(size: int, most: int) -> int:
     """Return the smallest block that holds ``size``, up to ``most``."""
     return min(most, int(triton.next_power_of_2(size)))
@@ -111,7 +101,7 @@ def pyramid_of(maps: Sequence[Tensor], dtype: torch.dtype) -> Pyramid:
     """Return maps for a kernel, which picks a level at run time: maps of several dtypes are converted to one."""
     if any(m.dtype != maps[0].dtype for m in maps):
         maps = [m.to(dtype) for m in maps]
-    return Pyramid(tuple(maps), flat([m.stride() for m in maps]))
+    return Pyramid(tuple(maps), tuple(n for m in maps for n in m.stride()))
 
 
 def make_tables(
@@ -133,7 +123,7 @@ def make_tables(
         rows.new_empty((4, levels, count), dtype=torch.int32),
         rows.new_empty((levels, count, lines, taps), dtype=torch.int32),
         rows.new_empty(count * sum(bins_y * shape[2] + bins_x * shape[3] for shape in shapes), dtype=dtype),
-        flat([shape[2:] for shape in shapes]),
+        tuple(n for shape in shapes for n in shape[2:]),
         count,
         bins_y,
         bins_x,
@@ -158,34 +148,34 @@ def make_tables(
 def gather(
     gradients: list[Tensor],
     tables: Tables,
-    weights: Weights,
+    rows: Tensor,
+    index: Tensor,
+    factor: Tensor | None,
     pooled: Tensor,
     divisors: Sequence[int],
     starts: Sequence[int],
     side: float,
 ) -> None:
     """Launch ``gather_tiles``, which fills the gradients, all of one dtype."""
-    batch, most = gradients[0].shape[0], max(g.shape[1] for g in gradients)
-    if batch == 0:
-        return
+    most = max(g.shape[1] for g in gradients)
     tile_y, tile_x = GATHER_TILE
     tiles = sum(triton.cdiv(g.shape[2], tile_y) * triton.cdiv(g.shape[3], tile_x) for g in gradients)
     block = block_of(most, GATHER_CHANNELS)
     launch(
         kernels.gather_tiles,
-        (tiles, triton.cdiv(most, block), batch),
+        (tiles, triton.cdiv(most, block), gradients[0].shape[0]),
         pyramid_of(gradients, gradients[0].dtype),
         tables,
-        weights.rows,
-        weights.index,
-        *weights.arguments(),
+        rows,
+        index,
+        *factor_of(factor, rows),
         pooled,
         tuple(g.shape[1] for g in gradients),
         tuple(divisors),
         tuple(starts),
         side,
         LEVELS=len(gradients),
-        FACTOR=weights.factor is not None,
+        FACTOR=factor is not None,
         TILE_Y=tile_y,
         TILE_X=tile_x,
         CHANNELS=block,
@@ -200,28 +190,26 @@ def distill(
     rows: Tensor,
     index: Tensor,
     factor: Tensor | None,
+    wanted: tuple[bool, bool],
     strides: list[float],
     expert_strides: list[float],
     output_size: list[int],
     sampling_ratio: int,
-    wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Total, losses per box, and the gradients of the total with respect to the sides that are wanted."""
     levels = len(strides)
     channels = check_maps("apprentice", apprentice, levels, rows)
     batch = apprentice[0].shape[0]
-    expert_channels = check_maps("expert", expert, levels, rows)
-    if expert_channels != channels or expert[0].shape[0] != batch or len(expert_strides) != levels:
+    if (
+        check_maps("expert", expert, levels, rows) != channels
+        or expert[0].shape[0] != batch
+        or len(expert_strides) != levels
+    ):
         got = [list(m.shape) for m in expert]
         raise ValueError(f"expert: expected {batch} images and {channels} channels as in apprentice, got {got}")
-    weights = check_weights(rows, index, factor, levels, batch)
+    check_prepared(rows, index, levels, batch)
     dtype = accumulation_dtype(apprentice + expert)
     count = rows.shape[0]
-    if count == 0:
-        maps = [m for side, asked in zip((apprentice, expert), wanted, strict=True) if asked for m in side]
-        gradients = [empty_gradient(m, m.shape, is_channels_last(m)).zero_() for m in maps]
-        return rows.new_zeros((), dtype=dtype), rows.new_zeros(0, dtype=dtype), gradients
-
     bins_y, bins_x = output_size
     shapes = [[m.shape for m in maps] for maps in (apprentice, expert)]
     shared = shapes[0] == shapes[1] and strides == expert_strides
@@ -244,7 +232,7 @@ def distill(
         tables,
         expert_tables,
         rows,
-        *weights.arguments(),
+        *factor_of(factor, rows),
         pooled,
         parts,
         batch,
@@ -266,10 +254,9 @@ def distill(
     sides = ((apprentice, tables, 2.0), (expert, expert_tables, -2.0))
     for (maps, side_tables, side), asked in zip(sides, wanted, strict=True):
         if asked:
-            one_dtype = all(m.dtype == maps[0].dtype for m in maps)
-            like = maps[0] if one_dtype else pooled
+            like = maps[0] if all(m.dtype == maps[0].dtype for m in maps) else pooled
             own = [empty_gradient(like, m.shape, is_channels_last(m)) for m in maps]
-            gather(own, side_tables, weights, pooled, divisors, starts, side)
+            gather(own, side_tables, rows, index, factor, pooled, divisors, starts, side)
             gradients += [g.to(m.dtype) for g, m in zip(own, maps, strict=True)]
     losses = parts.sum(dim=1)
     return losses.sum(), losses, gradients
@@ -279,7 +266,7 @@ def distill_loss(
     apprentice: list[Tensor], expert: list[Tensor], rows: Tensor, index: Tensor, *geometry: Any
 ) -> tuple[Tensor, Tensor]:
     """See ``rakd_ops/_schemas.py``."""
-    total, losses, _ = distill(apprentice, expert, rows, index, None, *geometry, (False, False))
+    total, losses, _ = distill(apprentice, expert, rows, index, None, (False, False), *geometry)
     return total, losses
 
 
@@ -287,9 +274,8 @@ def distill_gradient(
     apprentice: list[Tensor], expert: list[Tensor], rows: Tensor, index: Tensor, factor: Tensor | None, *options: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """See ``rakd_ops/_schemas.py``."""
-    *geometry, apprentice_gradient, expert_gradient = options
-    wanted = (apprentice_gradient, expert_gradient)
-    total, _, gradients = distill(apprentice, expert, rows, index, factor, *geometry, wanted)
+    *geometry, of_apprentice, of_expert = options
+    total, _, gradients = distill(apprentice, expert, rows, index, factor, (of_apprentice, of_expert), *geometry)
     return total, gradients
 
 
@@ -307,11 +293,9 @@ def align(
     if any(m.dtype != first.dtype or m.shape[1] != channels[0] for m in features):
         got = [f"{m.dtype} {list(m.shape)}" for m in features]
         raise ValueError(f"features: expected one dtype and number of channels, got {got}")
-    check_weights(rows, index, None, len(strides), first.shape[0])
+    check_prepared(rows, index, len(strides), first.shape[0])
     count = rows.shape[0]
     output = first.new_empty((count, channels[0], *output_size))
-    if count == 0:
-        return output
     dtype = accumulation_dtype(features)
     tables, taps = make_tables(rows, [m.shape for m in features], strides, output_size, sampling_ratio, dtype)
     block = block_of(channels[0], POOL_CHANNELS)
@@ -350,16 +334,14 @@ def align_backward(
     maps = [shapes[4 * level : 4 * level + 4] for level in range(levels)]
     if len(shapes) != 4 * levels or any(shape[:2] != maps[0][:2] for shape in maps) or len(channels_last) != levels:
         raise ValueError(f"shapes: expected {levels} of [B, C, H, W] with one B and C, got {shapes}")
-    weights = check_weights(rows, index, None, levels, maps[0][0])
+    check_prepared(rows, index, levels, maps[0][0])
     expected = [rows.shape[0], maps[0][1], *output_size]
     if list(output_gradient.shape) != expected or output_gradient.device != rows.device:
         got = f"{list(output_gradient.shape)} on {output_gradient.device}"
         raise ValueError(f"output_gradient: expected {expected} on {rows.device}, got {got}")
     gradients = [empty_gradient(output_gradient, shape, last) for shape, last in zip(maps, channels_last, strict=True)]
-    if rows.shape[0] == 0:
-        return [g.zero_() for g in gradients]
     dtype = accumulation_dtype([output_gradient])
     tables, _ = make_tables(rows, maps, strides, output_size, sampling_ratio, dtype)
     pooled = output_gradient.permute(0, 2, 3, 1).contiguous()  # neighbouring threads: neighbouring channels
-    gather(gradients, tables, weights, pooled, [1] * levels, [0] * levels, 1.0)
+    gather(gradients, tables, rows, index, None, pooled, [1] * levels, [0] * levels, 1.0)
     return gradients

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 MOST_SAMPLES = tl.constexpr(9.0e15)  # kMaxSamples in csrc/geometry.h: one more could not be told from it
-INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -36,7 +35,7 @@ def weight_row(tables, level, k, line, LEVELS: tl.constexpr):
         before += tl.where(level > other, cells, 0)
     height = tl.cast(pick(tables.sizes, level, 0, 2, LEVELS), tl.int64)
     width = tl.cast(pick(tables.sizes, level, 1, 2, LEVELS), tl.int64)
-    box = before * tables.count + k * (tables.bins_y * height + tables.bins_x * width)
+    box = before * tables.boxes + k * (tables.bins_y * height + tables.bins_x * width)
     x_row = tables.bins_y * height + (line - tables.bins_y) * width
     return box + tl.where(line < tables.bins_y, line * height, x_row)
 
@@ -98,7 +97,7 @@ def sample_bins(
     bin_size = (tl.load(corner + 2) * scale - 0.5 - start) / bins
     adaptive = tl.minimum(tl.ceil(bin_size), MOST_SAMPLES)
     samples = tl.where(sampling_ratio > 0, tl.cast(sampling_ratio, tl.float64), adaptive)
-    samples = tl.where((bin_size >= 0.0) & (bin_size < INFINITY), samples, 0.0)
+    samples = tl.where(bin_size >= 0.0, samples, 0.0)  # false for NaN; an infinite bin's positions touch no cell
     shares = tl.maximum(samples, 1.0)
     bin_start = start + p * bin_size
     from_first = 0.5 * bin_size / shares
@@ -106,17 +105,17 @@ def sample_bins(
     first, end = touched_cells(bin_start + from_first, bin_start + to_last, size)
     end = tl.where(samples > 0.0, end, first)
     lines = tables.bins_y + tables.bins_x
-    slot = (level.to(tl.int64) * tables.count + k) * lines + line
+    slot = (level.to(tl.int64) * tables.boxes + k) * lines + line
     tl.store(tables.spans + slot, first)
-    tl.store(tables.spans + tl.cast(LEVELS, tl.int64) * tables.count * lines + slot, end)
+    tl.store(tables.spans + tl.cast(LEVELS, tl.int64) * tables.boxes * lines + slot, end)
 
     if p == 0.0:
         last_start = start + (bins - 1.0) * bin_size
         box_first, box_end = touched_cells(bin_start + from_first, last_start + to_last, size)
         side = tl.where(along_x, 2, 0) * LEVELS + level
-        tl.store(tables.extents + side.to(tl.int64) * tables.count + k, box_first)
+        tl.store(tables.extents + side.to(tl.int64) * tables.boxes + k, box_first)
         box_end = tl.where(samples > 0.0, box_end, box_first)
-        tl.store(tables.extents + (side + LEVELS).to(tl.int64) * tables.count + k, box_end)
+        tl.store(tables.extents + (side + LEVELS).to(tl.int64) * tables.boxes + k, box_end)
 
     weights = tables.weights + weight_row(tables, level, k, line, LEVELS)
     spacing = bin_size / shares

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import figures, ops, options, results, scaling, tables
-from benchmarks.ops import Case, Implementation, Protocol, check_agreement, make_implementations, measure_case
+from benchmarks import figures, ops, options, results, scaling, tables, timing
+from benchmarks.implementations import DisagreementError, Implementation, check_agreement, make_implementations
+from benchmarks.ops import Case, Protocol, measure_case
 from benchmarks.results import Row, describe_machine, read_rows
 from benchmarks.timing import count_dispatched, measure_peak_mib, time_interleaved
 from benchmarks.workloads import PASSES, TRAINING, Workload, make_inputs
@@ -93,13 +94,13 @@ def test_an_implementation_that_computes_something_else_stops_the_run() -> None:
     maps = inputs.apprentice
     check_agreement([right, right], maps, upstream, "float32", lambda _: None)
     wrong = Implementation("wrong", lambda: 1.01 * right.forward())
-    with pytest.raises(ops.DisagreementError, match=r"wrong and rakd:\w+ disagree: the output differs by 1.0e-02"):
+    with pytest.raises(DisagreementError, match=r"wrong and rakd:\w+ disagree: the output differs by 1.0e-02"):
         check_agreement([right, wrong], maps, upstream, "float32", lambda _: None)
     sly = Implementation("sly", lambda: right.forward() + (maps[2] - maps[2].detach()).sum())
-    with pytest.raises(ops.DisagreementError, match="the gradient of map 2 differs"):
+    with pytest.raises(DisagreementError, match="the gradient of map 2 differs"):
         check_agreement([right, sly], maps, upstream, "float32", lambda _: None)
     nothing = Implementation("nothing", lambda: right.forward() * float("nan"))
-    with pytest.raises(ops.DisagreementError, match="differs by inf"):
+    with pytest.raises(DisagreementError, match="differs by inf"):
         check_agreement([right, nothing], maps, upstream, "float32", lambda _: None)
 
 
@@ -250,10 +251,26 @@ def test_readme_table(make_row: Callable[..., Row]) -> None:
         "1940–2023",
         "30 %",
         "20× / 18×",
-        "**9.8×**",
+        "9.8×",
     ]
     assert "host" not in head
     gpu = [replace(row, device="NVIDIA H100", host_us=50.0, device_us=140.0, launches=4) for row in rows]
     head, _, line, *_ = tables.format_readme(gpu).splitlines()
     assert "| host, µs | device, µs | launches |" in head and "| 50 | 140 | 4 |" in line
     assert "host µs" in tables.format_case(gpu)
+
+
+def test_the_three_numbers_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On steps that only say which they are; the samplers themselves need a GPU."""
+    steps = {"fast": lambda: "fast", "uncaptured": lambda: "uncaptured", "blind": lambda: "blind"}
+    device = {"fast": (lambda: 0.14, "graph"), "uncaptured": (lambda: 0.5, "profiler (why)"), "blind": (None, "none")}
+    kernels = {"fast": [("a", 90.0), ("b", 50.0)], "uncaptured": [("a", 500.0)], "blind": []}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "host_sampler", lambda step: lambda: 0.05)
+    monkeypatch.setattr(timing, "list_kernels", lambda step: kernels[step()])
+    monkeypatch.setattr(timing, "device_sampler", lambda step: device[step()])
+    columns = ops._time_on_gpu(steps, _protocol(()), lambda _: None)  # type: ignore[arg-type]
+    assert [columns[name]["launches"] for name in steps] == [2, 1, None]
+    assert [columns[name].get("device_us") for name in steps] == [pytest.approx(140), pytest.approx(500), None]
+    assert [columns[name]["device_by"] for name in steps] == ["graph", "profiler (why)", "none"]
+    assert all(columns[name]["host_us"] == pytest.approx(50) for name in steps)

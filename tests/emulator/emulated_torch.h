@@ -14,8 +14,6 @@ struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
 };
 
-inline bool is_on_device(const torch::stable::Tensor& t) { return t.is_cpu(); }
-
 inline cudaStream_t current_stream(int32_t) { return nullptr; }
 
 }  // namespace gpu

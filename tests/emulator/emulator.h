@@ -122,6 +122,14 @@ inline int atomicAdd(int* address, int value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
+inline int atomicMin(int* address, int value) {
+  int found = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (value < found &&
+         !__atomic_compare_exchange_n(address, &found, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return found;
+}
+
 inline void __threadfence() {
   emulator::Fiber& fiber = *emulator::engine_of_kernel("__threadfence").running;
   fiber.fenced = true;

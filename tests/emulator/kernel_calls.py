@@ -21,8 +21,8 @@ TYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.fl
 # csrc/prepare.h: Number
 NUMBERS = (*TYPES.values(), torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-DEFAULT_THREADS = (64, 128, 256, 256, 128)
-OTHER_THREADS = ((32, 32, 32, 32, 32), (128, 64, 1024, 64, 64), (96, 224, 96, 128, 256), (256, 512, 512, 256, 512))
+DEFAULT_THREADS = (64, 128, 256, 128)
+OTHER_THREADS = ((32, 32, 32, 32), (128, 64, 64, 64), (96, 224, 128, 256), (256, 512, 256, 512))
 FORMS = ("shape", "pooled", "gram")  # csrc/cuda/launch_gram.h: Algorithm
 GRADIENT_LAUNCHES = 4  # prepare_boxes, build_tables, distill_pool or build_bands, roi_align_backward or gram_gradient
 

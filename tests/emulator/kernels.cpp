@@ -1,6 +1,7 @@
 // Runs the kernels of csrc/cuda on the CPU; see kernels.h. Each array of the workspace is poisoned and guarded.
 #include "kernels.h"
 
+#include <algorithm>
 #include <memory>
 
 #include "cuda/launch_gram.h"
@@ -38,60 +39,51 @@ class Memory {
 Maps maps_of(const Arrays& arrays) {
   Maps maps;
   for (const Array& a : arrays) {
-    maps.push_back(Map{MapView{a.data, a.stride[0], a.stride[1], static_cast<uint32_t>(a.stride[2]),
-                               static_cast<uint32_t>(a.stride[3]), a.type, static_cast<int32_t>(a.size[1])},
-                       {a.size[2], a.size[3]}});
+    Map map{a.data, a.type, {}, {}};
+    std::copy_n(a.size, 4, map.size);
+    std::copy_n(a.stride, 4, map.stride);
+    maps.push_back(map);
   }
   return maps;
 }
 
 Problem problem_of(const Call& call) {
-  Problem problem;
-  problem.boxes = call.rows.size[0];
-  problem.images = call.index.size[0] - 1 - problem.boxes;
-  for (int i = 0; i < 2; ++i) {
-    problem.strides[i] = call.strides[i];
-    problem.bins[i] = call.bins[i];
-  }
-  problem.sampling_ratio = call.sampling_ratio;
-  problem.rows = static_cast<const double*>(call.rows.data);
-  problem.index = static_cast<const int32_t*>(call.index.data);
-  return problem;
+  const int64_t boxes = call.rows.size[0];
+  return Problem{boxes,
+                 call.index.size[0] - 1 - boxes,
+                 {call.strides[0], call.strides[1]},
+                 {call.bins[0], call.bins[1]},
+                 call.sampling_ratio,
+                 static_cast<const double*>(call.rows.data),
+                 static_cast<const int32_t*>(call.index.data)};
 }
 
 BlockSizes block_sizes(const Call& call) {
-  return BlockSizes{call.threads[0], call.threads[1], call.threads[2], call.threads[3], call.threads[4]};
+  return BlockSizes{call.threads[0], call.threads[1], call.threads[2], call.threads[3]};
 }
 
-PrepareBoxes prepare_call(const Boxes& boxes, BoxLists& lists) {
-  PrepareBoxes call{};
-  call.preparation = boxes.preparation;
+rakd::BoxLists lists_of(const Boxes& boxes) {
+  rakd::BoxLists lists;
   lists.whole = boxes.boxes.at(0).size[1] == 5;
   for (const Array& array : boxes.boxes) {
     lists.list.push_back(array.numbers());
     lists.count.push_back(array.size[0]);
-    call.boxes += array.size[0];
+    lists.total += array.size[0];
   }
-  return call;
+  return lists;
 }
 
 }  // namespace
 
 void run_prepare(const Boxes& boxes, double* rows, int32_t* index) {
-  BoxLists lists{};
-  PrepareBoxes call = prepare_call(boxes, lists);
-  call.rows = rows;
-  call.index = index;
-  launch_prepare(call, lists, nullptr);
+  launch_prepare(boxes.preparation, lists_of(boxes), rows, index, nullptr);
 }
 
 void run_level_weights(const Boxes& boxes, const Array& weights) {
-  BoxLists lists{};
-  const PrepareBoxes call = prepare_call(boxes, lists);
   if (weights.type == Number::kDouble) {
-    launch_level_weights(call, lists, static_cast<double*>(weights.data), nullptr);
+    launch_level_weights(boxes.preparation, lists_of(boxes), static_cast<double*>(weights.data), nullptr);
   } else {
-    launch_level_weights(call, lists, static_cast<float*>(weights.data), nullptr);
+    launch_level_weights(boxes.preparation, lists_of(boxes), static_cast<float*>(weights.data), nullptr);
   }
 }
 
@@ -109,9 +101,8 @@ bool run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradi
   distillation.losses = has_gradients ? nullptr : losses.data;
   distillation.total = total.data;
   Memory memory;
-  const bool gram = total.type == Number::kDouble
-                        ? distill<double>(memory, distillation, block_sizes(call), nullptr)
-                        : distill<float>(memory, distillation, block_sizes(call), nullptr);
+  const bool gram = total.type == Number::kDouble ? distill<double>(memory, distillation, block_sizes(call), nullptr)
+                                                  : distill<float>(memory, distillation, block_sizes(call), nullptr);
   memory.check();
   return gram;
 }

@@ -32,8 +32,8 @@ struct Call {
   int64_t bins[2] = {1, 1};
   int64_t sampling_ratio = 2;
   Array rows, index;
-  int threads[5] = {64, 128, 256, 256, 128};  // of the blocks of build_tables, pooling, sum, backward and gram_gradient
-  int form = 0;                               // of a training step: by shape, pooled or Gram
+  int threads[4] = {64, 128, 256, 128};  // of the blocks of build_tables, pooling, backward and gram_gradient
+  int form = 0;                          // of a training step: by shape, pooled or Gram
 };
 
 void run_prepare(const Boxes& boxes, double* rows, int32_t* index);

@@ -41,7 +41,7 @@ Call make_call(emulator::Buffers& buffers, const py::dict& options, const py::ar
   const auto bins = options["output_size"].cast<std::vector<int64_t>>();
   const auto threads = options["threads"].cast<std::vector<int>>();
   for (int axis = 0; axis < 2; ++axis) call.bins[axis] = bins.at(axis);
-  for (int step = 0; step < 5; ++step) call.threads[step] = threads.at(step);
+  for (int step = 0; step < 4; ++step) call.threads[step] = threads.at(step);
   call.form = options["form"].cast<int>();
   call.sampling_ratio = options["sampling_ratio"].cast<int64_t>();
   call.rows = describe(buffers, {rows, int(rakd::Number::kDouble)}, kIn);
@@ -57,9 +57,9 @@ Boxes make_boxes(emulator::Buffers& buffers, const py::dict& options, const Pyra
   const auto strides = options["strides"].cast<std::vector<double>>();
   preparation.levels = static_cast<int32_t>(strides.size());
   for (size_t l = 0; l < strides.size(); ++l) preparation.level_of[l] = std::log2(strides[l]);
-  preparation.rule = rakd::LevelRule{static_cast<rakd::Assignment>(options["assignment"].cast<int>()),
-                                     options["sigma"].cast<double>(), options["canonical_size"].cast<double>(),
-                                     options["canonical_level"].cast<double>()};
+  preparation.rule =
+      rakd::LevelRule{static_cast<rakd::Assignment>(options["assignment"].cast<int>()), options["sigma"].cast<double>(),
+                      options["canonical_size"].cast<double>(), options["canonical_level"].cast<double>()};
   preparation.images = options["images"].cast<int64_t>();
   preparation.factor = options["factor"].cast<double>();
   if (!box_weights.empty()) preparation.box_weights = describe(buffers, box_weights, kIn)[0].numbers();
@@ -85,20 +85,21 @@ PYBIND11_MODULE(emulated, module) {
     run_level_weights(call, describe(buffers, weights, kOut));
     buffers.finish();
   });
-  module.def("distill", [](const py::dict& options, const py::array& rows, const py::array& index,
-                           const Pyramid& apprentice, const Pyramid& expert, const Pyramid& factor,
-                           const Pyramid& apprentice_gradient, const Pyramid& expert_gradient, const Typed& losses,
-                           const Typed& total) {
-    emulator::Buffers buffers;
-    const Call call = make_call(buffers, options, rows, index);
-    const Arrays maps[2] = {describe(buffers, apprentice, kIn), describe(buffers, expert, kIn)};
-    const Arrays gradients[2] = {describe(buffers, apprentice_gradient, kOut), describe(buffers, expert_gradient, kOut)};
-    const Array scale = factor.empty() ? Array{} : describe(buffers, factor[0], kIn);
-    const Array losses_out = describe(buffers, losses, kOut);
-    const bool gram = run_distill(call, maps, gradients, scale, losses_out, describe(buffers, total, kOut));
-    buffers.finish();
-    return gram;
-  });
+  module.def("distill",
+             [](const py::dict& options, const py::array& rows, const py::array& index, const Pyramid& apprentice,
+                const Pyramid& expert, const Pyramid& factor, const Pyramid& apprentice_gradient,
+                const Pyramid& expert_gradient, const Typed& losses, const Typed& total) {
+               emulator::Buffers buffers;
+               const Call call = make_call(buffers, options, rows, index);
+               const Arrays maps[2] = {describe(buffers, apprentice, kIn), describe(buffers, expert, kIn)};
+               const Arrays gradients[2] = {describe(buffers, apprentice_gradient, kOut),
+                                            describe(buffers, expert_gradient, kOut)};
+               const Array scale = factor.empty() ? Array{} : describe(buffers, factor[0], kIn);
+               const Array losses_out = describe(buffers, losses, kOut);
+               const bool gram = run_distill(call, maps, gradients, scale, losses_out, describe(buffers, total, kOut));
+               buffers.finish();
+               return gram;
+             });
   module.def("align", [](const py::dict& options, const py::array& rows, const py::array& index,
                          const Pyramid& features, const Typed& output) {
     emulator::Buffers buffers;

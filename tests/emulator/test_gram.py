@@ -74,6 +74,8 @@ def test_options(module: ModuleType, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("threads", OTHER_THREADS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_block_sizes(module: ModuleType, threads: tuple[int, ...], dtype: str) -> None:
+    if dtype == "float64":  # twice 256 threads would need more shared memory than there is
+        threads = (*threads[:3], min(threads[3], 256))
     right(module, GramCall(dtype, threads=threads, output_size=(7, 7), channels=21))
 
 
@@ -166,4 +168,4 @@ def test_chosen_by_shape(module: ModuleType) -> None:
 def test_launches(module: ModuleType) -> None:
     call = GramCall(boxes=2)
     for wanted in ((True, True), (True, False), (False, True)):
-        assert launches(module, lambda wanted=wanted: call.run(module, wanted)) == 4  # with preparation
+        assert launches(module, lambda wanted=wanted: call.run(module, wanted)) == 3  # with preparation

@@ -43,7 +43,9 @@ def test_boxes_of_no_image_come_last(module: ModuleType) -> None:
     check(module, [boxes], 3)
 
 
-@pytest.mark.parametrize("counts", [(3, 0, 5), (0,), (0, 0), (300, 1), (2,) * 64, (1, 2) * 32, (2,) * 65, (1, 0, 3) * 50])
+@pytest.mark.parametrize(
+    "counts", [(3, 0, 5), (0,), (0, 0), (300, 1), (2,) * 64, (1, 2) * 32, (2,) * 65, (1, 0, 3) * 50]
+)
 def test_lists(module: ModuleType, counts: tuple[int, ...]) -> None:
     """One launch for up to 64 images."""
     boxes = list(boxes_in(SIZE, sum(counts), 1, seed=2)[: sum(counts), 1:].contiguous().split(counts))
@@ -64,7 +66,7 @@ def test_wrong_boxes_of_a_list_count_nothing(module: ModuleType) -> None:
 @pytest.mark.parametrize("dtype", NUMBERS)
 def test_dtypes(module: ModuleType, dtype: torch.dtype) -> None:
     numbers = torch.tensor([[1, 20, 3, 44, 30], [0, 7, 6, 100, 30], [1, 2, 3, 4, 5], [2, 2, 3, 4, 5]]).to(dtype)
-    if dtype not in (torch.uint8,):
+    if dtype != torch.uint8:
         numbers[2, 1] = -100
     weights, of_levels = torch.tensor([2, 0, 1, 3]).to(dtype), torch.arange(12).view(4, 3).to(dtype)
     check(module, [numbers], 2, weights, of_levels)
@@ -94,9 +96,7 @@ def test_level_weights(module: ModuleType, assignment: int, dtype: torch.dtype) 
     """The rule of compiled code is that of the reference, for boxes of any image, in one launch."""
     options = {**OPTIONS, "assignment": assignment, "images": 2**62}
     rows = boxes_in(SIZE, 300, 5, seed=3).clamp(-6e4, 6e4).to(dtype)
-    names: dict[str, Any] = {
-        name: options[name] for name in ("strides", "sigma", "canonical_size", "canonical_level")
-    }
+    names: dict[str, Any] = {name: options[name] for name in ("strides", "sigma", "canonical_size", "canonical_level")}
     for boxes in ([rows], [rows[:200, 1:].contiguous(), rows[200:, 1:].contiguous()]):
         weights = torch.zeros(len(rows), 3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         assert launches(module, lambda: module.level_weights(options, every(boxes), typed(weights))) == 1  # noqa: B023

@@ -22,8 +22,8 @@ from rakd.data.targets import pooling_boxes
 from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.detector.detector import Detector, target_rows
 from rakd.detector.files import save_detector
-from rakd.distill.learner import make_learner
 from rakd.distill.methods import make_method
+from rakd.distill.model import make_distillation_model
 from rakd.scenes import make_scenes
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
@@ -74,7 +74,7 @@ def make_trainer(
     settings = TrainSettings(
         **{"steps": 2, "batch_size": batch, "learning_rate": 1e-3, "warm_up": 0, "log_every": 1, **options}
     )
-    learner = make_learner(detector, expert, term, 1.0, "proposals")
+    learner = make_distillation_model(detector, expert, term, 1.0, "proposals")
     data = KittiDataset(scenes, "train", height=64)
     return Trainer(learner, data, settings, out, device, image_size=CONFIG.image_size, quiet=True)
 

@@ -138,7 +138,10 @@ class FakeCuda(TorchDispatchMode):
         source, target = (args[1], args[0].device) if name == "copy_" else (args[0], kwargs.get("device"))
         to = GPU.type if target is None else torch.device(target).type
         non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
-        if to != source.device.type and not (to == "cuda" and non_blocking and source.is_pinned()):
+        # Between pinned memory and the device copies can run by themselves.
+        host = source if to == "cuda" else args[0] if name == "copy_" else None
+        alone = non_blocking and host is not None and host.is_pinned()
+        if to != source.device.type and not alone:
             self._wait(f"copy to {'host' if to == 'cpu' else 'device'}")
         if name == "copy_":
             host_view(args[0]).copy_(host_view(source))

@@ -54,8 +54,10 @@ def test_launches(form: str, dtype: torch.dtype, weights: bool) -> None:
     for output_size in (7, 19):
         loss = []
         options["output_size"] = output_size
-        assert launches(lambda: loss.append(soft_roi_distill(maps, expert, boxes, **options, **of_boxes))) == 4  # noqa: B023
+        wanted = 4 if output_size == 7 else 3  # the Gram form pools nothing
+        assert launches(lambda: loss.append(soft_roi_distill(maps, expert, boxes, **options, **of_boxes))) == wanted  # noqa: B023
         assert launches(lambda: torch.autograd.grad(loss[0], maps)) == 1  # noqa: B023
+    options["output_size"] = 7
     each = soft_roi_distill(maps, expert, boxes, **options, **of_boxes, reduction="none")
     assert launches(lambda: torch.autograd.grad(each, maps, torch.ones_like(each))) == 3
     with torch.no_grad():
@@ -236,11 +238,16 @@ def test_boxes_that_count_nothing(form: str) -> None:
 def test_rows_and_index_of_anything_stay_in_bounds() -> None:
     """A caller of the raw ops may pass any numbers."""
     nan, inf = float("nan"), float("inf")
-    rows = torch.tensor([[0, 0, 0, 60, 50], [1, nan, 0, 60, 50], [0, inf, 0, -inf, 1], [3, 0, 0, 60, 50], [nan] * 5,
-                         [-1, 0, 0, 60, 50], [0, 60, 50, 0, 0], [0.5, 0, 0, 60, 50], [1e300, 0, 0, 60, 50]])  # fmt: skip
-    rows = torch.cat([rows.double(), torch.ones(9, 4, dtype=torch.float64)], dim=1)
+    images = torch.tensor([0, 1, 0, 3, nan, -1, 0, 0.5, 1e300], dtype=torch.float64)
+    corners = torch.tensor([[0, 0, 60, 50]], dtype=torch.float64).repeat(9, 1)
+    corners[1, 0], corners[2], corners[6] = nan, torch.tensor([inf, 0, -inf, 1]), torch.tensor([60, 50, 0, 0])
+    rows = torch.cat([images[:, None], corners, torch.ones(9, 4, dtype=torch.float64)], dim=1)
     clean = None
-    for index in ([0, 9, 9, *range(9)], [0, 1, 9, *range(9)], [-(2**31), 2**31 - 1, 7, -1, 99, 2**31 - 1, 5, *range(5)]):
+    for index in (
+        [0, 9, 9, *range(9)],
+        [0, 1, 9, *range(9)],
+        [-(2**31), 2**31 - 1, 7, -1, 99, 2**31 - 1, 5, *range(5)],
+    ):
         given = {"rows": rows, "index": torch.tensor(index, dtype=torch.int32)}
         total, gradients = OPS.distill_gradient(*distill_arguments(**given), True, False)
         assert total > 0 and all(g.isfinite().all() for g in gradients)
@@ -346,18 +353,19 @@ ROWS, INDEX = torch.zeros(12, 9, dtype=torch.float64), torch.zeros(15, dtype=tor
     ("changes", "message"),
     [
         ({"apprentice": []}, "apprentice: expected 1 to 16 maps"),
-        ({"apprentice": [MAP] * 17}, "apprentice: expected 1 to 16 maps, got 17"),
+        ({"apprentice": [MAP] * 17}, "apprentice: expected 1 to 16 maps, one per stride, got 17"),
         ({"apprentice": [MAP[0]] * 4}, "apprentice: expected maps"),
-        ({"expert": [MAP] * 3}, "expert: expected as many maps and strides as apprentice"),
-        ({"expert_strides": [4.0]}, "expert: expected as many maps and strides as apprentice"),
-        ({"strides": [4.0]}, "strides: expected one per map"),
+        ({"expert": [MAP] * 3}, "expert: expected 1 to 16 maps, one per stride"),
+        ({"expert_strides": [4.0]}, "expert: expected 1 to 16 maps, one per stride"),
+        ({"expert": [MAP] * 3, "expert_strides": STRIDES[:3]}, "expert: expected 4 maps as in apprentice, got 3"),
+        ({"strides": [4.0]}, "apprentice: expected 1 to 16 maps, one per stride"),
         ({"expert": [MAP.int()] * 4}, "expert: expected float32, float64, float16 or bfloat16 maps"),
         ({"expert": [MAP.to(torch.complex64)] * 4}, "expert: expected floating-point numbers or integers"),
-        ({"expert": [MAP[:, :3]] * 4}, "expert: expected 40 channels on level 0 as apprentice, got 3"),
-        ({"expert": [MAP[:1]] * 4}, "expert: expected CUDA maps"),
-        ({"expert": [MAP[0]] * 4}, "expert: expected CUDA maps"),
-        ({"expert": [MAP[:, :, :0]] * 4}, "expert: expected 1 to 2\\^31 - 2 rows and columns, got 0"),
-        ({"apprentice": [MAP[:, :0]] * 4}, "apprentice: expected 1 to 2\\^31 - 2 channels, got 0"),
+        ({"expert": [MAP[:, :3]] * 4}, "expert: expected 40 channels as in apprentice on level 0, got 3"),
+        ({"expert": [MAP[:1]] * 4}, "expert: expected maps"),
+        ({"expert": [MAP[0]] * 4}, "expert: expected maps"),
+        ({"expert": [MAP[:, :, :0]] * 4}, "expert: expected 1 to 2\\^31 - 2 channels, rows and columns, got 0 in dimension 2"),
+        ({"apprentice": [MAP[:, :0]] * 4}, "apprentice: expected 1 to 2\\^31 - 2 channels, rows and columns, got 0 in dimension 1"),
         ({"rows": ROWS.float()}, "rows: expected contiguous float64"),
         ({"rows": ROWS[:, :8]}, "rows: expected contiguous float64 \\[K, 9\\]"),
         ({"rows": ROWS.t().contiguous().t()}, "rows: expected contiguous float64"),
@@ -366,10 +374,10 @@ ROWS, INDEX = torch.zeros(12, 9, dtype=torch.float64), torch.zeros(15, dtype=tor
         ({"index": INDEX[None]}, "index: expected contiguous int32 \\[15\\]"),
         ({"factor": torch.ones(3)}, "factor: expected one number or \\[12\\]"),
         ({"factor": torch.ones(12, 1)}, "factor: expected one number or \\[12\\]"),
-        ({"output_size": [3]}, "output_size: expected two positive numbers"),
-        ({"output_size": [0, 3]}, "output_size: expected two positive numbers"),
-        ({"output_size": [2**16, 2**15]}, "output_size: expected fewer than 2\\^31 bins"),
-        ({"sampling_ratio": -1}, "sampling_ratio: expected 0 to"),
+        ({"output_size": [3]}, "output_size: expected two numbers from 1 to 10000"),
+        ({"output_size": [0, 3]}, "output_size: expected two numbers from 1 to 10000"),
+        ({"output_size": [2**16, 2**15]}, "output_size: expected two numbers from 1 to 10000"),
+        ({"sampling_ratio": -1}, "sampling_ratio: expected a number from 0 to 10000"),
     ],
 )  # fmt: skip
 def test_host_code_refuses(changes: dict[str, Any], message: str) -> None:
@@ -381,19 +389,20 @@ def test_host_code_refuses_other_features_and_gradients() -> None:
     rows, index = prepare(random_boxes(2), strides=[4.0])
     for maps, message in (
         ([torch.zeros(2, 3, 4, 4, dtype=torch.int32)], "features: expected float32, float64, float16 or bfloat16"),
-        ([torch.zeros(2, 3, 4)], "features: expected 1 to 16 maps"),
-        ([torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)], "strides: expected one per map"),
+        ([torch.zeros(2, 3, 4)], "features: expected maps \\[B, C, H, W\\]"),
+        ([torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)], "features: expected 1 to 16 maps, one per stride"),
     ):
         with pytest.raises(RuntimeError, match=message):
             OPS.align(maps, rows, index, [4.0], [3, 2], 2)
+    two = prepare(random_boxes(2), strides=[4.0, 8.0])
     for other in (torch.zeros(2, 4, 2, 2), torch.zeros(2, 3, 2, 2).double()):
         with pytest.raises(RuntimeError, match="features: expected maps of one dtype and channel count"):
-            OPS.align([torch.zeros(2, 3, 4, 4), other], *prepare(random_boxes(2), strides=[4.0, 8.0]), [4.0, 8.0], [3, 2], 2)
+            OPS.align([torch.zeros(2, 3, 4, 4), other], *two, [4.0, 8.0], [3, 2], 2)
     gradient = torch.zeros(2, 3, 3, 2, dtype=torch.float64)
     rest = ([False], [4.0], [3, 2], 2)
     assert len(OPS.align_backward(gradient, rows, index, [2, 3, 4, 4], *rest)) == 1
     for wrong in (gradient[0], gradient[:1], gradient[:, :1], gradient[:, :, :1], gradient[..., :1]):
-        with pytest.raises(RuntimeError, match="output_gradient: expected CUDA"):
+        with pytest.raises(RuntimeError, match="output_gradient: expected"):
             OPS.align_backward(wrong, rows, index, [2, 3, 4, 4], *rest)
     with pytest.raises(RuntimeError, match="shapes: expected four numbers per map"):
         OPS.align_backward(gradient, rows, index, [2, 3, 4], *rest)
@@ -403,7 +412,7 @@ def test_host_code_refuses_other_features_and_gradients() -> None:
     ("changes", "message"),
     [
         ({"boxes": [torch.zeros(3, 6)]}, "boxes: expected one tensor"),
-        ({"boxes": [torch.zeros(3, 5)] * 2}, "boxes: expected one tensor \\[K, 5\\], got 2"),
+        ({"boxes": [torch.zeros(3, 5)] * 2}, "boxes: expected one tensor \\[K, 5\\]"),
         ({"boxes": [torch.zeros(3, 4)] * 3}, "boxes: expected one tensor for each of 2 images, got 3"),
         ({"boxes": [torch.zeros(3, 4), torch.zeros(3, 5)]}, "boxes: expected one tensor"),
         ({"boxes": [torch.zeros(3)]}, "boxes: expected one tensor"),

@@ -253,7 +253,7 @@ def test_form_of_arguments(changes: dict[str, Any], message: str) -> None:
 
 def test_form_of_factor_and_gradients() -> None:
     call = Raw(GOOD, torch.ones(3, 2, dtype=DOUBLE), 2)
-    with pytest.raises(ValueError, match=r"factor: expected floating \[\] or \[3\], got torch.float32 \[2\]"):
+    with pytest.raises(ValueError, match=r"factor: expected floating \[\] or \[3\] on cpu, got torch.float32 \[2\]"):
         call.gradient(torch.ones(2))
     with pytest.raises(ValueError, match=r"output_gradient: expected \[3, 2, 2, 1\] on cpu, got \[3, 2, 1, 1\]"):
         call.align_backward(torch.zeros(3, 2, 1, 1, dtype=DOUBLE))

@@ -97,5 +97,37 @@ def test_same_bits_for_any_number_of_threads() -> None:
     assert len({run(threads) for threads in (1, 2, 7)}) == 1
 
 
+PROGRAM = """
+import torch
+from rakd_ops import multilevel_roi_align, soft_roi_distill
+maps, box = [torch.ones(1, 2, 8, 8)], [torch.tensor([[0.0, 0.0, 20.0, 20.0]])]
+for op, pyramids in ((soft_roi_distill, [maps, maps]), (multilevel_roi_align, [maps])):
+    try:
+        op(*pyramids, box, strides=(4,))
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.parametrize(
+    "variable, value, expected",
+    [
+        ("RAKD_CPU_ISA", "avx", "expected one of"),
+        ("RAKD_CPU_ISA", "AVX2", "expected one of"),
+        ("RAKD_CPU_KEEP_MIB", "abc", "expected a whole number of MiB"),
+        ("RAKD_CPU_KEEP_MIB", "-1", "expected a whole number of MiB"),
+        ("RAKD_CPU_KEEP_MIB", "1.5", "expected a whole number of MiB"),
+        ("RAKD_CPU_KEEP_MIB", "1e3", "expected a whole number of MiB"),
+    ],
+)
+def test_wrong_values_of_environment_variables_are_errors(variable: str, value: str, expected: str) -> None:
+    """At every call, also after the first, and for work that needs neither large memory nor threads."""
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, variable: value}, check=True)
+    messages = done.stdout.splitlines()
+    assert len(messages) == 2
+    assert all(f"{variable}: {expected}" in message and f"got '{value}'" in message for message in messages)
+
+
 if __name__ == "__main__":
     main(int(sys.argv[1]), *sys.argv[2:])

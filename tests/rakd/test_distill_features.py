@@ -14,7 +14,7 @@ from torch import Tensor
 from rakd.cli import main
 from rakd.data.kitti import collate
 from rakd.detector.pyramid import Pyramid
-from rakd.distill.features import FeatureDistillation, FeatureLearner, FeatureRun, Outcome, object_boxes
+from rakd.distill.features import FeatureDistillation, FeatureModel, FeatureRun, Outcome, object_boxes
 
 CPU = torch.device("cpu")
 
@@ -60,8 +60,8 @@ def test_another_run_in_the_folder_is_refused(finished: tuple[FeatureRun, Outcom
 def test_the_expert_learns_nothing(finished: tuple[FeatureRun, Outcome]) -> None:
     run, _ = finished
     after = {k: v.clone() for k, v in run.expert.state_dict().items()}
-    learner = FeatureLearner(run.apprentice, run.expert).train()
-    learner(collate([run.dataset[0]]))["loss"].backward()
+    model = FeatureModel(run.apprentice, run.expert).train()
+    model(collate([run.dataset[0]]))["loss"].backward()
     assert all(p.grad is None for p in run.expert.parameters())
     assert all(torch.equal(v, after[k]) for k, v in run.expert.state_dict().items())
     assert any(p.grad is not None for p in run.apprentice.parameters())
@@ -80,17 +80,17 @@ def test_features_are_compared_where_the_boxes_are(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FeatureRun(settings(scenes), tmp_path, CPU)
-    learner = FeatureLearner(run.apprentice, run.expert)
+    model = FeatureModel(run.apprentice, run.expert)
     given: list[list[Tensor]] = []
-    forward = learner.distiller.forward
+    forward = model.distiller.forward
 
-    def noting(images: Tensor, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+    def noting(images: Tensor, boxes: list[Tensor], features: dict[str, Tensor]) -> Tensor:
         given.append(boxes)
-        return forward(images, features, boxes)
+        return forward(images, boxes, features)
 
-    monkeypatch.setattr(learner.distiller, "forward", noting)
+    monkeypatch.setattr(model.distiller, "forward", noting)
     batch = collate([run.dataset[0], run.dataset[1]])
-    learner(batch)
+    model(batch)
     for rows, sample in zip(given[0], batch.samples, strict=True):
         assert sample.objects is not None
         expected = sample.objects.boxes[~sample.objects.is_type("DontCare")] + 0.5

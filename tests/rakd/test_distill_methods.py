@@ -22,7 +22,7 @@ from rakd_ops import reference, soft_roi_distill
 STRIDES = (4, 8)
 BOXES = [torch.tensor([[2.0, 3.0, 20.0, 14.0]]), torch.tensor([[0.0, 0.0, 32.0, 16.0], [8.0, 1.0, 12.0, 9.0]])]
 NO_BOXES = [torch.zeros(0, 4), torch.zeros(0, 4)]
-NAMES = [name for name in get_args(MethodName) if name != "none"]
+NAMES = [name for name in get_args(MethodName) if name not in ("none", "score_l2")]
 
 
 def make_maps(
@@ -146,16 +146,16 @@ def slow_semckd(method: SemanticCalibration, expert: list[Tensor], apprentice: l
         return F.conv2d(feature, convolutions[-1])
 
     total = torch.zeros((), dtype=torch.float64)
-    for i, learner in enumerate(apprentice):
-        for j, teacher in enumerate(expert):
-            if learner.shape[2] > teacher.shape[2]:
-                a, e = F.adaptive_avg_pool2d(learner, teacher.shape[2:]), teacher
+    for i, ours in enumerate(apprentice):
+        for j, theirs in enumerate(expert):
+            if ours.shape[2] > theirs.shape[2]:
+                a, e = F.adaptive_avg_pool2d(ours, theirs.shape[2:]), theirs
             else:
-                a, e = learner, F.adaptive_avg_pool2d(teacher, learner.shape[2:])
+                a, e = ours, F.adaptive_avg_pool2d(theirs, ours.shape[2:])
             weights = [m.weight for m in method.projections[i][j] if isinstance(m, nn.Conv2d)]  # type: ignore[index]
             difference = project(weights, a) - e
-            for image in range(len(learner)):
-                query = embed(method.queries[i], learner, image)
+            for image in range(len(ours)):
+                query = embed(method.queries[i], ours, image)
                 scores = torch.stack(
                     [query @ embed(key, m, image) for key, m in zip(method.keys, expert, strict=True)]
                 ).exp()
@@ -218,7 +218,7 @@ def test_gradients_reach_the_apprentice_and_what_is_learnt_and_no_expert(name: s
         assert learnt.grad is not None
         assert learnt.grad.isfinite().all()
     assert all(m.grad is not None and m.grad.abs().sum() > 0 for m in apprentice.values())
-    assert bool(list(method.parameters())) == (name == "semckd" or channels != (3, 3))
+    assert bool(list(method.parameters())) == (name in ("semckd", "mgd") or channels != (3, 3))
 
 
 @pytest.mark.parametrize("name", ["rakd", "pkd"])
@@ -256,7 +256,7 @@ def test_weights_come_from_the_seed_alone() -> None:
 
 def test_names() -> None:
     with pytest.raises(
-        ValueError, match=r"name: expected one of 'rakd', 'hfa', 'l_roi', 'pkd', 'semckd', 'none', got 'kd'"
+        ValueError, match=r"name: expected one of 'pkd', 'semckd', 'l_roi', 'hfa', 'rakd', .*'none', got 'kd'"
     ):
         make("kd")
     assert make_method("none", strides=STRIDES, expert_channels=3, apprentice_channels=3) is None
@@ -315,8 +315,10 @@ def test_maps_are_checked(name: str) -> None:
 
 def test_boxes_are_checked() -> None:
     method, expert, apprentice = make("rakd"), make_maps(1), make_maps(2)
-    with pytest.raises(TypeError, match="boxes: expected a sequence of tensors, one per image, got Tensor"):
-        method(expert, apprentice, torch.zeros(3, 5))
+    with pytest.raises(TypeError, match=r"boxes: expected \[K, 5\] or a sequence of tensors, one per image, got dict"):
+        method(expert, apprentice, {})
+    rows = torch.cat([torch.cat([torch.full((len(b), 1), float(i)), b], dim=1) for i, b in enumerate(BOXES)])
+    assert torch.equal(method(expert, apprentice, rows), method(expert, apprentice, BOXES))
     with pytest.raises(ValueError, match="boxes: expected 2 tensors, one per image, got 1"):
         method(expert, apprentice, BOXES[:1])
     with pytest.raises(ValueError, match="apprentice: expected 3 maps, one per stride, got 2"):

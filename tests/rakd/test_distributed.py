@@ -30,7 +30,7 @@ class Learner(nn.Module):
         method = make_method("rakd", strides=(4, 8), expert_channels=3, apprentice_channels=2)
         self.distiller = Distiller(Network(3), method)
     def forward(self, images, boxes):
-        return self.distiller(images, self.apprentice(images), boxes)
+        return self.distiller(images, boxes, self.apprentice(images))
 
 torch.manual_seed(0)
 torch.set_num_threads(1)

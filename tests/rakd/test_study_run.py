@@ -15,7 +15,7 @@ from rakd.evaluation.report import without_nan
 from rakd.study import run as module
 from rakd.study.results import StudyResult, read_study
 from rakd.study.run import Study
-from rakd.study.settings import ALL_METHODS, STUDIES, StudySettings
+from rakd.study.settings import PAPER_METHODS, STUDIES, StudySettings
 from rakd.training.checkpoints import load_weights
 from rakd.training.processes import Processes
 from rakd.training.settings import TrainSettings
@@ -318,5 +318,5 @@ def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
 
 def test_named_studies_can_run_every_method() -> None:
     for study in STUDIES.values():
-        assert study.methods == ALL_METHODS
+        assert study.methods == PAPER_METHODS
         assert DETECTORS[study.expert].height == DETECTORS[study.apprentice].height

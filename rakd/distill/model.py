@@ -11,7 +11,7 @@ from rakd.distill import Regions
 from rakd.distill.distiller import Distiller
 
 
-class Learner(nn.Module):
+class DistillationModel(nn.Module):
     """A detector with its losses, and a term more where it is distilled. For `rakd.training.trainer.Trainer`.
 
     Args:
@@ -41,18 +41,18 @@ class Learner(nn.Module):
         targets = batch.targets(device)
         features = self.detector.extract_features(images)
         # Before the losses, which wait for the device: so it has the expert's work to do meanwhile.
-        expert = None if self.distiller is None else self.distiller.teach(images)
+        expert = None if self.distiller is None else self.distiller.expert_features(images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
-            losses["distillation"] = self.distiller(images, features, pooling_boxes(boxes), expert)
+            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), features, expert)
         return losses
 
 
-def make_learner(
+def make_distillation_model(
     apprentice: Detector, expert: Detector | None, method: nn.Module | None, weight: float, regions: Regions
-) -> Learner:
-    """A learner of the apprentice; without a method or expert it learns alone."""
+) -> DistillationModel:
+    """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:
-        return Learner(apprentice)
-    return Learner(apprentice, Distiller(expert, method, weight), regions)
+        return DistillationModel(apprentice)
+    return DistillationModel(apprentice, Distiller(expert, method, weight), regions)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from rakd.data.kitti import Batch, KittiDataset, collate
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.distill import MethodName
-from rakd.distill.learner import Learner, make_learner
 from rakd.distill.methods import make_method
+from rakd.distill.model import DistillationModel, make_distillation_model
+from rakd.distill.registry import METHODS
 
 
 class Noting(nn.Module):
@@ -40,8 +40,9 @@ def config(small_config: DetectorConfig) -> DetectorConfig:
 
 def test_alone_the_terms_are_the_detectors(config: DetectorConfig, batch: Batch) -> None:
     detector = Detector(config)
-    for learner in (Learner(detector), make_learner(detector, Detector(config), None, 1.0, "proposals")):
-        got = learner(batch, [3, 4])
+    without = make_distillation_model(detector, Detector(config), None, 1.0, "proposals")
+    for model in (DistillationModel(detector), without):
+        got = model(batch, [3, 4])
         features = detector.extract_features(batch.images)
         expected, _ = detector.losses(features, batch.sizes, batch.targets("cpu"), [3, 4])
         assert got.keys() == expected.keys()
@@ -51,7 +52,7 @@ def test_alone_the_terms_are_the_detectors(config: DetectorConfig, batch: Batch)
 @pytest.mark.parametrize("regions", ["proposals", "objects"])
 def test_where_features_are_compared(regions: str, config: DetectorConfig, batch: Batch) -> None:
     detector, method = Detector(config), Noting()
-    terms = make_learner(detector, Detector(config, seed=9), method, 0.5, regions)(batch, [3, 4])
+    terms = make_distillation_model(detector, Detector(config, seed=9), method, 0.5, regions)(batch, [3, 4])
     assert list(terms)[-1] == "distillation"
     assert terms["distillation"] == 1.5
     if regions == "objects":
@@ -66,7 +67,7 @@ def test_where_features_are_compared(regions: str, config: DetectorConfig, batch
         torch.testing.assert_close(got, rows + 0.5)
 
 
-@pytest.mark.parametrize("name", [name for name in get_args(MethodName) if name != "none"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "score_l2"])
 def test_every_method_teaches_in_mixed_precision_too(name: MethodName, config: DetectorConfig, batch: Batch) -> None:
     expert = Detector(replace(config, backbone=replace(config.backbone, channels=24)), seed=9)
     before = {key: value.clone() for key, value in expert.state_dict().items()}
@@ -74,33 +75,33 @@ def test_every_method_teaches_in_mixed_precision_too(name: MethodName, config: D
         name, strides=expert.strides, expert_channels=24, apprentice_channels=16, batch_size=2, canonical_size=28.0
     )
     assert method is not None
-    learner = make_learner(Detector(config), expert, method, 1.0, "objects").train()
-    full = learner(batch, [3, 4])["distillation"]
+    model = make_distillation_model(Detector(config), expert, method, 1.0, "objects").train()
+    full = model(batch, [3, 4])["distillation"]
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = learner(batch, [3, 4])["distillation"]
+        mixed = model(batch, [3, 4])["distillation"]
     # bfloat16 has three digits, of which a deep network and a difference of features leave one.
     torch.testing.assert_close(mixed, full, rtol=0.05, atol=0.0)
     assert full > 0
     mixed.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in learner.detector.pyramid.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.detector.pyramid.parameters())
     assert all(p.grad is not None for p in method.parameters())
     assert all(p.grad is None for p in expert.parameters())
     assert all(torch.equal(value, before[key]) for key, value in expert.state_dict().items())
-    assert {key.split(".")[0] for key in learner.state_dict()} <= {"detector", "distiller"}
-    assert not any("expert" in key for key in learner.state_dict())
+    assert {key.split(".")[0] for key in model.state_dict()} <= {"detector", "distiller"}
+    assert not any("expert" in key for key in model.state_dict())
 
 
 def test_who_knows_all_has_nothing_to_learn(config: DetectorConfig, batch: Batch) -> None:
     detector = Detector(config)
     method = make_method("rakd", strides=detector.strides, expert_channels=16, apprentice_channels=16)
-    learner = make_learner(detector, Detector(config), method, 1.0, "objects")
+    model = make_distillation_model(detector, Detector(config), method, 1.0, "objects")
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    assert learner(batch, [0, 1])["distillation"] == 0
+    assert model(batch, [0, 1])["distillation"] == 0
 
 
 def test_frames_without_labels_are_refused(config: DetectorConfig, batch: Batch) -> None:
     bare = collate([replace(sample, targets=None) for sample in batch.samples])
     with pytest.raises(ValueError, match="has no labels to learn from"):
-        Learner(Detector(config))(bare, [0, 1])
+        DistillationModel(Detector(config))(bare, [0, 1])

@@ -1,0 +1,248 @@
+"""``python -m benchmarks.waymo_evaluation``: time and memory of Waymo's evaluation over the number of frames.
+
+Each measurement runs in a process of its own and includes reading the files. Writes a CSV and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.figures import INK, MUTED, clean_axes
+from benchmarks.results import describe_machine, exit_with_errors
+from rakd.data.labels import Objects, write_objects
+from rakd.data.waymo_convert import calibration_text, label_text
+from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
+from rakd.evaluation.waymo import WaymoObjects, write_bin
+from rakd.evaluation.waymo.objects import KITTI_TYPES, TYPES
+from rakd.files import replacing, write_text
+from rakd.geometry import Calibration
+from rakd.progress import bar
+
+_SIZES = np.array([[0, 0, 0], [4.8, 2.1, 1.8], [0.9, 0.9, 1.75], [0.2, 0.6, 0.7], [1.8, 0.8, 1.75]])
+_SHARES = (0.6, 0.25, 0.1, 0.05)
+# Loads nothing but what a user of the function loads.
+_CODE = """
+import sys, time
+from rakd.evaluation.waymo import evaluate
+start, before = time.perf_counter(), time.process_time()
+evaluate(sys.argv[1], sys.argv[2], mode=sys.argv[3], progress=False)
+print(time.perf_counter() - start, time.process_time() - before)
+# Not ru_maxrss, which a process has from its parent.
+print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
+"""
+
+_TITLES = {"bin": ".bin files", "folders": "folders of text files"}
+
+
+@dataclass(frozen=True)
+class WaymoRun:
+    """One measurement.
+
+    Attributes:
+        files: "bin" or "folders".
+        mode: "official" or "pct".
+        frames: Number of frames.
+        truths: Truths a frame.
+        predictions: Predictions a frame.
+        seconds: Time of ``evaluate`` by the clock, reading included.
+        processor_seconds: The same by the processor, all threads together.
+        peak_mib: Peak memory of its process, Python and libraries included.
+        cpu: The processor's model.
+        cores: Cores of the machine.
+        load: The machine's load average over the minute before: 0 where nothing else ran.
+        commit: Git commit of the sources.
+        dirty: Whether tracked files differed from that commit.
+        date: When it was measured (UTC).
+    """
+
+    files: str
+    mode: str
+    frames: int
+    truths: int
+    predictions: int
+    seconds: float
+    processor_seconds: float
+    peak_mib: float
+    cpu: str
+    cores: int
+    load: float
+    commit: str
+    dirty: bool
+    date: str
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.waymo_evaluation", description=__doc__)
+    parser.add_argument("--frames", type=int, nargs="+", default=[1000, 5000, 10_000, 20_000, 40_000], metavar="N")
+    parser.add_argument("--objects", type=int, default=20, help="truths, and as many predictions, a frame", metavar="N")
+    parser.add_argument("--files", nargs="+", default=["bin", "folders"], choices=["bin", "folders"])
+    parser.add_argument("--modes", nargs="+", default=["official", "pct"], choices=["official", "pct"])
+    parser.add_argument("--seed", type=int, default=0, help="of the boxes", metavar="N")
+    out = Path("runs/benchmarks/waymo_evaluation.csv")
+    parser.add_argument("--out", type=Path, default=out, help="the CSV; the figure stands beside it", metavar="FILE")
+    return parser.parse_args()
+
+
+def draw_objects(frames: int, count: int, seed: int) -> tuple[WaymoObjects, WaymoObjects]:
+    """Draw truths and predictions: three of four predictions are noisy copies of truths, as a camera's are along depth.
+
+    Args:
+        frames: Number of frames.
+        count: Truths, and predictions, a frame.
+        seed: Seed.
+    """
+    rng = np.random.default_rng(seed)
+    total = frames * count
+    types = rng.choice([1, 2, 3, 4], total, p=_SHARES).astype(np.int8)
+    boxes = np.empty((total, 7))
+    boxes[:, 0], boxes[:, 1] = rng.uniform(4, 75, total), rng.uniform(-25, 25, total)
+    boxes[:, 3:6] = _SIZES[types] * rng.uniform(0.85, 1.15, (total, 3))
+    boxes[:, 2], boxes[:, 6] = boxes[:, 5] / 2, rng.uniform(-np.pi, np.pi, total)
+    found = boxes.copy()
+    found[:, :3] *= 1 + rng.normal(0, 0.02, (total, 1))
+    found[:, 3:6] *= rng.uniform(0.93, 1.07, (total, 3))
+    found[:, 6] += rng.normal(0, 0.1, total)
+    false = rng.random(total) < 0.25
+    found[false, 0], found[false, 1] = rng.uniform(4, 75, false.sum()), rng.uniform(-25, 25, false.sum())
+    keys = [(f"segment-{i // 200:04d}", 100_000 * i, 1) for i in range(frames)]
+    rows = np.repeat(np.arange(frames), count)
+    nothing = np.zeros(total, dtype=np.int64)
+    scores = np.where(false, rng.beta(2, 4, total), rng.beta(4, 2, total)).astype(np.float32)
+    zones = np.zeros(total, dtype=np.bool_)
+    points = rng.integers(1, 200, total)
+    ones, easy = np.ones(total, np.float32), nothing.astype(np.int8)
+    truth = WaymoObjects(keys, rows, types, boxes, ones, zones, points, easy)
+    return truth, WaymoObjects(keys, rows, types, found, scores, zones, nothing, easy)
+
+
+def write_folders(root: Path, truth: WaymoObjects, predictions: WaymoObjects) -> tuple[Path, Path]:
+    """Write objects as label, result and calibration files of KITTI's form; gives the two folders to compare."""
+    extrinsic = np.eye(4)
+    extrinsic[:3, 3] = (1.5, 0.0, 2.1)
+    transform = optical_from_vehicle(extrinsic)
+    camera = np.array([[2060.0, 0, 950, 0], [0, 2060, 640, 0], [0, 0, 1, 0]])
+    text = calibration_text(Calibration(camera), transform)
+    names = {number: name for name, kind in KITTI_TYPES.items() for number in [TYPES[kind]]}
+    for kind, objects in (("label_2", truth), ("pred", predictions)):
+        location, dimensions, rotation = to_optical(objects.boxes, transform)
+        bounds = np.searchsorted(objects.frames, np.arange(len(objects.keys) + 1))
+        for i in range(len(objects.keys)):
+            rows = slice(int(bounds[i]), int(bounds[i + 1]))
+            count = rows.stop - rows.start
+            drawn = Objects(
+                np.array([names[int(t)] for t in objects.types[rows]], np.str_),
+                np.zeros(count),
+                np.zeros(count, np.int64),
+                np.zeros(count),
+                np.tile([0.0, 0.0, 50.0, 50.0], (count, 1)),
+                dimensions[rows],
+                location[rows],
+                rotation[rows],
+                None if kind == "label_2" else objects.scores[rows].astype(np.float64),
+            )
+            path = root / kind / f"{i:06d}.txt"
+            if kind == "pred":
+                write_objects(path, drawn)
+                continue
+            write_text(path, label_text(drawn, objects.points[rows], objects.difficulty[rows].astype(np.int64)))
+            write_text(root / "calib" / f"{i:06d}.txt", text)
+    return root / "label_2", root / "pred"
+
+
+def measure(gt: Path, pred: Path, mode: str) -> tuple[float, float, float]:
+    """Seconds of an evaluation in a fresh process, its processor time, and its peak memory in MiB (Linux only)."""
+    command = [sys.executable, "-W", "ignore", "-c", _CODE, str(gt), str(pred), mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    seconds, processor_seconds, peak = map(float, done.stdout.split())
+    return seconds, processor_seconds, peak / 1024
+
+
+def write_csv(path: Path, rows: list[WaymoRun]) -> None:
+    """Write the rows, atomically."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(WaymoRun)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def draw_figure(rows: list[WaymoRun]) -> Figure:
+    """Draw time over frames, by the clock and by the processor, for each kind of files in the mode official."""
+    figure = Figure(figsize=(7.6, 4.2))
+    axes = figure.subplots()
+    for files, colour in (("bin", "#1f5fbf"), ("folders", "#d3702c")):
+        runs = sorted((row for row in rows if (row.files, row.mode) == (files, "official")), key=lambda row: row.frames)
+        for field, dashes, what in (("seconds", "-", "clock"), ("processor_seconds", ":", "processor time")):
+            values = [getattr(row, field) for row in runs]
+            label = f"{_TITLES[files]}, {what}"
+            axes.plot([row.frames for row in runs], values, dashes, color=colour, marker="o", markersize=4, label=label)
+    last = rows[-1]
+    axes.set(xlim=(0, None), ylim=(0, None), xlabel="frames", ylabel="seconds, reading included")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    clean_axes(axes, "both")
+    axes.legend(frameon=False, fontsize=9)
+    title = f"Waymo's evaluation, {last.predictions} predictions and {last.truths} truths a frame"
+    figure.text(0.02, 0.965, title, size=12, weight="bold", color=INK, va="top")
+    peak, load = max(row.peak_mib for row in rows), (min(row.load for row in rows), max(row.load for row in rows))
+    source = f"{last.cpu}, {last.cores} cores under a load of {load[0]:.1f} to {load[1]:.1f} by other work"
+    figure.text(0.02, 0.905, f"{source} · at most {peak:,.0f} MiB · {last.date[:10]}", size=8.5, color=MUTED, va="top")
+    figure.subplots_adjust(left=0.1, right=0.975, top=0.84, bottom=0.13)
+    return figure
+
+
+def main() -> None:
+    """Draw, measure, write."""
+    options = parse_options()
+    machine = describe_machine("cpu")
+    rows: list[WaymoRun] = []
+    cases = [(frames, files) for frames in options.frames for files in options.files]
+    for frames, files in bar(cases, desc="measuring"):
+        truth, predictions = draw_objects(frames, options.objects, options.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            gt, pred = Path(folder) / "gt.bin", Path(folder) / "pred.bin"
+            if files == "bin":
+                write_bin(gt, truth)
+                write_bin(pred, predictions)
+            else:
+                gt, pred = write_folders(Path(folder), truth, predictions)
+            del truth, predictions
+            for mode in options.modes:
+                load = os.getloadavg()[0]
+                seconds, processor_seconds, peak = measure(gt, pred, mode)
+                row = WaymoRun(
+                    files=files,
+                    mode=mode,
+                    frames=frames,
+                    truths=options.objects,
+                    predictions=options.objects,
+                    seconds=round(seconds, 3),
+                    processor_seconds=round(processor_seconds, 3),
+                    peak_mib=round(peak, 1),
+                    cpu=machine.cpu,
+                    cores=os.cpu_count() or 1,
+                    load=round(load, 2),
+                    commit=machine.commit,
+                    dirty=machine.dirty,
+                    date=machine.date,
+                )
+                rows.append(row)
+                write_csv(options.out, rows)
+                print(f"{frames} frames, {files}, {mode}: {seconds:.1f} s, {peak:.0f} MiB")
+    figure = draw_figure(rows)
+    with replacing(options.out.with_suffix(".png")) as temporary:
+        figure.savefig(temporary, dpi=120)
+    print(f"{len(rows)} rows in {options.out}, figure in {options.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    exit_with_errors(main)

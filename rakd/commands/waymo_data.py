@@ -1,0 +1,70 @@
+"""What commands that train do with Waymo's data: bring it into KITTI's layout, and evaluate by Waymo's rules."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rakd.extras import require
+from rakd.files import write_text
+
+if TYPE_CHECKING:
+    from rakd.training.processes import Processes
+
+
+def kitti_layout(data: Path, target: Path, processes: "Processes") -> Path:
+    """A data set in KITTI's layout: ``data`` itself or, where it holds Waymo's parquet files, ``target``.
+
+    The main process converts, as ``rakd convert-waymo`` does without options; what is there already is kept.
+    """
+    from rakd.data.waymo import is_waymo
+    from rakd.data.waymo_convert import convert_waymo
+    from rakd.training.processes import wait_for_all
+
+    converts = is_waymo(data)
+    if converts:
+        if processes.main:
+            print(f"Waymo's parquet files: converting them into {target}", flush=True)
+            convert_waymo(data, target, workers=os.cpu_count() or 1, progress=True)
+        wait_for_all(processes)
+    data = target if converts else data
+    if is_converted(data):
+        # The evaluation needs it: better said now than after the training.
+        require("scipy", "waymo")
+    return data
+
+
+def is_converted(data: Path) -> bool:
+    """Whether a folder in KITTI's layout holds Waymo's data."""
+    from rakd.data.waymo_convert import MANIFEST
+
+    return (data / MANIFEST).is_file()
+
+
+def format_waymo_tables(data: Path, detections: Path, frames: Sequence[str]) -> str:
+    """Tables of both modes, at the official and the papers' overlaps.
+
+    Args:
+        data: Folder that ``rakd convert-waymo`` wrote.
+        detections: Folder of result files.
+        frames: The frames to evaluate.
+    """
+    from rakd.evaluation.waymo import IOU, evaluate
+    from rakd.evaluation.waymo.report import format_table
+    from rakd.evaluation.waymo.scoring import MODES
+
+    truth = data / "training" / "label_2"
+    return "\n\n".join(
+        format_table(evaluate(truth, detections, mode=mode, iou=iou, frames=frames)) for mode in MODES for iou in IOU
+    )
+
+
+def write_waymo_tables(path: Path, data: Path, split: str, runs: Sequence[Path]) -> None:
+    """Write and print the tables of several runs' detections, ``RUN/detections``, as one Markdown file."""
+    from rakd.data.frames import read_split
+
+    frames = read_split(data / "ImageSets" / f"{split}.txt")
+    parts = [f"## {run.name}\n\n```\n{format_waymo_tables(data, run / 'detections', frames)}\n```\n" for run in runs]
+    text = "\n".join(parts)
+    write_text(path, text)
+    print(f"{text}\nWaymo's metrics of all runs are in {path}")

@@ -1,0 +1,123 @@
+"""Frames for 2D detectors of other frameworks: a plain torch dataset, and a copy in YOLO's layout.
+
+Three classes: cars (with vans), pedestrians and cyclists. Other objects, DontCare regions among them, are background.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rakd.data.frames import Frame, find_frames
+from rakd.data.labels import Objects
+from rakd.files import replacing, write_text
+from rakd.scenes import make_scenes
+
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+"""Names of the classes, by number."""
+
+_CLASS_OF = {"Car": 0, "Van": 0, "Pedestrian": 1, "Cyclist": 2}
+
+
+class BoxDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Images and boxes of a KITTI folder, such as `rakd.scenes.make_scenes` renders.
+
+    Items are (image ``[3, H, W]`` float32 of 0..1, ``{"boxes": [K, 4], "labels": [K]}``); boxes are (x1, y1, x2, y2) in
+    pixels. Images are read once and kept.
+
+    Args:
+        data: The folder.
+        split: Name of a list in ``ImageSets``; None: all frames.
+        first_label: Number of the first class: 0, or 1 where 0 means background (torchvision).
+
+    Raises:
+        FileNotFoundError, ValueError: As `rakd.data.frames.find_frames`.
+    """
+
+    def __init__(self, data: Path | str, split: str | None = None, *, first_label: int = 0) -> None:
+        self.items = [_read_item(frame, first_label) for frame in find_frames(Path(data), split)]
+
+    def loader(self, batch_size: int) -> DataLoader[Any]:
+        """Make a shuffling loader of full batches: lists of images and of targets."""
+        return DataLoader(self, batch_size, shuffle=True, drop_last=True, collate_fn=_as_lists)
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give an image with its boxes and labels."""
+        image, target = self.items[index]
+        return image.float() / 255, dict(target)
+
+
+def rendered_boxes(out: Path | str, frames: int, width: int, *, first_label: int = 0) -> tuple[BoxDataset, BoxDataset]:
+    """Render street scenes, twice as wide as high, and read them.
+
+    Args:
+        out: Folder for `rakd.scenes.make_scenes`.
+        frames: Their number; every fifth is for validation.
+        width: Of the images in pixels.
+        first_label: See `BoxDataset`.
+
+    Returns:
+        Data to train on, and to validate with.
+    """
+    make_scenes(out, frames, size=(width, width // 2))
+    train, val = (BoxDataset(out, split, first_label=first_label) for split in ("train", "val"))
+    return train, val
+
+
+def write_yolo(data: Path | str, out: Path | str) -> Path:
+    """Copy a KITTI folder with lists ``train`` and ``val`` into YOLO's layout.
+
+    Writes ``images/{train,val}``, ``labels/{train,val}`` (one line an object: class, cx, cy, w, h, as shares of the
+    image's sides) and ``data.yaml``, which appears last.
+
+    Args:
+        data: The KITTI folder.
+        out: Where to write to.
+
+    Returns:
+        Path of ``data.yaml``.
+
+    Raises:
+        FileNotFoundError, ValueError: As `rakd.data.frames.find_frames`.
+    """
+    out = Path(out).absolute()
+    for split in ("train", "val"):
+        for frame in find_frames(Path(data), split):
+            with replacing(out / "images" / split / frame.image.name) as temporary:
+                shutil.copyfile(frame.image, temporary)
+            height, width = frame.read_image().shape[:2]
+            classes, objects = _classes(frame.read_labels())
+            lines = []
+            for label, (x1, y1, x2, y2) in zip(classes, objects.boxes.tolist(), strict=True):
+                box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+                lines.append(" ".join([str(label), *(f"{value:.6f}" for value in box)]) + "\n")
+            write_text(out / "labels" / split / f"{frame.image.stem}.txt", "".join(lines))
+    names = "".join(f"  {number}: {name}\n" for number, name in enumerate(CLASSES))
+    settings = f"path: {out}\ntrain: images/train\nval: images/val\nnames:\n{names}"
+    write_text(out / "data.yaml", settings)
+    return out / "data.yaml"
+
+
+def _as_lists(items: Sequence[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    return [image for image, _ in items], [target for _, target in items]
+
+
+def _classes(objects: Objects) -> tuple[list[int], Objects]:
+    """The objects that have a class, and their classes."""
+    kept = objects.select(objects.is_type(*_CLASS_OF))
+    return [_CLASS_OF[name.capitalize()] for name in kept.types.tolist()], kept
+
+
+def _read_item(frame: Frame, first_label: int) -> tuple[Tensor, dict[str, Tensor]]:
+    classes, objects = _classes(frame.read_labels())
+    image = torch.from_numpy(frame.read_image().copy()).permute(2, 0, 1).contiguous()
+    labels = torch.tensor(classes, dtype=torch.int64) + first_label
+    return image, {"boxes": torch.from_numpy(objects.boxes).float().reshape(-1, 4), "labels": labels}

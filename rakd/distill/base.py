@@ -1,0 +1,114 @@
+"""The interface of distillation methods: expert's and apprentice's maps and boxes in, a scalar loss out."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rakd.distill.adapters import ChannelAdapters
+from rakd.distill.maps import widen
+
+Boxes = Tensor | Sequence[Tensor]
+"""``[K, 5]`` (image, x1, y1, x2, y2), or ``[K_b, 4]`` (x1, y1, x2, y2) per image; pixels of the apprentice's input."""
+
+Maps = Mapping[str, Tensor]
+"""``[B, C, H, W]`` by name, fine to coarse."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What methods are made from: facts of the two networks and of the training.
+
+    Attributes:
+        strides: Pixels per cell of the apprentice's maps.
+        expert_strides: Of the boxes' pixels, per cell of the expert's maps.
+        expert_channels: Per level.
+        apprentice_channels: Per level.
+        batch_size: Images in every batch of a process; None: not known.
+        seed: Of initial weights.
+        adapters: Whether channels may be adapted.
+        facts: More that only some methods take (such as ``canonical_size``): passed to those that do.
+    """
+
+    strides: tuple[float, ...]
+    expert_strides: tuple[float, ...]
+    expert_channels: tuple[int, ...]
+    apprentice_channels: tuple[int, ...]
+    batch_size: int | None = None
+    seed: int = 0
+    adapters: bool = True
+    facts: Mapping[str, Any] | None = None
+
+    def adapter(self) -> ChannelAdapters | None:
+        """Make the adapters that the channels need; None if they agree.
+
+        Raises:
+            ValueError: The channels differ and adapters are switched off.
+        """
+        if self.expert_channels == self.apprentice_channels:
+            return None
+        if not self.adapters:
+            raise ValueError(
+                f"adapters: expected equal channels where adapters=False, got {self.expert_channels} of the expert and "
+                f"{self.apprentice_channels} of the apprentice"
+            )
+        return ChannelAdapters(self.apprentice_channels, self.expert_channels, seed=self.seed)
+
+
+class DistillationMethod(nn.Module):
+    """A method: a module called as ``method(expert, apprentice, boxes)``.
+
+    No gradient flows to the expert's maps, and the loss carries no weight of its own. A subclass also says how it is
+    made from a `Setup` (`build`), and, where its loss is a squared difference, what the expert alone amounts to
+    (`energy`).
+    """
+
+    needs_scores: ClassVar[bool] = False
+    """Whether it takes ``scores``, the expert's class logits."""
+
+    @classmethod
+    def build(cls, setup: Setup, **options: Any) -> "DistillationMethod":
+        """Make the method for two networks.
+
+        Args:
+            setup: The networks.
+            options: Further arguments of the constructor.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Names of the constructor's arguments."""
+        return [name for name in inspect.signature(cls).parameters if name != "adapter"]
+
+    def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
+        """Compute the loss of an apprentice whose (adapted) maps are all zeros, without gradient.
+
+        Raises:
+            ValueError: The method's loss does not grow with the expert's features.
+        """
+        raise ValueError(f"normalize: {type(self).__name__} does not depend on the features' scale, or not as a square")
+
+    def needs(self, images: int) -> None:
+        """Refuse a number of images that the method cannot work with."""
+
+
+def resize(feature: Tensor, like: Tensor) -> Tensor:
+    """Bring an apprentice's map to the expert's size, bilinearly, in float32 or float64."""
+    feature = widen(feature)
+    if feature.shape[2:] == like.shape[2:]:
+        return feature
+    return F.interpolate(feature, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
+def check_equal_channels(names: Sequence[str], apprentice: Sequence[Tensor], expert: Sequence[Tensor]) -> None:
+    """Refuse maps whose channels cannot be compared one to one."""
+    for name, ours, theirs in zip(names, apprentice, expert, strict=True):
+        if ours.shape[1] != theirs.shape[1]:
+            raise ValueError(
+                f"apprentice[{name!r}]: expected {theirs.shape[1]} channels as in expert, got shape "
+                f"{list(ours.shape)}; channels are compared one to one, an adapter brings them to one number"
+            )

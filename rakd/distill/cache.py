@@ -1,0 +1,211 @@
+"""A bounded cache of an expert's features, in memory or in a folder that several processes may share."""
+
+import hashlib
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rakd.files import replacing
+
+Features = tuple[dict[str, Tensor], list[Tensor] | None]
+"""Maps by name, and class logits where they were asked for."""
+
+
+def fingerprint(tensors: Sequence[Tensor], described: str) -> str:
+    """Hash the contents of tensors.
+
+    Args:
+        tensors: Parameters and buffers.
+        described: What else the features depend on.
+    """
+    digest = hashlib.sha256(described.encode())
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.numel():
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(content.numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+class FeatureCache:
+    """Keeps what the expert gave for an image, by a key that the caller makes of image and augmentation.
+
+    An entry belongs to one expert in one state and one input size: another expert, changed parameters or other images'
+    sizes are misses. Features come back in the dtype that they were stored in, in the batch's order; images that are
+    not there are run together. Memory and folder are bounded; the entries unused for longest go first.
+
+    Args:
+        folder: Where entries are kept as files; None: in memory. Files are written to temporary names and renamed, so
+            that several processes and data-loading workers may share the folder.
+        max_bytes: Bound of all entries together; 2 GiB unless told.
+        dtype: What features are stored in, such as ``torch.float16``; None: as they are.
+
+    Raises:
+        ValueError: The bound is not positive.
+
+    Example:
+        >>> cache = FeatureCache("features", max_bytes=20 * 2**30)
+        >>> distiller = Distiller(expert, cache=cache, apprentice=apprentice)
+        >>> loss = distiller(images, boxes, keys=[(image_id, flipped) for image_id, flipped in batch])
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        max_bytes: int = 2 * 2**30,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if max_bytes <= 0:
+            raise ValueError(f"max_bytes: expected a positive number, got {max_bytes}")
+        self.folder = None if folder is None else Path(folder)
+        self.max_bytes = max_bytes
+        self.dtype = dtype
+        self.hits = 0
+        self.misses = 0
+        self._memory: OrderedDict[str, tuple[int, Features]] = OrderedDict()
+        self._bytes = 0
+        self._written = 0
+
+    def get(self, images: Tensor, keys: Sequence[Any], fingerprint: str, run: Callable[[Tensor], Features]) -> Features:
+        """Give a batch's features, running the expert on the images that are not there.
+
+        Args:
+            images: ``[B, ...]``.
+            keys: One for each image: numbers, text, and tuples or lists of them.
+            fingerprint: Of the expert.
+            run: Gives the features of images.
+
+        Raises:
+            ValueError: There are more or fewer keys than images.
+            TypeError: A key holds something else.
+        """
+        if len(keys) != len(images):
+            raise ValueError(f"keys: expected {len(images)}, one per image, got {len(keys)}")
+        names = [self._name(key, fingerprint, images) for key in keys]
+        entries = {name: self._read(name, images.device) for name in dict.fromkeys(names)}
+        absent = [name for name, entry in entries.items() if entry is None]
+        self.misses += len(absent)
+        self.hits += len(entries) - len(absent)
+        if absent:
+            picked = [names.index(name) for name in absent]
+            whole = len(picked) == len(images)
+            maps, scores = run(images if whole else images[picked])
+            for i, name in enumerate(absent):
+                fresh = ({key: self._stored(m[i]) for key, m in maps.items()}, _each(scores, i, self._stored))
+                entries[name] = fresh
+                self._write(name, fresh)
+        found = [entry for name in names if (entry := entries[name]) is not None]
+        maps = {key: torch.stack([entry[0][key] for entry in found]) for key in found[0][0]}
+        if found[0][1] is None:
+            return maps, None
+        return maps, [torch.stack([entry[1][i] for entry in found if entry[1]]) for i in range(len(found[0][1]))]
+
+    def _stored(self, feature: Tensor) -> Tensor:
+        return feature.detach().to(self.dtype or feature.dtype).clone()
+
+    @staticmethod
+    def _name(key: Any, fingerprint: str, images: Tensor) -> str:
+        try:
+            text = json.dumps([key, list(images.shape[1:]), fingerprint])
+        except TypeError as error:
+            raise TypeError(f"keys: expected numbers, text, and tuples or lists of them, got {key!r}") from error
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+    def _read(self, name: str, device: torch.device) -> Features | None:
+        if self.folder is None:
+            if name not in self._memory:
+                return None
+            self._memory.move_to_end(name)
+            return self._memory[name][1]
+        path = self.folder / f"{name}.pt"
+        try:
+            content = torch.load(path, map_location=device, weights_only=True)
+            os.utime(path)  # what was used last goes last
+        except FileNotFoundError:
+            return None
+        except Exception:  # a damaged file raises nearly anything
+            path.unlink(missing_ok=True)
+            return None
+        return content["maps"], content["scores"]
+
+    def _write(self, name: str, entry: Features) -> None:
+        maps, scores = entry
+        size = sum(t.numel() * t.element_size() for t in (*maps.values(), *(scores or ())))
+        if size > self.max_bytes:
+            return
+        if self.folder is None:
+            self._memory[name] = (size, entry)
+            self._bytes += size
+            while self._bytes > self.max_bytes:
+                _, (freed, _) = self._memory.popitem(last=False)
+                self._bytes -= freed
+            return
+        with replacing(self.folder / f"{name}.pt") as temporary:
+            torch.save(
+                {"maps": {k: m.cpu() for k, m in maps.items()}, "scores": scores and [s.cpu() for s in scores]},
+                temporary,
+            )
+        self._written += size
+        # Looking through the folder costs a call per file: not at every write.
+        if self._bytes == 0 or self._written > self.max_bytes // 16:
+            self._written = 0
+            self._bytes = self._trim()
+        elif self._bytes + self._written > self.max_bytes:
+            self._bytes = self._trim()
+            self._written = 0
+
+    def _trim(self) -> int:
+        """Remove the files unused for longest until the rest fits, and leftovers of killed processes."""
+        assert self.folder is not None
+        files = []
+        for path in self.folder.glob("*.pt"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process removed it
+                continue
+            if path.name.startswith(".") and time.time() - status.st_mtime > 3600:
+                path.unlink(missing_ok=True)
+            elif not path.name.startswith("."):
+                files.append((status.st_mtime_ns, status.st_size, path))
+        files.sort(key=lambda file: file[:2])
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return max(total, 1)
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        if self.folder is None:
+            return len(self._memory)
+        return sum(not path.name.startswith(".") for path in self.folder.glob("*.pt"))
+
+    def clear(self) -> None:
+        """Remove all entries."""
+        self._memory.clear()
+        self._bytes = self._written = 0
+        if self.folder is not None:
+            for path in self.folder.glob("*.pt"):
+                path.unlink(missing_ok=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FeatureCache":
+        """Stay one, as the expert does."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave entries out of pickles."""
+        return {**self.__dict__, "_memory": OrderedDict(), "_bytes": 0}
+
+
+def _each(scores: list[Tensor] | None, image: int, keep: Callable[[Tensor], Tensor]) -> list[Tensor] | None:
+    return None if scores is None else [keep(score[image]) for score in scores]

@@ -1,0 +1,257 @@
+"""Whether boxes, strides, levels and channels of two networks fit each other, and a table of how they do."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rakd.distill.base import Boxes
+from rakd.distill.boxes import canvas_size
+from rakd.distill.masks import indexed_boxes
+from rakd_ops import level_weights
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of both networks; sizes are (rows, columns), strides in pixels of the apprentice's images."""
+
+    name: str
+    size: tuple[int, int]
+    channels: int
+    stride: float
+    expert_size: tuple[int, int]
+    expert_channels: int
+    expert_stride: float
+    boxes: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a check; its text is a small table.
+
+    Attributes:
+        images: Their number.
+        image_size: Height and width in pixels.
+        boxes: Their number.
+        levels: Fine to coarse. ``boxes`` of a level is the sum of its soft weights.
+    """
+
+    images: int
+    image_size: tuple[int, int]
+    boxes: int
+    levels: tuple[Level, ...]
+
+    def __str__(self) -> str:
+        """Lay the report out as a table."""
+        rows = [("level", "apprentice", "channels", "stride", "expert", "channels", "stride", "boxes")]
+        rows += [
+            (
+                level.name,
+                f"{level.size[0]}×{level.size[1]}",
+                str(level.channels),
+                f"{level.stride:g}",
+                f"{level.expert_size[0]}×{level.expert_size[1]}",
+                str(level.expert_channels),
+                f"{level.expert_stride:g}",
+                f"{level.boxes:.1f}",
+            )
+            for level in self.levels
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        height, width = self.image_size
+        return "\n".join([f"{self.images} images of {height}×{width} pixels, {self.boxes} boxes", *lines])
+
+
+def fits(cells: Sequence[int], size: Sequence[int], stride: float) -> bool:
+    """Whether a map comes from an image by a stride, however its network rounds."""
+    return all((n - 1) * stride < pixels < (n + 1) * stride for n, pixels in zip(cells, size, strict=True))
+
+
+def find_strides(argument: str, maps: Mapping[str, Tensor], size: tuple[int, int]) -> tuple[float, ...]:
+    """Find strides from the sizes of images and maps: powers of two where they fit, else exact ratios.
+
+    Raises:
+        ValueError: A map's height and width do not fit one stride, or two levels have the same.
+    """
+    found: list[float] = []
+    for name, feature in maps.items():
+        cells = (int(feature.shape[2]), int(feature.shape[3]))
+        ratio = math.sqrt(size[0] / cells[0] * size[1] / cells[1])
+        least = found[-1] if found else 0.0
+        powers = [2.0**i for i in range(0, 12) if fits(cells, size, 2.0**i) and 2.0**i > least]
+        exact = size[0] / cells[0]
+        if powers:
+            found.append(min(powers, key=lambda stride: abs(math.log2(stride / ratio))))
+        elif size[1] / cells[1] == exact and exact > least:
+            found.append(exact)
+        else:
+            raise ValueError(
+                f"{argument}: could not find the stride of map {name!r} of shape {list(feature.shape)} from images of "
+                f"{size[0]}×{size[1]} pixels{_layout_hint(feature, size)}; give {argument}=, and see that images are "
+                "those that the network was given, and maps are fine to coarse, each level once"
+            )
+    return tuple(found)
+
+
+def _layout_hint(feature: Tensor, size: tuple[int, int]) -> str:
+    rows, columns = int(feature.shape[1]), int(feature.shape[2])
+    if any(fits((rows, columns), size, 2.0**i) for i in range(1, 8)):
+        return "; its channels seem to come last: say layout='NHWC' (apprentice) or expert_layout='NHWC'"
+    return ""
+
+
+def check_strides(argument: str, strides: Sequence[float], maps: Mapping[str, Tensor], size: tuple[int, int]) -> None:
+    """Refuse strides that do not bring maps and images together.
+
+    Raises:
+        ValueError: Names the level, and the strides that would fit.
+    """
+    if len(strides) != len(maps):
+        raise ValueError(f"{argument}: expected {len(maps)} strides, one per map, got {len(strides)}")
+    for stride, (name, feature) in zip(strides, maps.items(), strict=True):
+        if not fits(feature.shape[2:], size, stride):
+            try:
+                remedy = f"these maps have {argument}={find_strides(argument, maps, size)}"
+            except ValueError as error:
+                remedy = str(error)
+            raise ValueError(
+                f"{argument}: expected strides that fit images of {size[0]}×{size[1]} pixels and maps, got {stride:g} "
+                f"for map {name!r} of {feature.shape[2]}×{feature.shape[3]} cells; {remedy}"
+            )
+
+
+def check_maps_agree(
+    apprentice: Mapping[str, Tensor],
+    expert: Mapping[str, Tensor],
+    images: int | None,
+    channels: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+    *,
+    learns: bool,
+) -> None:
+    """Compare numbers of images and channels, and see that the apprentice can learn.
+
+    Raises:
+        ValueError: Says what differs, and what to do.
+    """
+    for name, maps in (("apprentice_features", apprentice), ("expert_features", expert)):
+        for level, feature in maps.items():
+            if images is not None and feature.shape[0] != images:
+                raise ValueError(
+                    f"{name}: expected maps of {images} images, as many as there are images, got {feature.shape[0]} in "
+                    f"map {level!r}; the maps must come from these images"
+                )
+    first, other = next(iter(apprentice.values())), next(iter(expert.values()))
+    if first.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"expert_features: expected maps of {first.shape[0]} images as in apprentice, got {other.shape[0]}"
+        )
+    for argument, maps, given in (
+        ("apprentice_channels", apprentice, channels[0]),
+        ("expert_channels", expert, channels[1]),
+    ):
+        counts = tuple(int(feature.shape[1]) for feature in maps.values())
+        if given is not None and tuple(given) != counts:
+            raise ValueError(
+                f"{argument}: expected the maps' numbers of channels, {counts}, got {tuple(given)}; leave them out to "
+                "have them found, or say layout='NHWC' or expert_layout='NHWC' where channels come last"
+            )
+    if learns and not any(feature.requires_grad for feature in apprentice.values()):
+        raise ValueError(
+            "apprentice_features: expected maps that need a gradient, got none that do: the apprentice is frozen, ran "
+            "under torch.no_grad(), or is the expert itself (a distiller freezes its expert); check=False lets it pass"
+        )
+
+
+def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, settings: tuple[str, bool]) -> Tensor:
+    """Refuse boxes that cannot belong to the images.
+
+    Args:
+        given: As they came, for torchvision's ``canvas_size``.
+        boxes: In pixels.
+        size: Height and width of the images.
+        images: Their number.
+        settings: ``box_format`` and ``normalized``, for the remedy.
+
+    Returns:
+        ``[K, 5]`` on the CPU.
+
+    Raises:
+        ValueError: Says what to change.
+    """
+    rows = indexed_boxes(boxes, torch.device("cpu"))
+    canvas = canvas_size(given)
+    if canvas is not None and canvas != tuple(size):
+        raise ValueError(
+            f"boxes: expected BoundingBoxes of the images' size {tuple(size)}, got canvas_size {canvas}; resize images "
+            "and boxes by the same transform"
+        )
+    if not len(rows):
+        return rows
+    box_format, normalized = settings
+    height, width = size
+    if not rows.isfinite().all():
+        raise ValueError(f"boxes: expected finite numbers, got {rows[~rows.isfinite().all(dim=1)][0].tolist()}")
+    index = rows[:, 0]
+    if bool((index != index.floor()).any()) or bool((index < 0).any()) or bool((index >= images).any()):
+        wrong = rows[(index != index.floor()) | (index < 0) | (index >= images)][0]
+        raise ValueError(
+            f"boxes: expected numbers of images from 0 to {images - 1} in column 0 of [K, 5], got {wrong.tolist()}; "
+            "the columns are (image, four numbers of the box)"
+        )
+    edges = rows[:, 1:]
+    largest = float(edges.abs().max())
+    if not normalized and largest <= 1.5 and min(size) > 4:
+        form = ""
+        if box_format == "xyxy" and bool((edges[:, 2:] < edges[:, :2]).any()):
+            form = ", box_format='cxcywh' or 'xywh' (x2 < x1 in some)"
+        raise ValueError(
+            f"boxes: expected pixels, but all lie in the unit square of images of {height}×{width} pixels, such as "
+            f"{edges[0].tolist()}: say normalized=True{form}; YOLO's and Hugging Face's labels are "
+            "box_format='cxcywh', normalized=True"
+        )
+    if normalized and largest > 2 * max(size):
+        raise ValueError(
+            f"boxes: expected shares of the image's sides from 0 to 1, got numbers up to {largest / max(size):.4g}: "
+            "these are pixels, say normalized=False"
+        )
+    turned = (edges[:, 2] < edges[:, 0]) | (edges[:, 3] < edges[:, 1])
+    if bool(turned.any()):
+        raise ValueError(
+            f"boxes: expected x1 <= x2 and y1 <= y2, got {edges[turned][0].tolist()} and {int(turned.sum())} like it "
+            f"of {len(rows)}: read as box_format={box_format!r}; say box_format='cxcywh' or 'xywh' if they are"
+        )
+    limits = torch.tensor([width, height, width, height], dtype=edges.dtype)
+    inside = (edges.clamp(min=0)).minimum(limits)
+    sides = (edges[:, 2:] - edges[:, :2]).clamp(min=1e-6)
+    share = ((inside[:, 2:] - inside[:, :2]).clamp(min=0) / sides).prod(dim=1)
+    outside = share < 0.5
+    if float(outside.double().mean()) > 0.5 or float(edges.max()) > 2 * max(size):
+        worst = edges[share.argmin()].tolist()
+        raise ValueError(
+            f"boxes: expected boxes inside images of {height}×{width} pixels, got {int(outside.sum())} of {len(rows)} "
+            f"that lie mostly outside, such as {worst}; take boxes and images after the same resizing, and see that "
+            f"box_format={box_format!r} is theirs"
+        )
+    return rows
+
+
+def warn_of_equal_weights(rows: Tensor, strides: Sequence[float], facts: Mapping[str, Any], remedy: bool) -> Tensor:
+    """Compute the soft weights per box and level, and warn where they are the same for boxes of all sizes."""
+    known = {name: facts[name] for name in ("sigma", "canonical_size", "canonical_level") if name in facts}
+    weights = level_weights(rows, strides=strides, **known)
+    if remedy and len(rows) >= 4 and len(strides) > 1:
+        sides = ((rows[:, 3] - rows[:, 1]) * (rows[:, 4] - rows[:, 2])).clamp(min=0).sqrt()
+        if float(sides.max()) > 2 * float(sides.min()) and bool((weights == weights[0]).all()):
+            middle = float(sides.median())
+            warnings.warn(
+                f"boxes from {float(sides.min()):.0f} to {float(sides.max()):.0f} pixels all get the same level "
+                f"weights, since canonical_size is {known.get('canonical_size', 224.0):g}; for small images give a "
+                f"smaller one, such as canonical_size={max(1.0, middle):.0f}",
+                stacklevel=3,
+            )
+    return weights

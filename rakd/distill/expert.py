@@ -1,0 +1,269 @@
+"""The expert: found in whatever was given, frozen, run without gradients, never copied."""
+
+import dis
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rakd.distill.cache import FeatureCache, fingerprint
+from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, unwrap
+from rakd.distill.outputs import Layout, find_maps
+
+
+def find_modules(given: Any, depth: int = 3) -> list[nn.Module]:
+    """Find the modules in an expert: itself, the object whose method it is, or those that a function uses.
+
+    Args:
+        given: A module, a method, a function (its closure, defaults and globals are searched), a ``partial``, or an
+            object with modules as attributes.
+        depth: How far to follow functions and objects.
+
+    Returns:
+        Modules; empty where there are none.
+    """
+    if isinstance(given, nn.Module):
+        return [given]
+    if depth == 0 or given is None or isinstance(given, (types.ModuleType, type, Tensor, str, int, float)):
+        return []
+    parts: list[Any] = []
+    if isinstance(given, functools.partial):
+        parts = [given.func, *given.args, *given.keywords.values()]
+    elif isinstance(given, types.MethodType):
+        parts = [given.__self__, given.__func__] if not isinstance(given.__self__, nn.Module) else [given.__self__]
+    elif isinstance(given, types.FunctionType):
+        parts = list(_used_by(given))
+    elif isinstance(given, (list, tuple)):
+        parts = list(given)
+    elif isinstance(given, dict):
+        parts = list(given.values())
+    elif hasattr(given, "__dict__"):
+        parts = list(vars(given).values())
+    found: dict[int, nn.Module] = {}
+    for part in parts:
+        for module in find_modules(part, depth - 1):
+            found[id(module)] = module
+    return list(found.values())
+
+
+def _used_by(function: types.FunctionType) -> Iterator[Any]:
+    """What a function reads from outside: closure, defaults and the globals it loads by name."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
+                yield function.__globals__[step.argval]
+
+
+def _missing_expert() -> None:
+    """Stand in for an expert in a pickle, which does not hold it."""
+
+
+class Expert:
+    """Runs an expert. Deep copies are the expert itself, pickles hold None in its place.
+
+    Args:
+        given: See `rakd.distill.distiller.Distiller`.
+        features: Same.
+        scores: Names of the modules that give class logits.
+        layout: Of the expert's maps.
+        dtype: The expert is converted to; None: as it is.
+        channels_last: Whether it runs in that memory format.
+        compiled: Whether, or with which options, ``torch.compile`` is applied.
+        cache: Where features are kept.
+
+    Raises:
+        TypeError: This is no expert, or its module cannot be found.
+    """
+
+    def __init__(
+        self,
+        given: Any,
+        *,
+        features: Names | Callable[..., Any] | None = None,
+        scores: Names | None = None,
+        layout: Layout = "NCHW",
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        compiled: bool | dict[str, Any] = False,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.given = given
+        self.layout = layout
+        self.dtype = dtype
+        self.channels_last = channels_last
+        self.cache = cache
+        self.hooks: FeatureHooks | None = None
+        self.score_hooks: FeatureHooks | None = None
+        self._print: tuple[tuple[Any, ...], str] | None = None
+        source, runs = given, given
+        if isinstance(given, tuple) and len(given) == 2 and callable(given[1]) and not isinstance(given[1], nn.Module):
+            source, runs = given
+            self.roots = [] if source is None else find_modules(source)
+        else:
+            if not callable(given) and not hasattr(given, "extract_features"):
+                raise TypeError(
+                    "expert: expected a module, an object with extract_features, a function or (module, function), "
+                    f"got {type(given).__name__}"
+                )
+            self.roots = find_modules(given)
+        if not self.roots and source is not None:
+            raise TypeError(
+                f"expert: could not find the module inside this {type(given).__name__}, so that it cannot be frozen "
+                "and put into eval mode; pass the module (with features=), or (module, function), or (None, function) "
+                "for an expert that is no torch module"
+            )
+        self._modules = [module for root in self.roots for module in root.modules()]
+        self._parameters = [parameter for root in self.roots for parameter in root.parameters()]
+        named = features is not None and not callable(features)
+        if features is not None and len(self.roots) != 1:
+            raise TypeError(f"features: expected one expert module to take them from, got {len(self.roots)}")
+        if callable(features):
+            check_function("features", features)
+        names: tuple[tuple[str, str], ...] = ()
+        if named:
+            self.hooks = FeatureHooks(self.roots[0], cast(Names, features), "features")
+            names = tuple(self.hooks.names)
+        if scores is not None:
+            if self.hooks is None:
+                raise ValueError("scores: expected features= by names of modules as well, from the same run")
+            self.score_hooks = FeatureHooks(self.roots[0], scores, "scores")
+            names += tuple(self.score_hooks.names)
+        self.described = f"{type(unwrap(self.roots[0])).__name__ if self.roots else given}:{names}:{layout}:{dtype}"
+        run: Callable[[Tensor], Any]
+        if features is not None and not named:
+            run = functools.partial(cast(Callable[..., Any], features), given)
+        elif named:
+            run = self.roots[0]
+        else:
+            run = getattr(runs, "extract_features", runs)
+        self._run = run
+        if compiled:
+            self._run = torch.compile(run, **(compiled if isinstance(compiled, dict) else {}))
+        # A compiled network cannot be left in the middle.
+        plain = not compiled and all(not hasattr(root, "_orig_mod") for root in self.roots)
+        self._leave_early = named and plain
+        self.prepare()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Expert":
+        """Stay one: an expert is never copied."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Stay out of pickles."""
+        return _missing_expert, ()
+
+    def prepare(self) -> None:
+        """Freeze, put into eval mode, and bring to its own dtype and memory format."""
+        for root in self.roots:
+            if self.dtype is not None:
+                root.to(self.dtype)
+            if self.channels_last:
+                root.to(memory_format=torch.channels_last)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Freeze and put into eval mode, also what overrides ``eval`` or was switched back by someone."""
+        for root in self.roots:
+            root.eval()
+        for module in self._modules:
+            module.training = False
+        for parameter in self._parameters:
+            parameter.requires_grad_(False)
+
+    def shares_with(self, module: nn.Module) -> bool:
+        """Whether a network has parameters of the expert."""
+        own = {id(parameter) for parameter in self._parameters}
+        return any(id(parameter) in own for parameter in module.parameters())
+
+    def move(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        """Take part in ``to``, ``cuda`` and the like; a dtype of its own stays."""
+        for root in self.roots:
+            # Some networks (ultralytics') override _apply without its second argument.
+            root._apply(fn) if recurse else root._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            if self.dtype is not None:
+                root.to(self.dtype)
+
+    def fingerprint(self) -> str:
+        """What features depend on besides the image: parameters, buffers, and the modules they are taken from.
+
+        The contents are hashed anew only when autograd's version counters, addresses or dtypes changed, which costs no
+        look at the values. Changes through ``tensor.data`` are not seen.
+        """
+        held = (t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values()))
+        tensors = [tensor for tensor in held if tensor is not None]
+        state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+        if self._print is None or self._print[0] != state:
+            self._print = (state, fingerprint(tensors, self.described))
+        return self._print[1]
+
+    def __call__(
+        self, images: Tensor, keys: Sequence[Any] | None = None
+    ) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+        """Give the maps of a batch, and the scores' where they were asked for.
+
+        Args:
+            images: The expert's input.
+            keys: For the cache, one for each image: its id and the state of its augmentation.
+        """
+        if self.cache is None or keys is None:
+            return self._fresh(images)
+        return self.cache.get(images, keys, self.fingerprint(), self._fresh)
+
+    def _fresh(self, images: Tensor) -> tuple[dict[str, Tensor], list[Tensor] | None]:
+        if any(module.training for module in self._modules) or any(p.requires_grad for p in self._parameters):
+            self.freeze()
+        if self._parameters and isinstance(images, Tensor):
+            first = self._parameters[0]
+            if first.device != images.device:
+                for root in self.roots:
+                    root.to(images.device)
+                first = self._parameters[0]
+            if images.is_floating_point() and first.is_floating_point():
+                images = images.to(first.dtype)
+        if self.channels_last and isinstance(images, Tensor):
+            images = images.contiguous(memory_format=torch.channels_last)
+        kind = images.device.type if isinstance(images, Tensor) else "cpu"
+        autocast = torch.is_autocast_enabled(kind) and self.dtype is None
+        with torch.no_grad(), torch.autocast(kind, enabled=autocast):
+            output = self._outputs(images)
+        maps = find_maps("expert's output", output, self.layout)
+        maps = {name: feature.detach() for name, feature in maps.items()}
+        if self.score_hooks is None:
+            return maps, None
+        scores = self.score_hooks.take()
+        return maps, [scores] if isinstance(scores, Tensor) else list(scores)
+
+    def _outputs(self, images: Tensor) -> Any:
+        if self.hooks is None:
+            return self._run(images)
+        groups = [hooks for hooks in (self.hooks, self.score_hooks) if hooks is not None]
+        for hooks in groups:
+            hooks.clear()
+            hooks.stop_when = (lambda: all(g.ready for g in groups)) if self._leave_early else None
+        try:
+            self._run(images)
+        except Enough:
+            pass
+        finally:
+            for hooks in groups:
+                hooks.stop_when = None
+        return self.hooks.take()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hooks in (self.hooks, self.score_hooks):
+            if hooks is not None:
+                hooks.close()

@@ -1,0 +1,299 @@
+"""Hooks that note the outputs or inputs of named modules, and `tap`, which does so within a block.
+
+Hooks lie in the tapped network, so they must not get in the way of what trainers do with it. A copy or pickle of the
+network holds an inert function of the standard library in their place: it loads without this package, keeps no
+tensors and copies no expert. Whoever copies hooks and network together (a deep copy or pickle of a
+`rakd.distill.distiller.Distiller`) gets hooks of its own.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Names = str | tuple[str, str] | Sequence[str | tuple[str, str]]
+"""Module names; ``"input:NAME"`` or ``(NAME, "input")`` means what the module is given."""
+
+
+class Enough(BaseException):
+    """Raised by the last of a network's hooks where the rest of its forward is not needed.
+
+    A network's own ``except Exception`` does not stop it.
+    """
+
+
+class _Inert:
+    """A hook that becomes inert in copies and pickles of the network: ``nullcontext().__exit__`` takes anything."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _Hook(_Inert):
+    """Notes what one module gives or is given."""
+
+    def __init__(self, hooks: "FeatureHooks", key: str, side: str) -> None:
+        self.hooks = hooks
+        self.key = key
+        self.side = side
+
+    def __call__(self, module: nn.Module, arguments: Any, *rest: Any) -> None:
+        """Note; ``rest`` is (keyword arguments) before the module runs, (output) after it."""
+        if self.side == "input":
+            keywords = rest[0] if rest else {}
+            given = (*arguments, *keywords.values())
+            self.hooks.note(self.key, given[0] if len(given) else None)
+        else:
+            self.hooks.note(self.key, rest[0])
+
+
+def parse_name(argument: str, name: Any) -> tuple[str, str]:
+    """Split a name into the module's and "input" or "output".
+
+    Raises:
+        TypeError: This is neither a name nor a pair.
+        ValueError: The second of the pair is neither "input" nor "output".
+    """
+    if isinstance(name, tuple) and len(name) == 2 and all(isinstance(part, str) for part in name):
+        module, side = name
+        if side not in ("input", "output"):
+            raise ValueError(f"{argument}: expected 'input' or 'output' in the pair, got {name!r}")
+        return module, side
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected names of modules, got {name!r}")
+    for side in ("input", "output"):
+        if name.startswith(f"{side}:"):
+            return name.removeprefix(f"{side}:"), side
+    return name, "output"
+
+
+def list_names(names: Any) -> list[Any]:
+    """Bring one name or several to a list."""
+    if isinstance(names, str) or (isinstance(names, tuple) and len(names) == 2 and names[1] in ("input", "output")):
+        return [names]
+    return list(names)
+
+
+def check_function(argument: str, function: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with a network and images.
+
+    Raises:
+        TypeError: It takes other arguments.
+    """
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"{argument}: expected a function of (network, images) that gives maps: {error}") from None
+    except ValueError:  # built in: it cannot be asked
+        return
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        inner = getattr(network, "_orig_mod", None)
+        if inner is None and isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = network.module
+        if not isinstance(inner, nn.Module):
+            return network
+        network = inner
+
+
+def _versions(value: Any) -> list[int]:
+    """How often each tensor in a value was changed in place."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+    return [part._version for part in parts if isinstance(part, Tensor)]
+
+
+class FeatureHooks:
+    """Hooks on modules of a network, from now until `close`.
+
+    Args:
+        network: Wrappers such as DistributedDataParallel are looked through.
+        names: See `Names`; dots as in ``get_submodule``.
+        argument: Name of the argument, for errors.
+
+    Raises:
+        ValueError: There is no such module; names like it are told.
+    """
+
+    def __init__(self, network: nn.Module, names: Names, argument: str) -> None:
+        self.argument = argument
+        self.stop_when: Callable[[], bool] | None = None  # raise `Enough` in the network when this holds
+        self.names = [parse_name(argument, name) for name in list_names(names)]
+        if not self.names:
+            raise ValueError(f"{argument}: expected at least one name of a module, got none")
+        self.values: dict[str, Any] = {}
+        self.versions: dict[str, list[int]] = {}
+        network = unwrap(network)
+        # The modules, not the network: in a copy they are complete before the hooks are, even where the network holds
+        # the distiller.
+        self.modules = [self._find(network, name) for name, _ in self.names]
+        self._handles: list[Any] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        for module, (name, side) in zip(self.modules, self.names, strict=True):
+            hook = _Hook(self, f"{side}:{name}", side)
+            if side == "input":
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(hook))
+
+    def _find(self, network: nn.Module, name: str) -> nn.Module:
+        modules: dict[str, nn.Module] = dict(network.named_modules())
+        if name in modules:
+            return modules[name]
+        last = name.rpartition(".")[2]
+        like = [other for other in modules if other and (other.endswith(f".{last}") or name.startswith(f"{other}."))]
+        listed = like or [child for child, _ in network.named_children()]
+        raise ValueError(
+            f"{self.argument}: expected the name of a module of {type(network).__name__}, got {name!r}; "
+            f"it has {', '.join(listed[:12])}"
+        )
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a value (called by the hooks): a copy of a list, since detection heads put their results into it."""
+        if type(value) in (list, dict):
+            value = value.copy()
+        self.values[key] = value
+        if not torch.compiler.is_compiling():
+            self.versions[key] = _versions(value)
+            if self.stop_when is not None and self.stop_when():
+                raise Enough
+
+    @property
+    def ready(self) -> bool:
+        """Whether all modules have run since the last `take`."""
+        return len(self.values) == len(self.names)
+
+    def clear(self) -> None:
+        """Forget what was noted, and with it the graph."""
+        self.values.clear()
+        self.versions.clear()
+
+    def take(self, *, keep: bool = False) -> Any:
+        """Hand over what was noted: the value of a single name, or a list in the order of the names.
+
+        Args:
+            keep: Leave it noted.
+
+        Raises:
+            RuntimeError: A module did not run since the last time, or its output was changed in place afterwards.
+        """
+        keys = [f"{side}:{name}" for name, side in self.names]
+        for key in keys:
+            if key not in self.values:
+                raise RuntimeError(
+                    f"{self.argument}: {key} did not run since the last step, so there are no maps; run the network "
+                    "before the distiller, call modules as module(...), and step the distiller once for each run"
+                )
+            if key in self.versions and _versions(self.values[key]) != self.versions[key]:
+                raise RuntimeError(
+                    f"{self.argument}: {key} was changed in place after it was noted (by a following inplace=True "
+                    "activation); name the module that changed it instead"
+                )
+        taken = [self.values[key] for key in keys]
+        if not keep:
+            self.clear()
+        return taken[0] if len(taken) == 1 else taken
+
+    def watch_once(self, network: nn.Module, images: Any) -> None:
+        """Run a network on images for its maps alone: in eval mode, without gradients, no further than needed."""
+        modes = [(module, module.training) for module in network.modules()]
+        network.eval()
+        self.stop_when = lambda: self.ready
+        try:
+            with torch.no_grad():
+                network(images)
+        except Enough:
+            pass
+        finally:
+            self.stop_when = None
+            for module, mode in modes:
+                module.training = mode
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out handles and tensors, which cannot be copied."""
+        return {
+            **self.__dict__,
+            "_handles": [],
+            "values": {},
+            "versions": {},
+            "stop_when": None,
+            "_closed": not self._handles,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hook the modules that were copied along; their own copies of the hooks are inert."""
+        closed = state.pop("_closed")
+        self.__dict__.update(state)
+        if not closed:
+            self._attach()
+
+
+class Tap:
+    """The last output of a tapped module; see `rakd.distill.hooks.tap`."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Any] = []
+
+    @property
+    def output(self) -> Any:
+        """The module's last output, with its graph.
+
+        Raises:
+            RuntimeError: The module did not run while it was tapped.
+        """
+        if not self._outputs:
+            raise RuntimeError("the tapped module did not run inside the with block: there is no output")
+        return self._outputs[-1]
+
+
+class _TapHook(_Inert):
+    """Notes what a tapped module gives."""
+
+    def __init__(self, outputs: list[Any]) -> None:
+        self.outputs = outputs
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self.outputs[:] = [output]
+
+
+@contextmanager
+def tap(module: nn.Module) -> Iterator[Tap]:
+    """Within the block, note what a module gives when others call it.
+
+    For networks that keep their features to themselves: the features come from the very pass that the network's own
+    losses come from. Under DistributedDataParallel tap ``network.module``'s parts. Calls of other methods than
+    ``module(...)`` are not seen. For hooks that last, give `rakd.distill.distiller.Distiller` the modules' names.
+
+    Args:
+        module: Any part of a network.
+
+    Yields:
+        A ``Tap``; its ``output`` can be read during and after the block. It holds the output, and with it the graph,
+        for as long as it lives itself.
+
+    Raises:
+        TypeError: This is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a module, got {type(module).__name__}")
+    tapped = Tap()
+    handle = module.register_forward_hook(_TapHook(tapped._outputs))
+    try:
+        yield tapped
+    finally:
+        handle.remove()

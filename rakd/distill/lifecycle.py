@@ -1,0 +1,189 @@
+"""What a distiller holds: how expert and apprentice are taken, copied, moved, saved and let go."""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rakd.distill.expert import Expert, find_modules
+from rakd.distill.hooks import FeatureHooks, check_function, unwrap
+from rakd.distill.optimizing import add_parameters
+from rakd.distill.outputs import Layout
+from rakd.distill.parallel import GradientAverage
+from rakd.distill.scale import RunningEnergy, TaskShare
+from rakd.distill.step import Facts, needed_setup
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Lifecycle(nn.Module):
+    """The part of `rakd.distill.distiller.Distiller` that is not a training step.
+
+    The expert is no submodule: a deep copy shares it, a pickle holds None in its place. The apprentice is none either,
+    but is copied along, so that the hooks of a copy lie in the copied apprentice.
+    """
+
+    method: nn.Module | None
+    expert_layout: Layout
+    _method_name: str | None
+    _options: dict[str, Any]
+    _adapters: bool
+    _seed: int
+    _facts: Facts
+    _weight: float | TaskShare
+    _energy: RunningEnergy | None
+    _expert: Expert | None
+    _expert_settings: dict[str, Any]
+    _owns_expert: bool
+    _apprentice: tuple[nn.Module | None]  # in a tuple, where nn.Module does not find it
+    _apprentice_features: Any
+    _hooks: FeatureHooks | None
+    _sync: GradientAverage
+    _optimizers: list[tuple[Any, int]]
+
+    def attach(self, *, expert: Any = None, apprentice: nn.Module | None = None) -> None:
+        """Take an expert or an apprentice, such as after unpickling, which leaves out the expert.
+
+        Args:
+            expert: See the class.
+            apprentice: See the class.
+
+        Raises:
+            TypeError, ValueError: As the constructor.
+        """
+        if apprentice is not None and not isinstance(apprentice, nn.Module):
+            raise TypeError(f"apprentice: expected a module, got {type(apprentice).__name__}")
+        learns = self.apprentice if apprentice is None else unwrap(apprentice)
+        wanted = self._apprentice_features
+        if wanted is not None and learns is None:
+            raise ValueError("apprentice: expected the network whose apprentice_features are named, got None")
+        if learns is not None:
+            given = expert.roots if isinstance(expert, Expert) else find_modules(expert)
+            roots = given or (self._expert.roots if self._expert is not None else [])
+            own = {id(p) for p in learns.parameters()}
+            shared = [name for root in roots for name, p in root.named_parameters() if id(p) in own]
+            if shared or any(unwrap(root) is learns for root in roots):
+                raise ValueError(
+                    f"expert: expected a network of its own, got one that shares {len(shared)} parameters with the "
+                    f"apprentice, such as {shared[:1]}; the expert is frozen: give another network, or a deep copy"
+                )
+        if expert is not None:
+            if isinstance(expert, Expert):
+                told = [name for name, value in self._expert_settings.items() if value is not None]
+                if told:
+                    raise ValueError(f"{told[0]}: expected it to be told to the Expert, beside which it does nothing")
+                self._expert = expert
+            else:
+                self._expert = Expert(expert, layout=self.expert_layout, **self._expert_settings)
+            self._owns_expert = True
+        if apprentice is not None:
+            self._apprentice = (learns,)
+            if self._hooks is not None:
+                self._hooks.close()
+            if callable(wanted):
+                check_function("apprentice_features", wanted)
+            elif wanted is not None:
+                assert learns is not None
+                self._hooks = FeatureHooks(learns, wanted, "apprentice_features")
+
+    @property
+    def expert(self) -> Any:
+        """The expert as it was given; None where there is none."""
+        return None if self._expert is None else self._expert.given
+
+    @property
+    def apprentice(self) -> nn.Module | None:
+        """The apprentice, where it was given."""
+        return self._apprentice[0]
+
+    @property
+    def weight(self) -> float:
+        """Factor of the loss; of ``"auto:..."``, as it is measured so far (waits for the device)."""
+        if isinstance(self._weight, TaskShare):
+            return float(self._weight.factor(torch.device("cpu")))
+        return self._weight
+
+    @property
+    def strides(self) -> tuple[float, ...] | None:
+        """Strides of the apprentice's maps, once they are known."""
+        return self._facts.strides
+
+    def add_to(self, optimizer: Any, group: int = 0) -> None:
+        """Have an optimizer that exists already train what the method learns; schedulers go on as before.
+
+        Parameters join a group that is there, since a new one would break a scheduler. Those that are made at the first
+        step join then. Before an optimizer's state is loaded, this must be called as it was when the state was saved.
+
+        Args:
+            optimizer: Any optimizer, or a wrapper with ``param_groups``.
+            group: Index of the group whose settings they take.
+        """
+        add_parameters(optimizer, list(self.parameters()), group)
+        if self.method is None:
+            self._optimizers.append((optimizer, group))
+
+    def _build(self) -> None:
+        """Make the method, and give what it learns to the optimizers that wait for it."""
+        if self._method_name is None:
+            return
+        self.method = needed_setup(self._method_name, self._facts, self._options, self._adapters, self._seed)
+        for optimizer, group in self._optimizers:
+            add_parameters(optimizer, list(self.parameters()), group)
+        self._optimizers.clear()
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        for hooks in (self._hooks, self._expert, self._sync):
+            if hooks is not None:
+                hooks.close()
+
+    def __enter__(self) -> "Self":
+        """Remove all hooks at the end of the ``with`` block."""
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """See `close`."""
+        self.close()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Lifecycle":
+        """Take the expert along in ``to``, ``cuda``, ``double`` and all that nn.Module builds on this."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._expert is not None and self._owns_expert:
+            self._expert.move(fn, recurse)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Keep what was found and measured: JSON as bytes in a tensor, which all checkpoint formats and EMAs hold."""
+        state = {
+            "facts": self._facts.state(),
+            "energy": None if self._energy is None else self._energy.state(),
+            "share": self._weight.state() if isinstance(self._weight, TaskShare) else None,
+        }
+        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up `get_extra_state`; makes the method, so that its weights can be loaded."""
+        content = json.loads(bytes(state.cpu().tolist()))
+        if not self._facts.complete:
+            self._facts = Facts.load(content["facts"])
+        if self.method is None and self._facts.complete:
+            self._build()
+        if self._energy is not None and content["energy"] is not None:
+            self._energy.load(content["energy"])
+        if isinstance(self._weight, TaskShare) and content["share"] is not None:
+            self._weight.load(content["share"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process: functions cannot be pickled, optimizers hold their own copies."""
+        settings = {**self._expert_settings, "cache": None}
+        if callable(settings["features"]):
+            settings["features"] = None
+        return {**self.__dict__, "_optimizers": [], "_expert_settings": settings, "_owns_expert": False}
+
+    def extra_repr(self) -> str:
+        """Show the expert's kind and the weight in ``repr``."""
+        weight = f"auto:{self._weight.share}" if isinstance(self._weight, TaskShare) else self._weight
+        return f"expert={type(self.expert).__name__}, method={self._method_name}, weight={weight}"

@@ -1,0 +1,57 @@
+"""Adapters in an optimizer that exists already, and a warning where they are in none."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: int = 0) -> int:
+    """Put parameters into a group that the optimizer has.
+
+    A new group would break schedulers that exist already: they keep one rate per group.
+
+    Args:
+        optimizer: A torch optimizer, or a wrapper with ``param_groups``.
+        parameters: Those that are in it already are passed over.
+        group: Index of the group whose settings they take.
+
+    Returns:
+        How many were added.
+
+    Raises:
+        TypeError: This is no optimizer.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list) or not groups:
+        raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
+    there = {id(parameter) for each in groups for parameter in each["params"]}
+    added = [parameter for parameter in parameters if id(parameter) not in there]
+    groups[group]["params"].extend(added)
+    return len(added)
+
+
+class TrainingWatch:
+    """Warns once where parameters have not changed over many training steps: no optimizer has them."""
+
+    STEPS = 100
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._versions: list[int] = []
+
+    def step(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Count a training step."""
+        if self._steps > self.STEPS or not parameters:
+            return
+        versions = [parameter._version for parameter in parameters]
+        if len(versions) != len(self._versions):
+            self._versions, self._steps = versions, 0
+        self._steps += 1
+        if self._steps == self.STEPS and versions == self._versions:
+            warnings.warn(
+                f"the distiller's {len(parameters)} parameters (adapters) did not change in {self.STEPS} steps: give "
+                "distiller.parameters() to the optimizer, or call distiller.add_to(optimizer)",
+                stacklevel=4,
+            )

@@ -1,0 +1,125 @@
+"""The distillation methods, in one table: everything that lists methods reads it here.
+
+A new method is one class (a `rakd.distill.base.DistillationMethod`) and one entry. The classes are named by text, so
+that the command line reads the table without loading torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+Role = Literal["", "compared", "ablation", "proposed"]
+"""Place in the paper's tables: compared with RAKD, an ablation of it, RAKD itself, or in neither table."""
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A distillation method.
+
+    Attributes:
+        label: Its name in tables and figures.
+        factory: ``"module:Class"``; the class derives from `rakd.distill.base.DistillationMethod`.
+        weight: Factor of its loss where the user gives none.
+        paper: Where it comes from, and where the default weight does.
+        color: Of its bars and curves. Told apart by lightness as well, so that no kind of colour blindness merges them.
+        role: See `Role`.
+        term: Its name in the table of the loss's terms, for ablations.
+        options: Arguments of the class that make it this method.
+    """
+
+    label: str
+    factory: str
+    weight: float
+    paper: str
+    color: str
+    role: Role = ""
+    term: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """Import the class."""
+        module, _, name = self.factory.partition(":")
+        return getattr(import_module(module), name)
+
+
+_RAKD = "Cheon, Shin, Bae, ICT Express 2025, doi 10.1016/j.icte.2025.04.012 (no weight published; 1 here)"
+_REGIONS = "rakd.distill.regions:RegionDistillation"
+
+METHODS: dict[str, MethodSpec] = {
+    "pkd": MethodSpec(
+        "PKD",
+        "rakd.distill.pearson:PearsonDistillation",
+        6.0,
+        "Cao et al., NeurIPS 2022, arXiv 2207.02039 (6: two-stage detectors; 10 for RetinaNet and FCOS3D)",
+        "#d3702c",
+        "compared",
+    ),
+    "semckd": MethodSpec(
+        "SemCKD",
+        "rakd.distill.semckd:SemanticCalibration",
+        1.0,
+        "Chen et al., AAAI 2021, doi 10.1609/aaai.v35i8.16865 (its weight of 400 is for image classifiers; 1 here)",
+        "#f0bf7d",
+        "compared",
+    ),
+    "l_roi": MethodSpec(
+        "L_RoI", _REGIONS, 1.0, _RAKD, "#a9c1e6", "ablation", "L_RoI (uniform)", {"assignment": "uniform"}
+    ),
+    "hfa": MethodSpec("HFA", _REGIONS, 1.0, _RAKD, "#17877a", "ablation", "HFA (hard)", {"assignment": "hard"}),
+    "rakd": MethodSpec(
+        "RAKD", _REGIONS, 1.0, _RAKD, "#1f5fbf", "proposed", "SFA (soft) = RAKD", {"assignment": "soft"}
+    ),
+    "box_l2": MethodSpec(
+        "Box L2",
+        "rakd.distill.masked:BoxMaskedL2",
+        1.0,
+        "the foreground term of DeFeat, Guo et al., CVPR 2021, arXiv 2103.14475 (1 here: RAKD's scale)",
+        "#6b3fa0",
+    ),
+    "score_l2": MethodSpec(
+        "Score L2",
+        "rakd.distill.masked:ScoreWeightedL2",
+        6.0,
+        "the loss of ultralytics' distillation, 2026 (6: its default)",
+        "#b58bd9",
+    ),
+    "cwd": MethodSpec(
+        "CWD",
+        "rakd.distill.channelwise:ChannelWiseDistillation",
+        10.0,
+        "Shu et al., ICCV 2021, arXiv 2011.13256 (10: mmrazor's Faster R-CNN)",
+        "#8f1d3f",
+    ),
+    "mgd": MethodSpec(
+        "MGD",
+        "rakd.distill.generative:MaskedGenerativeDistillation",
+        2e-5,
+        "Yang et al., ECCV 2022, arXiv 2205.01529 (2e-5: its detectors)",
+        "#e3a6b6",
+    ),
+    "fgd_attention": MethodSpec(
+        "FGD att.",
+        "rakd.distill.focal:FocalAttentionDistillation",
+        1.0,
+        "Yang et al., CVPR 2022, arXiv 2111.11837, without its global part (its four weights are options)",
+        "#7a6a2f",
+    ),
+}
+"""By name. The order is that of tables and figures."""
+
+NAMES = tuple(METHODS)
+COMPARED = tuple(name for name, spec in METHODS.items() if spec.role in ("compared", "proposed"))
+ABLATED = tuple(name for name, spec in METHODS.items() if spec.role in ("ablation", "proposed"))
+IN_PAPER = tuple(name for name, spec in METHODS.items() if spec.role)
+
+
+def find_method(name: Any) -> MethodSpec:
+    """Look a method up.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {name!r}")
+    return METHODS[name]

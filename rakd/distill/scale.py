@@ -1,0 +1,150 @@
+"""Scale of the loss: the expert's energy as a running value, and a weight from a share of the task loss.
+
+Both live on the loss's device and are never waited for. Their values are plain numbers in the distiller's state: a
+float written as text comes back to the bit.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Average a tensor over all processes; itself without `torch.distributed`."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+            value = value / processes
+    return value
+
+
+def _exact(value: Tensor) -> Tensor:
+    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
+def number_on(device: torch.device, value: Tensor | float) -> Tensor:
+    """Bring a number to a device without waiting for it, in float64 where the device has it."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    return value.to(device, dtype)
+
+
+class RunningEnergy:
+    """The expert's energy: the method's loss of an apprentice of zeros, as a running mean.
+
+    Measuring costs a third of the loss (few large maps) to as much as it (many boxes), so it is done at calls 1, 2, 4,
+    8, 16 and then at every 16th: 2 to 7 % of the loss. Features of a frozen expert change little in their mean from
+    batch to batch. The value is the mean over the last 64 or so measurements, so that the divisor neither jumps nor
+    follows a single batch. Batches without boxes do not count.
+    """
+
+    EVERY, SPAN = 16, 64
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.count: Tensor | float = 0.0
+        self.value: Tensor | float = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether this call measures."""
+        number = self.calls + 1
+        return number % self.EVERY == 0 or (number < self.EVERY and number & (number - 1) == 0)
+
+    def update(self, measure: Callable[[], Tensor]) -> None:
+        """Count a call, and measure if it is due."""
+        if self.due:
+            energy = mean_over_processes(_exact(measure()))
+            there = energy > 0
+            count = number_on(energy.device, self.count) + there
+            value = number_on(energy.device, self.value)
+            step = (energy - value) / count.clamp(1, self.SPAN)
+            self.value = torch.where(there, value + step, value)
+            self.count = count
+        self.calls += 1
+
+    def factor(self, device: torch.device) -> Tensor:
+        """What the loss is multiplied with, a scalar; 1 as long as there was no energy."""
+        value = number_on(device, self.value)
+        return torch.where(value > 0, 1 / value, torch.ones_like(value))
+
+    def state(self) -> list[float]:
+        """Numbers to save."""
+        return [self.calls, float(self.count), float(self.value)]
+
+    def load(self, state: list[float]) -> None:
+        """Take up `state`."""
+        self.calls, self.count, self.value = int(state[0]), state[1], state[2]
+
+
+class TaskShare:
+    """A weight that makes the loss a share of the task loss: measured over the first calls, then fixed.
+
+    Args:
+        share: Of the task loss.
+        calls: Calls to measure over, as the ratio of sums.
+    """
+
+    def __init__(self, share: float, calls: int = 20) -> None:
+        self.share = share
+        self.calls_to_measure = calls
+        self.calls = 0
+        self.task: Tensor | float = 0.0
+        self.loss: Tensor | float = 0.0
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the weight is not fixed yet."""
+        return self.calls < self.calls_to_measure
+
+    def update(self, task: Tensor, loss: Tensor) -> None:
+        """Count a call with its task loss and its unweighted distillation loss."""
+        pair = mean_over_processes(torch.stack([_exact(task), _exact(loss).to(task.device)]))
+        self.task = number_on(pair.device, self.task) + pair[0]
+        self.loss = number_on(pair.device, self.loss) + pair[1]
+        self.calls += 1
+
+    def factor(self, device: torch.device) -> Tensor:
+        """The weight, a scalar; 0 as long as the distillation loss was."""
+        task, loss = number_on(device, self.task), number_on(device, self.loss)
+        return torch.where(loss > 0, self.share * task / loss, torch.zeros_like(loss))
+
+    def state(self) -> list[float]:
+        """Numbers to save."""
+        return [self.calls, float(self.task), float(self.loss)]
+
+    def load(self, state: list[float]) -> None:
+        """Take up `state`."""
+        self.calls, self.task, self.loss = int(state[0]), state[1], state[2]
+
+
+def parse_weight(weight: Any, default: float) -> float | TaskShare:
+    """Read the argument ``weight``: a number, None (the default) or ``"auto:SHARE"``.
+
+    Raises:
+        TypeError: This is neither a number nor text.
+        ValueError: It is negative or not finite, or another text.
+    """
+    if weight is None:
+        return default
+    if isinstance(weight, str):
+        kind, _, share = weight.partition(":")
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if kind != "auto" or not (math.isfinite(value) and value > 0):
+            raise ValueError(f"weight: expected a number or 'auto:SHARE' such as 'auto:0.1', got {weight!r}")
+        return TaskShare(value)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"weight: expected a number or 'auto:SHARE', got {type(weight).__name__}")
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight: expected a finite number of 0 or more, got {weight}")
+    return float(weight)

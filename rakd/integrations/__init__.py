@@ -1,0 +1,61 @@
+"""Distillation inside the trainers of other frameworks. Each module needs its framework and none of the others."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from rakd.distill.distiller import Distiller
+from rakd.distill.optimizing import add_parameters
+
+_KEY = "rakd"
+
+
+def require(package: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        package: What to import.
+        extra: The extra of this project that installs it.
+
+    Raises:
+        ImportError: It is not installed; names the extra.
+    """
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package.partition(".")[0]:
+            raise  # it is there, but something that it needs itself is not
+        raise ImportError(
+            f"rakd.integrations.{extra} needs {package}, which is not installed: pip install 'rakd[{extra}]'",
+            name=error.name,
+        ) from error
+
+
+def keep_in_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, group: int = 0) -> None:
+    """Have an optimizer train a distiller, and carry its state in ``optimizer.state_dict()``.
+
+    For trainers that save and load the optimizer by themselves: a checkpoint then holds adapters and measured scales in
+    one file with everything else, and a finished model's file, which holds no optimizer, nothing of them.
+
+    Args:
+        distiller: Its parameters may be made later.
+        optimizer: The trainer's.
+        group: Index of the parameter group that they join.
+    """
+    distiller.add_to(optimizer, group)
+
+    def save(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        state["param_groups"][group][_KEY] = dict(distiller.state_dict())
+
+    def load(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [dict(saved) for saved in state["param_groups"]]
+        kept = groups[group].pop(_KEY, None) if group < len(groups) else None
+        if kept is not None:
+            # Makes the parameters if they are not there yet; the optimizer's state then has a place for each.
+            distiller.load_state_dict(kept)
+            add_parameters(optimizer, list(distiller.parameters()), group)
+        return {**state, "param_groups": groups}
+
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)

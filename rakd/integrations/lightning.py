@@ -1,0 +1,121 @@
+"""Distillation in Lightning: one callback, for automatic and manual optimisation.
+
+callback = DistillCallback(expert, apprentice="detector", apprentice_features="backbone", weight="auto:0.1")
+Trainer(callbacks=[callback]).fit(model, data)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from rakd.distill.distiller import Distiller
+from rakd.integrations import require
+
+Callback_: Any = require("lightning.pytorch", "lightning").Callback
+
+_REPLACED = ("training_step", "manual_backward")
+
+
+def images_and_boxes(batch: Any) -> tuple[Any, Any]:
+    """Read a batch of ``(images, targets)``, ``targets`` being dicts with ``boxes`` per image, or the boxes."""
+    images, targets = batch[0], batch[1]
+    if isinstance(targets, (list, tuple)) and targets and isinstance(targets[0], dict):
+        return images, [target["boxes"] for target in targets]
+    return images, targets
+
+
+class DistillCallback(Callback_):  # type: ignore[misc]
+    """Adds the distillation loss to what ``training_step`` returns, or to the first ``manual_backward`` in it.
+
+    The loss is logged as ``distill_loss``. Adapters join the first optimizer; they and the measured scales are the
+    callback's state, which Lightning saves and loads: the module's own ``state_dict`` holds nothing of them.
+
+    Args:
+        expert: See `rakd.distill.distiller.Distiller`.
+        weight: Same.
+        method: Same.
+        apprentice: Name of the learning network in the LightningModule; "": the module itself.
+        batch: Gives (images, boxes) of a training batch, as the apprentice's backbone sees them; with ``cache``
+            (images, boxes, keys). Networks that resize images inside need one that says what they saw.
+        options: Of the ``Distiller``; ``apprentice_features`` names modules in the apprentice, "": its own output.
+    """
+
+    def __init__(
+        self,
+        expert: Any,
+        weight: float | str | None = None,
+        *,
+        method: str | nn.Module = "rakd",
+        apprentice: str = "",
+        batch: Callable[[Any], tuple[Any, ...]] = images_and_boxes,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.distiller: Distiller | None = None
+        self._apprentice = apprentice
+        self._batch = batch
+        self._settings = {"expert": expert, "weight": weight, "method": method, "apprentice_features": "", **options}
+        self._waiting: Any = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Hook the apprentice, and stand before the module's training step."""
+        if stage != "fit":
+            return
+        network = pl_module.get_submodule(self._apprentice)
+        if self.distiller is None:
+            self.distiller = Distiller(apprentice=network, **self._settings)
+        else:
+            self.distiller.attach(expert=self._settings["expert"], apprentice=network)
+        step, backward = pl_module.training_step, pl_module.manual_backward
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            batch = args[0] if args else kwargs["batch"]
+            self._waiting = batch
+            result = step(*args, **kwargs)
+            if not pl_module.automatic_optimization or result is None:
+                self._waiting = None
+                return result
+            loss = result["loss"] if isinstance(result, dict) else result
+            total = self._add(pl_module, loss)
+            return {**result, "loss": total} if isinstance(result, dict) else total
+
+        @functools.wraps(backward)
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            backward(loss if self._waiting is None else self._add(pl_module, loss), *args, **kwargs)
+
+        pl_module.training_step, pl_module.manual_backward = training_step, manual_backward
+
+    def _add(self, pl_module: Any, loss: Tensor) -> Tensor:
+        assert self.distiller is not None
+        images, boxes, *keys = self._batch(self._waiting)
+        self._waiting = None
+        added = self.distiller(images, boxes, task_loss=loss.detach(), keys=keys[0] if keys else None)
+        pl_module.log("distill_loss", added.detach(), prog_bar=True)
+        total: Tensor = loss + added.to(loss.dtype)
+        return total
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Have the first optimizer train the adapters, before its state is loaded."""
+        assert self.distiller is not None
+        self.distiller.to(pl_module.device)
+        self.distiller.train()
+        self.distiller.add_to(trainer.optimizers[0])
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        for name in _REPLACED:
+            pl_module.__dict__.pop(name, None)
+        if self.distiller is not None:
+            self.distiller.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adapters and measured scales."""
+        return {} if self.distiller is None else {"distiller": dict(self.distiller.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up `state_dict`."""
+        if self.distiller is not None and "distiller" in state_dict:
+            self.distiller.load_state_dict(state_dict["distiller"])

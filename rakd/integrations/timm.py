@@ -1,0 +1,93 @@
+"""A timm backbone as expert or apprentice: strides, channels and layout from its ``feature_info``.
+
+distiller = distill("convnext_tiny", apprentice, weight=1.0)
+loss = task_loss + distiller(images, boxes, apprentice(images))
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from rakd.distill.distiller import Distiller
+from rakd.integrations import require
+
+_timm = require("timm", "timm")
+
+
+def distill(
+    expert: Any,
+    apprentice: Any = None,
+    weight: float | str | None = None,
+    *,
+    method: str | nn.Module = "rakd",
+    pretrained: bool = True,
+    **options: Any,
+) -> Distiller:
+    """Make a distiller of which at least one side is a timm backbone.
+
+    For each of the apprentice's levels the expert's of the same stride is taken. Adapters are there at once, so that
+    ``distiller.parameters()`` can go to the optimizer.
+
+    Args:
+        expert: A backbone made with ``features_only=True``, the name of one for ``timm.create_model``, or anything
+            that `rakd.distill.distiller.Distiller` takes.
+        apprentice: A backbone made with ``features_only=True``, or a network that holds one; None: calls bring the
+            maps, and ``strides`` are told.
+        weight: See the ``Distiller``.
+        method: Same.
+        pretrained: Whether an expert given by name has its published weights.
+        options: Of the ``Distiller``.
+
+    Returns:
+        The distiller; its calls bring the apprentice's maps, unless ``apprentice_features`` names their module.
+
+    Raises:
+        ValueError: The expert has no level of a stride that the apprentice has.
+        TypeError: Neither side is a timm backbone.
+    """
+    if isinstance(expert, str):
+        expert = _timm.create_model(expert, pretrained=pretrained, features_only=True)
+    ours, theirs = _info(apprentice), _info(expert)
+    if ours is None and theirs is None:
+        raise TypeError(
+            "expert: expected a timm backbone on one side at least, made by timm.create_model(..., features_only=True)"
+            f", got {type(expert).__name__} and {type(apprentice).__name__}"
+        )
+    if ours is not None:
+        options.setdefault("strides", ours[0])
+        options.setdefault("apprentice_channels", ours[1])
+        options.setdefault("layout", ours[2])
+    if theirs is not None and "features" not in options:
+        strides = tuple(float(stride) for stride in options.get("strides", theirs[0]))
+        options.setdefault("strides", strides)
+        absent = [stride for stride in strides if stride not in theirs[0]]
+        if absent:
+            common = [i for i, stride in enumerate(strides) if stride in theirs[0]]
+            raise ValueError(
+                f"expert: expected levels of strides {strides} as the apprentice's, got {theirs[0]}; make the "
+                f"apprentice with the levels of both, such as out_indices={tuple(common)}"
+            )
+        levels = [theirs[0].index(stride) for stride in strides]
+        options["features"] = partial(_take, levels=levels)
+        options.setdefault("expert_channels", tuple(theirs[1][level] for level in levels))
+        options.setdefault("expert_layout", theirs[2])
+    return Distiller(expert, method, weight, apprentice=apprentice, **options)
+
+
+def _take(expert: nn.Module, images: Tensor, *, levels: Sequence[int]) -> list[Tensor]:
+    maps = expert(images)
+    return [maps[level] for level in levels]
+
+
+def _info(network: Any) -> tuple[tuple[float, ...], tuple[int, ...], str] | None:
+    """Strides, channels and layout of a backbone, or of the one inside a network."""
+    if not isinstance(network, nn.Module):
+        return None
+    for module in network.modules():
+        info: Any = getattr(module, "feature_info", None)
+        if callable(getattr(info, "reduction", None)) and hasattr(module, "output_fmt"):
+            layout = str(getattr(module.output_fmt, "value", module.output_fmt))
+            return tuple(map(float, info.reduction())), tuple(info.channels()), layout
+    return None

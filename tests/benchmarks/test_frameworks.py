@@ -1,0 +1,96 @@
+"""Steps let through one by one, the table of frameworks, and the comparison's bookkeeping."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import framework_cost, yolo_comparison
+from benchmarks.frameworks import FRAMEWORKS, Gate
+from benchmarks.results import describe_machine, read_rows, write_rows
+
+
+def test_a_gate_lets_one_step_through_at_a_time() -> None:
+    steps: list[int] = []
+
+    def train(gate: Gate) -> None:
+        while True:
+            gate.begin()
+            steps.append(len(steps))
+            time.sleep(0.01)
+            gate.end()
+
+    gate = Gate(train)
+    time.sleep(0.05)
+    assert steps == []
+    assert gate.sample() >= 10
+    time.sleep(0.05)
+    assert steps == [0]
+    gate.sample()
+    assert steps == [0, 1]
+
+
+def test_a_trainer_that_fails_or_ends_is_told() -> None:
+    def fail(gate: Gate) -> None:
+        gate.begin()
+        raise KeyError("what happened")
+
+    with pytest.raises(RuntimeError, match="KeyError: 'what happened'"):
+        Gate(fail).sample()
+    with pytest.raises(RuntimeError, match="the trainer ended before its last step"):
+        Gate(lambda gate: None).sample()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FRAMEWORKS))
+def test_each_framework_is_measured(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(FRAMEWORKS[name][1])
+    options = framework_cost.parse(["--repeats=2", "--batch=2", "--size=128", "--threads=1"])
+    rows = framework_cost.measure_apart(name, options)
+    assert [row.kind for row in rows] == list(framework_cost.KINDS)
+    times = {row.kind: row.median_ms for row in rows}
+    assert all(value > 0 for value in times.values())
+    assert [row.over_expert is None for row in rows] == [True, True, False, False]
+    assert name in framework_cost.format_rows(rows)
+    write_rows(tmp_path / "rows.csv", framework_cost.FrameworkRow, rows)
+    assert read_rows(tmp_path / "rows.csv", framework_cost.FrameworkRow) == rows
+
+
+def _row(way: str, seed: int, value: float, **changes: Any) -> yolo_comparison.ComparisonRow:
+    fixed = {"network": "yolo11n", "epochs": 1, "frames": 10, "size": 96, "batch": 4, "ultralytics": "8"}
+    machine = dataclasses.asdict(describe_machine("cpu"))
+    found = {"way": way, "seed": seed, "map": value, "map50": 2 * value, "seconds": 60.0}
+    return yolo_comparison.ComparisonRow(**{**found, **fixed, **machine, **changes})
+
+
+def test_the_comparison_is_summed_up_seed_by_seed() -> None:
+    rows = [_row("expert", 0, 0.4)]
+    rows += [_row("alone", seed, 0.1 + 0.02 * seed) for seed in range(3)]
+    rows += [_row("rakd", seed, 0.15 + 0.02 * seed) for seed in range(3)]
+    text = yolo_comparison.format_rows(rows).splitlines()
+    assert [line.split()[0] for line in text] == ["way", "expert", "alone", "rakd"]
+    assert "12.00 ± 2.00" in text[2] and "24.00 ± 4.00" in text[2]
+    assert "17.00 ± 2.00" in text[3] and "+5.00 ± 0.00" in text[3]
+
+
+def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'rows.csv'}", "--frames=10", "--size=96"]
+    options = yolo_comparison.parse([*arguments, "--epochs=1", "--batch=4", "--seeds=2", "--ways", "alone", "rakd"])
+    write_rows(options.out, yolo_comparison.ComparisonRow, [_row("alone", 0, 0.1)])
+    asked: list[tuple[str, int]] = []
+
+    def train(self: Any, way: str, seed: int, expert: Path) -> None:
+        asked.append((way, seed))
+        self.rows.append(_row(way, seed, 0.2))
+
+    monkeypatch.setattr(yolo_comparison.Comparison, "_train", train)
+    yolo_comparison.Comparison(options).run()
+    assert asked == [("expert", 0), ("rakd", 0), ("alone", 1), ("rakd", 1)]
+    other = argparse.Namespace(**{**vars(options), "epochs": 2})
+    with pytest.raises(ValueError, match="choose another file"):
+        yolo_comparison.Comparison(other)

@@ -1,0 +1,275 @@
+"""Silent mistakes that must be errors with a remedy: boxes, strides, images, dtypes, layouts."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from distill_cases import BOXES, ROWS, SIZE, STAGES, Network, images
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from rakd.distill import Distiller
+from rakd.distill.registry import METHODS
+from rakd_ops import level_weights
+
+HEIGHT, WIDTH = SIZE
+
+
+def make(**options: Any) -> Distiller:
+    defaults: dict[str, Any] = {"features": STAGES, "canonical_size": 24}
+    return Distiller(Network((4, 8, 8), seed=1), **{**defaults, **options})
+
+
+def features(size: tuple[int, int] = SIZE, count: int = 2) -> list[Tensor]:
+    return Network(seed=2).features(images(count, size))
+
+
+def run(boxes: Any, maps: Any = None, **options: Any) -> Tensor:
+    loss: Tensor = make(**options)(images(), boxes, features() if maps is None else maps)
+    return loss
+
+
+def convert(boxes: list[Tensor], form: str, normalized: bool) -> list[Tensor]:
+    converted = []
+    for rows in boxes:
+        first, last = rows[:, :2], rows[:, 2:]
+        if form == "cxcywh":
+            rows = torch.cat([(first + last) / 2, last - first], dim=1)
+        elif form == "xywh":
+            rows = torch.cat([first, last - first], dim=1)
+        converted.append(rows / torch.tensor([WIDTH, HEIGHT] * 2) if normalized else rows)
+    return converted
+
+
+@pytest.mark.parametrize("form", ["xyxy", "xywh", "cxcywh"])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_boxes_of_every_format_are_the_same_boxes(form: str, normalized: bool) -> None:
+    expected = run(BOXES)
+    boxes = convert(BOXES, form, normalized)
+    options = {"box_format": form, "normalized": normalized}
+    torch.testing.assert_close(run(boxes, **options), expected, rtol=1e-5, atol=0)
+    rows = torch.cat([ROWS[:, :1], torch.cat(boxes)], dim=1)
+    torch.testing.assert_close(run(rows, **options), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_boxes_of_every_dtype(dtype: torch.dtype) -> None:
+    torch.testing.assert_close(run([b.to(dtype) for b in BOXES]), run(BOXES), rtol=1e-6, atol=0)
+    torch.testing.assert_close(run(ROWS.to(dtype)), run(BOXES), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", ["XYXY", "XYWH", "CXCYWH"])
+def test_bounding_boxes_carry_their_format(form: str) -> None:
+    boxes = [
+        tv_tensors.BoundingBoxes(rows, format=form, canvas_size=SIZE)  # type: ignore[call-overload]
+        for rows in convert(BOXES, form.lower(), False)
+    ]
+    torch.testing.assert_close(run(boxes, box_format="xyxy"), run(BOXES), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"BoundingBoxes of the images' size \(32, 48\), got canvas_size \(640, 640\)"):
+        run([tv_tensors.BoundingBoxes(b, format="XYXY", canvas_size=(640, 640)) for b in BOXES])  # type: ignore[call-overload]
+
+
+def test_normalized_boxes_as_pixels() -> None:
+    with pytest.raises(ValueError, match=r"expected pixels, but all lie in the unit square .* say normalized=True"):
+        run(convert(BOXES, "xyxy", True))
+    with pytest.raises(ValueError, match="say normalized=True, box_format='cxcywh' or 'xywh'"):
+        run(convert([torch.tensor([[2.0, 3.0, 14.0, 9.0]]), BOXES[1]], "cxcywh", True))
+    with pytest.raises(ValueError, match="these are pixels, say normalized=False"):
+        run(BOXES, normalized=True)
+
+
+def test_a_yolo_row_as_rows() -> None:
+    """``[image, cx, cy, w, h]``, normalised, is also ``[K, 5]``."""
+    yolo = torch.cat([ROWS[:, :1], torch.cat(convert(BOXES, "cxcywh", True))], dim=1)
+    with pytest.raises(ValueError, match="YOLO's and Hugging Face's labels are box_format='cxcywh', normalized=True"):
+        run(yolo)
+    torch.testing.assert_close(run(yolo, box_format="cxcywh", normalized=True), run(BOXES), rtol=1e-5, atol=0)
+    classes = torch.cat([torch.tensor([[0.0], [7.0], [3.0]]), torch.cat(BOXES)], dim=1)
+    with pytest.raises(ValueError, match=r"numbers of images from 0 to 1 in column 0 of \[K, 5\], got \[7.0"):
+        run(classes)
+
+
+def test_boxes_of_another_format_as_corners() -> None:
+    with pytest.raises(ValueError, match=r"x1 <= x2 and y1 <= y2, .* say box_format='cxcywh' or 'xywh'"):
+        run(convert(BOXES, "xywh", False))
+
+
+def test_boxes_of_larger_images() -> None:
+    """Boxes of 640 pixels on images of 160 gave a loss of 0."""
+    with pytest.raises(ValueError, match="boxes inside images of 32×48 pixels, got 3 of 3 that lie mostly outside"):
+        run([4 * b + 60 for b in BOXES])
+    # One box of several may stick out: augmentation does that.
+    run([torch.cat([BOXES[0], torch.tensor([[40.0, 20.0, 60.0, 40.0]]), BOXES[0]]), BOXES[1]])
+
+
+def test_half_the_true_strides() -> None:
+    with pytest.raises(
+        ValueError, match=r"strides: .* got 2 for map '0' of 8×12 cells; these maps have strides=\(4.0, 8"
+    ):
+        run(BOXES, strides=(2, 4, 8))
+    with pytest.raises(ValueError, match="strides: expected 3 strides, one per map, got 4"):
+        run(BOXES, strides=(2, 4, 8, 16))
+    with pytest.raises(ValueError, match=r"expert_strides: .* got 2 for map '0'"):
+        run(BOXES, expert_strides=(2, 4, 8))
+    assert run(BOXES, strides=torch.tensor([4.0, 8.0, 16.0])) == run(BOXES)  # a model's stride is a tensor
+
+
+def test_three_images_for_maps_of_two() -> None:
+    with pytest.raises(ValueError, match="images: expected 2 images, as many as the apprentice's maps are of, got 3"):
+        make()(images(3), BOXES, features())
+    with pytest.raises(ValueError, match="boxes: expected 2 tensors, one per image, got 3"):
+        run([*BOXES, BOXES[0]])
+    with pytest.raises(ValueError, match="expert_features: expected maps of 2 images"):
+        Distiller(None)(images(), BOXES, features(), features(count=3))
+    with pytest.raises(ValueError, match=r"images: expected images of one size.* after resizing and padding"):
+        image_list = [torch.zeros(3, 32, 48), torch.zeros(3, 40, 48)]
+        make()(image_list, BOXES, features())  # type: ignore[arg-type]
+
+
+def test_channels_that_are_not_the_maps() -> None:
+    with pytest.raises(ValueError, match=r"expert_channels: expected the maps' numbers of channels, \(4, 8, 8\), got"):
+        run(BOXES, expert_channels=(4, 8, 16))
+
+
+def test_channels_differ_by_level() -> None:
+    distiller = make()
+    loss = distiller(images(), BOXES, features())
+    loss.backward()
+    assert [tuple(p.shape) for p in distiller.parameters()] == [(8, 6, 1, 1), (8,)]
+    assert all(p.grad is not None and p.grad.any() for p in distiller.parameters())
+
+
+def test_maps_whose_channels_come_last() -> None:
+    last = [m.permute(0, 2, 3, 1) for m in features()]
+    with pytest.raises(ValueError, match="its channels seem to come last: say layout='NHWC'"):
+        run(BOXES, last)
+    assert torch.equal(run(BOXES, last, layout="NHWC"), run(BOXES))
+    with pytest.raises(ValueError, match="expert_layout='NHWC'"):
+        Distiller(None)(images(), BOXES, features(), last)
+
+
+def test_an_apprentice_that_cannot_learn() -> None:
+    with pytest.raises(ValueError, match=r"expected maps that need a gradient.* is the expert itself"):
+        run(BOXES, [m.detach() for m in features()])
+    network = Network()  # frozen by the distiller, before anyone could see that it is the apprentice too
+    distiller = Distiller(network, features=STAGES)
+    with pytest.raises(ValueError, match="is the expert itself"):
+        distiller(images(), BOXES, network.features(images()))
+    run(BOXES, [m.detach() for m in features()], check=False)
+
+
+def test_the_check_can_be_turned_off() -> None:
+    assert run([4 * b + 60 for b in BOXES], check=False).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_dtypes(dtype: torch.dtype) -> None:
+    """Autocast of the model alone: half maps of the apprentice, float32 of the expert, and adapters in float32."""
+    distiller = make()
+    whole = [m.detach().requires_grad_() for m in features()]
+    half = [m.detach().to(dtype).requires_grad_() for m in whole]
+    expected = distiller(images(), BOXES, whole)
+    loss = distiller(images(), BOXES, half)
+    # bfloat16 keeps eight bits.
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    loss.backward()
+    assert [m.grad.dtype for m in half if m.grad is not None] == [dtype] * 3
+    assert {p.grad.dtype for p in distiller.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_half_maps_of_the_apprentice(method: str) -> None:
+    distiller = make(method=method, scores=[f"head.scores.{i}" for i in range(3)] if method == "score_l2" else None)
+    half = [m.detach().bfloat16().requires_grad_() for m in features()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="boxes from .* all get the same")
+        distiller(images(), BOXES, half).backward()
+    gradients = [m.grad for m in half if m.grad is not None]
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 3
+    assert any(gradient.any() for gradient in gradients)  # HFA's boxes may leave a level out
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in distiller.parameters())
+
+
+def test_maps_of_one_level_alone() -> None:
+    network = nn.Conv2d(3, 4, 8, stride=8)
+    distiller = Distiller(nn.Conv2d(3, 5, 8, stride=8), canonical_size=24)
+    assert distiller(images(), BOXES, network(images())).requires_grad
+    assert distiller.strides == (8.0,)
+
+
+@pytest.mark.parametrize(
+    ("size", "cells", "strides"),
+    [
+        ((64, 96), [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)], (8, 16, 32, 64, 128)),
+        ((640, 480), [(80, 60), (40, 30), (20, 15)], (8, 16, 32)),
+        ((101, 99), [(26, 25), (13, 13)], (4, 8)),
+        ((518, 518), [(37, 37)], (14,)),
+        ((1333, 800), [(167, 100), (84, 50), (42, 25), (21, 13), (11, 7)], (8, 16, 32, 64, 128)),
+    ],
+)
+def test_strides_are_found(size: tuple[int, int], cells: list[tuple[int, int]], strides: tuple[float, ...]) -> None:
+    maps = [torch.rand(1, 2, *cell).requires_grad_() for cell in cells]
+    distiller = Distiller(None, canonical_size=24)
+    distiller(torch.zeros(1, 3, *size), [torch.tensor([[1.0, 1.0, 50.0, 60.0]])], maps, [m.detach() for m in maps])
+    assert distiller.strides == strides
+
+
+def test_strides_that_cannot_be_found() -> None:
+    maps = [torch.rand(1, 2, 8, 8).requires_grad_(), torch.rand(1, 2, 8, 8).requires_grad_()]
+    with pytest.raises(ValueError, match=r"could not find the stride of map '1' .* each level once"):
+        Distiller(None)(torch.zeros(1, 3, 64, 64), [torch.zeros(0, 4)], maps, [m.detach() for m in maps])
+
+
+def test_an_expert_that_sees_larger_images() -> None:
+    expert = Network((4, 8, 8), seed=1)
+    large = nn.functional.interpolate(images(), scale_factor=2.0)
+    distiller = Distiller(expert, features=STAGES, canonical_size=24)
+    report = distiller.check(images(), BOXES, features(), expert_images=large)
+    assert [level.expert_stride for level in report.levels] == [2, 4, 8]
+    told = Distiller(expert, features=STAGES, canonical_size=24, expert_strides=(2, 4, 8))
+    loss = distiller(images(), BOXES, features(), expert_images=large)
+    assert torch.equal(told(images(), BOXES, features(), expert_images=large), loss)
+
+
+def test_the_report_is_a_small_table() -> None:
+    expert, apprentice = Network((4, 8, 8), seed=1), Network(seed=2)
+    before = {k: v.clone() for k, v in apprentice.state_dict().items()}
+    distiller = Distiller(
+        expert, apprentice=apprentice, features=STAGES, apprentice_features="input:head", canonical_size=24
+    )
+    report = distiller.check(images(), BOXES)
+    one, two, three = level_weights(ROWS, strides=(4, 8, 16), canonical_size=24).sum(dim=0).tolist()
+    assert str(report).splitlines() == [
+        "2 images of 32×48 pixels, 3 boxes",
+        "level  apprentice  channels  stride  expert  channels  stride  boxes",
+        f"    0        8×12         4       4    8×12         4       4  {one:5.1f}",
+        f"    1         4×6         6       8     4×6         8       8  {two:5.1f}",
+        f"    2         2×3         8      16     2×3         8      16  {three:5.1f}",
+    ]
+    assert sum(level.boxes for level in report.levels) == pytest.approx(3)
+    # The apprentice ran for its maps alone: in eval mode, and not its head.
+    assert all(torch.equal(v, before[k]) for k, v in apprentice.state_dict().items())
+    assert apprentice.training
+    assert apprentice.head.runs == 0
+    assert len(list(distiller.parameters())) == 2
+
+
+def test_equal_weights_on_small_images_are_told() -> None:
+    boxes = [torch.tensor([[0.0, 0.0, 6.0, 6.0], [2.0, 2.0, 40.0, 30.0]])] * 2
+    with pytest.warns(UserWarning, match=r"all get the same level weights.*canonical_size=6"):
+        Distiller(Network((4, 8, 8)), features=STAGES[1:])(images(), boxes, features()[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(boxes)
+
+
+def test_images_may_be_missing() -> None:
+    distiller = Distiller(None, strides=(4, 8, 16), canonical_size=24)
+    maps, expert = features(), [m.detach() for m in Network((4, 8, 8)).features(images())]
+    loss = distiller(None, BOXES, maps, expert)
+    assert torch.equal(Distiller(None, canonical_size=24)(images(), BOXES, maps, expert), loss)
+    with pytest.raises(ValueError, match="strides: expected strides=, images or image_size="):
+        Distiller(None)(None, BOXES, maps, expert)
+    with pytest.raises(ValueError, match="image_size: expected the images' height and width"):
+        Distiller(None, strides=(4, 8, 16), normalized=True)(None, BOXES, maps, expert)

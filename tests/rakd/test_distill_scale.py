@@ -1,0 +1,283 @@
+"""Scale of the loss, and the life of what a method learns: optimizers, schedulers, resuming, processes."""
+
+import copy
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distill_cases import BOXES, STAGES, Network, images
+from torch import Tensor, nn
+from two_processes import run_two_processes
+
+from rakd.distill import Distiller
+from rakd.distill.registry import METHODS
+from rakd.distill.scale import RunningEnergy
+
+
+def features(seed: int = 2, scale: float = 1.0) -> list[Tensor]:
+    return [scale * m for m in Network(seed=seed).features(images())]
+
+
+def make(**options: Any) -> Distiller:
+    return Distiller(Network((4, 6, 8), seed=1), **{"features": STAGES, "canonical_size": 24, **options})
+
+
+def zeros() -> list[Tensor]:
+    return [torch.zeros_like(m).requires_grad_() for m in features()]
+
+
+@pytest.mark.parametrize("method", ["rakd", "hfa", "l_roi", "box_l2"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_normalized_zeros_are_one_and_equals_are_zero_in_every_network(method: str, scale: float) -> None:
+    class Scaled(Network):
+        def features(self, x: Tensor) -> list[Tensor]:
+            return [scale * m for m in super().features(x)]
+
+    options = {"canonical_size": 24} if method != "box_l2" else {}
+    expert = Scaled((4, 6, 8), seed=1)
+    distiller = Distiller(lambda x: expert.features(x), method, normalize=True, **options)  # type: ignore[arg-type]
+    assert distiller.weight == 1
+    # float32 keeps seven digits.
+    assert distiller(images(), BOXES, zeros()).item() == pytest.approx(1, rel=1e-6)
+    same = [m.requires_grad_() for m in expert.features(images())]
+    assert distiller(images(), BOXES, same).item() == 0
+    half = [(m.detach() / 2).requires_grad_() for m in same]
+    assert distiller(images(), BOXES, half).item() == pytest.approx(0.25, rel=1e-6)
+
+
+def test_the_energy_is_a_running_mean_measured_now_and_then() -> None:
+    energy, measured = RunningEnergy(), []
+
+    def measure() -> Tensor:
+        value = float(energy.calls + 1)
+        measured.append(value)
+        return torch.tensor(value if value != 4 else 0.0)  # the fourth batch has no boxes
+
+    for _ in range(48):
+        energy.update(measure)
+    assert measured == [1, 2, 4, 8, 16, 32, 48]
+    counted = [1, 2, 8, 16, 32, 48]
+    assert float(energy.value) == pytest.approx(sum(counted) / 6, rel=1e-12)
+    assert energy.factor(torch.device("cpu")).item() == pytest.approx(6 / sum(counted), rel=1e-12)
+    # At most a third of the calls, and of the loss where a measurement costs as much: 5 of the first 16.
+    assert len([n for n in measured if n <= 16]) / 16 < 1 / 3
+
+
+def test_without_boxes_nothing_is_divided_by_zero() -> None:
+    distiller = make(normalize=True)
+    nothing = [b[:0] for b in BOXES]
+    maps = features()
+    loss = distiller(images(), nothing, maps)
+    loss.backward()
+    assert loss.item() == 0
+    assert distiller(images(), BOXES, zeros()).item() == pytest.approx(1, rel=1e-6)
+
+
+def test_normalized_gradients_are_those_of_the_share() -> None:
+    plain, share = features(), [m.detach().requires_grad_() for m in features()]
+    distiller = make(normalize=True, weight=0.5)
+    make()(images(), BOXES, plain).backward()
+    distiller(images(), BOXES, share).backward()
+    energy = make()(images(), BOXES, zeros()).item()
+    roots = torch.autograd.grad(make()(images(), BOXES, (fresh := [m.detach().requires_grad_() for m in share])), fresh)
+    for ours, theirs in zip(share, roots, strict=True):
+        torch.testing.assert_close(ours.grad, 0.5 * theirs / energy, rtol=1e-5, atol=1e-9)
+
+
+def test_a_weight_as_a_share_of_the_task_loss() -> None:
+    distiller, raw = make(weight="auto:0.1").train(), make()
+    tasks, losses = [], []
+    for i in range(25):
+        maps, task = features(seed=i), torch.tensor(46.0 + i)
+        loss = distiller(images(), BOXES, maps, task_loss=task)
+        plain = raw(images(), BOXES, maps).item()
+        if i < 20:
+            tasks.append(task.item())
+            losses.append(plain)
+        weight = 0.1 * sum(tasks) / sum(losses)
+        assert distiller.weight == pytest.approx(weight, rel=1e-6)
+        assert loss.item() == pytest.approx(weight * plain, rel=1e-5)
+        if i == 0:
+            assert loss.item() == pytest.approx(4.6, rel=1e-6)
+    fixed = distiller.weight
+    distiller(images(), BOXES, features())  # fixed: no task loss is needed
+    other = make(weight="auto:0.1")
+    other.load_state_dict(distiller.state_dict())
+    assert other.weight == fixed
+    with pytest.raises(ValueError, match="task_loss: expected the apprentice's own loss"):
+        make(weight="auto:0.1")(images(), BOXES, features())
+    for wrong in ("auto", "auto:x", "auto:-1", "0.1"):
+        with pytest.raises(ValueError, match=r"weight: expected a number or 'auto:SHARE' such as 'auto:0.1'"):
+            make(weight=wrong)
+
+
+@pytest.mark.parametrize("side", ["expert", "apprentice"])
+@pytest.mark.parametrize("level", [0, 2])
+def test_what_is_not_finite_is_told_with_its_level(side: str, level: int) -> None:
+    ours, theirs = features(), [m.detach() for m in Network((4, 6, 8), seed=1).features(images())]
+    wrong = ours if side == "apprentice" else theirs
+    wrong[level] = torch.where(torch.arange(wrong[level].shape[3]) == 1, torch.nan, wrong[level])
+    with pytest.raises(FloatingPointError, match=rf"{side}'s map '{level}' has \d+ of \d+ values that are NaN or inf"):
+        Distiller(None, canonical_size=24)(images(), BOXES, ours, theirs)
+    huge = [1e25 * m for m in features()]
+    with pytest.raises(
+        FloatingPointError, match=r"all maps are finite, the largest value is .*e.25 in the apprentice's map"
+    ):
+        Distiller(None, canonical_size=24)(images(), BOXES, huge, theirs if side == "apprentice" else features())
+
+
+def train(distiller: Distiller, apprentice: Network, optimizer: Any, scheduler: Any, steps: range) -> list[float]:
+    losses = []
+    for i in steps:
+        apprentice(images(seed=i))
+        task = sum(m.square().mean() for m in apprentice.features(images(seed=i)))
+        loss = task + distiller(images(seed=i), BOXES, task_loss=task)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def parts(method: str, **options: Any) -> tuple[Distiller, Network, Any, Any]:
+    """A distiller that comes when optimizer and scheduler exist already."""
+    apprentice = Network(seed=2)
+    optimizer = torch.optim.AdamW(apprentice.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=12)
+    expert = Network((4, 8, 8), seed=1)
+    options = {"features": STAGES, "apprentice_features": "input:head", **options}
+    if method == "score_l2":
+        options["scores"] = ["head.scores.0", "head.scores.1", "head.scores.2"]
+    distiller = Distiller(expert, method, apprentice=apprentice, **options).train()
+    distiller.add_to(optimizer)
+    return distiller, apprentice, optimizer, scheduler
+
+
+NORMALIZED = ("rakd", "box_l2", "score_l2", "mgd")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("hfa", "l_roi")])
+def test_a_resumed_run_has_the_same_bits(method: str) -> None:
+    options = {"weight": "auto:0.1", "normalize": method in NORMALIZED}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="boxes from .* all get the same")
+        distiller, apprentice, optimizer, scheduler = parts(method, **options)
+        train(distiller, apprentice, optimizer, scheduler, range(5))
+        assert {id(p) for p in distiller.parameters()} <= {id(p) for p in optimizer.param_groups[0]["params"]}
+        file = io.BytesIO()
+        objects = {"distiller": distiller, "apprentice": apprentice, "optimizer": optimizer, "scheduler": scheduler}
+        torch.save({name: each.state_dict() for name, each in objects.items()}, file)
+        rest = train(distiller, apprentice, optimizer, scheduler, range(5, 10))
+
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        resumed, again, anew, schedule = parts(method, **options)
+        resumed.load_state_dict(state["distiller"])  # makes what is learnt, and gives it to the optimizer that waits
+        again.load_state_dict(state["apprentice"])
+        anew.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["scheduler"])
+        assert train(resumed, again, anew, schedule, range(5, 10)) == rest
+    for ours, theirs in zip(resumed.parameters(), distiller.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_no_optimizer_has_is_told() -> None:
+    distiller = make(expert_channels=None)
+    apprentice = Network((4, 8, 8), seed=2)
+    maps = [m.detach().requires_grad_() for m in apprentice.features(images())]
+    with pytest.warns(UserWarning, match=r"4 parameters|2 parameters .*did not change in 100 steps"):
+        for _ in range(100):
+            distiller(images(), BOXES, maps)
+    trained = make()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    trained.add_to(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(101):
+            trained(images(), BOXES, maps).backward()
+            optimizer.step()
+    with pytest.raises(TypeError, match="optimizer: expected an optimizer with param_groups, got list"):
+        trained.add_to([])
+
+
+def test_no_adapters_where_channels_agree() -> None:
+    same = make(adapters=False)
+    assert torch.equal(same(images(), BOXES, features()), make()(images(), BOXES, features()))
+    assert not list(same.parameters())
+    with pytest.raises(ValueError, match=r"adapters: expected equal channels where adapters=False"):
+        make(adapters=False)(images(), BOXES, Network((4, 8, 8)).features(images()))
+
+
+def test_ema_copies_do_not_touch_the_expert() -> None:
+    model = nn.Module()
+    model.apprentice = Network((4, 8, 8), seed=2)
+    expert = Network((4, 6, 8), seed=1)
+    model.distiller = Distiller(expert, apprentice=model.apprentice, features=STAGES, apprentice_features=STAGES)
+    model.apprentice(images())
+    model.distiller(images(), BOXES)
+    copies = copy.deepcopy(model)
+    count = len(list(model.parameters()))
+    assert count == len(list(copies.parameters())) == len(list(model.apprentice.parameters())) + 2
+    for value in copies.state_dict().values():
+        if value.dtype.is_floating_point:
+            value.mul_(0.5)
+    copies.half()
+    assert expert.stages[0].conv.weight.dtype == torch.float32  # type: ignore[union-attr]
+    assert torch.equal(expert.stages[0].conv.weight, Network((4, 6, 8), seed=1).stages[0].conv.weight)  # type: ignore[union-attr]
+
+
+PROCESSES = """
+import os, sys
+import torch
+import torch.distributed as dist
+sys.path[:0] = [{folder!r}]
+from distill_cases import BOXES, STAGES, Network, images
+from rakd.distill import Distiller
+
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", rank=rank, world_size=2)
+
+def run(wrap, method):
+    apprentice, expert = Network(seed=2), Network((4, 8, 8), seed=1)
+    network = torch.nn.parallel.DistributedDataParallel(apprentice)
+    options = dict(canonical_size=24) if method == "rakd" else dict()
+    distiller = Distiller(
+        expert, method, weight="auto:0.5", normalize=True, apprentice=network, features=STAGES,
+        apprentice_features="input:head", seed=rank, strides=(4, 8, 16), expert_channels=(4, 8, 8),
+        apprentice_channels=(4, 6, 8), **options
+    )  # other weights in each process
+    called = torch.nn.parallel.DistributedDataParallel(distiller) if wrap else distiller
+    optimizer = torch.optim.SGD([*network.parameters(), *distiller.parameters()], lr=0.05)
+    for step in range(4):
+        # Rank 1 has no boxes now and then: it must not wait, nor be waited for.
+        boxes = BOXES if rank == 0 or step % 2 else [b[:0] for b in BOXES]
+        batch = images(seed=10 * rank + step)
+        task = sum(m.square().mean() for m in network(batch)["boxes"])
+        optimizer.zero_grad()
+        (task + called(batch, boxes, task_loss=task)).backward()
+        torch.nn.utils.clip_grad_norm_([*network.parameters(), *distiller.parameters()], 0.1)
+        optimizer.step()
+    learnt = [p.detach().clone() for p in (*distiller.parameters(), *apprentice.parameters())]
+    assert len(learnt) > 18
+    for value in [*learnt, torch.tensor(distiller.weight), distiller.get_extra_state()]:
+        mine = value.clone()
+        dist.broadcast(mine, 0)
+        assert torch.equal(mine, value), (wrap, method, rank, value.shape)
+    return learnt
+
+for method in ("rakd", "mgd"):
+    alone, wrapped = run(False, method), run(True, method)
+    for a, b in zip(alone, wrapped):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_learn_the_same_with_and_without_ddp() -> None:
+    run_two_processes("-c", PROCESSES.replace("{folder!r}", repr(str(Path(__file__).parent))))

@@ -1,0 +1,234 @@
+"""Waymo from parquet files to numbers by the commands: convert, train, evaluate, export."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed: it comes with the extra waymo")
+pytest.importorskip("scipy", reason="scipy is not installed: it comes with the extra waymo")
+from waymo_files import write_waymo
+
+from rakd.cli import main
+from rakd.commands import distill as distill_module
+from rakd.data.frames import find_frames
+from rakd.data.labels import read_labels, write_objects
+from rakd.detector.configs import DETECTORS
+from rakd.evaluation.waymo import evaluate, read_bin
+from rakd.study.settings import STUDIES
+
+
+@pytest.fixture(scope="module")
+def waymo(scenes, tmp_path_factory):
+    """Rendered scenes as Waymo's files."""
+    root = tmp_path_factory.mktemp("waymo")
+    write_waymo(scenes, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def converted(waymo, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "kitti"
+    assert main(["convert-waymo", str(waymo), "--out", str(out), "--every", "1", "1", "--workers", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def perfect(converted, tmp_path_factory):
+    """The truths of validation as predictions."""
+    out = tmp_path_factory.mktemp("perfect")
+    for frame in find_frames(converted, "val"):
+        objects = read_labels(frame.label)
+        write_objects(out / f"{frame.id}.txt", replace(objects, scores=np.linspace(1, 0.2, len(objects))), decimals=8)
+    return out
+
+
+@pytest.fixture
+def quick(small_config, monkeypatch):
+    """Detectors that train in a second stand in for the small ones."""
+    for name in ("tiny", "tiny-expert"):
+        monkeypatch.setitem(DETECTORS, name, replace(small_config, width=224))
+
+
+def train(data, out):
+    options = {"data": data, "out": out, "detector": "tiny", "steps": 20, "batch-size": 2, "device": "cpu"}
+    options |= {"optimizer": "adamw", "learning-rate": 0.001, "warm-up": 1}
+    return ["train", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def test_truth_as_prediction_is_100_in_both_modes(converted, perfect):
+    frames = [frame.id for frame in find_frames(converted, "val")]
+    truth = converted / "training" / "label_2"
+    for options in ({}, {"mode": "pct"}, {"iou": "papers"}, {"mode": "pct", "iou": "papers"}):
+        rows = evaluate(truth, perfect, frames=frames, **options)
+        seen = [row for row in rows if row.objects]
+        assert len(seen) >= 8 and len({row.type for row in seen}) >= 2
+        for row in seen:
+            assert (row.ap, row.aph) == pytest.approx((1, 1), abs=1e-6)
+
+
+def test_train_reads_parquet_files(waymo, quick, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(train(waymo, out)) == 0
+    printed = capsys.readouterr().out
+    with (out / "log.csv").open() as file:
+        losses = [float(row["total"]) for row in csv.DictReader(file)]
+    assert all(np.isfinite(losses))
+    assert (out / "detector.pt").is_file()
+    # Every third training frame, and all of validation.
+    assert [frame.id for frame in find_frames(out / "data", "train")] == ["000000", "001000"]
+    frames = [frame.id for frame in find_frames(out / "data", "val")]
+    assert frames == ["798000", "798001", "798002"]
+    assert sorted(path.stem for path in (out / "detections").iterdir()) == frames
+    assert "converting them into" in printed
+    for text in ("AP [official]", "AP [pct]", "VEHICLE     0.7", "VEHICLE     0.5"):
+        assert text in printed
+    assert "R40" not in printed
+    rows = evaluate(out / "data" / "training" / "label_2", out / "detections", frames=frames)
+    assert all(0 <= row.ap <= 1 for row in rows)
+
+
+def test_train_reads_what_convert_wrote(converted, quick, tmp_path, capsys):
+    assert main(train(converted, tmp_path / "run")) == 0
+    assert not (tmp_path / "run" / "data").exists()
+    assert "AP [official]" in capsys.readouterr().out
+
+
+def test_evaluate(converted, perfect, tmp_path, capsys):
+    truth = str(converted / "training" / "label_2")
+    words = ["evaluate", "--waymo", truth, str(perfect), "--split", "val"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("AP [official]") == 2
+    assert "100.00" in printed
+    rows = json.loads((tmp_path / "evaluation.json").read_text())
+    assert len(rows) == 2 * 32
+    assert {row["mode"] for row in rows} == {"official"}
+    assert main([*words, "--mode", "pct", "--iou", "papers"]) == 0
+    assert capsys.readouterr().out.count("AP [pct]") == 1
+    assert main([*words, "--json", "-", "--iou", "papers"]) == 0
+    assert {row["iou"] for row in json.loads(capsys.readouterr().out)} == {0.5, 0.3}
+    assert main([*words, "--let"]) == 0
+    captured = capsys.readouterr()
+    assert "LET-3D-APL [official]" in captured.out
+    assert "these are lidar boxes" in captured.err
+    for wrong, message in (
+        (["evaluate", truth, str(perfect), "--mode", "pct"], "--mode: only with --waymo"),
+        (["evaluate", truth, str(perfect), "--let"], "--let: only with --waymo"),
+        ([*words, "--overlaps", "loose"], "with --waymo take --iou"),
+        ([*words, "--iou", "papers", "papers"], "--iou: expected one or more names, each once"),
+        (["evaluate", "--waymo", truth, truth, "--split", "val"], "are GT and PRED in each other's place?"),
+        (["evaluate", "--waymo", truth, str(tmp_path / "no.bin")], "no.bin is not there"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_let_of_synced_boxes(waymo, tmp_path, capsys):
+    out = tmp_path / "synced"
+    words = [
+        "convert-waymo",
+        str(waymo),
+        "--out",
+        str(out),
+        "--boxes",
+        "synced",
+        "--splits",
+        "validation",
+        "--workers",
+        "1",
+    ]
+    assert main(words) == 0
+    for frame in find_frames(out, "val"):
+        objects = read_labels(frame.label)
+        # 6 % too far along the ray, of the 10 % that are tolerated; too far for an overlap of 0.8.
+        moved = replace(objects, location=objects.location * 1.06, scores=np.full(len(objects), 0.5))
+        write_objects(tmp_path / "pred" / f"{frame.id}.txt", moved, decimals=8)
+    plain = evaluate(out / "training" / "label_2", tmp_path / "pred", iou=0.8)[0]
+    let = evaluate(out / "training" / "label_2", tmp_path / "pred", iou=0.8, let=True)[0]
+    assert plain.ap < 0.3 < 0.9 < let.ap
+    assert let.apl == pytest.approx(0.4, abs=0.1)
+    assert "lidar boxes" not in capsys.readouterr().err
+
+
+def test_export(converted, perfect, waymo, tmp_path, capsys):
+    """Packed results are those files, in the vehicle frame, with the frames' segments and times."""
+    path = tmp_path / "results.bin"
+    assert main(["export-waymo", str(perfect), "--data", str(converted), "--out", str(path)]) == 0
+    assert "of 3 frames are in" in capsys.readouterr().out
+    objects = read_bin(path)
+    assert set(objects.keys) == {("30_c", 1_000_000 + 100_000 * i, 0) for i in range(3)}
+    from rakd.data.waymo import read_segment
+
+    found = 0
+    for frame in read_segment(waymo, "validation", "30_c", images=False):
+        own = objects.boxes[objects.frames == objects.keys.index(("30_c", frame.time, 0))]
+        boxes = frame.labels.boxes[frame.visible()]
+        np.testing.assert_allclose(own[:, :6], boxes[:, :6], atol=1e-7)
+        np.testing.assert_allclose(np.sin(own[:, 6] - boxes[:, 6]), 0, atol=1e-7)
+        found += len(own)
+    assert found == len(objects) > 5
+    # A second export of what was read gives the same bytes.
+    from rakd.evaluation.waymo import write_bin
+
+    write_bin(tmp_path / "again.bin", objects)
+    assert (tmp_path / "again.bin").read_bytes() == path.read_bytes()
+
+
+def test_export_refuses_what_waymo_would(converted, perfect, tmp_path, capsys):
+    def error(message, pred, data=converted):
+        assert main(["export-waymo", str(pred), "--data", str(data), "--out", str(tmp_path / "a.bin")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "a.bin").exists()
+
+    error("is not there: expected a folder of result files", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    error("holds no result files", tmp_path / "empty")
+    error("expected a folder that rakd convert-waymo wrote", perfect, tmp_path)
+    text = (perfect / "798000.txt").read_text()
+    (tmp_path / "empty" / "123456.txt").write_text(text)
+    error("has no frame 123456", tmp_path / "empty")
+    (tmp_path / "empty" / "123456.txt").unlink()
+    (tmp_path / "empty" / "798000.txt").write_text(text.replace(" 1.000000\n", " 2.000000\n"))
+    error("scores must lie in 0..1 for Waymo's metric, got 2", tmp_path / "empty")
+
+
+def test_convert_takes_lists(waymo, tmp_path, capsys):
+    (tmp_path / "train.txt").write_text("segment\n")
+    words = ["convert-waymo", str(waymo), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*words, "--train-list", str(tmp_path / "train.txt")]) == 2
+    assert "segment.parquet is not there" in capsys.readouterr().err
+    (tmp_path / "train.txt").write_text("20_b.tfrecord\n\n")
+    assert main([*words, "--train-list", str(tmp_path / "train.txt")]) == 0
+    assert [frame.id for frame in find_frames(tmp_path / "out", "train")] == ["000000"]
+    assert main([*words, "--train-list", str(tmp_path / "no.txt")]) == 2
+    assert main([*words, "--workers", "-1"]) == 2
+
+
+def test_the_study_has_the_predecessors_settings():
+    study = STUDIES["waymo"]
+    for name in (study.expert, study.apprentice):
+        assert DETECTORS[name].image_size == (768, 512)
+    assert study.training.steps * study.training.batch_size == pytest.approx(30 * 52_386, rel=1e-4)
+
+
+def test_distill_on_waymo(waymo, quick, tmp_path, monkeypatch, capsys):
+    """From parquet files to Waymo's tables of expert and apprentice; with the small detectors, for a few steps."""
+    tiny = STUDIES["tiny"]
+    short = replace(tiny.training, steps=2, warm_up=1, batch_size=2)
+    study = replace(tiny, training=short, expert_training=short)
+    monkeypatch.setattr(distill_module, "STUDIES", {"waymo": study})
+    words = f"distill --study waymo --data {waymo} --out {tmp_path} --methods none rakd --device cpu"
+    assert main(words.split()) == 0
+    tables = (tmp_path / "waymo.md").read_text()
+    for run in ("expert", "none-seed0", "rakd-seed0"):
+        assert f"## {run}\n" in tables
+    assert tables.count("AP [official]") == tables.count("AP [pct]") == 3 * 2
+    assert "Waymo's metrics of all runs" in capsys.readouterr().out
+
+
+def test_distill_needs_data(tmp_path, capsys):
+    assert main(["distill", "--study", "waymo", "--out", str(tmp_path)]) == 2
+    assert "--study waymo needs a folder in KITTI's layout or of Waymo's parquet files" in capsys.readouterr().err
