@@ -55,7 +55,9 @@ class Trainer:
 
     Writes ``checkpoint.pt`` and ``log.csv``. A run that was killed at any moment goes on to the same bits where the
     learner's own operations give the same bits (on CUDA see `torch.use_deterministic_algorithms`), and can go on
-    with another number of processes or on another device, to the same result up to rounding.
+    with another number of processes or on another device, to the same result up to rounding. Of three and more
+    processes only the same up to rounding is promised: DistributedDataParallel regroups gradients after the first step,
+    and a sum of more than two numbers depends on their order.
 
     Args:
         learner: What is trained; it is moved to ``device``. What ``state_dict`` gives is in the checkpoints.
