@@ -39,6 +39,7 @@ def _commands() -> dict[str, Any]:
     from rakd.commands.distill import Distill
     from rakd.commands.distill_features import DistillFeatures
     from rakd.commands.evaluate import Evaluate
+    from rakd.commands.export import Export
     from rakd.commands.inspect import Inspect
     from rakd.commands.latency import Latency
     from rakd.commands.make_scenes import MakeScenes
@@ -50,6 +51,7 @@ def _commands() -> dict[str, Any]:
         "distill": Distill,
         "train": Train,
         "predict": Predict,
+        "export": Export,
         "evaluate": Evaluate,
         "compare": Compare,
         "show": Show,
@@ -84,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("rakd", "rakd_ops"):
             raise
-        extra = "waymo" if error.name in ("pyarrow", "scipy") else "train"
+        name = str(error.name)
+        extra = "waymo" if name in ("pyarrow", "scipy") else "export" if name.startswith("onnx") else "train"
         return _fail(f"{error.name} is not installed; run: pip install '.[{extra}]'")
     except KeyboardInterrupt:
         resumes = type(command).__name__ in _RESUMING

@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rakd.errors import UserError
-
 
 @dataclass(frozen=True)
 class Latency:
@@ -17,7 +15,11 @@ class Latency:
     """
 
     detectors: Annotated[Positional[tuple[str, ...]], arg(metavar="DETECTOR...")] = ("tiny-expert", "tiny")
-    """Names (tiny, tiny-expert, small, kitti-r18, kitti-r50; random weights) or files detector.pt of runs."""
+    """Names (tiny, tiny-expert, small, kitti-r18, kitti-r50; random weights), files detector.pt of runs, or .onnx files
+    of rakd export."""
+
+    forms: tuple[Literal["eager", "compiled", "onnxruntime"], ...] = ("eager",)
+    """How detectors in PyTorch run: as they are; with backbone and pyramid compiled; exported to ONNX."""
 
     repeats: int = 30
     """Timed turns."""
@@ -32,48 +34,58 @@ class Latency:
         """Measure and print the table."""
         import csv
         import io
+        from copy import deepcopy
         from dataclasses import asdict
         from tempfile import TemporaryDirectory
 
         from rakd.commands.devices import choose_device
+        from rakd.commands.models import find_model
         from rakd.data.frames import find_frames
-        from rakd.detector.configs import DETECTORS
-        from rakd.detector.detector import Detector
-        from rakd.detector.files import load_detector
-        from rakd.detector.latency import measure
+        from rakd.detector.latency import Model, compiled, measure
+        from rakd.detector.onnx_model import OnnxDetector
         from rakd.files import write_text
         from rakd.scenes import make_scenes
         from rakd.study.versions import versions
 
         device = choose_device(self.device)
-        models = []
-        for name in self.detectors:
-            config = DETECTORS.get(name)
-            if config is None:
-                if not Path(name).is_file():
-                    raise UserError(f"DETECTOR must be one of {', '.join(DETECTORS)} or a file, got {name!r}")
-                models.append(load_detector(Path(name)))
-            else:
-                # Layers take the same time with any weights, so nothing is downloaded.
-                models.append(Detector(config.without_download()))
+        models: list[tuple[str, Model]] = []
         with TemporaryDirectory() as folder:
-            make_scenes(Path(folder), 2, 0, workers=1, progress=False)
-            costs = measure(models, find_frames(Path(folder))[0], device, repeats=self.repeats)
+            for name in self.detectors:
+                model = find_model(name, device)
+                if isinstance(model, OnnxDetector):
+                    models.append((name, model))
+                    continue
+                for form in dict.fromkeys(self.forms):
+                    if form == "onnxruntime":
+                        from rakd.detector.export import export_onnx
+
+                        path = Path(folder) / f"{len(models)}.onnx"
+                        # A copy on the CPU, where the graph is traced.
+                        export_onnx(deepcopy(model).cpu(), path)
+                        models.append((name, OnnxDetector(path, device)))
+                    else:
+                        models.append((name, compiled(model) if form == "compiled" else model))
+            scenes = Path(folder) / "scenes"
+            make_scenes(scenes, 2, 0, workers=1, progress=False)
+            costs = measure([model for _, model in models], find_frames(scenes)[0], device, repeats=self.repeats)
         width = max(len(name) for name in (*self.detectors, "detector"))
-        print(f"{'detector':<{width}}  {'image':>10}  {'median ms':>9}  {'p90 ms':>8}  {'GFLOPs':>8}  {'params M':>8}")
-        for name, cost in zip(self.detectors, costs, strict=True):
+        print(
+            f"{'detector':<{width}}  {'runs':<11}  {'image':>10}  {'median ms':>9}  {'p90 ms':>8}  {'GFLOPs':>8}  "
+            f"{'params M':>8}"
+        )
+        for (name, _), cost in zip(models, costs, strict=True):
             size = f"{cost.size[0]} x {cost.size[1]}"
-            print(
-                f"{name:<{width}}  {size:>10}  {cost.median_ms:9.1f}  {cost.p90_ms:8.1f}  {cost.gflops:8.2f}  "
-                f"{cost.parameters / 1e6:8.2f}"
-            )
+            gflops = "" if cost.gflops is None else f"{cost.gflops:.2f}"
+            parameters = "" if cost.parameters is None else f"{cost.parameters / 1e6:.2f}"
+            line = f"{name:<{width}}  {cost.runs:<11}  {size:>10}  {cost.median_ms:9.1f}  {cost.p90_ms:8.1f}"
+            print(f"{line}  {gflops:>8}  {parameters:>8}".rstrip())
         there = versions(device)
         print(f"on {there['device']}, {there['threads']} threads, torch {there['torch']}, batch 1")
         if self.out is not None:
             text = io.StringIO()
             rows = [
                 {"detector": name, **asdict(cost), "size": "x".join(map(str, cost.size)), **there}
-                for name, cost in zip(self.detectors, costs, strict=True)
+                for (name, _), cost in zip(models, costs, strict=True)
             ]
             writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
             writer.writeheader()

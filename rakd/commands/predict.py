@@ -31,7 +31,7 @@ class Predict:
     folder with one NAME.txt for each."""
 
     checkpoint: Annotated[Path, arg(metavar="FILE")]
-    """detector.pt of a run of rakd distill or rakd train."""
+    """detector.pt of a run of rakd distill or rakd train, or an .onnx of rakd export."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("predictions")
     """Folder to write to."""
@@ -47,9 +47,9 @@ class Predict:
         from PIL import Image
 
         from rakd.commands.devices import choose_device
+        from rakd.commands.models import open_model
         from rakd.data.kitti import make_sample
         from rakd.data.labels import write_objects
-        from rakd.detector.files import load_detector
         from rakd.detector.inference import detect
         from rakd.visualize import draw_frame, prediction_layer
 
@@ -59,7 +59,7 @@ class Predict:
         self._check_names(images)
         check_folder(self.out, "--out")
         device = choose_device(self.device)
-        detector = load_detector(self.checkpoint).to(device)
+        detector = open_model(self.checkpoint, device)
         # What is wrong with the last image is said before the first detection.
         _check_sizes(images, detector.config)
         calibrations = [

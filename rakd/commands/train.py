@@ -12,10 +12,9 @@ from rakd.files import check_folder
 from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from rakd.data.kitti import KittiDataset
     from rakd.detector.detector import Detector
+    from rakd.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,12 @@ class Train:
                 fingerprint={"detector": asdict(config)},
                 image_size=config.image_size,
             ).run()
-            if processes.main:
-                self._finish(detector.eval(), val, data, processes.device)
+            self._finish(detector.eval(), val, data, processes)
             # Who left the others earlier would take the connection with it.
             wait_for_all(processes)
 
-    def _finish(self, detector: "Detector", val: "KittiDataset", data: Path, device: "torch.device") -> None:
-        """Write weights and detections, and print their evaluation."""
+    def _finish(self, detector: "Detector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
+        """Write weights and detections, which all processes make, and print their evaluation."""
         from rakd.commands.waymo_data import format_waymo_tables, is_converted
         from rakd.detector.files import save_detector
         from rakd.detector.inference import write_detections
@@ -142,8 +140,11 @@ class Train:
         from rakd.evaluation.report import format_ceilings, format_table
         from rakd.study.results import RunResult, precisions_of, write_run
 
-        save_detector(self.out / "detector.pt", detector)
-        write_detections(detector, val, self.out / "detections", device)
+        if processes.main:
+            save_detector(self.out / "detector.pt", detector)
+        write_detections(detector, val, self.out / "detections", processes.device, processes=processes)
+        if not processes.main:
+            return
         frames = [frame.id for frame in val.frames]
         folders = data / "training" / "label_2", self.out / "detections"
         result = evaluate(*folders, frames=frames)

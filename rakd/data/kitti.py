@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from rakd.data.augment import Augmentation, distort
 from rakd.data.frames import Part, find_frames, read_image_size
 from rakd.data.labels import Objects
-from rakd.data.targets import CLASSES, MIN_HEIGHT, Targets, make_targets
+from rakd.data.targets import CLASSES, MIN_HEIGHT, PackedTargets, Targets, make_targets
 from rakd.errors import UserError
 from rakd.geometry import Calibration
 
@@ -48,11 +48,13 @@ class Batch:
         images: ``[B, 3, height, width]`` float32; images stand at the top left, zeros fill the rest.
         sizes: (width, height) of each image without the padding.
         samples: What the batch is made of; their images are views of ``images``.
+        packed: The samples' targets for a device; None where a sample has none.
     """
 
     images: Tensor
     sizes: list[tuple[int, int]]
     samples: list[Sample]
+    packed: PackedTargets | None
 
     def targets(self, device: torch.device | str) -> list[Targets]:
         """The samples' targets on a device.
@@ -60,16 +62,19 @@ class Batch:
         Raises:
             UserError: A sample has none.
         """
-        result = []
-        for sample in self.samples:
-            if sample.targets is None:
-                raise UserError(f"frame {sample.id} has no labels to learn from")
-            result.append(sample.targets.to(device))
-        return result
+        if self.packed is None:
+            names = ", ".join(sample.id for sample in self.samples if sample.targets is None)
+            raise UserError(f"frame {names} has no labels to learn from")
+        return self.packed.unpack(device)
 
     def pin_memory(self) -> "Batch":
-        """The same with ``images`` in pinned memory, from which a GPU copies faster; loaders call it."""
-        return replace(self, images=self.images.pin_memory())
+        """The same in pinned memory, from which a GPU copies faster and without anybody waiting; loaders call it."""
+        images = self.images.pin_memory()
+        samples = [
+            replace(sample, image=image[:, :height, :width])
+            for sample, image, (width, height) in zip(self.samples, images, self.sizes, strict=True)
+        ]
+        return Batch(images, self.sizes, samples, self.packed and self.packed.pin_memory())
 
 
 class KittiDataset(Dataset[Sample]):
@@ -251,4 +256,6 @@ def collate(samples: Sequence[Sample], *, divisor: int = 32, size: tuple[int, in
         view.copy_(sample.image)
         # A batch travels from worker to trainer: it should not carry each image twice.
         padded.append(replace(sample, image=view))
-    return Batch(images, sizes, padded)
+    targets = [sample.targets for sample in samples if sample.targets is not None]
+    packed = PackedTargets.pack(targets) if len(targets) == len(samples) else None
+    return Batch(images, sizes, padded, packed)

@@ -1,5 +1,6 @@
 """Training targets of a frame: which objects to learn from, which to ignore, and what to predict for them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -56,6 +57,57 @@ class Targets:
     def to(self, device: torch.device | str) -> "Targets":
         """The same targets on another device."""
         return Targets(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTargets:
+    """The targets of a batch in one tensor, which one copy brings to a device.
+
+    Attributes:
+        numbers: ``[T]`` float32: all images' rows of each field of `Targets` in turn.
+        counts: Objects and regions to ignore of each image.
+    """
+
+    numbers: Tensor
+    counts: list[tuple[int, int]]
+
+    @classmethod
+    def pack(cls, targets: Sequence[Targets]) -> "PackedTargets":
+        """Pack the targets of a batch's images, at least one. Classes and flags are exact as float32, too."""
+        names = [field.name for field in fields(Targets)]
+        parts = [getattr(target, name).reshape(-1).float() for name in names for target in targets]
+        return cls(torch.cat(parts), [(len(target), len(target.ignored)) for target in targets])
+
+    def pin_memory(self) -> "PackedTargets":
+        """The same in pinned memory."""
+        return PackedTargets(self.numbers.pin_memory(), self.counts)
+
+    def unpack(self, device: torch.device | str) -> list[Targets]:
+        """The targets of each image on a device; from pinned memory nothing waits for the copy."""
+        numbers = self.numbers.to(device, non_blocking=True)
+        objects, ignored = ([counts[i] for counts in self.counts] for i in (0, 1))
+        columns, start = {}, 0
+        for name, (shape, dtype) in _FIELDS.items():
+            rows = ignored if name == "ignored" else objects
+            end = start + sum(rows) * math.prod(shape)
+            columns[name] = numbers[start:end].view(-1, *shape).to(dtype).split_with_sizes(rows)
+            start = end
+        return [Targets(**dict(zip(columns, own, strict=True))) for own in zip(*columns.values(), strict=True)]
+
+
+_FIELDS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+    "classes": ((), torch.int64),
+    "boxes": ((4,), torch.float32),
+    "dimensions": ((3,), torch.float32),
+    "location": ((3,), torch.float32),
+    "rotation_y": ((), torch.float32),
+    "alpha": ((), torch.float32),
+    "keypoints": ((9, 2), torch.float32),
+    "keypoints_seen": ((9,), torch.bool),
+    "projected_height": ((), torch.float32),
+    "ignored": ((4,), torch.float32),
+}
+"""Shape of a row and dtype of each field of `Targets`, in their order."""
 
 
 def make_targets(

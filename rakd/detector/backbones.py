@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.transforms.functional import normalize
 
 STRIDES = (4, 8, 16, 32)
 """Pixels per cell of the maps p2 .. p5."""
@@ -68,6 +67,9 @@ class Backbone(nn.Module):
         ImportError: timm is needed and not installed.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, pretrained: bool) -> None:
         super().__init__()
         self.init_source = "random weights"
@@ -77,13 +79,16 @@ class Backbone(nn.Module):
         else:
             self.body = self._timm(name.removeprefix("timm/"), pretrained)
         self.body.eval()
+        # As buffers, so that no step copies them to the device and a file brings those its weights were made with.
+        self.register_buffer("mean", torch.tensor(self._mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(self._std).view(3, 1, 1))
         with torch.no_grad():
             maps = self._maps(torch.zeros(1, 3, 64, 64))
         self.widths = [int(maps[level].shape[1]) for level in LEVELS]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute p2 .. p5 of ``[B, 3, H, W]`` images in 0..1, RGB."""
-        return self._maps(normalize(images, self._mean, self._std))
+        return self._maps((images - self.mean) / self.std)
 
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.body(images)

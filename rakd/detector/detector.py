@@ -11,18 +11,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from rakd.data.labels import Objects
-from rakd.data.targets import Targets, pooling_boxes
+from rakd.data.targets import CLASSES, Targets, pooling_boxes
+from rakd.detector.boxes import clip_boxes, decode_deltas, encode_deltas, image_extents, suppress
 from rakd.detector.configs import DetectorConfig
-from rakd.detector.decode import decode
+from rakd.detector.decode import Detections, decode
 from rakd.detector.heads import BoxHead, SpaceHead
 from rakd.detector.losses import box_losses, space_losses
-from rakd.detector.proposals import IGNORED, ProposalNetwork, Sampler, covered
+from rakd.detector.proposals import ProposalNetwork, best_boxes, covered, match_boxes
 from rakd.detector.pyramid import STRIDES, Pyramid
+from rakd.detector.sampling import IGNORED, draw
 from rakd.distill.adapters import seeded_modules
 from rakd.distributed import shared_mean_count
 from rakd.geometry import Calibration
@@ -67,9 +66,6 @@ class Detector(nn.Module):
             self.proposals = ProposalNetwork(self.channels, config.proposals)
             self.box_head = BoxHead(self.channels, _OUTPUT_SIZE, heads.width)
             self.space_head = SpaceHead(self.channels, _OUTPUT_SIZE, heads.width)
-        self._coder = BoxCoder(_BOX_SCALES)
-        self._matcher = Matcher(heads.positive_iou, heads.positive_iou, allow_low_quality_matches=False)
-        self._sampler = Sampler(heads.sampled, heads.positive_share)
 
     @property
     def loaded(self) -> str:
@@ -82,7 +78,8 @@ class Detector(nn.Module):
         Args:
             images: ``[B, 3, H, W]`` in 0..1, RGB, padded to multiples of 32.
         """
-        return self.pyramid.extract_features(images.contiguous(memory_format=torch.channels_last))
+        features: dict[str, Tensor] = self.pyramid(images.contiguous(memory_format=torch.channels_last))
+        return features
 
     def losses(
         self,
@@ -112,29 +109,29 @@ class Detector(nn.Module):
                 "sizes, targets and seeds must hold one entry an image, got "
                 f"{len(sizes)}, {len(targets)} and {len(seeds)} for {features['p2'].shape[0]} images"
             )
-        self.proposals.fg_bg_sampler.seeds = self._sampler.seeds = seeds
-        wanted = [{"boxes": target.boxes, "ignored": target.ignored} for target in targets]
-        proposals, losses = self._propose(features, sizes, wanted)
-        boxes, labels, matched = self._draw_proposals(proposals, targets)
-        logits, deltas = self.box_head(self._pool(features, boxes))
-        count = logits.new_tensor(len(boxes) * self.config.heads.sampled)
-        all_labels, all_boxes = torch.cat(labels), torch.cat(boxes)
-        matches = _join([target_rows(t, rows) for t, rows in zip(targets, matched, strict=True)])
-        wanted_deltas = self._coder.encode_single(matches.boxes, all_boxes)
-        class_loss, box_loss = box_losses(logits, deltas, all_labels, wanted_deltas)
+        extents = image_extents(sizes, features["p2"].device)
+        proposals, valid, losses = self._propose(features, extents, targets, seeds)
+        boxes, labels, matched = self._draw_proposals(proposals, valid, targets, seeds)
+        logits, deltas = self.box_head(self._pool(features, boxes.unbind()))
+        objects = _join(targets)
+        matches = target_rows(objects, matched.flatten())
+        wanted_deltas = encode_deltas(matches.boxes, boxes.flatten(0, 1), _BOX_SCALES)
+        class_loss, box_loss = box_losses(logits, deltas, labels.flatten(), wanted_deltas)
+        count = len(boxes) * self.config.heads.sampled
         result = {
-            "objectness": losses["loss_objectness"],
-            "proposal_box": losses["loss_rpn_box_reg"],
+            "objectness": losses["objectness"],
+            "proposal_box": losses["proposal_box"],
             "class": class_loss.sum() / count,
             "box": box_loss.sum() / count,
         }
-        positive = all_labels > 0
-        foreground = [rows[label > 0] for rows, label in zip(boxes, labels, strict=True)]
-        said = self.space_head(self._pool(features, foreground), all_labels[positive] - 1)
-        positives = shared_mean_count(positive.sum(), logits.device).to(logits.dtype)
-        for name, values in space_losses(
-            said, all_boxes[positive], target_rows(matches, positive), self.config.height
-        ).items():
+        # The one question to the device, after all that does not need the answer. Positives come first.
+        counts = (labels > 0).sum(dim=1).tolist()
+        foreground = [rows[:n] for rows, n in zip(boxes, counts, strict=True)]
+        classes = torch.cat([rows[:n] for rows, n in zip(labels, counts, strict=True)]) - 1
+        own = target_rows(objects, torch.cat([rows[:n] for rows, n in zip(matched, counts, strict=True)]))
+        said = self.space_head(self._pool(features, foreground), classes)
+        positives = shared_mean_count(sum(counts), logits.device).to(logits.dtype)
+        for name, values in space_losses(said, torch.cat(foreground), own, self.config.height).items():
             weight = self.config.heads.corner_weight if name == "corners" else 1.0
             result[name] = weight * values.sum() / positives
         return result, foreground
@@ -169,42 +166,37 @@ class Detector(nn.Module):
                 "sizes and calibrations must hold one entry an image, got "
                 f"{len(sizes)} and {len(calibrations)} for {len(images)} images"
             )
-        features = self.extract_features(images)
-        proposals, _ = self._propose(features, sizes, None)
-        logits, deltas = self.box_head(self._pool(features, proposals))
-        counts = [len(rows) for rows in proposals]
-        found = [
-            self._suppress(logit, delta, rows, size)
-            for logit, delta, rows, size in zip(
-                logits.split(counts), deltas.split(counts), proposals, sizes, strict=True
-            )
+        found = self.detect(images, image_extents(sizes, images.device)).to_host()
+        return [
+            decode(found.of_image(i), calibration, self.config.height) for i, calibration in enumerate(calibrations)
         ]
-        boxes = [rows for rows, _, _ in found]
-        classes = torch.cat([rows for _, rows, _ in found])
-        said = self.space_head(self._pool(features, boxes), classes)
-        result, start = [], 0
-        for (rows, kinds, scores), calibration in zip(found, calibrations, strict=True):
-            own = type(said)(**{f.name: getattr(said, f.name)[start : start + len(rows)] for f in fields(said)})
-            result.append(decode(own, rows, kinds, scores, calibration, self.config.height))
-            start += len(rows)
-        return result
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, extents: Tensor) -> Detections:
+        """Find the objects in images, as tensors of fixed shapes on the images' device.
+
+        Args:
+            images: As for `predict`.
+            extents: ``[B, 2]`` float32, width and height of each image without padding.
+        """
+        features = self.extract_features(images)
+        proposals, valid, _ = self._propose(features, extents)
+        logits, deltas = self.box_head(self._pool(features, proposals.unbind()))
+        boxes, scores, kept = self._suppress(logits, deltas, proposals, valid, extents)
+        chosen, valid, best, places = best_boxes(boxes, scores, kept, self.config.heads.detections)
+        classes = places // proposals.shape[1]
+        pred = self.space_head(self._pool(features, chosen.unbind()), classes.flatten())
+        return Detections(valid, chosen, classes, best, pred)
 
     def _propose(
-        self,
-        features: dict[str, Tensor],
-        sizes: Sequence[tuple[int, int]],
-        targets: list[dict[str, Tensor]] | None,
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        self, features: dict[str, Tensor], extents: Tensor, targets: Sequence[Targets] = (), seeds: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Run the proposal network, on p6 too where it has anchors."""
-        maps = dict(features)
+        maps = list(features.values())
         if len(self.config.proposals.anchor_sizes) > len(features):
-            maps["p6"] = F.max_pool2d(features["p5"], 1, 2)
-        fine = features["p2"]
-        shape = (fine.shape[0], 3, fine.shape[2] * self.strides[0], fine.shape[3] * self.strides[0])
-        # The network looks at the shape of the images only.
-        images = ImageList(torch.empty(shape, device="meta"), [(height, width) for width, height in sizes])
-        boxes, losses = self.proposals(images, maps, targets)
-        return boxes, losses
+            maps.append(F.max_pool2d(features["p5"], 1, 2))
+        proposed: tuple[Tensor, Tensor, dict[str, Tensor]] = self.proposals(maps, extents, targets, seeds)
+        return proposed
 
     def _pool(self, features: dict[str, Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Pool the boxes' features."""
@@ -218,52 +210,61 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def _draw_proposals(
-        self, proposals: Sequence[Tensor], targets: Sequence[Targets]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        self, proposals: Tensor, valid: Tensor, targets: Sequence[Targets], seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the proposals that the losses look at; the objects' own boxes are among the candidates.
 
         Returns:
-            Per image boxes ``[N, 4]``, labels ``[N]`` (0 background, else class + 1) and the row of each box's
-            object ``[N]`` (-1: none).
+            Boxes ``[B, S, 4]``, labels ``[B, S]`` (class + 1 first, then 0, background, then `IGNORED`, which only
+            fills up) and the row of each box's object among those of all images ``[B, S]`` (-1: none).
         """
+        most, first = max(len(target) for target in targets), 0
         candidates, labels, matches = [], [], []
-        for rows, target in zip(proposals, targets, strict=True):
-            boxes = torch.cat([rows, target.boxes])
-            label = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-            match = torch.full_like(label, -1)
-            if len(target):
-                match = self._matcher(box_iou(target.boxes, boxes))
-                label = torch.where(match >= 0, target.classes[match.clamp(min=0)] + 1, 0)
-            label[(label == 0) & covered(boxes, target.ignored)] = int(IGNORED)
+        for rows, counts, target in zip(proposals, valid, targets, strict=True):
+            # What fills up to the batch's most objects comes last, so that no draw depends on it.
+            missing = most - len(target)
+            boxes = F.pad(torch.cat([rows, target.boxes.to(rows.dtype)]), (0, 0, 0, missing))
+            counts = F.pad(F.pad(counts, (0, len(target)), value=True), (0, missing))
+            iou = self.config.heads.positive_iou
+            match, _ = match_boxes(boxes, target.boxes, iou, iou, every_object=False)
+            ignored = ~counts | ((match < 0) & covered(boxes, target.ignored))
+            # The entry after the last, which -1 finds, is the background's.
+            label = F.pad(target.classes + 1, (0, 1))[match]
             candidates.append(boxes)
-            labels.append(label)
-            matches.append(match)
-        drawn = [a | b for a, b in zip(*self._sampler(labels), strict=True)]
-        return tuple(  # type: ignore[return-value]
-            [rows[mask] for rows, mask in zip(values, drawn, strict=True)] for values in (candidates, labels, matches)
+            labels.append(torch.where(ignored, IGNORED, label))
+            matches.append(torch.where(ignored | (match < 0), -1, match + first))
+            first += len(target)
+        stacked = torch.stack(labels)
+        heads = self.config.heads
+        drawn = draw(stacked, seeds, heads.sampled, heads.positive_share)
+        boxes = torch.stack(candidates).gather(1, drawn.rows[..., None].expand(*drawn.rows.shape, 4))
+        return (
+            boxes,
+            torch.where(drawn.drawn, stacked.gather(1, drawn.rows), IGNORED),
+            torch.stack(matches).gather(1, drawn.rows),
         )
 
     def _suppress(
-        self, logits: Tensor, deltas: Tensor, proposals: Tensor, size: tuple[int, int]
+        self, logits: Tensor, deltas: Tensor, proposals: Tensor, valid: Tensor, extents: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The detections of one image: boxes ``[N, 4]``, classes ``[N]``, scores ``[N]``."""
+        """Boxes ``[B, classes * P, 4]``, their scores and which of them are detections, ``[B, classes * P]``."""
+        images, count = valid.shape
         heads = self.config.heads
-        scores = logits.softmax(dim=1)[:, 1:]
-        rows, classes = (scores > heads.score_limit).nonzero().unbind(dim=1)
-        boxes = self._coder.decode_single(deltas[rows, classes], proposals[rows])
-        boxes = clip_boxes_to_image(boxes, (size[1] - 1, size[0] - 1))
-        scores = scores[rows, classes]
-        kept = batched_nms(boxes, scores, classes, heads.nms_iou)[: heads.detections]
-        return boxes[kept], classes[kept], scores[kept]
+        scores = logits.softmax(dim=1)[:, 1:].view(images, count, len(CLASSES)).transpose(1, 2)
+        deltas = deltas.view(images, count, len(CLASSES), 4).transpose(1, 2)
+        boxes = clip_boxes(decode_deltas(deltas, proposals[:, None], _BOX_SCALES), extents - 1)
+        likely = (scores > heads.score_limit) & valid[:, None]
+        kept = suppress(boxes.flatten(0, 1), scores.flatten(0, 1), likely.flatten(0, 1), heads.nms_iou)
+        return boxes.flatten(1, 2), scores.flatten(1, 2), kept.view(images, -1)
 
 
 def target_rows(targets: Targets, rows: Tensor) -> Targets:
-    """The targets of some rows, by number or mask; row -1 of an image without objects is a row of zeros."""
+    """The targets of some rows; row -1, no object, is a row of zeros."""
     values = {}
     for field in fields(targets):
         value: Tensor = getattr(targets, field.name)
         if field.name != "ignored":
-            value = value[rows] if len(targets) else value.new_zeros((len(rows), *value.shape[1:]))
+            value = torch.cat([value, value.new_zeros((1, *value.shape[1:]))])[rows]
         values[field.name] = value
     return Targets(**values)
 

@@ -25,7 +25,7 @@ def load_detector(path: Path) -> Detector:
     """
     state, settings = load_weights(path)
     try:
-        config = _config(settings["detector"])
+        config = read_config(settings["detector"])
         # The file brings all weights: nothing is to be downloaded.
         detector = Detector(config.without_download())
         detector.config = config
@@ -36,7 +36,8 @@ def load_detector(path: Path) -> Detector:
     return detector.eval()
 
 
-def _config(values: Mapping[str, Any]) -> DetectorConfig:
+def read_config(values: Mapping[str, Any]) -> DetectorConfig:
+    """Settings of a detector from plain values, as `dataclasses.asdict` or JSON give them."""
     parts = {"backbone": BackboneConfig, "proposals": ProposalConfig, "heads": HeadConfig}
     return DetectorConfig(
         **{name: parts[name](**_tuples(value)) if name in parts else value for name, value in values.items()}

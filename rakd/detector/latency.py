@@ -1,6 +1,7 @@
 """What a detector costs: time for one image, operations, parameters."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -12,8 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from rakd.data.frames import Frame
 from rakd.data.kitti import Batch, collate, make_sample
 from rakd.detector.detector import Detector
+from rakd.detector.onnx_model import OnnxDetector
 from rakd.errors import UserError
 from rakd.progress import bar
+
+Model = Detector | OnnxDetector
+"""What can be timed."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +29,23 @@ class Cost:
         size: (width, height) of the image in pixels.
         median_ms: Median time for one image, from pixels on the device to objects.
         p90_ms: The time that nine of ten images stay under.
+        runs: "eager", "compiled" or "onnxruntime".
         gflops: 10⁹ floating-point operations of plain convolutions and matrix products, by torch's own counter. A
             multiplication with its addition counts as two; normalisation, pooling, suppression and deformable
-            convolutions are not counted.
-        parameters: Number of parameters.
+            convolutions are not counted. None for an ONNX model.
+        parameters: Number of parameters; None for an ONNX model.
     """
 
     size: tuple[int, int]
     median_ms: float
     p90_ms: float
-    gflops: float
-    parameters: int
+    runs: str
+    gflops: float | None
+    parameters: int | None
 
 
 def measure(
-    detectors: Sequence[Detector],
+    detectors: Sequence[Model],
     frame: Frame,
     device: torch.device,
     *,
@@ -48,13 +55,12 @@ def measure(
 ) -> list[Cost]:
     """Measure detectors side by side: they take turns on one image, batch 1, in evaluation mode.
 
-    The second stage of heads sees as many boxes as the first one finds in this image, at most
-    `rakd.detector.configs.HeadConfig.detections`; a detector with random weights lets the most through.
+    The stages of heads see the same number of boxes in every image, see `rakd.detector.detector.Detector.detect`.
 
     Args:
-        detectors: Each gets the image resized and padded as its settings say.
+        detectors: Each gets the image resized and padded as its settings say. See `compiled` for compiled ones.
         frame: Image and camera.
-        device: Where to compute; the detectors are moved there.
+        device: Where to compute; detectors in PyTorch are moved there.
         repeats: Timed turns, at least 1.
         warm_up: Turns before that are not timed.
         progress: Show a progress bar.
@@ -63,7 +69,8 @@ def measure(
         raise UserError(f"repeats must be 1 or more, got {repeats}")
     inputs = [_prepare(detector, frame, device) for detector in detectors]
     for detector in detectors:
-        detector.to(device).eval()
+        if isinstance(detector, Detector):
+            detector.to(device).eval()
     times: list[list[float]] = [[] for _ in detectors]
     for turn in bar(range(warm_up + repeats), desc="timing", disable=not progress):
         for detector, batch, row in zip(detectors, inputs, times, strict=True):
@@ -75,14 +82,31 @@ def measure(
             size=(batch.images.shape[3], batch.images.shape[2]),
             median_ms=float(np.median(row)),
             p90_ms=float(np.quantile(row, 0.9)),
-            gflops=_gflops(detector, batch),
-            parameters=sum(parameter.numel() for parameter in detector.parameters()),
+            runs=_runs(detector),
+            gflops=_gflops(detector, batch) if isinstance(detector, Detector) else None,
+            parameters=sum(p.numel() for p in detector.parameters()) if isinstance(detector, Detector) else None,
         )
         for detector, batch, row in zip(detectors, inputs, times, strict=True)
     ]
 
 
-def _prepare(detector: Detector, frame: Frame, device: torch.device) -> Batch:
+def compiled(detector: Detector) -> Detector:
+    """A copy whose backbone and feature pyramid, the bulk of the work, go through `torch.compile`.
+
+    The parts behind them have results whose number depends on values, and gain nothing.
+    """
+    copied = deepcopy(detector)
+    copied.pyramid.compile()
+    return copied
+
+
+def _runs(detector: Model) -> str:
+    if not isinstance(detector, Detector):
+        return "onnxruntime"
+    return "eager" if detector.pyramid._compiled_call_impl is None else "compiled"
+
+
+def _prepare(detector: Model, frame: Frame, device: torch.device) -> Batch:
     config = detector.config
     image = Image.fromarray(frame.read_image())
     sample = make_sample(frame.id, image, frame.read_calibration(), None, config.height)
@@ -90,11 +114,11 @@ def _prepare(detector: Detector, frame: Frame, device: torch.device) -> Batch:
     return replace(batch, images=batch.images.to(device))
 
 
-def _run(detector: Detector, batch: Batch) -> None:
+def _run(detector: Model, batch: Batch) -> None:
     detector.predict(batch.images, batch.sizes, [sample.calibration for sample in batch.samples])
 
 
-def _time(detector: Detector, batch: Batch, device: torch.device) -> float:
+def _time(detector: Model, batch: Batch, device: torch.device) -> float:
     start = perf_counter()
     _run(detector, batch)  # ends with objects in main memory, so the device has finished
     if device.type == "cuda":
@@ -104,6 +128,10 @@ def _time(detector: Detector, batch: Batch, device: torch.device) -> float:
 
 def _gflops(detector: Detector, batch: Batch) -> float:
     counter = FlopCounterMode(display=False)
+    plain = detector.pyramid._compiled_call_impl
+    # The counter sees operations one by one, as a compiled part does not run them.
+    detector.pyramid._compiled_call_impl = None
     with counter:
         _run(detector, batch)
+    detector.pyramid._compiled_call_impl = plain
     return counter.get_total_flops() / 1e9

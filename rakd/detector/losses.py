@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from rakd.data.targets import Targets
 from rakd.detector.heads import Attributes
+from rakd.detector.sampling import IGNORED
 
 RECIPROCAL_SCALE = 700.0
 """Reciprocal heights are 700 / pixels at the paper's image height; that keeps them near 10."""
@@ -93,8 +94,9 @@ def box_heights(boxes: Tensor) -> Tensor:
 def _frames(boxes: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1.0)
-    shape = (len(boxes), *(1,) * (dimensions - 2), 2)
-    return center.view(shape), size.view(shape)
+    for _ in range(dimensions - 2):
+        center, size = center[:, None], size[:, None]
+    return center, size
 
 
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted_deltas: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,13 +105,16 @@ def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted_deltas: Te
     Args:
         logits: ``[N, 1 + classes]``, background first.
         deltas: ``[N, classes, 4]``.
-        labels: ``[N]`` int64, 0 background, else class + 1.
-        wanted_deltas: ``[N, 4]``, of no account where the label is 0.
+        labels: ``[N]`` int64, 0 background, `IGNORED`, else class + 1.
+        wanted_deltas: ``[N, 4]``, of no account where the label is not positive.
 
     Returns:
-        ``[N]`` and ``[positives]``.
+        ``[N]`` each; the first is 0 where the label is `IGNORED`, the second where it is not positive.
     """
-    positive = labels > 0
-    own = deltas[positive, labels[positive] - 1]
-    box = F.smooth_l1_loss(own, wanted_deltas[positive], beta=1 / 9, reduction="none").sum(dim=1)
-    return F.cross_entropy(logits, labels, reduction="none"), box
+    positive = (labels > 0)[:, None]
+    own = deltas.gather(1, (labels - 1).clamp(min=0)[:, None, None].expand(-1, 1, 4))[:, 0]
+    # Before the loss, so that whatever stands there gives no gradient that is not finite.
+    wanted = torch.where(positive, wanted_deltas, 0.0).to(own.dtype)
+    box = F.smooth_l1_loss(own, wanted, beta=1 / 9, reduction="none")
+    classes = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+    return classes, torch.where(positive, box, 0.0).sum(dim=1)

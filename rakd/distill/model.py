@@ -40,10 +40,12 @@ class DistillationModel(nn.Module):
         images = batch.images.to(device, non_blocking=True)
         targets = batch.targets(device)
         features = self.detector.extract_features(images)
+        # Before the losses, which wait for the device: so it has the expert's work to do meanwhile.
+        expert = None if self.distiller is None else self.distiller.expert_features(images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
-            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), features)
+            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), features, expert)
         return losses
 
 

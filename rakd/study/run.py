@@ -248,16 +248,24 @@ class Study:
         seconds: float | None,
         losses: dict[str, float] | None = None,
     ) -> RunResult | None:
-        """Evaluate a detector, unless that is done; in the main process."""
-        if not self.processes.main:
-            return None
+        """Evaluate a detector, unless that is done. All processes detect; the main one has the result."""
         folder = self.out / name
         result = folder / "result.json"
-        if result.exists():
-            return read_run(result)
-        save_detector(folder / "detector.pt", detector)
+        if from_main(self.processes, result.exists):
+            return read_run(result) if self.processes.main else None
+        if self.processes.main:
+            save_detector(folder / "detector.pt", detector)
         dataset = KittiDataset(self.data, self.splits[1], height=detector.config.height)
-        write_detections(detector, dataset, folder / "detections", self.processes.device, progress=not self.quiet)
+        write_detections(
+            detector,
+            dataset,
+            folder / "detections",
+            self.processes.device,
+            processes=self.processes,
+            progress=not self.quiet,
+        )
+        if not self.processes.main:
+            return None
         truth = self.data / "training" / "label_2"
         frames = [frame.id for frame in dataset.frames]
         run = RunResult(

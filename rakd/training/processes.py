@@ -11,7 +11,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -83,12 +83,30 @@ def start_processes(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator
     )
     try:
         yield Processes(chosen, rank, count)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # Not left in good order, for which the others would have to come: they wait in a collective for this one.
+        # torchrun ends them when this process ends, with its own error the last that is said.
+        _abort()
+        raise
+    dist.destroy_process_group()
+
+
+def _abort() -> None:
+    """Drop the connections without waiting for anybody."""
+    # From torch 2.6 on; it has no public name.
+    abort: Callable[[], None] | None = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if abort is not None and dist.get_backend() == "nccl":
+        abort()
 
 
 def current_processes(device: torch.device) -> Processes:
-    """The processes that are there, started by `start_processes` or otherwise."""
+    """The processes that are there, started by `start_processes` or otherwise.
+
+    Args:
+        device: Where this one computes; "cuda" is the current GPU.
+    """
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     if dist.is_available() and dist.is_initialized():
         return Processes(device, dist.get_rank(), dist.get_world_size())
     return Processes(device)
@@ -99,7 +117,8 @@ def from_main(processes: Processes, make: Callable[[], T]) -> T:
     if processes.count == 1:
         return make()
     box = [make() if processes.main else None]
-    dist.broadcast_object_list(box, src=0)
+    with _on(processes.device):
+        dist.broadcast_object_list(box, src=0)
     return box[0]  # type: ignore[return-value]
 
 
@@ -108,7 +127,8 @@ def from_all(processes: Processes, value: T) -> list[T]:
     if processes.count == 1:
         return [value]
     box: list[T | None] = [None] * processes.count
-    dist.all_gather_object(box, value)
+    with _on(processes.device):
+        dist.all_gather_object(box, value)
     return box  # type: ignore[return-value]
 
 
@@ -130,7 +150,13 @@ def mean_over(processes: Processes, values: Tensor) -> Tensor:
 def wait_for_all(processes: Processes) -> None:
     """Return when all processes have come here."""
     if processes.count > 1:
-        dist.barrier()
+        with _on(processes.device):
+            dist.barrier()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one: NCCL sends objects through that, and whoever started the processes may not have."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _variable(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from inspect import signature
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,12 @@ from rakd.training.order import EndlessOrder, StepSampler, image_seeds, process_
 from rakd.training.processes import copy_from_main, current_processes, from_all, from_main, mean_over, wait_for_all
 from rakd.training.settings import TrainSettings
 
+# Whether DistributedDataParallel copies the main process's buffers to all in each step; torch 2.14 renamed it.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 _AMP = {"off": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Settings that do not change what is learned, nor the log: a run may go on with others.
 _FREE = ("workers", "checkpoint_every")
@@ -39,7 +46,8 @@ class Trainer:
     minimised. The learner moves what it needs to its device. It draws random numbers for an image from a generator
     seeded with that image's integer, which depends on the run's seed, the step and the image's place in the batch
     only. Draws from torch's global generators are repeated on resuming, too, but differ with the number of
-    processes. ``train()`` is called on the learner once, before the first step.
+    processes. ``train()`` is called on the learner once, before the first step. With several processes every parameter
+    must get a gradient in every step, if of zeros, unless the learner has a true ``may_leave_parameters_unused``.
 
     Under ``torch.distributed`` (see `rakd.training.processes`) each process takes its share of every batch and
     gradients are averaged, so that terms which are means over images train as in one process. All processes make
@@ -47,7 +55,9 @@ class Trainer:
 
     Writes ``checkpoint.pt`` and ``log.csv``. A run that was killed at any moment goes on to the same bits where the
     learner's own operations give the same bits (on CUDA see `torch.use_deterministic_algorithms`), and can go on
-    with another number of processes or on another device, to the same result up to rounding.
+    with another number of processes or on another device, to the same result up to rounding. Of three and more
+    processes only the same up to rounding is promised: DistributedDataParallel regroups gradients after the first step,
+    and a sum of more than two numbers depends on their order.
 
     Args:
         learner: What is trained; it is moved to ``device``. What ``state_dict`` gives is in the checkpoints.
@@ -210,9 +220,16 @@ class Trainer:
     def _parallel(self) -> Callable[[Batch, Sequence[int]], dict[str, Tensor]]:
         if self.processes.count == 1:
             return self.learner
-        # A batch without objects may leave heads unused. Looking for unused parameters also keeps DDP from regrouping
-        # its buckets after the first step, which would make a resumed run round otherwise than one in one piece.
-        return DistributedDataParallel(self.learner, find_unused_parameters=True)
+        # Running means of normalisation: nobody reads them in training, and a checkpoint has the main process's.
+        unsynchronised: dict[str, Any] = {_SYNC_BUFFERS: False}
+        return DistributedDataParallel(
+            self.learner,
+            # Looking for them goes through the whole graph in each step.
+            find_unused_parameters=bool(getattr(self.learner, "may_leave_parameters_unused", False)),
+            # Gradients lie where they are sent from, in their parameters' memory layout: none is copied back.
+            gradient_as_bucket_view=True,
+            **unsynchronised,
+        )
 
     def _make_fingerprint(self, given: Mapping[str, object]) -> dict[str, Any]:
         for name in ("settings", "data"):

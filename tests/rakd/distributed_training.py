@@ -45,6 +45,8 @@ class Unlucky(ToyLearner):
 class Uneven(ToyLearner):
     """Has a part that the second process never uses, as a head is not used in images without objects."""
 
+    may_leave_parameters_unused = True
+
     def __init__(self) -> None:
         super().__init__()
         self.extra = nn.Parameter(torch.ones(2, 2))
@@ -60,7 +62,7 @@ def changed_scenes() -> Path:
     """A copy of the scenes with other labels."""
     copy = shutil.copytree(SCENES, OUT / "changed")
     for path in (copy / "training" / "label_2").iterdir():
-        path.write_text("")
+        path.write_text(path.read_text() + "DontCare -1 -1 -10 0 0 5 5 -1 -1 -1 -1000 -1000 -1000 -10\n")
     return copy
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from detector_cases import LOSSES, MANY, NONE, ONE, SIZE, images, losses, make_targets, still
-from torchvision.models.detection.image_list import ImageList
 
 from rakd.data.targets import Targets
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector, target_rows
-from rakd.detector.proposals import IGNORED, covered
+from rakd.detector.proposals import covered
 from rakd.detector.pyramid import STRIDES
+from rakd.detector.sampling import IGNORED
 from rakd.geometry import Calibration
 
 CAMERA = Calibration(np.array([[72.0, 0, 64, 4], [0, 72, 17, 0.02], [0, 0, 1, 0.003]]))
@@ -90,19 +90,17 @@ def test_images_with_few_objects_or_none(detector: Detector, targets: list[Targe
 def test_anchors_in_ignored_regions_are_neither_positive_nor_negative(detector: Detector) -> None:
     region = (60.0, 0.0, 128.0, 64.0)
     features = list(detector.extract_features(images()).values())
-    anchors = detector.proposals.anchor_generator(ImageList(images(), [SIZE[::-1]]), features)
+    anchors = torch.cat(detector.proposals.anchor_generator(features))
     target = make_targets((5, 20, 40, 50), (90, 10, 110, 55), ignored=(region,))
-    wanted = [{"boxes": target.boxes, "ignored": target.ignored}]
-    (labels,), (matched,) = detector.proposals.assign_targets_to_anchors(anchors, wanted)
-    inside = covered(anchors[0], target.ignored)
+    (labels,), (matched,) = detector.proposals.assign(anchors, [target])
+    inside = covered(anchors, target.ignored)
     assert inside.any() and not inside.all()
     assert not (labels[inside] == 0).any()
     assert (labels[inside] == IGNORED).any()
     # An object in the region is still one.
     assert (labels[inside] == 1).any()
     assert (matched[inside & (labels == 1)] == target.boxes[1]).all()
-    free = [{"boxes": target.boxes, "ignored": torch.zeros(0, 4)}]
-    (others,), _ = detector.proposals.assign_targets_to_anchors(anchors, free)
+    (others,), _ = detector.proposals.assign(anchors, [replace(target, ignored=torch.zeros(0, 4))])
     assert torch.equal(others[~inside], labels[~inside])
     assert (others[inside] == 0).any()
 
@@ -111,8 +109,8 @@ def test_proposals_in_ignored_regions_are_not_drawn(detector: Detector) -> None:
     corner = torch.rand(200, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([108.0, 44])
     proposals = torch.cat([corner, corner + 20], dim=1)
     target = make_targets((5, 20, 40, 50), (90, 10, 110, 55), ignored=((60.0, 0.0, 128.0, 64.0),))
-    detector._sampler.seeds = [3]
-    (boxes,), (labels,), (matched,) = detector._draw_proposals([proposals], [target])
+    valid = torch.ones(1, len(proposals), dtype=torch.bool)
+    (boxes,), (labels,), (matched,) = detector._draw_proposals(proposals[None], valid, [target], [3])
     inside = covered(boxes, target.ignored)
     assert len(boxes) == detector.config.heads.sampled
     assert (labels >= 0).all()
@@ -121,7 +119,8 @@ def test_proposals_in_ignored_regions_are_not_drawn(detector: Detector) -> None:
     assert (labels > 0).sum() <= detector.config.heads.positive_share * len(boxes)
     assert torch.equal(labels[labels > 0] - 1, target.classes[matched[labels > 0]])
     # Without the region, background is drawn from there, too.
-    (boxes,), (labels,), _ = detector._draw_proposals([proposals], [replace(target, ignored=torch.zeros(0, 4))])
+    free = replace(target, ignored=torch.zeros(0, 4))
+    (boxes,), (labels,), _ = detector._draw_proposals(proposals[None], valid, [free], [3])
     assert (labels[covered(boxes, target.ignored)] == 0).any()
 
 
@@ -189,11 +188,11 @@ def test_anchors_stand_at_the_cells_in_any_precision(dtype: torch.dtype) -> None
     generator = Detector(replace(DETECTORS["tiny"], proposals=DETECTORS["kitti-r18"].proposals)).proposals
     sizes = [(1760 // s, 512 // s) for s in STRIDES] + [(28, 8)]  # p6 is 27.5 cells wide, rounded up
     maps = [torch.zeros(1, 1, h, w, dtype=dtype) for w, h in sizes]
-    (anchors,) = generator.anchor_generator(ImageList(torch.empty(1, 3, 512, 1760, device="meta"), [(1, 1)]), maps)
+    parts = generator.anchor_generator(maps)
+    anchors = torch.cat(parts)
     assert anchors.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
-    parts = centers.split([3 * w * h for w, h in sizes])
-    for stride, (w, h), part in zip((4, 8, 16, 32, 64), sizes, parts, strict=True):
+    for stride, (w, h), own in zip((4, 8, 16, 32, 64), sizes, parts, strict=True):
+        part = (own[:, :2] + own[:, 2:]) / 2
         x, y = torch.arange(w) * stride, torch.arange(h) * stride
         assert part[::3].tolist() == [[float(a), float(b)] for b in y for a in x]
     areas = (anchors[:, 2:] - anchors[:, :2]).prod(dim=1).sqrt()

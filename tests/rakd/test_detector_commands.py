@@ -178,7 +178,7 @@ def test_latency(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     names = ["tiny", str(run / "detector.pt")]
     assert main(["latency", *names, "--repeats", "2", "--device", "cpu", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["detector", "image"]
+    assert lines[0].split()[:3] == ["detector", "runs", "image"]
     assert [line.split()[0] for line in lines[1:3]] == names
     assert "448 x 128" in lines[1]
     with out.open() as file:
@@ -188,6 +188,7 @@ def test_latency(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert rows[0]["parameters"] == rows[1]["parameters"]
     assert all(row["size"] == "448x128" and float(row["median_ms"]) > 0 for row in rows)
     assert {row["torch"] for row in rows} == {torch.__version__}
+    assert {row["runs"] for row in rows} == {"eager"}
 
 
 class FakeStudy:

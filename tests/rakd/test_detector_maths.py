@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rakd.data.labels import Objects
 from rakd.data.targets import CLASSES, Targets, make_targets
-from rakd.detector.decode import decode, distance_scale
+from rakd.detector.decode import Detections, decode, distance_scale
 from rakd.detector.heads import KEYPOINTS, MEAN_DIMENSIONS, Attributes, SpaceHead
 from rakd.detector.losses import (
     absolute_points,
@@ -24,7 +24,8 @@ from rakd.detector.losses import (
     relative_points,
     space_losses,
 )
-from rakd.detector.proposals import IGNORED, Sampler, covered
+from rakd.detector.proposals import covered
+from rakd.detector.sampling import IGNORED
 from rakd.geometry import Calibration, alpha_from_rotation, box_corners, project_boxes, wrap_angle
 
 SIZE = (1242, 375)
@@ -76,6 +77,11 @@ def perfect(targets: Targets, boxes: Tensor, stretch: Tensor) -> Attributes:
     )
 
 
+def detections(said: Attributes, boxes: Tensor, classes: Tensor, scores: Tensor) -> Detections:
+    """Detections of one image, all valid."""
+    return Detections(torch.ones(1, len(boxes), dtype=torch.bool), boxes[None], classes[None], scores[None], said)
+
+
 @st.composite
 def scenes(draw: st.DrawFn) -> tuple[Calibration, Objects]:
     """A camera and one object that it sees, perhaps mirrored and resized."""
@@ -121,7 +127,7 @@ def test_decoding_reverses_encoding(scene, jitter, stretch):
     size = (targets.boxes[:, 2:] - targets.boxes[:, :2]).repeat(1, 2)
     boxes = targets.boxes + size * torch.tensor(jitter, dtype=DOUBLE)
     said = perfect(targets, boxes, torch.full((1,), stretch, dtype=DOUBLE))
-    found = decode(said, boxes, targets.classes, torch.ones(1, dtype=DOUBLE), calibration, 512)
+    found = decode(detections(said, boxes, targets.classes, torch.ones(1, dtype=DOUBLE)), calibration, 512)
     assert found.types.tolist() == objects.types.tolist()
     np.testing.assert_allclose(found.dimensions, objects.dimensions, atol=1e-4)
     # The targets themselves are float32: a ten-thousandth of a pixel, which is more far away.
@@ -137,7 +143,7 @@ def test_decoding_sorts_by_score_and_keeps_rows_together():
     boxes = torch.tensor([[0.0, 0, 40, 50], [100, 0, 160, 80], [300, 50, 330, 90]], dtype=DOUBLE)
     classes, scores = torch.tensor([0, 1, 2]), torch.tensor([0.5, 0.9, 0.8], dtype=DOUBLE)
     said = attributes(3, factors=certain)
-    found = decode(said, boxes, classes, scores, calibration, 512)
+    found = decode(detections(said, boxes, classes, scores), calibration, 512)
     assert found.types.tolist() == ["Cyclist", "Car", "Pedestrian"]
     np.testing.assert_array_equal(found.boxes, boxes[[2, 0, 1]])
     np.testing.assert_array_equal(found.dimensions, said.dimensions[[2, 0, 1]])
@@ -288,7 +294,9 @@ def test_box_losses_look_at_the_own_class_only():
     wanted = torch.tensor([[math.nan] * 4, [1.0, 0, -1, 0.05]], dtype=DOUBLE)
     kinds, places = box_losses(logits, deltas, torch.tensor([0, 2]), wanted)
     np.testing.assert_allclose(kinds.detach(), [math.log(math.exp(2) + 3) - 2, math.log(math.e + 3) - 1], rtol=1e-12)
-    np.testing.assert_allclose(places.detach(), [2 * (1 - 1 / 18) + 0.05**2 / 2 * 9], rtol=1e-12)
+    np.testing.assert_allclose(places.detach(), [0, 2 * (1 - 1 / 18) + 0.05**2 / 2 * 9], rtol=1e-12)
+    ignored, nothing = box_losses(logits, deltas, torch.tensor([IGNORED, 0]), wanted)
+    assert ignored.tolist() == [0, pytest.approx(math.log(math.e + 3))] and nothing.tolist() == [0, 0]
     (kinds.sum() + places.sum()).backward()
     assert deltas.grad is not None
     assert deltas.grad.isfinite().all()
@@ -320,43 +328,6 @@ def test_space_head_answers_for_the_class_asked():
         for field in fields(Attributes):
             torch.testing.assert_close(getattr(together, field.name)[row], getattr(alone, field.name)[0])
     assert not torch.equal(together.angle[0], together.angle[1])
-
-
-labels = st.lists(st.sampled_from([IGNORED, 0.0, 1.0, 2.0]), max_size=60)
-
-
-@given(st.lists(labels, min_size=1, max_size=3), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**63 - 9))
-def test_sampler(rows, count, share, seed):
-    images = [torch.tensor(row) for row in rows]
-    sampler = Sampler(count, share)
-    sampler.seeds = range(seed, seed + len(images))
-    positives, negatives = sampler(images)
-    for image, positive, negative in zip(images, positives, negatives, strict=True):
-        assert (image[positive] > 0).all()
-        assert (image[negative] == 0).all()
-        assert not (positive & negative).any()
-        assert positive.sum() == min((image > 0).sum(), int(count * share))
-        assert negative.sum() == min((image == 0).sum(), count - positive.sum())
-    # The last image alone, and the same again: nothing else has a say.
-    sampler.seeds = [sampler.seeds[-1]]
-    alone = sampler(images[-1:])
-    assert torch.equal(alone[0][0], positives[-1])
-    assert torch.equal(alone[1][0], negatives[-1])
-
-
-def test_sampler_draws_evenly():
-    sampler = Sampler(10, 0.5)
-    counts = torch.zeros(20)
-    for seed in range(400):
-        sampler.seeds = [seed]
-        counts += sampler([torch.ones(20)])[0][0]
-    # 400 draws of a quarter each: 100 with a deviation of 8.7.
-    assert (counts - 100).abs().max() < 40
-
-
-def test_sampler_wants_a_seed_an_image():
-    with pytest.raises(ValueError, match="zip"):
-        Sampler(4, 0.5)([torch.ones(3)])
 
 
 def test_covered():

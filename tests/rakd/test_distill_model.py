@@ -102,6 +102,6 @@ def test_who_knows_all_has_nothing_to_learn(config: DetectorConfig, batch: Batch
 
 
 def test_frames_without_labels_are_refused(config: DetectorConfig, batch: Batch) -> None:
-    bare = replace(batch, samples=[replace(sample, targets=None) for sample in batch.samples])
+    bare = collate([replace(sample, targets=None) for sample in batch.samples])
     with pytest.raises(ValueError, match="has no labels to learn from"):
         DistillationModel(Detector(config))(bare, [0, 1])

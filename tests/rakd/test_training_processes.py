@@ -119,3 +119,16 @@ def test_only_the_first_process_writes(outcome: Outcome) -> None:
     assert [line.split(",")[0] for line in (outcome.out / "two" / "log.csv").read_text().splitlines()[1:]] == [
         "2", "4", "6", "8", "10",
     ]  # fmt: skip
+
+
+def test_a_process_that_fails_ends_all_with_its_own_error() -> None:
+    script = SCRIPT.with_name("distributed_failure.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "UserError: the second process has its own trouble" in done.stderr

@@ -1,0 +1,84 @@
+"""``rakd export``: a trained detector as an ONNX model, checked against PyTorch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from rakd.errors import UserError
+
+# Of the detections, found by one side alone. Rounding tips a suppression whose overlap lies at its very limit; with
+# random weights, of whose boxes hundreds overlap, that happened to 1 of 100 (kitti-r50).
+_MOST_ALONE = 0.05
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a detector as an ONNX model, which runs without PyTorch, and compare the two.
+
+    Inputs: image [1, 3, H, W] (RGB, 0..1, zeros right of and below the image), size [2] (width and height without the
+    padding), projection [3, 4] (camera of the image as it was resized); all float32. Outputs, a row a detection, best
+    first: boxes, classes, scores, dimensions, location, rotation_y, alpha, as in KITTI's labels.
+    """
+
+    detector: Annotated[Positional[str], arg(metavar="DETECTOR")]
+    """File detector.pt of a run, or a name (tiny, tiny-expert, small, kitti-r18, kitti-r50; random weights)."""
+
+    out: Annotated[Path, arg(metavar="FILE")] = Path("detector.onnx")
+    """File to write."""
+
+    data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder in KITTI's layout with frames to compare on; rendered street scenes if there is none."""
+
+    frames: int = 4
+    """How many frames to compare on."""
+
+    tolerance: float = 0.01
+    """Largest difference to allow: in pixels, metres, radians and scores."""
+
+    def run(self) -> None:
+        """Export, compare and tell."""
+        from tempfile import TemporaryDirectory
+
+        import torch
+
+        from rakd.commands.models import find_model
+        from rakd.data.kitti import KittiDataset
+        from rakd.detector.detector import Detector
+        from rakd.detector.export import check_onnx, export_onnx
+        from rakd.detector.onnx_model import OnnxDetector
+        from rakd.files import replacing
+        from rakd.scenes import make_scenes
+
+        if self.out.suffix != ".onnx":
+            raise UserError(f"--out: expected a name that ends in .onnx, got {self.out}")
+        if self.frames < 1:
+            raise UserError(f"--frames must be 1 or more, got {self.frames}")
+        if not self.tolerance > 0:
+            raise UserError(f"--tolerance must be positive, got {self.tolerance}")
+        detector = find_model(self.detector, torch.device("cpu"))
+        if not isinstance(detector, Detector):
+            raise UserError(f"DETECTOR: {self.detector} is an ONNX model already")
+        with TemporaryDirectory() as folder:
+            if self.data is None:
+                make_scenes(Path(folder), 2 * self.frames, 0, workers=1, progress=False)
+            dataset = KittiDataset(self.data or Path(folder), height=detector.config.height)
+            chosen = range(0, len(dataset), max(1, len(dataset) // self.frames))[: self.frames]
+            samples = [dataset[i] for i in chosen]
+        with replacing(self.out) as temporary:
+            export_onnx(detector, temporary)
+            found = check_onnx(detector, OnnxDetector(temporary), samples)
+            size = temporary.stat().st_size / 1e6
+            worst = ", ".join(f"{name} {value:.2g}" for name, value in found.worst.items())
+            if found.unmatched or max(found.worst.values()) > self.tolerance:
+                raise UserError(
+                    f"the model differs from PyTorch by more than --tolerance, {self.tolerance:g}, and is not kept: "
+                    f"{found.unmatched} of {found.detections} detections stand alone; largest differences: {worst}"
+                )
+        print(
+            f"{self.out}: {size:.1f} MB; compared with PyTorch in {len(samples)} frames, {found.detections} detections"
+        )
+        print(f"largest differences: {worst}")
+        if not found.detections:
+            print("rakd: warning: nothing was found in these frames, so nothing was compared: give others (--data)")

@@ -1,0 +1,40 @@
+"""The choice of detectors on the command line, by name or from files. Loads torch: commands import it when they run."""
+
+from pathlib import Path
+
+import torch
+
+from rakd.detector.configs import DETECTORS
+from rakd.detector.detector import Detector
+from rakd.detector.files import load_detector
+from rakd.detector.latency import Model
+from rakd.detector.onnx_model import OnnxDetector
+from rakd.errors import UserError
+
+
+def open_model(path: Path, device: torch.device) -> Model:
+    """Read a detector from a file: ``detector.pt`` of a run, or ``.onnx`` of ``rakd export``.
+
+    Args:
+        path: The file.
+        device: Where it will compute; a detector in PyTorch is moved there. onnxruntime takes the CPU where torch has a
+            GPU and it has none.
+    """
+    if path.suffix == ".onnx":
+        return OnnxDetector(path, device)
+    return load_detector(path).to(device)
+
+
+def find_model(name: str, device: torch.device) -> Model:
+    """Make a named detector with random weights, or read one from a file.
+
+    Raises:
+        UserError: It is neither.
+    """
+    config = DETECTORS.get(name)
+    if config is not None:
+        # Layers take the same time with any weights, so nothing is downloaded.
+        return Detector(config.without_download()).to(device).eval()
+    if not Path(name).is_file():
+        raise UserError(f"DETECTOR must be one of {', '.join(DETECTORS)} or a file, got {name!r}")
+    return open_model(Path(name), device)

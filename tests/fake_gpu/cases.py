@@ -1,0 +1,218 @@
+"""What runs on the device that is not there; `test_fake_gpu` starts pytest on this file in a process of its own.
+
+Operands on two devices, operations without a CUDA kernel and kernels launched past the mode are errors, results are
+those of the CPU, and each wait of the host has its place in a list.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import GPU, DeviceMismatch, FakeCuda
+
+from rakd.cli import main
+from rakd.data.kitti import KittiDataset, collate
+from rakd.data.targets import pooling_boxes
+from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
+from rakd.detector.detector import Detector, target_rows
+from rakd.detector.files import save_detector
+from rakd.distill.methods import make_method
+from rakd.distill.model import make_distillation_model
+from rakd.scenes import make_scenes
+from rakd.training.settings import TrainSettings
+from rakd.training.trainer import Trainer
+from rakd_ops import level_weights, multilevel_roi_align, soft_roi_distill
+
+torch.backends.cudnn.enabled = False  # its operations have no twin on the CPU
+
+CONFIG = DetectorConfig(
+    BackboneConfig("mobilenet_v3_small", 16, weights="random"),
+    ProposalConfig(anchor_sizes=(8, 16, 32, 64), sampled=64, candidates=(60, 40), kept=(60, 30)),
+    HeadConfig(sampled=32, width=16, canonical_size=28.0, detections=12),
+    height=64,
+    width=224,
+)
+# All that the host waits for in a step, whatever the batch.
+STEP = {
+    "detector/boxes.py suppress_together": 1,
+    "detector/detector.py losses": 1,
+    "training/trainer.py _step": 1,
+}
+# Of a batch of images to detect objects in.
+PREDICTION = {
+    "detector/boxes.py suppress_together": 2,
+    "detector/decode.py to_host": 1,
+}
+
+
+@pytest.fixture
+def gpu() -> Any:
+    with FakeCuda() as mode:
+        yield mode
+    assert not mode.without_kernel
+    assert not mode.mixed
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes") / "small"
+    make_scenes(root, 10, seed=3, size=(414, 125), workers=1)
+    return root
+
+
+def make_trainer(
+    scenes: Path, out: Path, device: torch.device, method: Any = "rakd", *, batch: int = 2, **options: Any
+) -> Trainer:
+    detector, expert = Detector(CONFIG, 1), Detector(replace(CONFIG, backbone=replace(CONFIG.backbone, channels=24)), 2)
+    term = make_method(method, strides=detector.strides, expert_channels=24, apprentice_channels=16, batch_size=batch)
+    settings = TrainSettings(
+        **{"steps": 2, "batch_size": batch, "learning_rate": 1e-3, "warm_up": 0, "log_every": 1, **options}
+    )
+    learner = make_distillation_model(detector, expert, term, 1.0, "proposals")
+    data = KittiDataset(scenes, "train", height=64)
+    return Trainer(learner, data, settings, out, device, image_size=CONFIG.image_size, quiet=True)
+
+
+def waits_of_the_last_step(trainer: Trainer, gpu: FakeCuda) -> dict[str, int]:
+    """Train, and count by place what the host waited for in the last step."""
+    step, begun = trainer._step, [0]
+
+    def noting(batch: Any) -> Any:
+        begun.append(len(gpu.waits))
+        return step(batch)
+
+    trainer._step = noting  # type: ignore[method-assign]
+    trainer.run()
+    # After the step: buffers and the checkpoint.
+    return dict(Counter(wait.place for wait in gpu.waits[begun[-1] :] if "checkpoint" not in wait.place))
+
+
+@pytest.mark.parametrize("method", ["rakd", "pkd", "semckd"])
+def test_training_is_that_of_the_cpu(method: str, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
+    rows = make_trainer(scenes, tmp_path / "gpu", GPU, method).run()
+    expected = make_trainer(scenes, tmp_path / "cpu", torch.device("cpu"), method).run()
+    for row, other in zip(rows, expected, strict=True):
+        for name in row.keys() - {"seconds", "images_per_second"}:
+            # Compiled loops of the CPU and operation by operation round otherwise; two steps add to it.
+            assert row[name] == pytest.approx(other[name], rel=2e-3, abs=2e-3), name
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_mixed_precision_goes_on_from_a_checkpoint(amp: str, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
+    options = {"steps": 3, "amp": amp, "checkpoint_every": 2}
+    rows = make_trainer(scenes, tmp_path, GPU, **options).run()
+    assert all(np.isfinite(row["total"]) for row in rows)
+    assert make_trainer(scenes, tmp_path, GPU, **options).step == 3
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_waits_of_a_step_do_not_grow_with_the_batch(batch: int, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
+    assert waits_of_the_last_step(make_trainer(scenes, tmp_path, GPU, batch=batch), gpu) == STEP
+    assert sum(STEP.values()) <= 8
+
+
+def test_a_wait_more_is_seen(scenes: Path, tmp_path: Path, gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = Detector.losses
+
+    def asking(detector: Detector, features: dict[str, torch.Tensor], *arguments: Any) -> Any:
+        float(features["p5"].detach().sum())
+        return losses(detector, features, *arguments)
+
+    monkeypatch.setattr(Detector, "losses", asking)
+    found = waits_of_the_last_step(make_trainer(scenes, tmp_path, GPU), gpu)
+    assert found == {**STEP, "fake_gpu/cases.py asking": 1}
+
+
+def test_the_expert_runs_before_the_host_waits(scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
+    trainer = make_trainer(scenes, tmp_path, GPU)
+    step, expert = trainer._step, trainer.learner.distiller.expert  # type: ignore[union-attr]
+    begun, done = [], []
+
+    def noting(batch: Any) -> Any:
+        begun.append(len(gpu.waits))
+        return step(batch)
+
+    trainer._step = noting  # type: ignore[method-assign]
+    expert.pyramid.fpn.register_forward_hook(lambda *_: done.append(len(gpu.waits)))
+    trainer.run()
+    assert len(begun) == 2
+    # The first step makes anchors.
+    assert done[1] == begun[1]
+
+
+def test_detections_are_those_of_the_cpu(scenes: Path, gpu: FakeCuda) -> None:
+    data = KittiDataset(scenes, "train", height=64)
+    batch = collate([data[0], data[1], data[2]], size=CONFIG.image_size)
+    cameras = [sample.calibration for sample in batch.samples]
+    expected = Detector(CONFIG, 1).eval().predict(batch.images, batch.sizes, cameras)
+    detector, images = Detector(CONFIG, 1).to(GPU).eval(), batch.images.to(GPU)
+    detector.predict(images, batch.sizes, cameras)
+    gpu.waits.clear()
+    found = detector.predict(images, batch.sizes, cameras)
+    assert dict(Counter(wait.place for wait in gpu.waits)) == PREDICTION
+    assert sum(PREDICTION.values()) <= 6
+    for own, other in zip(found, expected, strict=True):
+        assert len(own) > 0
+        assert own.types.tolist() == other.types.tolist()
+        np.testing.assert_allclose(own.scores, other.scores, atol=1e-5)
+        np.testing.assert_allclose(own.location, other.location, rtol=1e-4)
+
+
+def test_images_without_objects(scenes: Path, gpu: FakeCuda) -> None:
+    detector = Detector(CONFIG, 1).to(GPU)
+    data = KittiDataset(scenes, "train", height=64)
+    batch = collate([data[0], data[1]], size=CONFIG.image_size)
+    targets = batch.targets(GPU)
+    none = target_rows(targets[0], torch.zeros(0, dtype=torch.int64, device=GPU))
+    none = replace(none, ignored=none.ignored[:0])
+    for own in ([none, none], [none, targets[1]]):
+        features = detector.extract_features(batch.images.to(GPU))
+        losses, drawn = detector.losses(features, batch.sizes, own, [1, 2])
+        method = make_method("rakd", strides=detector.strides, expert_channels=16, apprentice_channels=16)
+        assert method is not None
+        expert = {name: feature.detach() for name, feature in features.items()}
+        losses["distillation"] = method(expert, features, pooling_boxes(drawn))
+        torch.stack(tuple(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        assert all(p.grad is not None for p in detector.parameters())
+
+
+def test_operators_do_not_wait(gpu: FakeCuda) -> None:
+    maps = [torch.rand(2, 8, 64 // s, 96 // s, device=GPU, requires_grad=True) for s in (4, 8, 16, 32)]
+    expert = [torch.rand_like(m) for m in maps]
+    boxes = [torch.tensor(rows).to(GPU) for rows in ([[1.0, 2, 40, 50], [10, 3, 90, 60]], [[5.0, 5, 20, 20]])]
+    gpu.waits.clear()
+    (soft_roi_distill(maps, expert, boxes) + multilevel_roi_align(maps, boxes).sum()).backward()
+    assert gpu.waits == []
+    for assignment in ("soft", "hard", "uniform"):
+        assert level_weights(boxes, assignment=assignment).device == GPU
+
+
+def test_the_mode_refuses_what_cuda_refuses(gpu: FakeCuda) -> None:
+    on_gpu = torch.ones(3, device=GPU)
+    with pytest.raises(DeviceMismatch, match="add"):
+        on_gpu + torch.ones(3)
+    on_gpu[on_gpu > 0]
+    torch.tensor([1.0], device=GPU)
+    on_gpu.cpu()
+    assert [wait.what for wait in gpu.waits] == [
+        "index by mask",
+        "torch.tensor of host values",
+        "copy to host",
+    ]
+
+
+def test_commands(scenes: Path, tmp_path: Path, gpu: FakeCuda, capsys: pytest.CaptureFixture[str]) -> None:
+    detector = tmp_path / "detector.pt"
+    save_detector(detector, Detector(CONFIG, 1))
+    image, camera = scenes / "training" / "image_2" / "000000.png", scenes / "training" / "calib" / "000000.txt"
+    options = ["--calib", str(camera), "--checkpoint", str(detector), "--out", str(tmp_path / "out")]
+    assert main(["predict", str(image), *options, "--device", "cuda"]) == 0
+    assert (tmp_path / "out" / "000000.txt").read_text()
+    assert main(["latency", str(detector), "--repeats", "1", "--device", "cuda"]) == 0
+    assert "fake device" in capsys.readouterr().out

@@ -1,0 +1,223 @@
+"""Detectors outside PyTorch: torch.export, ONNX, and the commands that take an ONNX model."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rakd.cli import main
+from rakd.data.frames import find_frames
+from rakd.data.kitti import KittiDataset, Sample, collate
+from rakd.detector.configs import DetectorConfig
+from rakd.detector.detector import Detector
+from rakd.detector.export import Deployed, check_onnx, export_onnx, export_program, translations
+from rakd.detector.files import save_detector
+from rakd.detector.inference import detect
+from rakd.detector.onnx_model import METADATA, OUTPUTS, OnnxDetector, model_inputs
+from rakd.errors import MissingFileError, UserError
+from rakd_ops import multilevel_roi_align
+
+
+@pytest.fixture(scope="module")
+def samples(scenes: Path) -> list[Sample]:
+    dataset = KittiDataset(scenes, "train", height=64)
+    return [dataset[i] for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def detector(small_config: DetectorConfig, samples: list[Sample]) -> Detector:
+    """One whose scores differ enough for a mistake to show."""
+    made = Detector(replace(small_config, width=224), seed=1)
+    made.pyramid.calibrate([collate(samples, size=(224, 64)).images])
+    with torch.no_grad():
+        made.box_head.scores.weight.mul_(20)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def file(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install 'rakd[export]'")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'rakd[export]'")
+    path = tmp_path_factory.mktemp("onnx") / "small.onnx"
+    export_onnx(detector, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(file: Path) -> OnnxDetector:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'rakd[export]'")
+    return OnnxDetector(file)
+
+
+def test_torch_export_gives_the_same_detections(detector: Detector, samples: list[Sample]) -> None:
+    program = export_program(detector)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"rakd_ops.align.default", "rakd_ops.prepare_boxes.default"} <= names
+    deployed, counts = program.module(), set()
+    for sample in samples:
+        inputs = [torch.from_numpy(value) for value in model_inputs(detector.config, sample).values()]
+        with torch.no_grad():
+            found = deployed(*inputs)
+        (expected,) = detector.predict(inputs[0], [(sample.image.shape[2], 64)], [sample.calibration])
+        values = dict(zip(OUTPUTS, found, strict=True))
+        counts.add(len(expected))
+        np.testing.assert_allclose(values["scores"].numpy(), expected.scores, rtol=1e-6)
+        # The camera is float32 here.
+        np.testing.assert_allclose(values["location"].numpy(), expected.location, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(values["rotation_y"].numpy(), expected.rotation_y, atol=1e-5)
+    assert max(counts) > 0
+
+
+def test_onnxruntime_finds_what_pytorch_finds(detector: Detector, model: OnnxDetector, samples: list[Sample]) -> None:
+    found = check_onnx(detector, model, samples)
+    assert found.detections > 4 and found.unmatched == 0
+    # float32 through some twenty layers in another order of sums; pixels and metres are in the tens.
+    assert max(found.worst.values()) < 2e-3, found
+
+
+def test_a_wrong_model_is_found_out(
+    detector: Detector, model: OnnxDetector, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = OnnxDetector.run
+
+    def far(own: OnnxDetector, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        values = run(own, inputs)
+        values[OUTPUTS.index("location")] = values[OUTPUTS.index("location")] + np.float32(0.05)
+        return values
+
+    def fewer(own: OnnxDetector, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [value[1:] for value in run(own, inputs)]
+
+    monkeypatch.setattr(OnnxDetector, "run", far)
+    assert check_onnx(detector, model, samples).worst["location"] > 0.04
+    monkeypatch.setattr(OnnxDetector, "run", fewer)
+    assert check_onnx(detector, model, samples).unmatched == len(samples)
+
+
+def test_the_model_holds_standard_operators_alone(file: Path) -> None:
+    import onnx
+
+    graph = onnx.load(file)
+    assert {(opset.domain, opset.version) for opset in graph.opset_import} == {("", 18)}
+    assert not graph.functions
+    assert {node.domain for node in graph.graph.node} == {""}
+    assert sum(node.op_type == "RoiAlign" for node in graph.graph.node) == 8  # 4 levels, for two stages of heads
+    assert [output.name for output in graph.graph.output] == list(OUTPUTS)
+
+
+def test_the_detectors_agree_in_one_interface(detector: Detector, model: OnnxDetector, samples: list[Sample]) -> None:
+    assert model.config == detector.config
+    cpu = torch.device("cpu")
+    for sample in samples:
+        own, other = detect(detector, sample, cpu), detect(model, sample, cpu)
+        assert own.types.tolist() == other.types.tolist()
+        np.testing.assert_allclose(own.boxes, other.boxes, atol=2e-3)
+
+
+class Pooling(nn.Module):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return multilevel_roi_align(
+            list(inputs[:4]), list(inputs[4:]), output_size=(3, 5), assignment="soft", canonical_size=30.0
+        )
+
+
+def test_pooling_of_several_images_with_soft_levels() -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'rakd[export]'")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'rakd[export]'")
+    rng = torch.Generator().manual_seed(0)
+    maps = [torch.rand(2, 6, 64 // s, 96 // s, generator=rng) for s in (4, 8, 16, 32)]
+    corner = torch.rand(2, 7, 2, generator=rng) * 70 - 10  # some reach beyond the maps
+    boxes = list(torch.cat([corner, corner + 60 * torch.rand(2, 7, 2, generator=rng)], dim=2))
+    boxes[1] = boxes[1][:4]
+    boxes[0][0, 2:] = boxes[0][0, :2]  # an empty one
+    inputs = (*maps, *boxes)
+    program = torch.onnx.export(
+        torch.export.export(Pooling(), inputs, strict=False), dynamo=True, custom_translation_table=translations()
+    )
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    names = [value.name for value in session.get_inputs()]
+    (got,) = session.run(None, dict(zip(names, (value.numpy() for value in inputs), strict=True)))
+    np.testing.assert_allclose(got, Pooling()(*inputs), atol=1e-5)
+
+
+@pytest.fixture
+def run_folder(detector: Detector, tmp_path: Path) -> Iterator[Path]:
+    save_detector(tmp_path / "detector.pt", detector)
+    yield tmp_path
+
+
+def test_the_commands(
+    run_folder: Path, file: Path, model: OnnxDetector, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run_folder / "small.onnx"
+    arguments = ["export", str(run_folder / "detector.pt"), "--out", str(out), "--data", str(scenes), "--frames", "2"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert (
+        "compared with PyTorch: " in text
+        and "detections in 2 frames, 0 found by one side alone" in text
+        and "largest differences: boxes" in text
+    )
+    before = out.read_bytes()
+    assert main([*arguments, "--tolerance", "1e-12"]) == 2
+    assert "differs from PyTorch by more than --tolerance, 1e-12, and is not kept" in capsys.readouterr().err
+    assert out.read_bytes() == before and len(list(run_folder.glob("*.onnx"))) == 1
+    frame = find_frames(scenes)[0]
+    for name in ("detector.pt", "small.onnx"):
+        options = ["--calib", str(frame.calib), "--checkpoint", str(run_folder / name), "--device", "cpu"]
+        assert main(["predict", str(frame.image), *options, "--out", str(run_folder / f"of {name}")]) == 0
+    lines = [(run_folder / f"of {name}" / f"{frame.id}.txt").read_text() for name in ("detector.pt", "small.onnx")]
+    assert [row.split()[0] for row in lines[0].splitlines()] == [row.split()[0] for row in lines[1].splitlines()]
+    capsys.readouterr()
+    table = run_folder / "latency.csv"
+    names = [str(run_folder / "detector.pt"), str(out)]
+    options = ["--forms", "eager", "onnxruntime", "--repeats", "1", "--device", "cpu", "--out", str(table)]
+    assert main(["latency", *names, *options]) == 0
+    with table.open() as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["runs"] for row in rows] == ["eager", "onnxruntime", "onnxruntime"]
+    assert [row["parameters"] != "" for row in rows] == [True, False, False]
+
+
+def test_what_is_refused(run_folder: Path, detector: Detector, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'rakd[export]'")
+    with pytest.raises(MissingFileError, match="expected an ONNX model of rakd export"):
+        OnnxDetector(run_folder / "none.onnx")
+    (run_folder / "text.onnx").write_text("no model")
+    with pytest.raises(UserError, match="cannot be read as an ONNX model"):
+        OnnxDetector(run_folder / "text.onnx")
+    import onnx
+
+    bare = onnx.load(file)
+    (settings,) = [entry for entry in bare.metadata_props if entry.key == METADATA]
+    assert json.loads(settings.value) == json.loads(json.dumps(asdict(detector.config)))
+    del bare.metadata_props[:]
+    onnx.save(bare, run_folder / "bare.onnx")
+    with pytest.raises(UserError, match="it has no property 'rakd_detector'"):
+        OnnxDetector(run_folder / "bare.onnx")
+    for arguments, message in (
+        (["--out", str(run_folder / "a.pt")], "--out: expected a name that ends in .onnx"),
+        (["--frames", "0"], "--frames must be 1 or more, got 0"),
+        (["--tolerance", str(math.nan)], "--tolerance must be positive, got nan"),
+    ):
+        assert main(["export", str(run_folder / "detector.pt"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["export", str(file), "--out", str(run_folder / "b.onnx")]) == 2
+    assert "is an ONNX model already" in capsys.readouterr().err
+    with pytest.raises(UserError, match="export needs a detector with a fixed width"):
+        export_program(Detector(replace(detector.config, width=None)))
+
+
+def test_deployed_detectors_find_nothing_without_an_error(detector: Detector, samples: list[Sample]) -> None:
+    shy = Detector(replace(detector.config, heads=replace(detector.config.heads, score_limit=0.999)), seed=3).eval()
+    with torch.no_grad():
+        found = Deployed(shy)(*map(torch.from_numpy, model_inputs(shy.config, samples[0]).values()))
+    assert [len(values) for values in found] == [0] * 7
