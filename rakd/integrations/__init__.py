@@ -54,6 +54,10 @@ def keep_in_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, gr
         if kept is not None:
             # Makes the parameters if they are not there yet; the optimizer's state then has a place for each.
             distiller.load_state_dict(kept)
+            # Where the optimizer's own parameters are, so that the state that is loaded next goes there too.
+            first = next((p for each in optimizer.param_groups for p in each["params"]), None)
+            if first is not None:
+                distiller.to(first.device)
             add_parameters(optimizer, list(distiller.parameters()), group)
         return {**state, "param_groups": groups}
 
