@@ -128,8 +128,7 @@ class _DistillTotal(torch.autograd.Function):
         # Where nobody will read the saved tensors again, they become the result: no further memory, and no pass over
         # it where the factor is 1.
         last = not torch.compiler.is_compiling() and not _graph_is_kept()
-        in_place = last and ctx.backend == "cuda" and len({g.dtype for g in saved}) == 1
-        if in_place and all(map(is_dense, saved)):  # hooks on saved tensors may change layouts
+        if last and ctx.backend == "cuda" and all(map(is_dense, saved)):  # hooks on saved tensors may change layouts
             op("scale_gradients", "cuda")(saved, gradient)
             scaled = saved
         elif not last or gradient.device.type != "cpu" or type(gradient) is not Tensor:  # a fake one has no value

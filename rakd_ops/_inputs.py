@@ -65,7 +65,9 @@ def list_maps(name: str, maps: Any, levels: int, keys: Sequence[str] | None = No
     return list(maps)
 
 
-def check_maps(name: str, maps: list[Tensor], like: list[Tensor], like_name: str, same_channels: str = "") -> None:
+def check_maps(
+    name: str, maps: list[Tensor], like: list[Tensor], like_name: str, same_channels: str = ""
+) -> tuple[tuple[int, int], ...]:
     """Check rank, batch size, channels, dtype and device of maps.
 
     Args:
@@ -74,29 +76,42 @@ def check_maps(name: str, maps: list[Tensor], like: list[Tensor], like_name: str
         like: Maps whose batch size, device and, level by level, channels must be met.
         like_name: The name of the argument ``like``.
         same_channels: Where all levels must have one number of channels: what to do if they have not.
+
+    Returns:
+        Height and width of each.
     """
-    device = like[0].device
-    compiling = torch.compiler.is_compiling()
+    images, device = like[0].shape[:1], like[0].device
+    sizes = []
     for level, feature in enumerate(maps):
-        label = f"{name}[{level}]"
-        shape = feature.shape
-        if len(shape) != 4:
-            raise ValueError(f"{label}: expected shape [B, C, H, W], got {list(shape)}")
-        if feature.dtype not in MAP_DTYPES:
-            raise TypeError(f"{label}: expected float32, float64, float16 or bfloat16, got {feature.dtype}")
-        if min(shape[1], shape[2], shape[3]) == 0:
-            raise ValueError(f"{label}: expected at least one channel, row and column, got {list(shape)}")
-        if not compiling and max(shape[2], shape[3]) > MAX_CELLS:
-            raise ValueError(f"{label}: expected at most {MAX_CELLS} rows and columns, got {list(shape)}")
-        if shape[0] != like[0].shape[0]:
-            raise ValueError(f"{label}: expected {like[0].shape[0]} images as in {like_name}[0], got {list(shape)}")
         model = 0 if same_channels else level
-        if shape[1] != like[model].shape[1]:
-            expected = f"{like[model].shape[1]} channels as in {like_name}[{model}]"
-            remedy = f"; {same_channels}" if same_channels else ""
-            raise ValueError(f"{label}: expected {expected}, got shape {list(shape)}{remedy}")
-        if feature.device != device:
-            raise ValueError(f"{label}: expected device {device} as in {like_name}[0], got {feature.device}")
+        shape = feature.shape
+        good = len(shape) == 4 and feature.dtype in MAP_DTYPES and shape[1] > 0 and shape[2] > 0 and shape[3] > 0
+        good = good and shape[:1] == images and shape[1] == like[model].shape[1] and feature.device == device
+        if not good or (not torch.compiler.is_compiling() and max(shape[2], shape[3]) > MAX_CELLS):
+            _refuse_map(f"{name}[{level}]", feature, like, like_name, model, same_channels)
+        sizes.append((shape[2], shape[3]))
+    return tuple(sizes)
+
+
+def _refuse_map(
+    label: str, feature: Tensor, like: list[Tensor], like_name: str, model: int, same_channels: str
+) -> NoReturn:
+    shape = list(feature.shape)
+    if len(shape) != 4:
+        raise ValueError(f"{label}: expected shape [B, C, H, W], got {shape}")
+    if feature.dtype not in MAP_DTYPES:
+        raise TypeError(f"{label}: expected float32, float64, float16 or bfloat16, got {feature.dtype}")
+    if min(shape[1:]) == 0:
+        raise ValueError(f"{label}: expected at least one channel, row and column, got {shape}")
+    if max(shape[2:]) > MAX_CELLS:
+        raise ValueError(f"{label}: expected at most {MAX_CELLS} rows and columns, got {shape}")
+    if shape[0] != like[0].shape[0]:
+        raise ValueError(f"{label}: expected {like[0].shape[0]} images as in {like_name}[0], got {shape}")
+    if shape[1] != like[model].shape[1]:
+        expected = f"{like[model].shape[1]} channels as in {like_name}[{model}]"
+        remedy = f"; {same_channels}" if same_channels else ""
+        raise ValueError(f"{label}: expected {expected}, got shape {shape}{remedy}")
+    raise ValueError(f"{label}: expected device {like[0].device} as in {like_name}[0], got {feature.device}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,10 +142,6 @@ def check_pyramid(groups: tuple[tuple[str, str, tuple[tuple[int, int], ...], tup
                     f"{argument}: expected strides that fit the maps' {noun} (size times stride about the same for "
                     f"all maps), got {listed}"
                 )
-
-
-def _sizes(maps: list[Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((feature.shape[2], feature.shape[3]) for feature in maps)
 
 
 def _plain(name: str, rows: Any) -> Any:
@@ -266,13 +277,13 @@ def check_distillation(
     keys = list(apprentice) if isinstance(apprentice, Mapping) else None
     own = list_maps("apprentice", apprentice, levels)
     others = list_maps("expert", expert, levels, keys)
-    check_maps("apprentice", own, own, "apprentice")
-    check_maps("expert", others, own, "apprentice")
+    sizes = check_maps("apprentice", own, own, "apprentice")
+    expert_sizes = check_maps("expert", others, own, "apprentice")
     if not torch.compiler.is_compiling():  # where a comparison of symbolic sizes would fix them
         check_pyramid(
             (
-                ("strides", "apprentice", _sizes(own), options.strides),
-                ("expert_strides", "expert", _sizes(others), options.expert_strides),
+                ("strides", "apprentice", sizes, options.strides),
+                ("expert_strides", "expert", expert_sizes, options.expert_strides),
             )
         )
     images, device = own[0].shape[0], own[0].device
@@ -286,9 +297,9 @@ def check_alignment(
     levels = len(options.strides)
     maps = list_maps("features", features, levels)
     remedy = "all levels add up to one tensor: bring them to one width (a 1x1 convolution each), or pool one at a time"
-    check_maps("features", maps, maps, "features", same_channels=remedy)
+    sizes = check_maps("features", maps, maps, "features", same_channels=remedy)
     if not torch.compiler.is_compiling():
-        check_pyramid((("strides", "features", _sizes(maps), options.strides),))
+        check_pyramid((("strides", "features", sizes, options.strides),))
     if any(feature.dtype != maps[0].dtype for feature in maps):
         widest = functools.reduce(torch.promote_types, (feature.dtype for feature in maps))
         maps = [feature.to(widest) for feature in maps]
