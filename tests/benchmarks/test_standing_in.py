@@ -29,14 +29,19 @@ PACKAGES = (
     *("rakd_ops", "rakd", "benchmarks", "tests"),
 )
 HIDE = f"""
-import importlib.machinery, sys
+import sys
 allowed = {{*sys.stdlib_module_names, *{PACKAGES!r}}}
 class Hide:
+    # Wraps a finder, whose packages that are not allowed are then not there, as for one who looks first (torch does).
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        found = None if path else importlib.machinery.PathFinder.find_spec(name)
-        if found and name not in allowed and "-packages" in str(found.origin or found.submodule_search_locations):
-            raise ModuleNotFoundError(f"No module named {{name!r}} (hidden)", name=name)
-sys.meta_path.insert(0, Hide())
+        found = self.finder.find_spec(name, path, target)
+        where = str(found and (found.origin or found.submodule_search_locations))
+        return None if not path and name not in allowed and "-packages" in where else found
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
 """
 
 
