@@ -1,6 +1,6 @@
 """Arithmetic of 2D boxes ``(x1, y1, x2, y2)``: overlaps, deltas, and suppression, none of which waits for a device.
 
-torchvision's `BoxCoder` copies its weights from the host at each call, and its `batched_nms` reads shapes from the
+torchvision's ``BoxCoder`` copies its weights from the host at each call, and its ``batched_nms`` reads shapes from the
 device: on a GPU each of those holds the host up until everything queued before is done.
 """
 

@@ -215,7 +215,7 @@ class Detector(nn.Module):
         """Draw the proposals that the losses look at; the objects' own boxes are among the candidates.
 
         Returns:
-            Boxes ``[B, S, 4]``, labels ``[B, S]`` (class + 1 first, then 0, background, then `IGNORED`, which only
+            Boxes ``[B, S, 4]``, labels ``[B, S]`` (class + 1 first, then 0, background, then ``IGNORED``, which only
             fills up) and the row of each box's object among those of all images ``[B, S]`` (-1: none).
         """
         most, first = max(len(target) for target in targets), 0

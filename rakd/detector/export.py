@@ -1,7 +1,7 @@
 """Detectors as ONNX models: image and camera in, 2D and 3D boxes out, in standard operators alone.
 
 `torch.export` traces the detector with the project's operators as they are; `torch.onnx` writes the graph, with
-`rakd_ops::align` as one RoiAlign a level.
+``rakd_ops::align`` as one RoiAlign a level.
 """
 
 import json

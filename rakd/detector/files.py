@@ -31,13 +31,13 @@ def load_detector(path: Path) -> Detector:
         detector.config = config
         detector.load_state_dict(state)
         detector.pyramid.take_over_start(settings["started_from"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{path}: expected a detector's weights and settings: {error}") from error
     return detector.eval()
 
 
 def read_config(values: Mapping[str, Any]) -> DetectorConfig:
-    """Settings of a detector from plain values, as `dataclasses.asdict` or JSON give them."""
+    """Settings of a detector from plain values, as ``dataclasses.asdict`` or JSON give them."""
     parts = {"backbone": BackboneConfig, "proposals": ProposalConfig, "heads": HeadConfig}
     return DetectorConfig(
         **{name: parts[name](**_tuples(value)) if name in parts else value for name, value in values.items()}

@@ -105,11 +105,11 @@ def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted_deltas: Te
     Args:
         logits: ``[N, 1 + classes]``, background first.
         deltas: ``[N, classes, 4]``.
-        labels: ``[N]`` int64, 0 background, `IGNORED`, else class + 1.
+        labels: ``[N]`` int64, 0 background, ``IGNORED``, else class + 1.
         wanted_deltas: ``[N, 4]``, of no account where the label is not positive.
 
     Returns:
-        ``[N]`` each; the first is 0 where the label is `IGNORED`, the second where it is not positive.
+        ``[N]`` each; the first is 0 where the label is ``IGNORED``, the second where it is not positive.
     """
     positive = (labels > 0)[:, None]
     own = deltas.gather(1, (labels - 1).clamp(min=0)[:, None, None].expand(-1, 1, 4))[:, 0]

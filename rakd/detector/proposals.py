@@ -204,7 +204,7 @@ class ProposalNetwork(nn.Module):
         """Match anchors ``[N, 4]`` with the objects of each image.
 
         Returns:
-            Labels ``[B, N]`` int64: 1 an object, 0 background, `IGNORED`; and the boxes of the objects ``[B, N, 4]``,
+            Labels ``[B, N]`` int64: 1 an object, 0 background, ``IGNORED``; and the boxes of the objects ``[B, N, 4]``,
             zeros where a box is none's.
         """
         labels, objects = [], []

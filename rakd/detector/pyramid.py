@@ -72,7 +72,7 @@ class Pyramid(nn.Module):
             images: ``[B, 3, H, W]`` in 0..1, RGB; H and W multiples of 32.
 
         Returns:
-            ``[B, channels, H / stride, W / stride]`` for each of `STRIDES`, fine to coarse.
+            ``[B, channels, H / stride, W / stride]`` for each of `rakd.detector.backbones.STRIDES`, fine to coarse.
         """
         return dict(self.fpn(self.body(images)))
 

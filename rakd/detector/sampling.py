@@ -51,7 +51,7 @@ def draw(labels: Tensor, seeds: Sequence[int], count: int, positive_share: float
     """Draw positives and negatives of each image, in numbers that do not depend on values.
 
     Args:
-        labels: ``[B, N]``: 1 or more positive, 0 negative, `IGNORED` neither.
+        labels: ``[B, N]``: 1 or more positive, 0 negative, ``IGNORED`` neither.
         seeds: One an image. A draw depends on its own image's only.
         count: Candidates to draw an image.
         positive_share: Most of them that may be positive, 0..1. Negatives fill the rest.
