@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.maps import widen
+from rakd.distill.maps import check_pairs, widen
 
 Boxes = Tensor | Sequence[Tensor]
 """``[K, 5]`` (image, x1, y1, x2, y2), or ``[K_b, 4]`` (x1, y1, x2, y2) per image; pixels of the apprentice's input."""
@@ -104,11 +104,27 @@ def resize(feature: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(feature, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
-def check_equal_channels(names: Sequence[str], apprentice: Sequence[Tensor], expert: Sequence[Tensor]) -> None:
-    """Refuse maps whose channels cannot be compared one to one."""
-    for name, ours, theirs in zip(names, apprentice, expert, strict=True):
+def pair_maps(expert: Maps, apprentice: Maps, adapter: ChannelAdapters | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Both networks' maps level by level, the apprentice's adapted, for methods that compare channels one to one.
+
+    Args:
+        expert: Maps with the apprentice's names.
+        apprentice: Their order is that of the levels.
+        adapter: Brings the apprentice's channels to the expert's; None: they agree.
+
+    Returns:
+        The expert's and the apprentice's.
+
+    Raises:
+        ValueError, TypeError: Names, shapes or channels are wrong.
+    """
+    expert_maps, maps = check_pairs(expert, apprentice)
+    if adapter is not None:
+        maps = adapter(maps)
+    for name, ours, theirs in zip(apprentice, maps, expert_maps, strict=True):
         if ours.shape[1] != theirs.shape[1]:
             raise ValueError(
                 f"apprentice[{name!r}]: expected {theirs.shape[1]} channels as in expert, got shape "
                 f"{list(ours.shape)}; channels are compared one to one, an adapter brings them to one number"
             )
+    return expert_maps, maps

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, check_equal_channels, resize
-from rakd.distill.maps import check_pairs, widen
+from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
+from rakd.distill.maps import widen
 
 
 class ChannelWiseDistillation(DistillationMethod):
@@ -54,10 +54,7 @@ class ChannelWiseDistillation(DistillationMethod):
         Raises:
             ValueError, TypeError: Names, shapes or channels are wrong.
         """
-        expert_maps, maps = check_pairs(expert, apprentice)
-        if self.adapter is not None:
-            maps = self.adapter(maps)
-        check_equal_channels(list(apprentice), maps, expert_maps)
+        expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         losses = []
         for ours, theirs in zip(maps, expert_maps, strict=True):
             ours_log = F.log_softmax(resize(ours, theirs).flatten(2) / self.temperature, dim=2)

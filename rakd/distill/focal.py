@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, check_equal_channels, resize
-from rakd.distill.maps import check_pairs, widen
+from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
+from rakd.distill.maps import widen
 from rakd.distill.masks import area_masks, indexed_boxes
 
 
@@ -85,10 +85,7 @@ class FocalAttentionDistillation(DistillationMethod):
         Raises:
             ValueError, TypeError: Names, shapes or channels are wrong.
         """
-        expert_maps, maps = check_pairs(expert, apprentice)
-        if self.adapter is not None:
-            maps = self.adapter(maps)
-        check_equal_channels(list(apprentice), maps, expert_maps)
+        expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         rows = indexed_boxes(boxes, expert_maps[0].device)
         losses = []
         for ours, theirs, stride in zip(maps, expert_maps, self.expert_strides, strict=True):

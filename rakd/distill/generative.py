@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill.adapters import ChannelAdapters, seeded_modules
-from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, check_equal_channels, resize
-from rakd.distill.maps import check_channels, check_maps, check_pairs, widen
+from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
+from rakd.distill.maps import check_channels, check_maps, widen
 
 
 class MaskedGenerativeDistillation(DistillationMethod):
@@ -83,10 +83,7 @@ class MaskedGenerativeDistillation(DistillationMethod):
         Raises:
             ValueError, TypeError: Names, shapes or channels are wrong.
         """
-        expert_maps, maps = check_pairs(expert, apprentice)
-        if self.adapter is not None:
-            maps = self.adapter(maps)
-        check_equal_channels(list(apprentice), maps, expert_maps)
+        expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         resized = [resize(ours, theirs) for ours, theirs in zip(maps, expert_maps, strict=True)]
         losses = []
         for generator, ours, theirs, mask in zip(

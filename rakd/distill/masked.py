@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, check_equal_channels, resize
-from rakd.distill.maps import check_maps, check_pairs, widen
+from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
+from rakd.distill.maps import check_maps, widen
 from rakd.distill.masks import box_masks, indexed_boxes
 
 
@@ -47,10 +47,7 @@ class WeightedL2(DistillationMethod):
         Raises:
             ValueError, TypeError: Names, shapes or channels are wrong, or scores are missing.
         """
-        expert_maps, maps = check_pairs(expert, apprentice)
-        if self.adapter is not None:
-            maps = self.adapter(maps)
-        check_equal_channels(list(apprentice), maps, expert_maps)
+        expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         return self._loss(maps, expert_maps, self._weights(expert_maps, boxes, scores))
 
     def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, check_equal_channels, resize
-from rakd.distill.maps import check_pairs, widen
+from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
+from rakd.distill.maps import widen
 
 
 class PearsonDistillation(DistillationMethod):
@@ -51,10 +51,7 @@ class PearsonDistillation(DistillationMethod):
             ValueError: Names or channels differ, or a map has but one value per channel.
             TypeError: These are no dicts of maps.
         """
-        expert_maps, maps = check_pairs(expert, apprentice)
-        if self.adapter is not None:
-            maps = self.adapter(maps)
-        check_equal_channels(list(apprentice), maps, expert_maps)
+        expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         losses = []
         for name, ours, theirs in zip(apprentice, maps, expert_maps, strict=True):
             if theirs.shape[0] * theirs.shape[2] * theirs.shape[3] < 2:

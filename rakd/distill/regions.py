@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, check_equal_channels
-from rakd.distill.maps import check_maps, check_pairs
+from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps
+from rakd.distill.maps import check_maps
 from rakd.distill.masks import indexed_boxes
 from rakd.distributed import shared_mean_count
 from rakd_ops import SoftRoIDistillLoss, level_weights, soft_roi_distill
@@ -98,10 +98,7 @@ class RegionDistillation(DistillationMethod):
         Raises:
             ValueError, TypeError: Names, shapes, channels, dtypes or boxes are wrong.
         """
-        expert_maps, maps = check_pairs(expert, apprentice)
-        if self.adapter is not None:
-            maps = self.adapter(maps)
-        check_equal_channels(list(apprentice), maps, expert_maps)
+        expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         return self._compare(maps, expert_maps, boxes, scale)
 
     def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:

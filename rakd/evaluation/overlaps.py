@@ -55,7 +55,7 @@ def find_pairs(
     """
     truths, others = [], []
     overlaps: dict[str, list[FloatArray]] = {metric: [] for metric in METRICS}
-    for g, d in _same_frame(truth_frames, detection_frames):
+    for g, d in same_frame_pairs(truth_frames, detection_frames, _CHUNK):
         values = _overlaps(truth, g, detections, d, over=over)
         keep = np.max([values[metric] for metric in METRICS], axis=0) > least
         truths.append(g[keep])
@@ -70,15 +70,21 @@ def find_pairs(
     )
 
 
-def _same_frame(truth_frames: Indices, detection_frames: Indices) -> Iterator[tuple[Indices, Indices]]:
-    """Every pair of rows of one frame, in chunks."""
+def same_frame_pairs(truth_frames: Indices, detection_frames: Indices, chunk: int) -> Iterator[tuple[Indices, Indices]]:
+    """List every pair of rows of one frame.
+
+    Args:
+        truth_frames: ``[N]``, ascending.
+        detection_frames: ``[M]``, ascending.
+        chunk: About how many pairs are given at once; all those of one row of the truth come together.
+    """
     first = np.searchsorted(detection_frames, truth_frames, side="left")
     counts = np.searchsorted(detection_frames, truth_frames, side="right") - first
     ends = np.cumsum(counts)
     start = 0
     while start < len(truth_frames):
         before = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, before + chunk, side="right")))
         rows = np.arange(start, stop)
         total = int(ends[stop - 1]) - before
         g = np.repeat(rows, counts[rows])

@@ -1,12 +1,11 @@
 """Pairs of truths and predictions of one frame that may match, and how well each pair agrees."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from rakd.evaluation.overlaps import Indices, clipped_area
+from rakd.evaluation.overlaps import Indices, clipped_area, same_frame_pairs
 from rakd.evaluation.waymo.objects import WaymoObjects
 from rakd.geometry import FloatArray
 
@@ -51,7 +50,7 @@ def find_pairs(truth: WaymoObjects, predictions: WaymoObjects, threshold: float,
         let: Move predictions along the camera's ray first, as LET-3D-AP does; pairs need an affinity above 0.
     """
     parts: list[tuple[npt.NDArray[np.generic], ...]] = []
-    for g, d in _same_frame(truth.frames, predictions.frames):
+    for g, d in same_frame_pairs(truth.frames, predictions.frames, _CHUNK):
         boxes = predictions.boxes[d]
         affinity = np.ones(len(g), dtype=np.float32)
         if let:
@@ -150,18 +149,3 @@ def _shared_height(a: FloatArray, b: FloatArray) -> FloatArray:
 
 def _sized(boxes: FloatArray) -> npt.NDArray[np.bool_]:
     return np.asarray(((boxes[:, 3:6] > _MIN_SIDE) & (boxes[:, 3:6] < _MAX_SIDE)).all(axis=1))
-
-
-def _same_frame(truth: Indices, predictions: Indices) -> Iterator[tuple[Indices, Indices]]:
-    """Every pair of rows of one frame, in chunks; both frame columns ascend."""
-    first = np.searchsorted(predictions, truth, side="left")
-    counts = np.searchsorted(predictions, truth, side="right") - first
-    ends = np.cumsum(counts)
-    start = 0
-    while start < len(truth):
-        before = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + _CHUNK, side="right")))
-        rows = np.arange(start, stop)
-        within = np.arange(int(ends[stop - 1]) - before) - np.repeat(ends[rows] - counts[rows] - before, counts[rows])
-        yield np.repeat(rows, counts[rows]), np.repeat(first[rows], counts[rows]) + within
-        start = stop
