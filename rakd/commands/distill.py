@@ -72,9 +72,9 @@ class Distill:
     def run(self) -> None:
         """Render, train, evaluate, report."""
         from rakd.commands.waymo_data import is_converted, kitti_layout, write_waymo_tables
+        from rakd.distributed import barrier, start_processes
         from rakd.study.report import format_tables
         from rakd.study.run import Study
-        from rakd.training.processes import start_processes, wait_for_all
 
         base = STUDIES[self.study]
         weights = base.weights if self.weight is None else dict.fromkeys(base.weights, self.weight)
@@ -99,13 +99,13 @@ class Distill:
             data = self.data
             if data is None:
                 data = self.out / "scenes"
-                if processes.main:
+                if processes.is_main:
                     print(f"no data given: learning from {_SCENES} rendered street scenes in {data}", flush=True)
                     make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
-                wait_for_all(processes)
+                barrier(processes)
             data = kitti_layout(data, self.out / "data", processes)
             study = Study(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
-            if processes.main:
+            if processes.is_main:
                 print()
                 print(format_tables(study))
                 if is_converted(data):

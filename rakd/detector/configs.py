@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rakd.distill import Weights
+Weights = Literal["pretrained", "random"]
+"""What backbones start from."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from rakd.checkpoints import differences
 from rakd.data.augment import Augmentation
 from rakd.data.frames import digest, find_frames
 from rakd.data.kitti import KittiDataset
@@ -22,7 +23,7 @@ from rakd.detector.inference import write_detections
 from rakd.detector.latency import measure
 from rakd.distill import registry
 from rakd.distill.methods import make_method
-from rakd.distill.model import make_distillation_model
+from rakd.distributed import Processes, barrier, broadcast_object
 from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.depth import depth_errors
 from rakd.evaluation.kitti import DIFFICULTIES, evaluate
@@ -31,9 +32,8 @@ from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog, precisions_of, read_run, write_run
 from rakd.study.settings import StudySettings
 from rakd.study.versions import versions
-from rakd.training.checkpoints import differences
 from rakd.training.log import RESERVED
-from rakd.training.processes import Processes, from_main, wait_for_all
+from rakd.training.model import make_distillation_model
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 from rakd.visualize import Compared, compare_frames
@@ -49,7 +49,7 @@ class Study:
         settings: What to do.
         data: Folder in KITTI's layout, with the lists ``train`` and ``val``.
         out: The run's folder.
-        processes: Where to compute, see `rakd.training.processes.start_processes`.
+        processes: Where to compute, see `rakd.distributed.start_processes`.
         expert: File of a trained expert (`rakd.detector.files.save_detector`); None: one is trained.
         splits: Names of the lists to train on and to evaluate on.
         quiet: Show no progress bars.
@@ -77,7 +77,7 @@ class Study:
         self.processes = processes
         self.expert_file = expert
         self.splits = splits
-        self.quiet = quiet or not processes.main
+        self.quiet = quiet or not processes.is_main
         self.logs: list[TrainingLog] = []
         self.started_from: dict[str, str] = {}
         self._check_batches()
@@ -102,7 +102,7 @@ class Study:
             for method in settings.methods:
                 runs.append(self._apprentice(method, seed, expert))
         models: tuple[ModelFigures, ...] = ()
-        if self.processes.main:
+        if self.processes.is_main:
             models = self._models(expert)
         study = StudyResult(
             runs=tuple(run for run in runs if run is not None),
@@ -112,10 +112,10 @@ class Study:
             seeds=settings.seeds,
             data=self._describe_data(),
         )
-        if self.processes.main:
+        if self.processes.is_main:
             write_report(study, self.out, self.logs)
             self._picture()
-        wait_for_all(self.processes)
+        barrier(self.processes)
         return study
 
     def _claim(self) -> None:
@@ -125,13 +125,13 @@ class Study:
             "evaluated frames": digest(self._val_frames),
         }
         path = self.out / "basis.json"
-        there = from_main(
+        there = broadcast_object(
             self.processes, lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
         )
         other = differences(there, here)
         if other:
             raise UserError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
-        if self.processes.main:
+        if self.processes.is_main:
             write_text(path, json.dumps(here, indent=1) + "\n")
 
     def _check_batches(self) -> None:
@@ -251,9 +251,9 @@ class Study:
         """Evaluate a detector, unless that is done. All processes detect; the main one has the result."""
         folder = self.out / name
         result = folder / "result.json"
-        if from_main(self.processes, result.exists):
-            return read_run(result) if self.processes.main else None
-        if self.processes.main:
+        if broadcast_object(self.processes, result.exists):
+            return read_run(result) if self.processes.is_main else None
+        if self.processes.is_main:
             save_detector(folder / "detector.pt", detector)
         dataset = KittiDataset(self.data, self.splits[1], height=detector.config.height)
         write_detections(
@@ -264,7 +264,7 @@ class Study:
             processes=self.processes,
             progress=not self.quiet,
         )
-        if not self.processes.main:
+        if not self.processes.is_main:
             return None
         truth = self.data / "training" / "label_2"
         frames = [frame.id for frame in dataset.frames]

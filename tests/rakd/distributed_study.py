@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from rakd.detector.configs import DETECTORS
 from rakd.detector.detector import Detector
+from rakd.distributed import Processes, start_processes
 from rakd.study import run as module
 from rakd.study.run import Study
 from rakd.study.settings import StudySettings
-from rakd.training.processes import Processes, start_processes
 from rakd.training.settings import TrainSettings
 
 SCENES, OUT = Path(sys.argv[1]), Path(sys.argv[2])

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from rakd.checkpoints import load_weights
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
+from rakd.distributed import Processes
 from rakd.evaluation.report import without_nan
 from rakd.study import run as module
 from rakd.study.results import StudyResult, read_study
 from rakd.study.run import Study
 from rakd.study.settings import PAPER_METHODS, STUDIES, StudySettings
-from rakd.training.checkpoints import load_weights
-from rakd.training.processes import Processes
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 
