@@ -20,7 +20,7 @@ from rakd.distributed import (
     all_gather_object,
     all_reduce_mean,
     barrier,
-    broadcast_object,
+    broadcast_state,
     broadcast_tensors,
     current_processes,
 )
@@ -285,7 +285,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the checkpoint, if there is one. The main process reads it for all."""
-        state = broadcast_object(self.processes, self._read)
+        state = broadcast_state(self.processes, self._read)
         if state is None:
             return
         other = differences(state["fingerprint"], self._fingerprint)
