@@ -1,10 +1,13 @@
 """``rakd latency``: what expert and apprentice cost, side by side."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+from rakd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Latency:
         from rakd.scenes import make_scenes
         from rakd.study.versions import versions
 
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                "rakd latency: expected one process, got one of several that torchrun started: processes that time "
+                "side by side disturb each other"
+            )
         device = choose_device(self.device)
         models: list[tuple[str, Model]] = []
         with TemporaryDirectory() as folder:

@@ -57,6 +57,10 @@ def measure(
 
     The stages of heads see the same number of boxes in every image, see `rakd.detector.detector.Detector.detect`.
 
+    Under ``torch.distributed`` the main process alone calls this while the others wait. Timings are not shared out:
+    processes that time side by side take memory bandwidth, caches and power from each other, and a mean over several
+    GPUs is not the time that one of them takes for an image.
+
     Args:
         detectors: Each gets the image resized and padded as its settings say. See `compiled` for compiled ones.
         frame: Image and camera.

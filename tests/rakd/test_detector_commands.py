@@ -188,6 +188,12 @@ def test_latency(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {row["runs"] for row in rows} == {"eager"}
 
 
+def test_latency_takes_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["latency", "tiny", "--repeats", "1", "--device", "cpu"]) == 2
+    assert "expected one process, got one of several that torchrun started" in capsys.readouterr().err
+
+
 class FakeStudy:
     """Notes what it was asked to do."""
 
