@@ -51,7 +51,7 @@ def find_pairs(
         detections: Detections of all frames, by frame.
         detection_frames: ``[D]`` frame of each row, ascending.
         least: Overlaps up to this one do not matter.
-        over: What intersections are divided by: "union", or the "detection" alone.
+        over: Divisor of the intersections: "union", or the "detection" alone.
     """
     truths, others = [], []
     overlaps: dict[str, list[FloatArray]] = {metric: [] for metric in METRICS}
