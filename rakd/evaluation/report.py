@@ -72,8 +72,8 @@ def format_ceilings(result: Result) -> str:
         height, occlusion, truncation = DIFFICULTIES[-1]
         lines.append(
             f"Nothing to find: no labelled {' or '.join(none)} counts, so a 0 is no verdict on the detections. Objects "
-            f"count if their 2D box is over {height:g} pixels high, with occlusion 0 to {occlusion} and truncation up to "
-            f"{truncation:g} (rakd inspect counts them)."
+            f"count if their 2D box is over {height:g} pixels high, with occlusion 0 to {occlusion} and truncation up "
+            f"to {truncation:g} (rakd inspect counts them)."
         )
     if few:
         lines.append(
