@@ -1,4 +1,4 @@
-"""Settings of the documentation: ``make docs`` builds it with Sphinx from these pages and the docstrings into build/docs."""
+"""Settings of the documentation: ``make docs`` builds these pages and the docstrings into build/docs."""
 
 import re
 import sys
