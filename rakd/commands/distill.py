@@ -11,7 +11,7 @@ from rakd.distill import MethodName, Regions
 from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
-from rakd.study.settings import PAPER_METHODS, STUDIES
+from rakd.study.settings import PAPER_METHODS, STUDIES, StudyName
 from rakd.training.settings import TrainSettings
 
 _SCENES = 200  # frames rendered where no data are given
@@ -28,7 +28,7 @@ class Distill:
     machines start it with torchrun: torchrun --nproc-per-node 4 -m rakd distill --study kitti --data KITTI
     """
 
-    study: Literal["tiny", "kitti", "waymo"] = "tiny"
+    study: StudyName = "tiny"
     """Settings to start from. tiny: MobileNetV3 learns from ResNet-18 on images 128 px high. kitti: the paper's,
     ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs."""
 
@@ -73,8 +73,8 @@ class Distill:
         """Render, train, evaluate, report."""
         from rakd.commands.waymo_data import is_converted, kitti_layout, write_waymo_tables
         from rakd.distributed import barrier, start_processes
+        from rakd.study.experiment import Experiment
         from rakd.study.report import format_tables
-        from rakd.study.run import Study
 
         base = STUDIES[self.study]
         weights = base.weights if self.weight is None else dict.fromkeys(base.weights, self.weight)
@@ -104,7 +104,7 @@ class Distill:
                     make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
                 barrier(processes)
             data = kitti_layout(data, self.out / "data", processes)
-            study = Study(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
+            study = Experiment(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
             if processes.is_main:
                 print()
                 print(format_tables(study))

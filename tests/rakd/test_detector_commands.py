@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import rakd.distributed
-import rakd.study.run
+import rakd.study.experiment
 from rakd.cli import main
 from rakd.commands import distill as distill_module
 from rakd.data.frames import find_frames
@@ -194,25 +194,25 @@ def test_latency_takes_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "expected one process, got one of several that torchrun started" in capsys.readouterr().err
 
 
-class FakeStudy:
+class FakeExperiment:
     """Notes what it was asked to do."""
 
     asked: tuple[StudySettings, Path, Path, dict[str, Any]]
 
     def __init__(self, settings: StudySettings, data: Path, out: Path, processes: Any, **options: Any) -> None:
-        FakeStudy.asked = (settings, data, out, options)
+        FakeExperiment.asked = (settings, data, out, options)
 
     def run(self) -> StudyResult:
         return StudyResult(runs=())
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeStudy]:
-    monkeypatch.setattr(rakd.study.run, "Study", FakeStudy)
-    return FakeStudy
+def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeExperiment]:
+    monkeypatch.setattr(rakd.study.experiment, "Experiment", FakeExperiment)
+    return FakeExperiment
 
 
-def test_distill_hands_its_options_on(asked: type[FakeStudy], tmp_path: Path) -> None:
+def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Path) -> None:
     expert = tmp_path / "e.pt"
     expert.touch()
     options = {
@@ -247,14 +247,14 @@ def test_distill_looks_for_the_expert_first(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "run").exists()
 
 
-def test_distill_without_options_is_the_named_study(asked: type[FakeStudy], tmp_path: Path) -> None:
+def test_distill_without_options_is_the_named_study(asked: type[FakeExperiment], tmp_path: Path) -> None:
     for name, study in STUDIES.items():
         assert main(["distill", "--study", name, "--data", "d", "--out", str(tmp_path), "--device", "cpu"]) == 0
         assert asked.asked[0] == study
 
 
 def test_distill_renders_what_it_learns_from(
-    asked: type[FakeStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: type[FakeExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(distill_module, "_SCENES", 2)
     assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
