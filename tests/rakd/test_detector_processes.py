@@ -4,7 +4,7 @@ import pickle
 from pathlib import Path
 
 from detector_cases import MANY, NONE, ONE, images
-from two_processes import run_two_processes
+from processes import run_two_processes
 
 from rakd.detector.configs import DetectorConfig
 

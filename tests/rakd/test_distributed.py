@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from two_processes import run_two_processes
+from processes import run_two_processes
 
 from rakd.distributed import shared_mean_count
 
