@@ -66,6 +66,10 @@ class Distill:
     regions: Regions = "proposals"
     """Where RAKD and its ablations compare features: proposals that lie on objects, or the labelled boxes."""
 
+    jobs: int = 1
+    """Apprentices trained at a time, each in a process of its own with its share of the cores (or, in turn, of the
+    GPUs). With the same number of threads each (OMP_NUM_THREADS) results are those of one after the other."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs if there are any."""
 
@@ -104,10 +108,11 @@ class Distill:
                     make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
                 wait_for_all(processes)
             data = kitti_layout(data, self.out / "data", processes)
-            study = Study(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
+            study = Study(settings, data, self.out, processes, expert=self.expert, splits=self.splits, jobs=self.jobs)
+            result = study.run()
             if processes.main:
                 print()
-                print(format_tables(study))
+                print(format_tables(result))
                 if is_converted(data):
                     runs = [path.parent for path in sorted(self.out.glob("*/result.json"))]
                     write_waymo_tables(self.out / "waymo.md", data, self.splits[1], runs)

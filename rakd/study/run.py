@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rakd.data.augment import Augmentation
 from rakd.data.frames import digest, find_frames
 from rakd.data.kitti import KittiDataset
@@ -27,6 +29,7 @@ from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.depth import depth_errors
 from rakd.evaluation.kitti import DIFFICULTIES, evaluate
 from rakd.files import write_text
+from rakd.study.jobs import run_side_by_side
 from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog, precisions_of, read_run, write_run
 from rakd.study.settings import StudySettings
@@ -53,6 +56,7 @@ class Study:
         expert: File of a trained expert (`rakd.detector.files.save_detector`); None: one is trained.
         splits: Names of the lists to train on and to evaluate on.
         quiet: Show no progress bars.
+        jobs: How many apprentices are trained at a time, see `rakd.study.jobs`.
 
     Raises:
         FileNotFoundError: The data or the expert's file are not there.
@@ -70,7 +74,13 @@ class Study:
         expert: Path | None = None,
         splits: tuple[str, str] = ("train", "val"),
         quiet: bool = False,
+        jobs: int = 1,
     ) -> None:
+        if jobs < 1:
+            raise UserError(f"jobs must be 1 or more, got {jobs}")
+        if jobs > 1 and processes.count > 1:
+            raise UserError(f"jobs must be 1 with several processes that train together, got {jobs}")
+        self.jobs = jobs
         self.settings = settings
         self.data = data
         self.out = out
@@ -98,6 +108,7 @@ class Study:
         if all((self.out / name / "result.json").exists() for name in names):
             self._say("all runs are finished already: only tables and pictures are made anew")
         runs = [self._teach_expert(expert)]
+        self._train_side_by_side()
         for seed in settings.seeds:
             for method in settings.methods:
                 runs.append(self._apprentice(method, seed, expert))
@@ -178,6 +189,26 @@ class Study:
         apprentice = Detector(DETECTORS[self.settings.apprentice], seed=2000 + seed)
         self._note_start("apprentice", apprentice)
         return self._train(method, seed, apprentice, expert, self.settings.training)
+
+    def _train_side_by_side(self) -> None:
+        """Do the runs that are not done yet, with several jobs; what follows then finds them finished."""
+        runs = {
+            f"{method}-seed{seed}": (method, seed) for seed in self.settings.seeds for method in self.settings.methods
+        }
+        waiting = {name: run for name, run in runs.items() if not (self.out / name / "result.json").exists()}
+        if self.jobs > 1 and waiting:
+            run_side_by_side(self._alone, waiting, self.jobs, self._say)
+
+    def _alone(self, slot: int, method: str, seed: int) -> None:
+        """Train one apprentice in a process of its own."""
+        self.quiet = True
+        if self.processes.device.type == "cuda":
+            device = torch.device("cuda", slot % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+            self.processes = replace(self.processes, device=device)
+        # Not by the expert's trainer: all processes would write its log.
+        expert = load_detector(self._folder("expert") / "detector.pt").to(self.processes.device)
+        self._apprentice(method, seed, expert)
 
     def _note_start(self, name: str, detector: Detector) -> None:
         """Note what a backbone started from; apprentices that started differently cannot be compared."""

@@ -44,9 +44,11 @@ def test_train(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {path.name for path in run.iterdir()} == {
         "checkpoint.pt",
         "log.csv",
+        "log.jsonl",
         "detector.pt",
         "detections",
         "result.json",
+        "config.json",
     }
     assert load_detector(run / "detector.pt").config == DETECTORS["tiny"]
     frames = [frame.id for frame in find_frames(scenes, "val")]
@@ -80,8 +82,8 @@ def test_no_process_leaves_the_training_before_the_evaluation(
         rakd.training.processes, "wait_for_all", lambda _: there.append({path.name for path in tmp_path.iterdir()})
     )
     assert main(train(scenes, tmp_path)) == 0
-    written = {"checkpoint.pt", "log.csv"}
-    assert there == [written if rank else written | {"detector.pt", "detections", "result.json"}]
+    written = {"checkpoint.pt", "log.csv", "log.jsonl"}
+    assert there == [written if rank else written | {"detector.pt", "detections", "result.json", "config.json"}]
 
 
 def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
