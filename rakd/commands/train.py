@@ -14,7 +14,7 @@ from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
 if TYPE_CHECKING:
     from rakd.data.kitti import KittiDataset
     from rakd.detector.detector import Detector
-    from rakd.training.processes import Processes
+    from rakd.distributed import Processes
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,16 @@ class Train:
 
     def run(self) -> None:
         """Train, write and evaluate."""
+        from rakd.checkpoints import file_digest
         from rakd.commands.config import write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
         from rakd.detector.detector import Detector
         from rakd.detector.files import start_from
-        from rakd.distill.model import DistillationModel
+        from rakd.distributed import barrier, start_processes
         from rakd.study.validation import CarValidation
-        from rakd.training.checkpoints import file_digest
-        from rakd.training.processes import start_processes, wait_for_all
+        from rakd.training.model import DistillationModel
         from rakd.training.trainer import Trainer
 
         check_folder(self.out, "--out")
@@ -135,7 +135,7 @@ class Train:
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
             detector = Detector(config, seed=self.seed) if self.init is None else start_from(self.init, config)
-            if processes.main:
+            if processes.is_main:
                 start = detector.loaded if self.init is None else f"starts from {self.init}"
                 print(f"{self.detector}: {start}", flush=True)
             init = {} if self.init is None else {"init": file_digest(self.init)}
@@ -152,12 +152,12 @@ class Train:
                 extend=self.extend,
             )
             # Not before the trainer has accepted what is in the folder.
-            if processes.main:
+            if processes.is_main:
                 write_options(self, self.out / "config.json")
             trainer.run()
             self._finish(detector.eval(), val, data, processes)
             # Who left the others earlier would take the connection with it.
-            wait_for_all(processes)
+            barrier(processes)
 
     def _finish(self, detector: "Detector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
         """Write weights and detections, which all processes make, and print their evaluation."""
@@ -169,10 +169,10 @@ class Train:
         from rakd.evaluation.report import format_ceilings, format_table
         from rakd.study.results import RunResult, precisions_of, write_run
 
-        if processes.main:
+        if processes.is_main:
             save_detector(self.out / "detector.pt", detector)
         write_detections(detector, val, self.out / "detections", processes.device, processes=processes)
-        if not processes.main:
+        if not processes.is_main:
             return
         frames = [frame.id for frame in val.frames]
         folders = data / "training" / "label_2", self.out / "detections"

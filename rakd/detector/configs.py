@@ -1,9 +1,10 @@
 """Settings of detectors, and the detectors that have a name."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rakd.distill import Weights
+Weights = Literal["pretrained", "random"]
+"""What backbones start from."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,7 @@ def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: i
     )
 
 
-DetectorName = Literal["tiny", "tiny-expert", "small", "kitti-r18", "kitti-r50", "waymo-r18", "waymo-r50"]
-"""Names of `DETECTORS`, as the command line reads them."""
-
-DETECTORS = {
+DETECTORS: dict[str, DetectorConfig] = {
     "tiny": _scaled(128, 448, "mobilenet_v3_small", 64, sampled=64, hidden=256),
     "tiny-expert": _scaled(128, 448, "resnet18", 64, sampled=64, hidden=256),
     "small": _scaled(192, 640, "resnet18", 64, sampled=128, hidden=512),
@@ -137,3 +135,9 @@ DETECTORS = {
 """Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings, ``waymo-r18`` and
 ``waymo-r50`` the same on images 768 x 512; ``tiny``, ``tiny-expert`` and ``small`` are for a processor and minutes:
 they start from random weights."""
+
+if TYPE_CHECKING:
+    DetectorName = str
+else:
+    DetectorName = Literal.__getitem__(tuple(DETECTORS))
+    """Names of `DETECTORS`, as the command line reads them."""

@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rakd.checkpoints import differences, load_weights, save_weights
 from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.detector.detector import Detector
 from rakd.errors import UserError
-from rakd.training.checkpoints import differences, load_weights, save_weights
 
 
 def save_detector(path: Path, detector: Detector) -> None:

@@ -21,9 +21,6 @@ else:
     MethodName = Literal.__getitem__((*NAMES, "none"))
     """Distillation methods: those of the registry, and none."""
 
-Weights = Literal["pretrained", "random"]
-"""What backbones start from."""
-
 Regions = Literal["proposals", "objects"]
 """Where features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
 

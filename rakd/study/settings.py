@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from math import isfinite
+from typing import TYPE_CHECKING, Literal
 
 from rakd.detector.configs import DETECTORS
 from rakd.distill import MethodName, Regions
@@ -10,7 +11,7 @@ from rakd.errors import UserError
 from rakd.training.settings import TrainSettings
 
 ALL_METHODS: tuple[MethodName, ...] = ("none", *METHODS)
-"""The choices of what an apprentice is trained with."""
+"""What an apprentice is trained with: without distillation, or with a method of the registry."""
 
 PAPER_METHODS: tuple[MethodName, ...] = ("none", *IN_PAPER)
 """Those of the paper's tables: alone, the methods it compares with, RAKD and its ablations."""
@@ -65,6 +66,9 @@ class StudySettings:
         for name, weight in self.weights.items():
             if not (isfinite(weight) and weight > 0):
                 raise UserError(f"weights must be positive, got {weight} for {name}")
+        for name in ("flip", "photometric"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie in 0..1, got {getattr(self, name):g}")
         missing = [name for name in self.methods if name != "none" and name not in self.weights]
         if missing:
             raise UserError(f"weights must hold one for each method, {', '.join(missing)} lack one")
@@ -88,7 +92,7 @@ _TINY = TrainSettings(
 # Detectron2's for this kind of detector, 0.02 for 16 images, in proportion.
 _WAYMO = TrainSettings(steps=39_290, batch_size=40, learning_rate=0.05, workers=4)
 
-STUDIES = {
+STUDIES: dict[str, StudySettings] = {
     "tiny": StudySettings(
         expert="tiny-expert",
         apprentice="tiny",
@@ -114,3 +118,9 @@ STUDIES = {
 }
 """Comparisons by name: ``tiny`` runs on two processor cores in minutes; ``kitti`` has the paper's settings; ``waymo``
 those of monocular work on Waymo. The last has not been run on Waymo's data here."""
+
+if TYPE_CHECKING:
+    StudyName = str
+else:
+    StudyName = Literal.__getitem__(tuple(STUDIES))
+    """Names of `STUDIES`, as the command line reads them."""

@@ -7,10 +7,10 @@ from rakd.data.kitti import KittiDataset
 from rakd.detector.detector import Detector
 from rakd.detector.files import save_detector
 from rakd.detector.inference import write_detections
+from rakd.distributed import Processes
 from rakd.errors import UserError
 from rakd.evaluation.kitti import LEVELS, evaluate
 from rakd.study.results import precisions_of
-from rakd.training.processes import Processes
 
 
 class CarValidation:
@@ -41,7 +41,7 @@ class CarValidation:
         write_detections(
             self.detector, self.dataset, folder, self.processes.device, processes=self.processes, progress=False
         )
-        if not self.processes.main:
+        if not self.processes.is_main:
             return 0.0
         frame = self.dataset.frames[0]
         frames = [frame.id for frame in self.dataset.frames]

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-import rakd.study.run
-import rakd.training.processes
+import rakd.distributed
+import rakd.study.experiment
 from rakd.cli import main
 from rakd.commands import distill as distill_module
-from rakd.commands.devices import choose_device
 from rakd.data.frames import find_frames
 from rakd.data.labels import read_results
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
+from rakd.distributed import Processes, choose_device
 from rakd.study.results import StudyResult
 from rakd.study.settings import STUDIES, StudySettings
-from rakd.training.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,8 @@ def test_no_process_leaves_the_training_before_the_evaluation(
         yield Processes(torch.device(device), rank)
         assert len(there) == 1
 
-    monkeypatch.setattr(rakd.training.processes, "start_processes", start)
-    monkeypatch.setattr(
-        rakd.training.processes, "wait_for_all", lambda _: there.append({path.name for path in tmp_path.iterdir()})
-    )
+    monkeypatch.setattr(rakd.distributed, "start_processes", start)
+    monkeypatch.setattr(rakd.distributed, "barrier", lambda _: there.append({path.name for path in tmp_path.iterdir()}))
     assert main(train(scenes, tmp_path)) == 0
     written = {"checkpoint.pt", "log.csv", "log.jsonl"}
     assert there == [written if rank else written | {"detector.pt", "detections", "result.json", "config.json"}]
@@ -193,25 +191,25 @@ def test_latency(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {row["runs"] for row in rows} == {"eager"}
 
 
-class FakeStudy:
+class FakeExperiment:
     """Notes what it was asked to do."""
 
     asked: tuple[StudySettings, Path, Path, dict[str, Any]]
 
     def __init__(self, settings: StudySettings, data: Path, out: Path, processes: Any, **options: Any) -> None:
-        FakeStudy.asked = (settings, data, out, options)
+        FakeExperiment.asked = (settings, data, out, options)
 
     def run(self) -> StudyResult:
         return StudyResult(runs=())
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeStudy]:
-    monkeypatch.setattr(rakd.study.run, "Study", FakeStudy)
-    return FakeStudy
+def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeExperiment]:
+    monkeypatch.setattr(rakd.study.experiment, "Experiment", FakeExperiment)
+    return FakeExperiment
 
 
-def test_distill_hands_its_options_on(asked: type[FakeStudy], tmp_path: Path) -> None:
+def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Path) -> None:
     expert = tmp_path / "e.pt"
     expert.touch()
     options = {
@@ -224,7 +222,16 @@ def test_distill_hands_its_options_on(asked: type[FakeStudy], tmp_path: Path) ->
         "--expert-steps": ["7"],
         "--batch-size": ["6"],
         "--steps": ["5"],
-        "--weight": ["0.5"],
+        "--weight": ["0.5", "--weight", "rakd=2", "--weight=pkd=3"],
+        "--learning-rate": ["0.25"],
+        "--amp": ["float16"],
+        "--workers": ["1"],
+        "--validate-every": ["4"],
+        "--photometric": ["0.75"],
+        "--jobs": ["3"],
+        "--init": [str(tmp_path / "other")],
+        "--extend": [],
+        "--feature-cache": ["0.5"],
         "--regions": ["objects"],
         "--device": ["cpu"],
     }
@@ -232,12 +239,58 @@ def test_distill_hands_its_options_on(asked: type[FakeStudy], tmp_path: Path) ->
     settings, data, out, others = asked.asked
     base = STUDIES["tiny"]
     assert (data, out) == (Path("d"), tmp_path)
-    assert others == {"expert": expert, "splits": ("a", "b")}
+    assert others == {
+        "expert": expert,
+        "splits": ("a", "b"),
+        "jobs": 3,
+        "init": tmp_path / "other",
+        "extend": True,
+        "cache_bytes": 2**29,
+    }
     assert (settings.methods, settings.seeds, settings.regions) == (("rakd", "none"), (3, 1), "objects")
     assert (settings.expert_training.steps, settings.training.steps) == (7, 5)
     assert (settings.expert_training.batch_size, settings.training.batch_size) == (6, 6)
-    assert settings.weights == dict.fromkeys(base.weights, 0.5)
-    assert settings.training.learning_rate == base.training.learning_rate
+    assert settings.weights == {**dict.fromkeys(base.weights, 0.5), "rakd": 2.0, "pkd": 3.0}
+    assert settings.photometric == 0.75
+    for training in (settings.expert_training, settings.training):
+        assert (training.learning_rate, training.amp) == (0.25, "float16")
+        assert (training.workers, training.validate_every) == (1, 4)
+    assert settings.training.optimizer == base.training.optimizer
+    # The same again from the file of options, with one of them overridden; of weights the last counts.
+    words = ["--config", str(tmp_path / "config.json"), "--steps", "9", "--weight", "rakd=4"]
+    assert main(["distill", *words]) == 0
+    again, *rest = asked.asked
+    assert rest == [Path("d").resolve(), out, others]
+    assert again == replace(
+        settings, training=replace(settings.training, steps=9), weights={**settings.weights, "rakd": 4.0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weight", "rakd=x"], "--weight: expected a number or METHOD=number, got 'rakd=x'"),
+        (["--weight", "rkd=1"], "--weight: expected one of pkd, semckd, "),
+        (["--weight", "rakd=-1"], "weights must be positive, got -1.0 for rakd"),
+        (["--weight", "nan"], "weights must be positive, got nan for"),
+        (["--steps", "0"], "steps must be 1 or more, got 0"),
+        (["--photometric", "2"], "photometric must lie in 0..1, got 2"),
+        (["--feature-cache", "-1"], "--feature-cache: expected 0 or a number of GiB, got -1.0"),
+        (
+            ["--feature-cache", "1", "--photometric", "0.5"],
+            "feature_cache: expected images that mirroring alone varies",
+        ),
+        (["--jobs", "0"], "jobs must be 1 or more, got 0"),
+        (["--init", "nowhere.pt"], "nowhere.pt is not there: expected a detector to start from (init)"),
+    ],
+)
+def test_wrong_options_of_distill_are_told_before_anything_is_done(
+    words: list[str], message: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["distill", "--data", str(scenes), "--out", str(out), "--device", "cpu", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_distill_looks_for_the_expert_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,14 +299,14 @@ def test_distill_looks_for_the_expert_first(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "run").exists()
 
 
-def test_distill_without_options_is_the_named_study(asked: type[FakeStudy], tmp_path: Path) -> None:
+def test_distill_without_options_is_the_named_study(asked: type[FakeExperiment], tmp_path: Path) -> None:
     for name, study in STUDIES.items():
         assert main(["distill", "--study", name, "--data", "d", "--out", str(tmp_path), "--device", "cpu"]) == 0
         assert asked.asked[0] == study
 
 
 def test_distill_renders_what_it_learns_from(
-    asked: type[FakeStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: type[FakeExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(distill_module, "_SCENES", 2)
     assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
@@ -271,7 +324,7 @@ def test_distill_renders_what_it_learns_from(
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="--device cuda: torch finds no CUDA device"):
+    with pytest.raises(ValueError, match=r"device: .*torch finds no CUDA device; got cuda"):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")

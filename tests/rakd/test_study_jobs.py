@@ -15,13 +15,13 @@ import jobs_cases
 import pytest
 import torch
 
+from rakd.checkpoints import load_weights
+from rakd.distributed import Processes
 from rakd.evaluation.report import without_nan
-from rakd.study import run as module
+from rakd.study import experiment as module
+from rakd.study.experiment import Experiment
 from rakd.study.jobs import run_side_by_side
-from rakd.study.run import Study
 from rakd.study.settings import STUDIES
-from rakd.training.checkpoints import load_weights
-from rakd.training.processes import Processes
 
 CPU = Processes(torch.device("cpu"))
 
@@ -95,8 +95,8 @@ def test_runs_end_with_the_process_that_started_them(signal: str, tmp_path: Path
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out pictures and timing."""
     monkeypatch.setattr(module, "write_report", lambda *arguments: None)
-    monkeypatch.setattr(Study, "_picture", lambda self: None)
-    monkeypatch.setattr(Study, "_models", lambda self, expert: ())
+    monkeypatch.setattr(Experiment, "_draw_frames", lambda self: None)
+    monkeypatch.setattr(Experiment, "_models", lambda self, expert: ())
 
 
 def test_side_by_side_is_as_one_after_the_other(two_threads: None, bare: None, scenes: Path, tmp_path: Path) -> None:
@@ -104,10 +104,10 @@ def test_side_by_side_is_as_one_after_the_other(two_threads: None, bare: None, s
     training = replace(base.training, steps=2, batch_size=2, warm_up=0)
     settings = replace(base, methods=("none", "rakd"), expert_training=training, training=training)
     alone, beside = tmp_path / "alone", tmp_path / "beside"
-    at_once = Study(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
+    at_once = Experiment(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
     expert = beside / "expert" / "detector.pt"
     torch.set_num_threads(1)  # as each of the two has
-    in_turn = Study(settings, scenes, alone, CPU, quiet=True, expert=expert).run()
+    in_turn = Experiment(settings, scenes, alone, CPU, quiet=True, expert=expert).run()
 
     def figures(runs: Any) -> list[Any]:
         return [{**without_nan(asdict(run)), "seconds": 0} for run in runs if run.method != "expert"]
@@ -120,13 +120,13 @@ def test_side_by_side_is_as_one_after_the_other(two_threads: None, bare: None, s
     # What is missing is made again, and only that.
     times = {path: path.stat().st_mtime_ns for path in beside.glob("*/detector.pt")}
     (beside / "rakd-seed0" / "result.json").unlink()
-    again = Study(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
+    again = Experiment(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
     assert figures(again.runs) == figures(at_once.runs)
     changed = {path.parent.name for path, time_ in times.items() if path.stat().st_mtime_ns != time_}
     assert changed == {"rakd-seed0"}
 
 
 def test_jobs_are_checked(scenes: Path, tmp_path: Path) -> None:
-    for count, jobs, message in ((1, 0, "1 or more, got 0"), (2, 2, "1 with several processes .*, got 2")):
+    for count, jobs, message in ((1, 0, "1 or more, got 0"), (2, 2, "1 for processes .*, got 2")):
         with pytest.raises(ValueError, match=f"jobs must be {message}"):
-            Study(STUDIES["tiny"], scenes, tmp_path, replace(CPU, count=count), jobs=jobs)
+            Experiment(STUDIES["tiny"], scenes, tmp_path, replace(CPU, count=count), jobs=jobs)

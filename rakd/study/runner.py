@@ -1,0 +1,195 @@
+"""One run of an experiment: trains a detector in its folder, and evaluates it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rakd.checkpoints import file_digest
+from rakd.data.augment import Augmentation
+from rakd.data.kitti import KittiDataset
+from rakd.detector.configs import DETECTORS
+from rakd.detector.detector import Detector
+from rakd.detector.files import save_detector, start_from
+from rakd.detector.inference import write_detections
+from rakd.distill.cache import FeatureCache
+from rakd.distill.methods import make_method
+from rakd.distributed import Processes, broadcast_object
+from rakd.errors import UserError
+from rakd.evaluation.depth import depth_errors
+from rakd.evaluation.kitti import evaluate
+from rakd.study.plan import Run
+from rakd.study.results import RunResult, precisions_of, read_run, write_run
+from rakd.study.settings import StudySettings
+from rakd.study.validation import CarValidation
+from rakd.training.log import RESERVED, Row
+from rakd.training.model import make_distillation_model
+from rakd.training.trainer import Trainer
+
+_KEPT_IN_MEMORY = 400  # frames; of KITTI's size they take 560 MB
+
+
+class Runner:
+    """Does the runs of an experiment, one at a time. Finished work in a run's folder is not done again.
+
+    Args:
+        settings: Of the experiment.
+        data: Folder in KITTI's layout.
+        out: The experiment's folder; each run has one in it.
+        processes: Where to compute. All call each method alike; the main one writes.
+        splits: Names of the lists to train on and to evaluate on.
+        quiet: Show no progress bars.
+        extend: Let finished runs of apprentices go on to more steps, see `rakd.training.trainer.Trainer`.
+        cache_bytes: Bound of the expert's features kept in the experiment's folder, for all runs; 0: none are.
+
+    Raises:
+        UserError: Features are to be kept and light and colour are distorted: each image is then another one.
+    """
+
+    def __init__(
+        self,
+        settings: StudySettings,
+        data: Path,
+        out: Path,
+        processes: Processes,
+        *,
+        splits: tuple[str, str] = ("train", "val"),
+        quiet: bool = False,
+        extend: bool = False,
+        cache_bytes: int = 0,
+    ) -> None:
+        if cache_bytes and settings.photometric:
+            raise UserError(
+                "feature_cache: expected images that mirroring alone varies (photometric 0), since distorted ones "
+                f"never come again; got photometric {settings.photometric:g}"
+            )
+        self.settings = settings
+        self.data = data
+        self.out = out
+        self.processes = processes
+        self.splits = splits
+        self.quiet = quiet
+        self.extend = extend
+        self.cache = FeatureCache(out / "features", max_bytes=cache_bytes) if cache_bytes else None
+
+    def build(self, run: Run) -> Detector:
+        """A run's detector before training."""
+        config = DETECTORS[run.detector]
+        return Detector(config, seed=run.model_seed) if run.init is None else start_from(run.init, config)
+
+    def train(self, run: Run, detector: Detector, expert: Detector | None) -> list[Row]:
+        """Train a detector to the end of its run; give the rows of its log.
+
+        Args:
+            run: From `rakd.study.plan.make_plan`.
+            detector: Before training; left in evaluation mode.
+            expert: None: it is trained alone.
+        """
+        settings, config = self.settings, detector.config
+        term = None
+        if expert is not None:
+            term = make_method(
+                run.method,
+                strides=detector.strides,
+                expert_channels=expert.channels,
+                apprentice_channels=detector.channels,
+                batch_size=run.training.batch_size // self.processes.count,
+                seed=run.seed,
+                canonical_size=config.heads.canonical_size,
+            )
+        dataset = KittiDataset(
+            self.data,
+            self.splits[0],
+            height=config.height,
+            augmentation=Augmentation(flip=settings.flip, photometric=settings.photometric),
+            seed=run.seed,
+        )
+        dataset.cache = len(dataset) <= _KEPT_IN_MEMORY
+        folder = self.out / run.name
+        # What changes nothing by being absent is absent, so that runs of earlier versions go on.
+        options: dict[str, object] = {} if run.init is None else {"init": file_digest(run.init)}
+        if self.cache is not None and term is not None:
+            options["feature_cache"] = True  # the expert sees images one by one, which rounds otherwise
+        trainer = Trainer(
+            make_distillation_model(detector, expert, term, run.weight, settings.regions, self.cache),
+            dataset,
+            run.training,
+            folder,
+            self.processes.device,
+            name=run.name,
+            fingerprint={
+                "detector": asdict(config),
+                "method": run.method,
+                "weight": run.weight,
+                "regions": settings.regions,
+                "started_from": backbone_start(detector),
+                **options,
+            },
+            image_size=config.image_size,
+            quiet=self.quiet,
+            validation=CarValidation(detector, self._validation_frames(detector), folder, self.processes),
+            extend=self.extend and expert is not None,
+        )
+        if trainer.step < run.training.steps and self.processes.is_main:
+            (folder / "result.json").unlink(missing_ok=True)  # of a run that is extended
+        rows = trainer.run()
+        detector.eval()
+        return rows
+
+    def evaluate(self, run: Run, detector: Detector, rows: Sequence[Row] = ()) -> RunResult | None:
+        """Evaluate a detector and write what was found.
+
+        Args:
+            run: Whose folder to write to.
+            detector: In evaluation mode.
+            rows: Of the log of its training, for time and losses.
+
+        Returns:
+            The figures in the main process, None in the others.
+        """
+        folder = self.out / run.name
+        result = folder / "result.json"
+        if broadcast_object(self.processes, result.exists):
+            return read_run(result) if self.processes.is_main else None
+        if self.processes.is_main:
+            save_detector(folder / "detector.pt", detector)
+        dataset = self._validation_frames(detector)
+        detections = folder / "detections"
+        write_detections(
+            detector, dataset, detections, self.processes.device, processes=self.processes, progress=not self.quiet
+        )
+        if not self.processes.is_main:
+            return None
+        truth = self.data / "training" / "label_2"
+        frames = [frame.id for frame in dataset.frames]
+        figures = RunResult(
+            method=run.method,
+            seed=run.seed,
+            precisions=precisions_of(
+                official=evaluate(truth, detections, frames=frames, progress=False),
+                loose=evaluate(truth, detections, frames=frames, overlaps="loose", progress=False),
+            ),
+            depth=depth_errors(truth, detections, frames=frames, progress=False),
+            seconds=rows[-1]["seconds"] if rows else None,
+            losses=_last_losses(rows) if rows else {},
+        )
+        write_run(result, figures)
+        return figures
+
+    def _validation_frames(self, detector: Detector) -> KittiDataset:
+        return KittiDataset(self.data, self.splits[1], height=detector.config.height)
+
+
+def losses_of(row: Row, *others: str) -> Row:
+    """The loss terms of a row of a log, and the columns named besides."""
+    return {key: value for key, value in row.items() if key not in RESERVED or key in others}
+
+
+def backbone_start(detector: Detector) -> str:
+    """Weights that the backbone started from, without the reason."""
+    return detector.loaded.partition(" (")[0]
+
+
+def _last_losses(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean of each loss term over the last twentieth of the rows: single batches scatter."""
+    last = [losses_of(row) for row in rows[-max(1, len(rows) // 20) :]]
+    return {name: sum(row[name] for row in last) / len(last) for name in last[0]}
