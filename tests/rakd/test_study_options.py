@@ -72,7 +72,8 @@ def test_apprentices_start_from_a_file(finished: Finished, scenes: Path, tmp_pat
     with pytest.raises(ValueError, match=r"init is .* there and absent here"):
         run(scenes, tmp_path, expert=finished.out / "expert" / "detector.pt")
     # A detector of other channels does not fit.
-    with pytest.raises(ValueError, match=r"does not fit the detector: shape of .*bbox_pred\.weight is \[12, 24, 1, 1\] there and \[12, 16, .* and \d+ more"):
+    wrong = r"does not fit the detector: shape of .*bbox_pred\.weight is \[12, 24, .* and \d+ more"
+    with pytest.raises(ValueError, match=wrong):
         run(scenes, tmp_path / "wrong", init=finished.out / "expert" / "detector.pt")
 
 
