@@ -30,6 +30,7 @@ class Sample:
         original_size: (width, height) of the image in the file.
         objects: All labels, in this image's pixels; None in ``testing``.
         targets: Objects to learn; None in ``testing``.
+        mirrored: Whether augmentation mirrored it.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Sample:
     original_size: tuple[int, int]
     objects: Objects | None
     targets: Targets | None
+    mirrored: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,15 +175,16 @@ class KittiDataset(Dataset[Sample]):
         original = image.size
         calibration = frame.read_calibration()
         objects = None if frame.label is None else frame.read_labels()
+        mirror = False
         if self.augmentation is not None:
             rng = np.random.default_rng([self.seed, epoch, index % len(self)])
-            mirror = rng.random() < self.augmentation.flip
+            mirror = bool(rng.random() < self.augmentation.flip)
             image = distort(image, self.augmentation, rng)
             if mirror:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 calibration = calibration.flipped(original[0])
                 objects = None if objects is None else objects.flipped(original[0])
-        return make_sample(frame.id, image, calibration, objects, self.height)
+        return replace(make_sample(frame.id, image, calibration, objects, self.height), mirrored=mirror)
 
     def _read_image(self, index: int) -> Image.Image:
         # Nothing that follows changes an image in place, so that a kept one stays as it was read.
