@@ -20,7 +20,7 @@ _CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torchvision"])
 
 
 def run_process(*arguments: str, **environment: str | None) -> str:
-    """Run Python with these arguments, ``-c`` and code or a script, and give what it prints.
+    """Run Python with these arguments, ``-c`` and code, ``-m`` and a module or a script, and give what it prints.
 
     None takes a variable out of the environment.
     """
@@ -69,6 +69,9 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str | None], outpu
     if what == "-c":
         sys.argv = ["-c", *rest[1:]]
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif what == "-m":
+        sys.argv = list(rest)
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = [what, *rest]
         sys.path.insert(0, str(Path(what).parent))

@@ -44,7 +44,7 @@ class Export:
 
         import torch
 
-        from rakd.commands.models import find_model
+        from rakd.commands.models import find_model, scene_size
         from rakd.data.kitti import KittiDataset
         from rakd.detector.detector import Detector
         from rakd.detector.export import check_onnx, export_onnx
@@ -63,7 +63,7 @@ class Export:
             raise UserError(f"DETECTOR: {self.detector} is an ONNX model already")
         with TemporaryDirectory() as folder:
             if self.data is None:
-                make_scenes(Path(folder), 2 * self.frames, 0, workers=1, progress=False)
+                make_scenes(Path(folder), 2 * self.frames, 0, size=scene_size([detector]), workers=1)
             dataset = KittiDataset(self.data or Path(folder), height=detector.config.height)
             chosen = range(0, len(dataset), max(1, len(dataset) // self.frames))[: self.frames]
             samples = [dataset[i] for i in chosen]

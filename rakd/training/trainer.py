@@ -20,6 +20,7 @@ from rakd.distributed import (
     all_gather_object,
     all_reduce_mean,
     barrier,
+    broadcast_object,
     broadcast_state,
     broadcast_tensors,
     current_processes,
