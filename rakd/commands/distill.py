@@ -1,4 +1,4 @@
-"""``rakd distill``, the main job: an expert teaches apprentices by several methods, which are then compared."""
+"""``rakd distill``: trains an expert, and apprentices with several distillation methods, and compares them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _SCENES = 200  # frames rendered where no data are given
 
 @dataclass(frozen=True)
 class Distill:
-    """Train an expert and apprentices, alone and taught by several methods; compare them as the paper does.
+    """Train an expert and apprentices, alone and with several methods; compare them as the paper does.
 
     Without arguments it renders street scenes and runs on two processor cores in minutes. Writes tables (Markdown,
     CSV, JSON), training curves, pictures of detections and all weights to the run's folder, and prints the tables.
@@ -45,7 +45,7 @@ class Distill:
     """Names of the frame lists in ImageSets to learn from and to evaluate on."""
 
     methods: Annotated[tuple[MethodName, ...], arg(metavar="METHOD...")] = PAPER_METHODS
-    """What apprentices are trained with."""
+    """Methods to train apprentices with; none: alone."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
     """Each method is run with each seed; tables give mean and standard deviation."""
@@ -96,14 +96,14 @@ class Distill:
     mirroring alone varies the images (--photometric 0)."""
 
     regions: Regions = "proposals"
-    """Where RAKD and its ablations compare features: proposals that lie on objects, or the labelled boxes."""
+    """Regions in which RAKD and its ablations compare features: proposals on objects, or the labelled boxes."""
 
     jobs: int = 1
     """Apprentices trained at a time, each in a process of its own with its share of the cores (or, in turn, of the
     GPUs). With the same number of threads each (OMP_NUM_THREADS) results are those of one after the other."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes GPUs if there are any."""
+    """Device to compute on; auto takes GPUs if there are any."""
 
     config: Annotated[Path | None, arg(metavar="FILE")] = None
     """File of options (config.json of a run); options of the command line override it."""

@@ -33,7 +33,7 @@ class Train:
     """Folder of the run."""
 
     detector: DetectorName = "kitti-r50"
-    """Which detector."""
+    """Name of the detector."""
 
     splits: Annotated[tuple[str, str], arg(metavar="TRAIN VAL")] = ("train", "val")
     """Names of the frame lists in ImageSets to learn from and to evaluate on."""
@@ -52,7 +52,7 @@ class Train:
     """Frames a step, over all processes."""
 
     learning_rate: float = TrainSettings.learning_rate
-    """After the warm-up."""
+    """Learning rate after the warm-up."""
 
     optimizer: Optimizer = TrainSettings.optimizer
     """sgd (momentum 0.9) or adamw."""
@@ -84,7 +84,7 @@ class Train:
     """Seed of weights, order and augmentation."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes GPUs if there are any."""
+    """Device to compute on; auto takes GPUs if there are any."""
 
     config: Annotated[Path | None, arg(metavar="FILE")] = None
     """File of options (config.json of a run); options of the command line override it."""
@@ -156,7 +156,7 @@ class Train:
                 write_options(self, self.out / "config.json")
             trainer.run()
             self._finish(detector.eval(), val, data, processes)
-            # Who left the others earlier would take the connection with it.
+            # The main process holds the connection: it must not leave earlier.
             barrier(processes)
 
     def _finish(self, detector: "Detector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
