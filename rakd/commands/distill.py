@@ -48,7 +48,7 @@ class Distill:
     """What apprentices are trained with."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
-    """Each method is run with each seed; tables give mean and spread."""
+    """Each method is run with each seed; tables give mean and standard deviation."""
 
     expert: Annotated[Path | None, arg(metavar="FILE")] = None
     """File of a trained expert (detector.pt of a run); without it one is trained."""
