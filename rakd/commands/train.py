@@ -1,7 +1,7 @@
 """``rakd train``: a detector on its own."""
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -105,18 +105,8 @@ class Train:
 
         check_folder(self.out, "--out")
         config = DETECTORS[self.detector]
-        settings = TrainSettings(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            warm_up=self.warm_up,
-            amp=self.amp,
-            workers=self.workers,
-            seed=self.seed,
-            validate_every=self.validate_every,
-        )
+        own = {field.name for field in fields(self)}
+        settings = TrainSettings(**{f.name: getattr(self, f.name) for f in fields(TrainSettings) if f.name in own})
         if self.warm_up >= self.steps:
             warnings.warn(
                 f"--warm-up: the learning rate rises over {self.warm_up} steps and the training has {self.steps}: "

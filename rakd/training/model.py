@@ -20,23 +20,17 @@ class DistillationModel(nn.Module):
         detector: The apprentice, or whatever is trained.
         distiller: Brings the expert; None: no distillation.
         regions: Where features are compared.
-        cached: Whether the distiller's cache keeps the expert's features. It may where nothing but mirroring varies the
-            images. The expert then sees one image at a time, so that no feature depends on what is in the cache.
     """
 
-    def __init__(
-        self,
-        detector: Detector,
-        distiller: Distiller | None = None,
-        regions: Regions = "proposals",
-        *,
-        cached: bool = False,
-    ) -> None:
+    cached = False
+    """Whether the distiller has a cache for the expert's features, as it may where mirroring alone varies images. The
+    expert then sees one image at a time, so that no feature depends on what is in the cache."""
+
+    def __init__(self, detector: Detector, distiller: Distiller | None = None, regions: Regions = "proposals") -> None:
         super().__init__()
         self.detector = detector
         self.distiller = distiller
         self.regions = regions
-        self.cached = cached
 
     def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
         """Losses of a batch.
@@ -84,6 +78,6 @@ def make_distillation_model(
     """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:
         return DistillationModel(apprentice)
-    return DistillationModel(
-        apprentice, Distiller(expert, method, weight, cache=cache), regions, cached=cache is not None
-    )
+    model = DistillationModel(apprentice, Distiller(expert, method, weight, cache=cache), regions)
+    model.cached = cache is not None
+    return model
