@@ -43,3 +43,18 @@ def shared_mean_count(count: Tensor | int, device: torch.device) -> Tensor:
             torch.distributed.all_reduce(mean)
             mean = mean / processes
     return torch.where(mean == 0, torch.ones_like(mean), mean)
+
+
+def shared_mean(values: Tensor) -> Tensor:
+    """Average numbers over all processes; without `torch.distributed`, or with one process, they are as they were.
+
+    A collective: every process must call it, equally often, with equal shapes. No gradient flows.
+    """
+    mean = values.detach()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            mean = mean.clone()
+            torch.distributed.all_reduce(mean)
+            mean = mean / processes
+    return mean

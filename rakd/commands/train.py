@@ -1,7 +1,7 @@
 """``rakd train``: a detector on its own."""
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +13,7 @@ from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
 
 if TYPE_CHECKING:
     from rakd.data.kitti import KittiDataset
-    from rakd.detector.detector import Detector
+    from rakd.detector.base import BaseDetector
     from rakd.training.processes import Processes
 
 
@@ -78,7 +78,6 @@ class Train:
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
-        from rakd.detector.detector import Detector
         from rakd.distill.model import DistillationModel
         from rakd.training.processes import start_processes, wait_for_all
         from rakd.training.trainer import Trainer
@@ -111,9 +110,10 @@ class Train:
                 augmentation=Augmentation() if self.augment else None,
                 seed=self.seed,
                 cache=self.cache,
+                rules=config.rules,
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
-            detector = Detector(config, seed=self.seed)
+            detector = config.build(self.seed)
             if processes.main:
                 print(f"{self.detector}: {detector.loaded}", flush=True)
             Trainer(
@@ -123,14 +123,14 @@ class Train:
                 self.out,
                 processes.device,
                 name=self.detector,
-                fingerprint={"detector": asdict(config)},
+                fingerprint={"detector": config.to_plain()},
                 image_size=config.image_size,
             ).run()
             self._finish(detector.eval(), val, data, processes)
             # Who left the others earlier would take the connection with it.
             wait_for_all(processes)
 
-    def _finish(self, detector: "Detector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
+    def _finish(self, detector: "BaseDetector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
         """Write weights and detections, which all processes make, and print their evaluation."""
         from rakd.commands.waymo_data import format_waymo_tables, is_converted
         from rakd.detector.files import save_detector

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rakd.data.kitti import Batch
 from rakd.data.targets import pooling_boxes
-from rakd.detector.detector import Detector
+from rakd.detector.base import BaseDetector
 from rakd.distill import Regions
 from rakd.distill.distiller import Distiller
 
@@ -20,7 +20,9 @@ class DistillationModel(nn.Module):
         regions: Where features are compared.
     """
 
-    def __init__(self, detector: Detector, distiller: Distiller | None = None, regions: Regions = "proposals") -> None:
+    def __init__(
+        self, detector: BaseDetector, distiller: Distiller | None = None, regions: Regions = "proposals"
+    ) -> None:
         super().__init__()
         self.detector = detector
         self.distiller = distiller
@@ -31,7 +33,7 @@ class DistillationModel(nn.Module):
 
         Args:
             batch: Images and targets, on any device.
-            seeds: One for each image, see `rakd.detector.detector.Detector.losses`.
+            seeds: One for each image, see `rakd.detector.base.BaseDetector.losses`.
 
         Returns:
             The terms, to be summed; "distillation" is the distiller's.
@@ -50,7 +52,7 @@ class DistillationModel(nn.Module):
 
 
 def make_distillation_model(
-    apprentice: Detector, expert: Detector | None, method: nn.Module | None, weight: float, regions: Regions
+    apprentice: BaseDetector, expert: BaseDetector | None, method: nn.Module | None, weight: float, regions: Regions
 ) -> DistillationModel:
     """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:

@@ -15,8 +15,9 @@ from rakd.data.augment import Augmentation
 from rakd.data.frames import digest, find_frames
 from rakd.data.kitti import KittiDataset
 from rakd.data.labels import Objects, read_results
+from rakd.detector.base import BaseDetector
+from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import DETECTORS
-from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import write_detections
 from rakd.detector.latency import measure
@@ -152,12 +153,12 @@ class Study:
                 f"got a batch_size of {settings.training.batch_size}: make it larger or leave semckd out"
             )
 
-    def _build_expert(self) -> Detector:
+    def _build_expert(self) -> BaseDetector:
         """The expert as it is before training, or as its file has it."""
         if self.expert_file is not None:
             expert = load_detector(self.expert_file).to(self.processes.device)
         else:
-            expert = Detector(DETECTORS[self.settings.expert], seed=1000 + self.settings.expert_seed)
+            expert = DETECTORS[self.settings.expert].build(1000 + self.settings.expert_seed)
         self._note_start("expert", expert)
         # Both get the same images, and a network sees only objects of the sizes that it was trained on.
         wanted = DETECTORS[self.settings.apprentice].height
@@ -168,18 +169,18 @@ class Study:
             )
         return expert
 
-    def _teach_expert(self, expert: Detector) -> RunResult | None:
+    def _teach_expert(self, expert: BaseDetector) -> RunResult | None:
         seed = self.settings.expert_seed
         if self.expert_file is not None:
             return self._evaluate("expert", seed, expert, "expert", None)
         return self._train("expert", seed, expert, None, self.settings.expert_training)
 
-    def _apprentice(self, method: str, seed: int, expert: Detector) -> RunResult | None:
-        apprentice = Detector(DETECTORS[self.settings.apprentice], seed=2000 + seed)
+    def _apprentice(self, method: str, seed: int, expert: BaseDetector) -> RunResult | None:
+        apprentice = DETECTORS[self.settings.apprentice].build(2000 + seed)
         self._note_start("apprentice", apprentice)
         return self._train(method, seed, apprentice, expert, self.settings.training)
 
-    def _note_start(self, name: str, detector: Detector) -> None:
+    def _note_start(self, name: str, detector: BaseDetector) -> None:
         """Note what a backbone started from; apprentices that started differently cannot be compared."""
         start = _start(detector)
         if name not in self.started_from:
@@ -191,14 +192,18 @@ class Study:
             )
         self.started_from[name] = start
 
-    def _config(self, expert: Detector) -> dict[str, Any]:
+    def _config(self, expert: BaseDetector) -> dict[str, Any]:
         config = {**asdict(self.settings), "started_from": self.started_from, "expert_file": None}
         if self.expert_file is not None:
-            config |= {"expert": asdict(expert.config), "expert_training": None, "expert_file": self.expert_file.name}
+            config |= {
+                "expert": expert.config.to_plain(),
+                "expert_training": None,
+                "expert_file": self.expert_file.name,
+            }
         return config
 
     def _train(
-        self, method: str, seed: int, detector: Detector, expert: Detector | None, training: TrainSettings
+        self, method: str, seed: int, detector: BaseDetector, expert: BaseDetector | None, training: TrainSettings
     ) -> RunResult | None:
         """Train a detector in its folder, and evaluate it."""
         training = replace(training, seed=seed)
@@ -212,20 +217,20 @@ class Study:
                 apprentice_channels=detector.channels,
                 batch_size=training.batch_size // self.processes.count,
                 seed=seed,
-                canonical_size=detector.config.heads.canonical_size,
+                canonical_size=detector.canonical_size,
             )
         name = "expert" if expert is None else f"{method}-seed{seed}"
         model = make_distillation_model(detector, expert, term, weight, self.settings.regions)
         config = detector.config
         trainer = Trainer(
             model,
-            self._training_frames(config.height, seed),
+            self._training_frames(config, seed),
             training,
             self.out / name,
             self.processes.device,
             name=name,
             fingerprint={
-                "detector": asdict(config),
+                "detector": config.to_plain(),
                 "method": method,
                 "weight": weight,
                 "regions": self.settings.regions,
@@ -243,7 +248,7 @@ class Study:
         self,
         method: str,
         seed: int,
-        detector: Detector,
+        detector: BaseDetector,
         name: str,
         seconds: float | None,
         losses: dict[str, float] | None = None,
@@ -282,18 +287,26 @@ class Study:
         write_run(result, run)
         return run
 
-    def _training_frames(self, height: int, seed: int) -> KittiDataset:
+    def _training_frames(self, config: BaseConfig, seed: int) -> KittiDataset:
         settings = self.settings
         augmentation = Augmentation(flip=settings.flip, photometric=settings.photometric)
         small = len(self._train_frames) <= _KEPT_IN_MEMORY
-        return KittiDataset(self.data, self.splits[0], height=height, augmentation=augmentation, seed=seed, cache=small)
+        return KittiDataset(
+            self.data,
+            self.splits[0],
+            height=config.height,
+            augmentation=augmentation,
+            seed=seed,
+            cache=small,
+            rules=config.rules,
+        )
 
     def _describe_data(self) -> str:
         train, val = len(self._train_frames), len(self._val_frames)
         name = self.data.name
         return f"{name}: {train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
 
-    def _models(self, expert: Detector) -> tuple[ModelFigures, ...]:
+    def _models(self, expert: BaseDetector) -> tuple[ModelFigures, ...]:
         apprentice = load_detector(self._folder(self.settings.methods[0]) / "detector.pt")
         costs = measure([expert, apprentice], self._val_frames[0], self.processes.device, progress=not self.quiet)
         return tuple(
@@ -353,7 +366,7 @@ def _last_losses(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in last) / len(last) for name in last[0]}
 
 
-def _start(detector: Detector) -> str:
+def _start(detector: BaseDetector) -> str:
     """What a backbone started from, without the reason."""
     return detector.loaded.partition(" (")[0]
 
