@@ -1,6 +1,7 @@
 """The interface of all detectors, which training, studies, inference, files, latency and export use."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,14 @@ class BaseDetector(nn.Module):
         pyramid: Backbone and feature maps, the bulk of the work.
         strides: Pixels per cell of each feature map.
         channels: Channels of each feature map.
+        has_queries: Whether `matched_boxes` can tell where it sees an image's objects.
     """
 
     config: BaseConfig
     pyramid: Pyramid
     strides: tuple[int, ...]
     channels: int
+    has_queries: ClassVar[bool] = False
 
     @property
     def loaded(self) -> str:
@@ -93,6 +96,22 @@ class BaseDetector(nn.Module):
 
         Raises:
             ValueError: The arguments' lengths differ, or the detector is in training mode.
+        """
+        raise NotImplementedError
+
+    def matched_boxes(self, features: dict[str, Tensor], targets: Sequence[Targets]) -> list[Tensor]:
+        """The boxes of the queries that stand for an image's objects, such as an expert's for distillation.
+
+        Args:
+            features: What `extract_features` gave for the images.
+            targets: The objects of each.
+
+        Returns:
+            ``[K, 4]`` per image in pixels, one for each object.
+
+        Raises:
+            ValueError: The detector is in training mode.
+            NotImplementedError: It has no queries, see ``has_queries``.
         """
         raise NotImplementedError
 

@@ -24,8 +24,9 @@ else:
 Weights = Literal["pretrained", "random"]
 """What backbones start from."""
 
-Regions = Literal["proposals", "objects"]
-"""Where features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
+Regions = Literal["proposals", "objects", "expert"]
+"""Where features are compared: the apprentice's proposals (of MonoDETR: its queries' boxes) that lie on objects, the
+labelled boxes, or the boxes of an expert's queries that lie on objects."""
 
 _LAZY = {
     "Distiller": "rakd.distill.distiller",

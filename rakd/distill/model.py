@@ -9,6 +9,7 @@ from rakd.data.targets import pooling_boxes
 from rakd.detector.base import BaseDetector
 from rakd.distill import Regions
 from rakd.distill.distiller import Distiller
+from rakd.errors import UserError
 
 
 class DistillationModel(nn.Module):
@@ -46,7 +47,12 @@ class DistillationModel(nn.Module):
         expert = None if self.distiller is None else self.distiller.expert_features(images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
-            boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
+            boxes = foreground
+            if self.regions == "objects":
+                boxes = [target.boxes for target in targets]
+            elif self.regions == "expert":
+                assert expert is not None
+                boxes = self.distiller.expert.matched_boxes(expert, targets)
             losses["distillation"] = self.distiller(images, pooling_boxes(boxes), features, expert)
         return losses
 
@@ -57,4 +63,6 @@ def make_distillation_model(
     """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:
         return DistillationModel(apprentice)
+    if regions == "expert" and not expert.has_queries:
+        raise UserError("regions: expert needs an expert with queries, a MonoDETR")
     return DistillationModel(apprentice, Distiller(expert, method, weight), regions)

@@ -38,6 +38,7 @@ class MonoDETR(BaseDetector):
     """
 
     config: MonoDETRConfig
+    has_queries = True
 
     def __init__(self, config: MonoDETRConfig, seed: int = 0) -> None:
         super().__init__()
@@ -88,18 +89,7 @@ class MonoDETR(BaseDetector):
 
     @torch.no_grad()
     def matched_boxes(self, features: dict[str, Tensor], targets: Sequence[Targets]) -> list[Tensor]:
-        """The boxes of the queries that stand for an image's objects, such as an expert's for distillation.
-
-        Args:
-            features: What `extract_features` gave for the images.
-            targets: The objects of each.
-
-        Returns:
-            ``[K, 4]`` per image in pixels, one for each object.
-
-        Raises:
-            ValueError: The detector is in training mode.
-        """
+        """See `rakd.detector.base.BaseDetector.matched_boxes`."""
         if self.training:
             raise ValueError("matched_boxes needs the detector in evaluation mode, call eval() first")
         wanted = query_targets(targets, _image(features))
