@@ -127,6 +127,7 @@ DetectorName = Literal[
     "waymo-r50",
     "monodetr-tiny",
     "monodetr-tiny-expert",
+    "monodetr-small",
     "monodetr-r18",
     "monodetr-r50",
 ]

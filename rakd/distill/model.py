@@ -63,6 +63,11 @@ def make_distillation_model(
     """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:
         return DistillationModel(apprentice)
+    if expert.strides != apprentice.strides:
+        raise UserError(
+            f"expert must have maps of the apprentice's strides, {apprentice.strides}, got {expert.strides}: choose "
+            "two detectors of one family"
+        )
     if regions == "expert" and not expert.has_queries:
         raise UserError("regions: expert needs an expert with queries, a MonoDETR")
     return DistillationModel(apprentice, Distiller(expert, method, weight), regions)

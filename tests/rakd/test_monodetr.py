@@ -23,7 +23,7 @@ from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import detect, detect_all
 from rakd.detector.latency import compiled, measure
-from rakd.detector.monodetr.configs import MonoDETRConfig
+from rakd.detector.monodetr.configs import MonoDETRConfig, TransformerConfig
 from rakd.detector.monodetr.detector import MonoDETR
 from rakd.distill.methods import make_method
 from rakd.distill.model import DistillationModel, make_distillation_model
@@ -51,7 +51,6 @@ def batch(scenes: Path) -> Batch:
 
 
 def losses(detector: BaseDetector, pixels: Tensor, targets: list[Targets]) -> tuple[dict[str, Tensor], list[Tensor]]:
-    pytest.importorskip("scipy")
     count = len(targets)
     return detector.losses(detector.extract_features(pixels), [SIZE] * count, targets, list(range(count)))
 
@@ -214,6 +213,16 @@ def test_there_is_no_such_detector() -> None:
         make_detector("monodetr")
 
 
+def test_the_original_is_not_changed() -> None:
+    for name in ("monodetr-r50", "monodetr-r18"):
+        config = DETECTORS[name]
+        assert isinstance(config, MonoDETRConfig) and config == MonoDETRConfig(
+            BackboneConfig(name.replace("monodetr-r", "resnet"))
+        )
+        assert config.transformer == TransformerConfig(8, 4, 3, 3, 256, 0.1, 50, 11)
+        assert (config.depth.bins, config.depth.farthest, config.score_limit) == (80, 60.0, 0.2)
+
+
 def test_both_families_are_made() -> None:
     assert isinstance(make_detector("tiny"), Detector) and isinstance(make_detector("monodetr-tiny"), MonoDETR)
 
@@ -272,7 +281,6 @@ def test_cost(scenes: Path, detector: MonoDETR) -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "score_l2"])
 def test_every_method_distils_it(name: str, batch: Batch) -> None:
-    pytest.importorskip("scipy")
     expert = MonoDETR(replace(CONFIG, backbone=replace(CONFIG.backbone, channels=24)), seed=9)
     method = make_method(
         name, strides=expert.strides, expert_channels=24, apprentice_channels=16, batch_size=2, canonical_size=28.0
@@ -295,7 +303,6 @@ class Noting(torch.nn.Module):
 
 @pytest.mark.parametrize("regions", ["objects", "proposals", "expert"])
 def test_where_features_are_compared(regions: str, batch: Batch) -> None:
-    pytest.importorskip("scipy")
     expert, apprentice, method = MonoDETR(CONFIG, seed=9), MonoDETR(CONFIG), Noting()
     targets = batch.targets("cpu")
     torch.manual_seed(0)
@@ -322,7 +329,6 @@ def test_the_two_stage_expert_has_no_queries(small_config: DetectorConfig) -> No
 
 
 def test_matched_boxes_are_the_objects_where_queries_say_so(detector: MonoDETR, batch: Batch) -> None:
-    pytest.importorskip("scipy")
     detector.eval()
     boxes = detector.matched_boxes(detector.extract_features(batch.images), batch.targets("cpu"))
     assert [len(rows) for rows in boxes] == [len(target) for target in batch.targets("cpu")]
@@ -330,7 +336,6 @@ def test_matched_boxes_are_the_objects_where_queries_say_so(detector: MonoDETR, 
 
 
 def test_training_goes_on_to_the_same_bits(scenes: Path, tmp_path: Path) -> None:
-    pytest.importorskip("scipy")
     config = replace(CONFIG, width=256)
 
     def trainer(out: str, steps: int = 4) -> Trainer:

@@ -113,7 +113,6 @@ def test_a_pairs_cost() -> None:
 
 
 def test_each_group_is_matched_at_the_least_cost() -> None:
-    pytest.importorskip("scipy")
     near, far = (0.6, 0.5, 0.1, 0.2, 0.1, 0.1), (0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
     targets = one_target(near)
     targets = replace(
@@ -130,7 +129,6 @@ def test_each_group_is_matched_at_the_least_cost() -> None:
 
 
 def test_more_objects_than_queries_are_refused() -> None:
-    pytest.importorskip("scipy")
     targets = replace(
         one_target(TARGET),
         counts=[2],

@@ -1,7 +1,7 @@
 """Settings of MonoDETR. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rakd.data.rules import DataRules
@@ -154,12 +154,12 @@ class MonoDETRConfig(BaseConfig):
         return MonoDETR(self, seed)
 
 
-def _light(backbone: str) -> MonoDETRConfig:
+def _light(backbone: BackboneConfig, transformer: TransformerConfig) -> MonoDETRConfig:
     """For images of 128 x 448 pixels, a processor and minutes."""
     return MonoDETRConfig(
-        BackboneConfig(backbone, 64, weights="random", frozen_norm=False),
+        backbone,
         depth=DepthConfig(bins=40),
-        transformer=TransformerConfig(heads=4, encoder_layers=1, decoder_layers=2, hidden=128, queries=30, groups=4),
+        transformer=transformer,
         rules=DataRules(**{**vars(RULES), "most": 30}),
         score_limit=0.05,
         detections=30,
@@ -169,11 +169,18 @@ def _light(backbone: str) -> MonoDETRConfig:
     )
 
 
+# Dropout keeps large networks from overfitting, and small ones from learning.
+_TINY = TransformerConfig(heads=4, encoder_layers=1, decoder_layers=2, hidden=128, dropout=0.0, queries=30, groups=4)
+
 MONODETRS = {
-    "monodetr-tiny": _light("mobilenet_v3_small"),
-    "monodetr-tiny-expert": _light("resnet18"),
+    "monodetr-tiny": _light(BackboneConfig("mobilenet_v3_small", 64, weights="random", frozen_norm=False), _TINY),
+    "monodetr-tiny-expert": _light(BackboneConfig("resnet18", 64, weights="random", frozen_norm=False), _TINY),
+    "monodetr-small": _light(
+        BackboneConfig("tf_efficientnet_lite0", 128), replace(_TINY, heads=8, decoder_layers=3, hidden=256, groups=6)
+    ),
     "monodetr-r18": MonoDETRConfig(BackboneConfig("resnet18")),
     "monodetr-r50": MonoDETRConfig(BackboneConfig("resnet50")),
 }
-"""MonoDETRs by name: ``monodetr-r50`` (expert) and ``monodetr-r18`` (apprentice) have the original's settings, the
-others are for a processor and minutes and start from random weights."""
+"""MonoDETRs by name: ``monodetr-r50`` (expert) and ``monodetr-r18`` (apprentice) have the original's settings.
+``monodetr-tiny`` and ``monodetr-tiny-expert`` are for a processor and minutes and start from random weights;
+``monodetr-small`` is for an hour, on a backbone whose ImageNet weights come with the extra ``pretrained``."""
