@@ -38,9 +38,9 @@ def test_the_originals_rules(objects: Objects, wanted: bool) -> None:
 
 
 def test_the_first_objects_are_kept() -> None:
-    objects = make_objects(("Van", 0, 30), ("Car", 6, 30), ("Car", 2, 14), ("Car", -6, 25))
+    objects = make_objects(("Van", 0, 30), ("Car", 12, 30), ("Car", 2, 14), ("Car", -6, 25))
     targets = make_targets(objects, CALIBRATION, SIZE, rules=DataRules(most=2))
-    np.testing.assert_allclose(targets.location[:, 0], [6, 2])
+    np.testing.assert_allclose(targets.location[:, 0], [12, 2])
 
 
 def test_rules_are_checked() -> None:

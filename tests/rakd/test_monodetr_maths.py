@@ -89,8 +89,8 @@ def test_bins_grow_by_the_same_length() -> None:
 def test_the_originals_bins() -> None:
     values = bin_values(DepthConfig())
     assert len(values) == 81
-    # i = 40: 40.5 ** 2 * s / 2 - s / 8 + 0.001 with s = 2 * 59.999 / 6480
-    assert values[40].item() == pytest.approx(15.186648, abs=1e-5)
+    # Bin 40 begins at 0.001 + s * 40 * 41 / 2 with s = 2 * 59.999 / 6480.
+    assert values[40].item() == pytest.approx(15.185932, abs=1e-5)
     middles = (values[:-1] + values[1:]) / 2
     assert bin_indices(middles, DepthConfig()).tolist() == list(range(80))
 
