@@ -277,7 +277,7 @@ def test_a_known_box_comes_back(flip: bool, scale: float) -> None:
     # Targets are float32, whose seventh digit at 600 pixels and 15 m is a micrometre.
     np.testing.assert_allclose(got.location, wanted.location, atol=1e-5)
     np.testing.assert_allclose(got.dimensions, wanted.dimensions, atol=1e-6)
-    np.testing.assert_allclose(np.cos(got.rotation_y - wanted.rotation_y), 1.0, atol=1e-10)
+    np.testing.assert_allclose(np.cos(got.rotation_y.numpy() - wanted.rotation_y), 1.0, atol=1e-10)
     np.testing.assert_allclose(got.boxes, wanted.boxes, atol=1e-4)
     scores = torch.sigmoid(torch.tensor([4.0, 3.0, 2.0], dtype=torch.float64)) * 2  # exp(-ln .5)
     torch.testing.assert_close(got.scores, scores)
