@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import rakd_ops  # noqa: F401 - registers the operators that are translated
 from rakd.data.kitti import Sample
 from rakd.detector.base import BaseDetector
 from rakd.detector.onnx_model import INPUTS, METADATA, OUTPUTS, OnnxDetector, model_inputs

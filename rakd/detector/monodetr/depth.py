@@ -87,7 +87,7 @@ class DepthPredictor(nn.Module):
 
     def _at(self, distance: Tensor) -> Tensor:
         """The learned positions at distances ``[B, h, w]``, between those of the whole metres; ``[B, h, w, C]``."""
-        distance = distance.clamp(0, self.farthest)
+        distance = distance.clamp(0.0, self.farthest)
         lower = distance.floor()
         share = (distance - lower)[..., None]
         first = lower.long()
