@@ -33,6 +33,8 @@ from rakd.training.trainer import Trainer
 from rakd_ops import level_weights, multilevel_roi_align, soft_roi_distill
 
 torch.backends.cudnn.enabled = False  # its operations have no twin on the CPU
+for attention in ("flash", "mem_efficient", "cudnn"):  # nor have these; what is left is made of others
+    getattr(torch.backends.cuda, f"enable_{attention}_sdp")(False)
 
 CONFIG = DetectorConfig(
     BackboneConfig("mobilenet_v3_small", 16, weights="random"),
@@ -58,7 +60,7 @@ PREDICTION = {
     "detector/decode.py to_host": 1,
 }
 PREDICTION_OF_QUERIES = {"monodetr/detector.py _to_host": 1}
-QUERIES = replace(monodetr_cases.CONFIG, width=256)
+QUERIES = replace(monodetr_cases.CONFIG, width=256, transformer=replace(monodetr_cases.CONFIG.transformer, dropout=0.0))
 
 
 @pytest.fixture
