@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import torch
 from torchvision.models.detection import RetinaNet, backbone_utils
 
-from rakd.data.boxes2d import rendered_boxes
 from rakd.evaluation.boxes2d import evaluate_detector
 from rakd.integrations.lightning import DistillCallback
+from rakd.scenes.boxes2d import rendered_boxes
 
 parser = argparse.ArgumentParser(description=__doc__)
 for name, default in {"out": "runs/lightning", "frames": 300, "size": 320, "epochs": 20}.items():

@@ -5,8 +5,8 @@ import argparse
 import timm
 import torch
 
-from rakd.data.boxes2d import rendered_boxes
 from rakd.integrations.timm import distill
+from rakd.scenes.boxes2d import rendered_boxes
 
 parser = argparse.ArgumentParser(description=__doc__)
 for name, default in {"out": "runs/timm", "frames": 300, "size": 320, "epochs": 20}.items():

@@ -7,9 +7,9 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from rakd.data.boxes2d import rendered_boxes
 from rakd.evaluation.boxes2d import evaluate_detector
 from rakd.integrations.torchvision import DistilledDetector
+from rakd.scenes.boxes2d import rendered_boxes
 
 parser = argparse.ArgumentParser(description=__doc__)
 for name, default in {"out": "runs/torchvision", "frames": 300, "size": 320, "epochs": 20}.items():

@@ -6,9 +6,9 @@ import torch
 from torchvision.ops import box_convert
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessor, Trainer, TrainingArguments
 
-from rakd.data.boxes2d import rendered_boxes
 from rakd.evaluation.boxes2d import mean_average_precision
 from rakd.integrations.transformers import DistillMixin
+from rakd.scenes.boxes2d import rendered_boxes
 
 parser = argparse.ArgumentParser(description=__doc__)
 for name, default in {"out": "runs/transformers", "frames": 300, "size": 256, "epochs": 20}.items():

@@ -17,7 +17,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 # Commands that go on where they stopped.
-_RESUMING = ("Distill", "Train", "MakeScenes", "ConvertWaymo", "DistillFeatures")
+_RESUMING = ("Distill", "Train", "MakeScenes", "ConvertWaymo")
 
 
 # Of torch's errors, for memory of the GPU and of the machine.
@@ -37,7 +37,6 @@ def _commands() -> dict[str, Any]:
     from rakd.commands.compare import Compare
     from rakd.commands.convert_waymo import ConvertWaymo, ExportWaymo
     from rakd.commands.distill import Distill
-    from rakd.commands.distill_features import DistillFeatures
     from rakd.commands.evaluate import Evaluate
     from rakd.commands.export import Export
     from rakd.commands.inspect import Inspect
@@ -60,7 +59,6 @@ def _commands() -> dict[str, Any]:
         "make-scenes": MakeScenes,
         "convert-waymo": ConvertWaymo,
         "export-waymo": ExportWaymo,
-        "distill-features": DistillFeatures,
     }
 
 

@@ -11,7 +11,7 @@ from rakd.distill import MethodName, Regions
 from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
-from rakd.study.settings import PAPER_METHODS, STUDIES
+from rakd.study.settings import PAPER_METHODS, STUDIES, StudyName
 from rakd.training.settings import TrainSettings
 
 _SCENES = 200  # frames rendered where no data are given
@@ -28,13 +28,14 @@ class Distill:
     machines start it with torchrun: torchrun --nproc-per-node 4 -m rakd distill --study kitti --data KITTI
     """
 
-    study: Literal["tiny", "kitti", "waymo"] = "tiny"
+    study: StudyName = "tiny"
     """Settings to start from. tiny: MobileNetV3 learns from ResNet-18 on images 128 px high. kitti: the paper's,
-    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs."""
+    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs.
+    monodetr-tiny and monodetr-kitti: the same backbones as MonoDETRs, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
-    scenes are rendered into the run's folder (study tiny)."""
+    scenes are rendered into the run's folder (studies tiny and monodetr-tiny)."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""
@@ -63,8 +64,10 @@ class Distill:
     weight: Annotated[float | None, arg(metavar="W")] = None
     """Weight of the distillation loss, for all methods, instead of the study's."""
 
-    regions: Regions = "proposals"
-    """Where RAKD and its ablations compare features: proposals that lie on objects, or the labelled boxes."""
+    regions: Regions | None = None
+    """Where RAKD and its ablations compare features: the apprentice's proposals that lie on objects, the labelled
+    boxes (objects), or the boxes of an expert's matched queries. Default: the study's, which is proposals for two
+    stages and objects for MonoDETR."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs if there are any."""
@@ -72,9 +75,9 @@ class Distill:
     def run(self) -> None:
         """Render, train, evaluate, report."""
         from rakd.commands.waymo_data import is_converted, kitti_layout, write_waymo_tables
+        from rakd.distributed import barrier, start_processes
+        from rakd.study.experiment import Experiment
         from rakd.study.report import format_tables
-        from rakd.study.run import Study
-        from rakd.training.processes import start_processes, wait_for_all
 
         base = STUDIES[self.study]
         weights = base.weights if self.weight is None else dict.fromkeys(base.weights, self.weight)
@@ -82,30 +85,30 @@ class Distill:
             base,
             methods=tuple(self.methods),
             seeds=tuple(self.seeds),
-            regions=self.regions,
+            regions=self.regions or base.regions,
             weights=weights,
             training=_replaced(base.training, self.steps, self.batch_size),
             expert_training=_replaced(base.expert_training, self.expert_steps, self.batch_size),
         )
         if self.expert is not None and not self.expert.is_file():
             raise UserError(f"--expert: {self.expert} is not there")
-        if self.data is None and self.study != "tiny":
+        if self.data is None and not self.study.endswith("tiny"):
             raise UserError(
                 f"--data: --study {self.study} needs a folder in KITTI's layout or of Waymo's parquet files; scenes "
-                "are rendered for tiny only"
+                "are rendered for tiny and monodetr-tiny only"
             )
         check_folder(self.out, "--out")
         with start_processes(self.device) as processes:
             data = self.data
             if data is None:
                 data = self.out / "scenes"
-                if processes.main:
+                if processes.is_main:
                     print(f"no data given: learning from {_SCENES} rendered street scenes in {data}", flush=True)
                     make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
-                wait_for_all(processes)
+                barrier(processes)
             data = kitti_layout(data, self.out / "data", processes)
-            study = Study(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
-            if processes.main:
+            study = Experiment(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
+            if processes.is_main:
                 print()
                 print(format_tables(study))
                 if is_converted(data):

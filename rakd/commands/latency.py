@@ -38,11 +38,11 @@ class Latency:
         from dataclasses import asdict
         from tempfile import TemporaryDirectory
 
-        from rakd.commands.devices import choose_device
         from rakd.commands.models import find_model
         from rakd.data.frames import find_frames
         from rakd.detector.latency import Model, compiled, measure
         from rakd.detector.onnx_model import OnnxDetector
+        from rakd.distributed import choose_device
         from rakd.files import write_text
         from rakd.scenes import make_scenes
         from rakd.study.versions import versions

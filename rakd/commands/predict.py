@@ -46,11 +46,11 @@ class Predict:
         """Detect, write and draw."""
         from PIL import Image
 
-        from rakd.commands.devices import choose_device
         from rakd.commands.models import open_model
         from rakd.data.kitti import make_sample
         from rakd.data.labels import write_objects
         from rakd.detector.inference import detect
+        from rakd.distributed import choose_device
         from rakd.visualize import draw_frame, prediction_layer
 
         if not isfinite(self.min_score):

@@ -14,7 +14,7 @@ from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
 if TYPE_CHECKING:
     from rakd.data.kitti import KittiDataset
     from rakd.detector.base import BaseDetector
-    from rakd.training.processes import Processes
+    from rakd.distributed import Processes
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Train:
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
-        from rakd.distill.model import DistillationModel
-        from rakd.training.processes import start_processes, wait_for_all
+        from rakd.distributed import barrier, start_processes
+        from rakd.training.model import DistillationModel
         from rakd.training.trainer import Trainer
 
         check_folder(self.out, "--out")
@@ -114,7 +114,7 @@ class Train:
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
             detector = config.build(self.seed)
-            if processes.main:
+            if processes.is_main:
                 print(f"{self.detector}: {detector.loaded}", flush=True)
             Trainer(
                 DistillationModel(detector),
@@ -128,7 +128,7 @@ class Train:
             ).run()
             self._finish(detector.eval(), val, data, processes)
             # Who left the others earlier would take the connection with it.
-            wait_for_all(processes)
+            barrier(processes)
 
     def _finish(self, detector: "BaseDetector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
         """Write weights and detections, which all processes make, and print their evaluation."""
@@ -140,10 +140,10 @@ class Train:
         from rakd.evaluation.report import format_ceilings, format_table
         from rakd.study.results import RunResult, precisions_of, write_run
 
-        if processes.main:
+        if processes.is_main:
             save_detector(self.out / "detector.pt", detector)
         write_detections(detector, val, self.out / "detections", processes.device, processes=processes)
-        if not processes.main:
+        if not processes.is_main:
             return
         frames = [frame.id for frame in val.frames]
         folders = data / "training" / "label_2", self.out / "detections"

@@ -9,7 +9,7 @@ from rakd.extras import require
 from rakd.files import write_text
 
 if TYPE_CHECKING:
-    from rakd.training.processes import Processes
+    from rakd.distributed import Processes
 
 
 def kitti_layout(data: Path, target: Path, processes: "Processes") -> Path:
@@ -19,14 +19,14 @@ def kitti_layout(data: Path, target: Path, processes: "Processes") -> Path:
     """
     from rakd.data.waymo import is_waymo
     from rakd.data.waymo_convert import convert_waymo
-    from rakd.training.processes import wait_for_all
+    from rakd.distributed import barrier
 
     converts = is_waymo(data)
     if converts:
-        if processes.main:
+        if processes.is_main:
             print(f"Waymo's parquet files: converting them into {target}", flush=True)
             convert_waymo(data, target, workers=os.cpu_count() or 1, progress=True)
-        wait_for_all(processes)
+        barrier(processes)
     data = target if converts else data
     if is_converted(data):
         # The evaluation needs it: better said now than after the training.

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from rakd.data.frames import Frame, find_frames
 from rakd.data.labels import Objects
 from rakd.files import replacing, write_text
-from rakd.scenes import make_scenes
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 """Names of the classes, by number."""
@@ -53,23 +52,6 @@ class BoxDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """Give an image with its boxes and labels."""
         image, target = self.items[index]
         return image.float() / 255, dict(target)
-
-
-def rendered_boxes(out: Path | str, frames: int, width: int, *, first_label: int = 0) -> tuple[BoxDataset, BoxDataset]:
-    """Render street scenes, twice as wide as high, and read them.
-
-    Args:
-        out: Folder for `rakd.scenes.make_scenes`.
-        frames: Their number; every fifth is for validation.
-        width: Of the images in pixels.
-        first_label: See `BoxDataset`.
-
-    Returns:
-        Data to train on, and to validate with.
-    """
-    make_scenes(out, frames, size=(width, width // 2))
-    train, val = (BoxDataset(out, split, first_label=first_label) for split in ("train", "val"))
-    return train, val
 
 
 def write_yolo(data: Path | str, out: Path | str) -> Path:

@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rakd.data.rules import DataRules
-from rakd.distill import Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from rakd.detector.base import BaseDetector
+
+
+Weights = Literal["pretrained", "random"]
+"""What backbones start from."""
 
 
 @dataclass(frozen=True)

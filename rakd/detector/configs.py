@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rakd.detector.base_config import BackboneConfig as BackboneConfig
 from rakd.detector.base_config import BaseConfig
+from rakd.detector.base_config import Weights as Weights
 from rakd.detector.monodetr.configs import MONODETRS, MonoDETRConfig
 
 if TYPE_CHECKING:
@@ -117,22 +118,6 @@ def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: i
     )
 
 
-DetectorName = Literal[
-    "tiny",
-    "tiny-expert",
-    "small",
-    "kitti-r18",
-    "kitti-r50",
-    "waymo-r18",
-    "waymo-r50",
-    "monodetr-tiny",
-    "monodetr-tiny-expert",
-    "monodetr-small",
-    "monodetr-r18",
-    "monodetr-r50",
-]
-"""Names of `DETECTORS`, as the command line reads them."""
-
 DETECTORS: dict[str, BaseConfig] = {
     "tiny": _scaled(128, 448, "mobilenet_v3_small", 64, sampled=64, hidden=256),
     "tiny-expert": _scaled(128, 448, "resnet18", 64, sampled=64, hidden=256),
@@ -146,6 +131,12 @@ DETECTORS: dict[str, BaseConfig] = {
 """Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings, ``waymo-r18`` and
 ``waymo-r50`` the same on images 768 x 512; ``tiny``, ``tiny-expert`` and ``small`` are for a processor and minutes:
 they start from random weights. Those named ``monodetr-...``: see `rakd.detector.monodetr.configs.MONODETRS`."""
+
+if TYPE_CHECKING:
+    DetectorName = str
+else:
+    DetectorName = Literal.__getitem__(tuple(DETECTORS))
+    """Names of `DETECTORS`, as the command line reads them."""
 
 
 def read_config(values: Mapping[str, Any]) -> BaseConfig:

@@ -23,9 +23,9 @@ from rakd.detector.losses import box_losses, space_losses
 from rakd.detector.proposals import ProposalNetwork, best_boxes, covered, match_boxes
 from rakd.detector.pyramid import STRIDES, Pyramid
 from rakd.detector.sampling import IGNORED, draw
-from rakd.distill.adapters import seeded_modules
 from rakd.distributed import shared_mean_count
 from rakd.geometry import Calibration
+from rakd.nn import seeded_modules
 from rakd_ops import multilevel_roi_align
 
 _OUTPUT_SIZE = 7  # bins of the pooling along an axis

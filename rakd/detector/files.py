@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from rakd.checkpoints import load_weights, save_weights
 from rakd.detector.base import BaseDetector
 from rakd.detector.configs import read_config
 from rakd.errors import UserError
-from rakd.training.checkpoints import load_weights, save_weights
 
 
 def save_detector(path: Path, detector: BaseDetector) -> None:

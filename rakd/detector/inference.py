@@ -10,9 +10,9 @@ from torch import Tensor
 from rakd.data.kitti import Batch, KittiDataset, Sample, collate
 from rakd.data.labels import Objects, write_objects
 from rakd.detector.base_config import BaseConfig
+from rakd.distributed import Processes, all_gather_object
 from rakd.geometry import Calibration
 from rakd.progress import bar
-from rakd.training.processes import Processes, from_all
 
 _BAR_DELAY = 2.0  # seconds before a progress bar shows
 _BATCH = 8  # frames at a time on a GPU; a CPU gains nothing from more than one
@@ -102,7 +102,7 @@ def write_detections(
     own = detect_all(
         detector, dataset, device, indices=range(rank, len(dataset), count), progress=progress and rank == 0
     )
-    shares = [own] if processes is None or count == 1 else from_all(processes, list(own))
+    shares = [own] if processes is None or count == 1 else all_gather_object(processes, list(own))
     if rank == 0:
         for share in shares:
             for name, objects in share:

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
 
 from rakd.detector.backbones import IMAGENET, RESNET_STAGES, STRIDES, Backbone
-from rakd.distill import Weights
-from rakd.distill.adapters import seeded_modules
-from rakd.distill.maps import widen
+from rakd.detector.configs import Weights
+from rakd.nn import seeded_modules, widen
 
 __all__ = ["STRIDES", "DeformableConv", "Pyramid"]
 

@@ -21,9 +21,6 @@ else:
     MethodName = Literal.__getitem__((*NAMES, "none"))
     """Distillation methods: those of the registry, and none."""
 
-Weights = Literal["pretrained", "random"]
-"""What backbones start from."""
-
 Regions = Literal["proposals", "objects", "expert"]
 """Where features are compared: the apprentice's proposals (of MonoDETR: its queries' boxes) that lie on objects, the
 labelled boxes, or the boxes of an expert's queries that lie on objects."""

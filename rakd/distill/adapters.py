@@ -1,25 +1,12 @@
 """Channel adapters: 1×1 convolutions that bring an apprentice's maps to the expert's numbers of channels."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rakd.distill.maps import check_channels
-
-
-@contextmanager
-def seeded_modules(seed: int) -> Iterator[None]:
-    """Within the block, modules are made on the CPU with weights drawn from ``seed``; the global generator stays.
-
-    Only the CPU's generator is set and restored, and `torch.manual_seed`, which would seed the GPUs' as well, is not
-    used: weights are the same on every machine, and the trainer's own random numbers the same with and without them.
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        yield
+from rakd.nn import seeded_modules
 
 
 class ChannelAdapters(nn.Module):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.maps import check_pairs, widen
+from rakd.distill.maps import check_pairs
+from rakd.nn import widen
 
 Boxes = Tensor | Sequence[Tensor]
 """``[K, 5]`` (image, x1, y1, x2, y2), or ``[K_b, 4]`` (x1, y1, x2, y2) per image; pixels of the apprentice's input."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
-from rakd.distill.maps import widen
+from rakd.nn import widen
 
 
 class ChannelWiseDistillation(DistillationMethod):

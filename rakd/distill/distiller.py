@@ -16,10 +16,10 @@ from rakd.distill.lifecycle import Lifecycle
 from rakd.distill.methods import check_options
 from rakd.distill.optimizing import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
-from rakd.distill.parallel import GradientAverage
 from rakd.distill.registry import find_method
 from rakd.distill.scale import RunningEnergy, TaskShare, number_on, parse_weight
 from rakd.distill.step import Facts, Step, check_form, image_batch, inspect
+from rakd.distributed import GradientAverage
 
 
 class Distiller(Lifecycle):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
-from rakd.distill.maps import widen
 from rakd.distill.masks import area_masks, indexed_boxes
+from rakd.nn import widen
 
 
 class FocalAttentionDistillation(DistillationMethod):

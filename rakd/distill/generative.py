@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rakd.distill.adapters import ChannelAdapters, seeded_modules
+from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
-from rakd.distill.maps import check_channels, check_maps, widen
+from rakd.distill.maps import check_channels, check_maps
+from rakd.nn import seeded_modules, widen
 
 
 class MaskedGenerativeDistillation(DistillationMethod):

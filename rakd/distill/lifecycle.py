@@ -11,9 +11,9 @@ from rakd.distill.expert import Expert, find_modules
 from rakd.distill.hooks import FeatureHooks, check_function, unwrap
 from rakd.distill.optimizing import add_parameters
 from rakd.distill.outputs import Layout
-from rakd.distill.parallel import GradientAverage
 from rakd.distill.scale import RunningEnergy, TaskShare
 from rakd.distill.step import Facts, needed_setup
+from rakd.distributed import GradientAverage
 
 if TYPE_CHECKING:
     from typing_extensions import Self

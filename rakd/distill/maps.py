@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -121,8 +120,3 @@ def check_channels(argument: str, channels: Any) -> tuple[int, ...]:
         if count < 1:
             raise ValueError(f"{argument}[{i}]: expected 1 or more channels, got {count}")
     return tuple(channels)
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """Bring half types to float32, where sums over whole maps neither overflow nor lose what is small."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
-from rakd.distill.maps import check_maps, widen
+from rakd.distill.maps import check_maps
 from rakd.distill.masks import box_masks, indexed_boxes
+from rakd.nn import widen
 
 
 class WeightedL2(DistillationMethod):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rakd.distill.adapters import seeded_modules
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup
-from rakd.distill.maps import check_both, check_channels, widen
+from rakd.distill.maps import check_both, check_channels
+from rakd.nn import seeded_modules, widen
 
 
 class SemanticCalibration(DistillationMethod):

@@ -55,6 +55,16 @@ class Measure:
         return f"{_METRIC_NAMES[self.metric]}, {whose}{level}{overlaps} (%)"
 
 
+PRIMARY = (
+    Measure("3d", "Car", "moderate", "official"),
+    Measure("3d", MEAN, MEAN, "official"),
+    Measure("3d", MEAN, MEAN, "loose"),
+    Measure("depth_error", ALL),
+    Measure("found", ALL),
+)
+"""The primary metrics, in which methods are compared seed by seed; KITTI ranks by the first."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """Mean and spread over seeds.
@@ -85,6 +95,41 @@ def summarise(values: Iterable[float]) -> Summary:
         spread=statistics.stdev(values) if len(values) > 1 else math.nan,
         count=len(values),
     )
+
+
+def paired_differences(study: StudyResult, method: str, baseline: str, measure: Measure) -> list[float]:
+    """The measure of a method minus that of a baseline, for each seed that both have, by seed in ascending order."""
+    ones, others = (values_by_seed(study, name, measure) for name in (method, baseline))
+    return [ones[seed] - others[seed] for seed in ones if seed in others]
+
+
+def half_width(summary: Summary) -> float:
+    """Half the width of Student's 95 % confidence interval of a mean; NaN for fewer than two values."""
+    if summary.count < 2:
+        return math.nan
+    return _t_quantile(summary.count - 1) * summary.spread / math.sqrt(summary.count)
+
+
+def _t_quantile(degrees: int) -> float:
+    """Where Student's t distribution leaves 2.5 % on each side, by bisection."""
+    low, high = 0.0, 13.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, degrees) < 0.95 else (low, middle)
+    return low
+
+
+def _t_within(t: float, degrees: int) -> float:
+    """The probability that Student's t lies within ±t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    odd = degrees % 2
+    total, term = 0.0, math.cos(angle) if odd else 1.0
+    for k in range(1 + odd, degrees, 2):
+        total += term
+        term *= k / (k + 1) * math.cos(angle) ** 2
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
 
 
 def _value(study: StudyResult, run: RunResult, measure: Measure) -> float:

@@ -51,7 +51,7 @@ def draw_bars(study: StudyResult) -> Figure:
         )
     figure.subplots_adjust(left=0.12, right=0.985, top=1 - (head + 0.42) / height, bottom=0.3 / height)
     figure.subplots_adjust(wspace=0.1, hspace=0.75 / (panel - 0.6))
-    _write_title(figure, "Ways to distil: bars are means, dots single seeds", study)
+    _write_title(figure, "Distillation methods: bars are means, dots single seeds", study)
     return figure
 
 

@@ -9,19 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from rakd.distill import registry
 from rakd.errors import UserError
 from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES, LEVELS, Result
 from rakd.evaluation.report import without_nan
 from rakd.files import write_text
 from rakd.geometry import FloatArray
+from rakd.study.settings import ALL_METHODS
 
-METHODS = ("expert", "none", *registry.METHODS)
+METHODS = ("expert", *ALL_METHODS)
 """How a model was trained: the expert on its own, or the apprentice without or with a distillation method."""
-
-PAPER_METHODS = ("expert", "none", *registry.IN_PAPER)
-"""Those of the paper's tables."""
 
 Precisions = dict[str, dict[str, dict[str, tuple[float, ...]]]]
 """Average precision (R40, percent) ``[overlaps][metric][class]``, each for easy, moderate and hard."""

@@ -15,12 +15,16 @@ from rakd.study.measures import (
     LEVEL_NAMES,
     MEAN,
     METHOD_NAMES,
+    PRIMARY,
     Measure,
     Summary,
+    half_width,
+    paired_differences,
     summarise,
     values_by_seed,
 )
-from rakd.study.results import METHODS, PAPER_METHODS, StudyResult
+from rakd.study.results import METHODS, StudyResult
+from rakd.study.settings import PAPER_METHODS
 
 Mark = Literal["", "best", "second"]
 
@@ -72,6 +76,27 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Difference(Cell):
+    """A mean of paired differences, with Student's 95 % confidence interval from two seeds on."""
+
+    def text(self, runs: int) -> str:
+        """Mean, standard deviation and interval; a dash where no seed has both."""
+        if not self.summary.count:
+            return _DASH
+        text = f"{self.summary.mean:+.{self.digits}f}"
+        if self.summary.count > 1:
+            low, high = self.interval
+            text += f" ± {self.summary.spread:.{self.digits}f} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
+        return text.replace("-", "−")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its ends; NaN with one seed."""
+        half = half_width(self.summary)
+        return self.summary.mean - half, self.summary.mean + half
+
+
+@dataclass(frozen=True)
 class Row:
     """A method's figures; ``runs`` is the number of its runs."""
 
@@ -99,8 +124,8 @@ class Table:
 
 
 def make_tables(study: StudyResult) -> list[Table]:
-    """All tables of a study: expert and apprentice, methods compared, terms ablated."""
-    ways, terms = "Ways to distil", "Terms of the loss"
+    """All tables of a study: expert and apprentice, methods compared, terms ablated, differences seed by seed."""
+    ways, terms = "Distillation methods", "Terms of the loss"
     compared = _compared(study)
     return [
         _overview(study, "table2", "Table 2. Expert and apprentice", "official"),
@@ -112,13 +137,14 @@ def make_tables(study: StudyResult) -> list[Table]:
         _precisions(study, "ablation", f"Ablation. {terms}", _ABLATED, "3d", "official"),
         _precisions(study, "ablation_loose", f"Ablation, loose overlaps. {terms}", _ABLATED, "3d", "loose"),
         _depths(study, "ablation_depth", f"Ablation, distances. {terms}", _ABLATED),
+        *_differences(study),
         _training(study),
     ]
 
 
 def _is_shown(study: StudyResult, method: str) -> bool:
     """The paper's methods have their place in each table, others where they were run."""
-    return method in PAPER_METHODS or any(run.method == method for run in study.runs)
+    return method in ("expert", *PAPER_METHODS) or any(run.method == method for run in study.runs)
 
 
 def _compared(study: StudyResult) -> dict[str, str]:
@@ -160,6 +186,25 @@ def _depths(study: StudyResult, key: str, title: str, methods: dict[str, str]) -
     heads = [f"{CLASS_NAMES[m.name]} {kinds[m.metric]}" for m in measures]
     full = f"{title}: relative depth error of the objects found (less is better), share of objects found (%)"
     return _ranked(study, key, full, methods, measures, heads)
+
+
+def _differences(study: StudyResult) -> list[Table]:
+    """Each method less no distillation, and RAKD less each baseline, over the seeds that both have."""
+    distilled = [name for name in registry.METHODS if any(run.method == name for run in study.runs)]
+    baselines = [name for name in distilled if name != "rakd"]
+    tables = []
+    for key, title, pairs in (
+        ("difference", "each method less no distillation", {name: (name, "none") for name in distilled}),
+        ("difference_rakd", "RAKD less each baseline", {name: ("rakd", name) for name in baselines}),
+    ):
+        rows = []
+        for name, pair in pairs.items():
+            found = [paired_differences(study, *pair, measure) for measure in PRIMARY]
+            cells = [Difference(m, summarise(values), 2) for m, values in zip(PRIMARY, found, strict=True)]
+            rows.append(Row(name, METHOD_NAMES[name], max(map(len, found)), tuple(cells)))
+        heads = tuple(measure.title for measure in PRIMARY)
+        tables.append(Table(key, f"Paired differences: {title}", heads, tuple(rows)))
+    return [table for table in tables if table.rows]
 
 
 def _training(study: StudyResult) -> Table:
@@ -234,19 +279,25 @@ def format_lines(table: Table) -> str:
 
 
 def format_csv(tables: Sequence[Table]) -> str:
-    """All figures in long form, a row each; columns table, method, class, metric, level, overlap, mean, spread, seeds.
+    """All figures in long form, a row each.
 
-    What is missing is an empty field; so are the seeds of a model's costs.
+    Columns: table, method, class, metric, level, overlap, mean, spread, seeds, and the ends of a difference's interval,
+    low and high. What is missing is an empty field; so are the seeds of a model's costs.
     """
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(["table", "method", "class", "metric", "level", "overlap", "mean", "spread", "seeds"])
+    writer.writerow(
+        ["table", "method", "class", "metric", "level", "overlap", "mean", "spread", "seeds", "low", "high"]
+    )
     for table in tables:
         for row in table.rows:
             for cell in row.cells:
                 measure, summary = cell.measure, cell.summary
-                figures = [f"{x:.6g}" if math.isfinite(x) else "" for x in (summary.mean, summary.spread)]
+                ends = cell.interval if isinstance(cell, Difference) else (math.nan, math.nan)
+                mean, spread, low, high = (
+                    f"{x:.6g}" if math.isfinite(x) else "" for x in (summary.mean, summary.spread, *ends)
+                )
                 where = [measure.name, measure.metric, measure.level, measure.overlaps]
                 count = summary.count or ("" if measure.name == "" else 0)
-                writer.writerow([table.key, row.method, *where, *figures, count])
+                writer.writerow([table.key, row.method, *where, mean, spread, count, low, high])
     return lines.getvalue()

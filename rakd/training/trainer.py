@@ -13,16 +13,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from rakd.checkpoints import differences, load_checkpoint, plain, remove_leftovers, save_checkpoint
 from rakd.data.frames import digest
 from rakd.data.kitti import Batch, KittiDataset
+from rakd.distributed import (
+    all_gather_object,
+    all_reduce_mean,
+    barrier,
+    broadcast_object,
+    broadcast_tensors,
+    current_processes,
+)
 from rakd.errors import UserError
 from rakd.progress import bar
-from rakd.training.checkpoints import differences, load_checkpoint, plain, remove_leftovers, save_checkpoint
 from rakd.training.loading import make_loader
 from rakd.training.log import RESERVED, Log, Row
 from rakd.training.optimizing import learning_rate, make_optimizer
 from rakd.training.order import EndlessOrder, StepSampler, image_seeds, process_seed
-from rakd.training.processes import copy_from_main, current_processes, from_all, from_main, mean_over, wait_for_all
 from rakd.training.settings import TrainSettings
 
 # Whether DistributedDataParallel copies the main process's buffers to all in each step; torch 2.14 renamed it.
@@ -49,7 +56,7 @@ class Trainer:
     processes. ``train()`` is called on the learner once, before the first step. With several processes every parameter
     must get a gradient in every step, if of zeros, unless the learner has a true ``may_leave_parameters_unused``.
 
-    Under ``torch.distributed`` (see `rakd.training.processes`) each process takes its share of every batch and
+    Under ``torch.distributed`` (see `rakd.distributed`) each process takes its share of every batch and
     gradients are averaged, so that terms which are means over images train as in one process. All processes make
     the trainer and run it; the first one writes. Batch normalisation sees the local images only.
 
@@ -107,7 +114,7 @@ class Trainer:
         self.out = Path(out)
         self.device = device
         self.name = name
-        self.quiet = quiet or not self.processes.main
+        self.quiet = quiet or not self.processes.is_main
         self.learner = learner.to(device)
         self.dataset = dataset
         self.image_size = image_size
@@ -155,10 +162,10 @@ class Trainer:
                 if done or self.step % self.settings.checkpoint_every == 0:
                     self._save()
         # Running means of batch normalisation: each process has its own of the last step. The checkpoint has these.
-        copy_from_main(self.processes, self.learner.buffers())
-        if self.processes.main:
+        broadcast_tensors(self.processes, self.learner.buffers())
+        if self.processes.is_main:
             self.log.write(self.out / "log.csv")
-        wait_for_all(self.processes)
+        barrier(self.processes)
         return self.log.rows
 
     def _step(self, batch: Batch) -> tuple[dict[str, float], float]:
@@ -178,7 +185,7 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         # One transfer from the device for all that is wanted of a step.
-        shared = mean_over(self.processes, stacked.detach().double())
+        shared = all_reduce_mean(self.processes, stacked.detach().double())
         *values, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
         terms = dict(zip(losses, values, strict=True))
         self._check_finite(terms, grad_norm)
@@ -252,7 +259,7 @@ class Trainer:
         return self.out / "checkpoint.pt"
 
     def _save(self) -> None:
-        if self.processes.main:
+        if self.processes.is_main:
             save_checkpoint(
                 self._checkpoint,
                 {
@@ -270,7 +277,7 @@ class Trainer:
 
     def _agree(self) -> None:
         # Each process reads its own copy of the data. All look at all, so that none waits for one that has given up.
-        first, *others = from_all(self.processes, self._fingerprint)
+        first, *others = all_gather_object(self.processes, self._fingerprint)
         for rank, fingerprint in enumerate(others, start=1):
             other = differences(first, fingerprint)
             if other:
@@ -278,7 +285,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the checkpoint, if there is one. The main process reads it for all."""
-        state = from_main(self.processes, self._read)
+        state = broadcast_object(self.processes, self._read)
         if state is None:
             return
         other = differences(state["fingerprint"], self._fingerprint)

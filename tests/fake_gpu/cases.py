@@ -26,8 +26,8 @@ from rakd.detector.detector import Detector, target_rows
 from rakd.detector.files import save_detector
 from rakd.detector.monodetr.detector import MonoDETR
 from rakd.distill.methods import make_method
-from rakd.distill.model import make_distillation_model
 from rakd.scenes import make_scenes
+from rakd.training.model import make_distillation_model
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 from rakd_ops import level_weights, multilevel_roi_align, soft_roi_distill

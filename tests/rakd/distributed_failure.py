@@ -2,11 +2,11 @@
 
 import torch
 
+from rakd.distributed import all_reduce_mean, start_processes
 from rakd.errors import UserError
-from rakd.training.processes import mean_over, start_processes
 
 with start_processes("cpu") as processes:
-    mean_over(processes, torch.ones(1))
-    if not processes.main:
+    all_reduce_mean(processes, torch.ones(1))
+    if not processes.is_main:
         raise UserError("the second process has its own trouble")
-    mean_over(processes, torch.ones(1))
+    all_reduce_mean(processes, torch.ones(1))

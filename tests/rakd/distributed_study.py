@@ -11,33 +11,33 @@ import pickle
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 
 from rakd.detector.configs import DETECTORS
 from rakd.detector.detector import Detector
-from rakd.study import run as module
-from rakd.study.run import Study
+from rakd.distributed import Processes, start_processes
+from rakd.study import experiment as module
+from rakd.study.experiment import Experiment
+from rakd.study.plan import Run
+from rakd.study.runner import Runner
 from rakd.study.settings import StudySettings
-from rakd.training.processes import Processes, start_processes
 from rakd.training.settings import TrainSettings
 
 SCENES, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 TRAINING = TrainSettings(steps=2, batch_size=2, learning_rate=1e-3, optimizer="adamw", warm_up=0, log_every=1)
 
 
-class Noting(Study):
+class Noting(Runner):
     """Notes the weights, buffers among them, that each training left in this process."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.weights: dict[str, str] = {}
+    weights: ClassVar[dict[str, str]] = {}
 
-    def _evaluate(self, method: str, seed: int, detector: Detector, *rest: Any, **options: Any) -> Any:
+    def evaluate(self, run: Run, detector: Detector, *rest: Any) -> Any:
         state = b"".join(value.numpy().tobytes() for value in detector.state_dict().values())
-        self.weights[method] = hashlib.sha256(state).hexdigest()
-        return super()._evaluate(method, seed, detector, *rest, **options)
+        self.weights[run.method] = hashlib.sha256(state).hexdigest()
+        return super().evaluate(run, detector, *rest)
 
 
 def main(processes: Processes) -> None:
@@ -49,6 +49,7 @@ def main(processes: Processes) -> None:
         write(*arguments)
 
     module.write_report = noted
+    module.Runner = Noting
     settings = StudySettings(
         expert="mini-expert",
         apprentice="mini",
@@ -57,12 +58,11 @@ def main(processes: Processes) -> None:
         weights={"rakd": 1.0},
         methods=("none", "rakd"),
     )
-    study = Noting(settings, SCENES, OUT / "study", processes, quiet=True)
-    result = study.run()
+    result = Experiment(settings, SCENES, OUT / "study", processes, quiet=True).run()
     report = {
         "count": processes.count,
         "reports": len(reports),
-        "weights": study.weights,
+        "weights": Noting.weights,
         "runs": [run.method for run in result.runs],
         "finished": (OUT / "study" / "study.json").exists(),
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from toy_learner import ToyLearner, make_trainer
 
 from rakd.data.kitti import Batch
-from rakd.training.processes import Processes, start_processes
+from rakd.distributed import Processes, start_processes
 
 SCENES, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -90,7 +90,7 @@ def main(processes: Processes) -> None:
         "resumed_at": at,
         "not_finite": failure(Unlucky(), "unlucky"),
         "odd": failure(ToyLearner(), "odd", batch_size=3),
-        "unlike": failure(ToyLearner(), "unlike", scenes=SCENES if processes.main else changed_scenes()),
+        "unlike": failure(ToyLearner(), "unlike", scenes=SCENES if processes.is_main else changed_scenes()),
         "other": failure(ToyLearner(torch.float64), "two", steps=11),
         "extra": uneven.extra.tolist(),
     }

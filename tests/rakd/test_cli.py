@@ -35,7 +35,6 @@ COMMANDS = (
     "latency",
     "inspect",
     "make-scenes",
-    "distill-features",
 )
 
 
@@ -72,7 +71,7 @@ def test_help_lists_the_commands(capsys):
     ("arguments", "message"),
     [
         ([], "expected a command, one of distill, train"),
-        (["nonsense"], "distill-features; got 'nonsense'"),
+        (["nonsense"], "export-waymo; got 'nonsense'"),
         (["--nonsense"], "--nonsense"),
         (["make-scenes"], "--out"),
         (["make-scenes", "--out", "x", "--frames", "many"], "--frames"),
@@ -102,8 +101,6 @@ def test_help_lists_the_commands(capsys):
         (["distill", "--data", "nowhere"], "expected a KITTI folder"),
         (["distill", "--study", "kitti"], "--data: --study kitti needs a folder in KITTI's layout"),
         (["distill", "--out", "file"], "--out: expected a folder to write to, file is a file"),
-        (["distill-features", "--out", "file"], "--out: expected a folder to write to, file is a file"),
-        (["distill-features", "--data", "no", "--out", "x", "--steps", "0"], "steps must be 1 or more, got 0"),
         (["train", "--data", "nowhere", "--out", "file"], "--out: expected a folder to write to, file is a file"),
         (["train", "--out", "x"], "--data"),
         (["train", "--data", "nowhere", "--out", "x", "--steps", "-1"], "steps must be 1 or more, got -1"),

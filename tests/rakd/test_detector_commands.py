@@ -12,18 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-import rakd.study.run
-import rakd.training.processes
+import rakd.distributed
+import rakd.study.experiment
 from rakd.cli import main
 from rakd.commands import distill as distill_module
-from rakd.commands.devices import choose_device
 from rakd.data.frames import find_frames
 from rakd.data.labels import read_results
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
+from rakd.distributed import Processes, choose_device
 from rakd.study.results import StudyResult
 from rakd.study.settings import STUDIES, StudySettings
-from rakd.training.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +74,8 @@ def test_no_process_leaves_the_training_before_the_evaluation(
         yield Processes(torch.device(device), rank)
         assert len(there) == 1
 
-    monkeypatch.setattr(rakd.training.processes, "start_processes", start)
-    monkeypatch.setattr(
-        rakd.training.processes, "wait_for_all", lambda _: there.append({path.name for path in tmp_path.iterdir()})
-    )
+    monkeypatch.setattr(rakd.distributed, "start_processes", start)
+    monkeypatch.setattr(rakd.distributed, "barrier", lambda _: there.append({path.name for path in tmp_path.iterdir()}))
     assert main(train(scenes, tmp_path)) == 0
     written = {"checkpoint.pt", "log.csv"}
     assert there == [written if rank else written | {"detector.pt", "detections", "result.json"}]
@@ -191,25 +188,25 @@ def test_latency(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {row["runs"] for row in rows} == {"eager"}
 
 
-class FakeStudy:
+class FakeExperiment:
     """Notes what it was asked to do."""
 
     asked: tuple[StudySettings, Path, Path, dict[str, Any]]
 
     def __init__(self, settings: StudySettings, data: Path, out: Path, processes: Any, **options: Any) -> None:
-        FakeStudy.asked = (settings, data, out, options)
+        FakeExperiment.asked = (settings, data, out, options)
 
     def run(self) -> StudyResult:
         return StudyResult(runs=())
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeStudy]:
-    monkeypatch.setattr(rakd.study.run, "Study", FakeStudy)
-    return FakeStudy
+def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeExperiment]:
+    monkeypatch.setattr(rakd.study.experiment, "Experiment", FakeExperiment)
+    return FakeExperiment
 
 
-def test_distill_hands_its_options_on(asked: type[FakeStudy], tmp_path: Path) -> None:
+def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Path) -> None:
     expert = tmp_path / "e.pt"
     expert.touch()
     options = {
@@ -244,14 +241,14 @@ def test_distill_looks_for_the_expert_first(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "run").exists()
 
 
-def test_distill_without_options_is_the_named_study(asked: type[FakeStudy], tmp_path: Path) -> None:
+def test_distill_without_options_is_the_named_study(asked: type[FakeExperiment], tmp_path: Path) -> None:
     for name, study in STUDIES.items():
         assert main(["distill", "--study", name, "--data", "d", "--out", str(tmp_path), "--device", "cpu"]) == 0
         assert asked.asked[0] == study
 
 
 def test_distill_renders_what_it_learns_from(
-    asked: type[FakeStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: type[FakeExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(distill_module, "_SCENES", 2)
     assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
@@ -269,7 +266,7 @@ def test_distill_renders_what_it_learns_from(
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="--device cuda: torch finds no CUDA device"):
+    with pytest.raises(ValueError, match=r"device: .*torch finds no CUDA device; got cuda"):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")

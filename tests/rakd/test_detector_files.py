@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import rakd.detector.backbones as backbones_module
+from rakd.checkpoints import load_weights, save_checkpoint, save_weights
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
 from rakd.geometry import Calibration
-from rakd.training.checkpoints import load_weights, save_checkpoint, save_weights
 
 CAMERA = Calibration(np.array([[72.0, 0, 64, 4], [0, 72, 17, 0.02], [0, 0, 1, 0.003]]))
 

@@ -13,8 +13,8 @@ from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.distill import MethodName
 from rakd.distill.methods import make_method
-from rakd.distill.model import DistillationModel, make_distillation_model
 from rakd.distill.registry import METHODS
+from rakd.training.model import DistillationModel, make_distillation_model
 
 
 class Noting(nn.Module):

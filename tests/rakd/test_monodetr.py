@@ -27,10 +27,10 @@ from rakd.detector.monodetr.attention import DeformableAttention
 from rakd.detector.monodetr.configs import MonoDETRConfig, TransformerConfig
 from rakd.detector.monodetr.detector import MonoDETR
 from rakd.distill.methods import make_method
-from rakd.distill.model import DistillationModel, make_distillation_model
 from rakd.distill.registry import METHODS
 from rakd.errors import UserError
 from rakd.geometry import Calibration
+from rakd.training.model import DistillationModel, make_distillation_model
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""Tables, findings and pictures of a study, from figures made by hand."""
+"""Tables and pictures of a study, from figures made by hand."""
 
 import csv
 import dataclasses
@@ -13,8 +13,7 @@ from PIL import Image
 
 from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES
-from rakd.study.findings import HEADLINES, describe
-from rakd.study.measures import MEAN, Measure, summarise, values_by_seed
+from rakd.study.measures import MEAN, PRIMARY, Measure, Summary, half_width, summarise, values_by_seed
 from rakd.study.pictures import COLORS, draw_bars, draw_training, running_mean
 from rakd.study.report import format_tables, write_report
 from rakd.study.results import (
@@ -241,94 +240,68 @@ def test_lines_for_a_terminal_are_aligned(study):
 
 def test_csv_is_long_form(study):
     rows = list(csv.DictReader(format_csv(make_tables(study)).splitlines()))
-    assert list(rows[0]) == ["table", "method", "class", "metric", "level", "overlap", "mean", "spread", "seeds"]
+    assert list(rows[0]) == [
+        "table",
+        "method",
+        "class",
+        "metric",
+        "level",
+        "overlap",
+        "mean",
+        "spread",
+        "seeds",
+        "low",
+        "high",
+    ]
     (row,) = (r for r in rows if (r["table"], r["method"], r["class"]) == ("table3_loose", "rakd", "mean"))
-    assert list(row.values())[3:] == ["3d", "mean", "loose", "13", "1", "3"]
+    assert list(row.values())[3:] == ["3d", "mean", "loose", "13", "1", "3", "", ""]
     (cost,) = (r for r in rows if (r["table"], r["method"], r["metric"]) == ("table2", "none", "latency_ms"))
     assert (cost["mean"], cost["spread"], cost["seeds"]) == ("17", "", "")
     assert {r["mean"] for r in rows if r["method"] == "semckd"} == {""}
 
 
-# ---- Findings. ----
+# ---- Paired differences. ----
 
 
-def compared(none, rakd):
-    """What is said on RAKD and no distillation in the loose average."""
-    runs = [run("none", seed, value) for seed, value in enumerate(none)]
-    runs += [run("rakd", seed, value) for seed, value in enumerate(rakd)]
-    (sentence,) = (
-        line
-        for line in describe(study_of(*runs))
-        if line.startswith("AP 3D, average at loose overlaps (%): Change from no distillation ")
+def test_differences_pair_runs_of_one_seed():
+    none, rakd = (1.0, 2.0, 3.0, 9.0), (2.0, 3.5, 5.0)
+    runs = [
+        run(method, s, value) for method, values in (("none", none), ("rakd", rakd)) for s, value in enumerate(values)
+    ]
+    study = study_of(*runs, run("pkd", 7, 1.0), run("hfa", 1, 4.0))
+    head = PRIMARY[2].title
+    # Differences 1, 1.5, 2: mean 1.5, deviation 0.5, interval 1.5 ± 4.3027 * 0.5 / sqrt(3).
+    assert column(study, "difference", head) == {
+        "pkd": ("–", ""),
+        "hfa": ("+2.00", ""),
+        "rakd": ("+1.50 ± 0.50 [+0.26, +2.74]", ""),
+    }
+    assert column(study, "difference_rakd", head) == {"pkd": ("–", ""), "hfa": ("−0.50", "")}
+    rows = {
+        r["method"]: r
+        for r in csv.DictReader(format_csv(make_tables(study)).splitlines())
+        if r["overlap"] == "loose" and r["table"] == "difference"
+    }
+    assert [float(rows["rakd"][name]) for name in ("mean", "spread", "low", "high")] == pytest.approx(
+        [1.5, 0.5, 1.5 - 1.24207, 1.5 + 1.24207], rel=1e-5
     )
-    return sentence.partition("no distillation ")[2]
+    assert [rows["hfa"][name] for name in ("mean", "low", "high", "seeds")] == ["2", "", "", "1"]
+
+
+def test_no_pair_no_table():
+    keys = {one.key for one in make_tables(study_of(run("none", 0, 1.0), run("expert", 0, 2.0)))}
+    assert "table3" in keys
+    assert not any(key.startswith("difference") for key in keys)
 
 
 @pytest.mark.parametrize(
-    ("none", "rakd", "told"),
-    [
-        ((1, 2, 3), (2, 3.5, 5), "over 3 seeds: RAKD +1.50 ± 0.50 (all better: differs)."),
-        ((2, 3, 4), (1, 2, 2), "over 3 seeds: RAKD −1.33 ± 0.58 (all worse: differs)."),
-        # One way, but scattered; beyond the scatter, but not one way.
-        ((1, 1, 1), (1.1, 1.1, 4), "over 3 seeds: RAKD +1.07 ± 1.67 (all better)."),
-        ((1, 1, 1), (0.99, 2, 2), "over 3 seeds: RAKD +0.66 ± 0.58 (2 better, 1 worse)."),
-        ((1, 1, 1), (1, 1, 1), "over 3 seeds: RAKD +0.00 ± 0.00 (all equal)."),
-        ((1, 1), (2, 2.1), "over 2 seeds, which cannot tell: RAKD +1.05 ± 0.07 (all better)."),
-        ((1, 2, 3), (3,), "over 1 seed, which cannot tell: RAKD +2.00 (better)."),
-    ],
+    ("seeds", "t"), [(2, 12.7062), (3, 4.3027), (4, 3.1824), (5, 2.7764), (11, 2.2281), (30, 2.0452)]
 )
-def test_differences_are_told_as_they_are(none, rakd, told):
-    assert compared(none, rakd) == told
-
-
-def test_smaller_errors_are_better_and_the_rest_is_told(study):
-    text = "\n".join(describe(study))
-    assert "over 3 seeds: RAKD −2.00 ± 0.00 (all better: differs). Change from no distillation over 1 seed" in text
-    assert "expert 30.00 (1 run), no distillation 11.00 ± 1.00 (3 runs). Change" in text
-    assert "Not run: SemCKD, L_RoI, HFA." in text
-    assert len(describe(study)) <= 10
-
-
-def test_kittis_headline_comes_first_where_it_is_not_0(study):
-    assert describe(study)[0].startswith("AP 3D, Car, moderate at official overlaps (%): expert 30.00")
-    # Of another class, there is something to tell: it leads then, and RAKD meets its rivals in it.
-    no_car = {"Car": (0.0,) * 3, "Pedestrian": (3.0,) * 3, "Cyclist": (0.0,) * 3}
-    sentences = describe(study_of(*(run(method, 0, no_car) for method in ("none", "pkd", "rakd"))))
-    assert sentences[0].startswith("AP 3D, average at official overlaps (%): Change from no distillation")
-    assert any(line.startswith("AP 3D, average at official overlaps (%): Change to RAKD") for line in sentences)
-
-
-def test_every_method_is_compared_with_none_in_the_same_measures():
-    methods = ("none", "pkd", "semckd", "l_roi", "hfa", "rakd")
-    sentences = describe(study_of(*(run(method, seed, 1.0 + seed) for method in methods for seed in range(3))))
-    for sentence, measure in zip(sentences, HEADLINES, strict=False):
-        assert sentence.startswith(f"{measure.title}: Change from no distillation over 3 seeds: PKD ")
-        assert all(f"; {name} +0.00 ± 0.00 (all equal)" in sentence for name in ("SemCKD", "L_RoI", "HFA", "RAKD"))
-    # Five methods in five measures, and RAKD beside four.
-    assert sentences[-1].startswith("29 comparisons, 29 over 3 seeds or more, of which 0 point one way in all seeds.")
-
-
-def test_chance_is_counted(study):
-    # RAKD in five measures over three seeds, equal in what it found; PKD over one, and RAKD beside it.
-    assert describe(study)[-1].startswith(
-        "11 comparisons, 5 over 3 seeds or more, of which 4 point one way in all seeds. "
-        "Were all methods alike, about 1.2 would by chance"
-    )
-    few = describe(study_of(run("none", 0, 1.0), run("rakd", 0, 2.0)))
-    assert few[-1] == "5 comparisons, none over 3 seeds or more: none can tell a difference from chance."
-    assert not any("differs" in sentence for sentence in few)
-
-
-def test_what_a_study_cannot_show_is_said():
-    weak = study_of(run("expert", 5, 0.0, error=0.3), run("none", 0, 0.0), run("rakd", 0, 0.0, error=0.2))
-    text = "\n".join(describe(weak))
-    assert text.count("AP") == 3
-    assert "0 in every run, which tells nothing apart: AP 3D, Car, moderate at official overlaps (%); AP" in text
-    assert "expert 30.00 (1 run), no distillation 10.00 (1 run): the expert is not ahead here." in text
-    lone = describe(study_of(run("expert", 0, 1.0), run("none", 0, 0.0), run("rakd", 0, 0.0)))
-    assert lone[0] == f"{HEADLINES[0].title}: expert 1.00 (1 run), no distillation 0.00 (1 run)."
-    assert describe(study_of(run("none", 0, 1.0), run("rakd", 1, 1.0)))[0].startswith("Nothing to compare yet")
-    assert describe(study_of())[0].startswith("Nothing to compare yet")
+def test_interval_is_students(seeds, t):
+    # Two-sided 95 % points of Student's t, from its printed table.
+    summary = Summary(mean=5.0, spread=2.0, count=seeds)
+    assert half_width(summary) == pytest.approx(t * 2.0 / math.sqrt(seeds), rel=2e-5)  # printed to four digits
+    assert math.isnan(half_width(summarise([1.0])))
 
 
 # ---- Pictures and files. ----
@@ -390,7 +363,6 @@ def test_report_writes_everything_and_the_same_twice(study, tmp_path):
                 assert image.size[0] > 900
     for path in write_report(study, tmp_path / "b", logs):
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
-    assert all(sentence in format_tables(study) for sentence in describe(study))
 
 
 def provenance(config, **more):
@@ -448,4 +420,4 @@ def test_notes_warn_of_what_figures_do_not_say(study, tmp_path):
 def test_report_of_an_empty_study(tmp_path):
     paths = write_report(study_of(), tmp_path)
     assert [path.name for path in paths] == ["study.json", "tables.md", "tables.csv"]
-    assert "Nothing to compare yet" in format_tables(study_of())
+    assert "Table 3" in format_tables(study_of())

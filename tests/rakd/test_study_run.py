@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from rakd.checkpoints import load_weights
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
+from rakd.distributed import Processes
 from rakd.evaluation.report import without_nan
-from rakd.study import run as module
+from rakd.study import experiment as module
+from rakd.study import runner
+from rakd.study.experiment import Experiment
+from rakd.study.plan import make_plan
 from rakd.study.results import StudyResult, read_study
-from rakd.study.run import Study
+from rakd.study.runner import Runner
 from rakd.study.settings import PAPER_METHODS, STUDIES, StudySettings
-from rakd.training.checkpoints import load_weights
-from rakd.training.processes import Processes
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 
@@ -64,14 +67,14 @@ def finished(detectors: None, scenes: Path, tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("study") / "run"
     with pytest.MonkeyPatch.context() as patch:
         experts: list[Detector] = []
-        original = Study._apprentice
+        original = Runner.train
 
-        def noted(self: Study, method: str, seed: int, expert: Detector) -> Any:
-            experts.append(expert)
-            return original(self, method, seed, expert)
+        def noted(self: Runner, run: Any, detector: Detector, expert: Detector | None) -> Any:
+            experts.extend([] if expert is None else [expert])
+            return original(self, run, detector, expert)
 
-        patch.setattr(Study, "_apprentice", noted)
-        result = Study(settings(), scenes, out, CPU, quiet=True).run()
+        patch.setattr(Runner, "train", noted)
+        result = Experiment(settings(), scenes, out, CPU, quiet=True).run()
     assert experts[0] is experts[1]
     return Finished(result, out, experts[0].state_dict())
 
@@ -86,15 +89,15 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("this has been done before")
 
     monkeypatch.setattr(Trainer, "_step", refused)
-    monkeypatch.setattr(module, "write_detections", refused)
+    monkeypatch.setattr(runner, "write_detections", refused)
 
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of the time: pictures and timing."""
     monkeypatch.setattr(module, "write_report", lambda *arguments: None)
-    monkeypatch.setattr(Study, "_picture", lambda self: None)
-    monkeypatch.setattr(Study, "_models", lambda self, expert: ())
+    monkeypatch.setattr(Experiment, "_draw_frames", lambda self: None)
+    monkeypatch.setattr(Experiment, "_models", lambda self, expert: ())
 
 
 def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
@@ -121,6 +124,18 @@ def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
         assert frames == sorted((scenes / "ImageSets" / "val.txt").read_text().split())
 
 
+def test_the_plan_is_a_list_of_runs() -> None:
+    plan = make_plan(settings(seeds=(3, 1), methods=("none", "pkd"), expert_seed=7))
+    names = ["expert", "none-seed3", "pkd-seed3", "none-seed1", "pkd-seed1"]
+    assert [run.name for run in plan] == names
+    assert [(run.method, run.seed, run.model_seed) for run in plan[:3]] == [
+        *(("expert", 7, 1007), ("none", 3, 2003), ("pkd", 3, 2003))
+    ]
+    assert [run.detector for run in plan] == ["mini-expert", *["mini"] * 4]
+    assert [run.weight for run in plan] == [0.0, 0.0, 2.0, 0.0, 2.0]
+    assert [run.training.steps for run in plan] == [3, 2, 2, 2, 2]
+
+
 def test_the_expert_never_changes(finished: Finished) -> None:
     state, _ = load_weights(finished.out / "expert" / "detector.pt")  # written before the first apprentice
     assert state.keys() == finished.expert.keys()
@@ -142,7 +157,7 @@ def test_starting_again_does_nothing_again(
     bare: None, finished: Finished, scenes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forbid_work(monkeypatch)
-    again = Study(settings(), scenes, finished.out, CPU).run()
+    again = Experiment(settings(), scenes, finished.out, CPU).run()
     assert figures(again) == figures(finished.result)
     assert "all runs are finished already" in capsys.readouterr().out
 
@@ -150,7 +165,7 @@ def test_starting_again_does_nothing_again(
 def test_an_interrupted_study_goes_on(
     bare: None, finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = module.write_detections
+    original = runner.write_detections
 
     def killed(detector: Any, dataset: Any, folder: Path, *rest: Any, **options: Any) -> None:
         if folder.parent.name == "none-seed0":
@@ -158,12 +173,12 @@ def test_an_interrupted_study_goes_on(
         original(detector, dataset, folder, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_detections", killed)
+        patch.setattr(runner, "write_detections", killed)
         with pytest.raises(KeyboardInterrupt):
-            Study(settings(), scenes, tmp_path, CPU, quiet=True).run()
+            Experiment(settings(), scenes, tmp_path, CPU, quiet=True).run()
     assert (tmp_path / "expert" / "result.json").exists()
     assert not (tmp_path / "none-seed0" / "result.json").exists()
-    result = Study(settings(), scenes, tmp_path, CPU, quiet=True).run()
+    result = Experiment(settings(), scenes, tmp_path, CPU, quiet=True).run()
     for ours, theirs in zip(figures(result)[0], figures(finished.result)[0], strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 
@@ -188,22 +203,22 @@ def test_other_settings_are_refused(
 ) -> None:
     forbid_work(monkeypatch)
     with pytest.raises(ValueError, match=rf"holds a run with other settings: .*{message}"):
-        Study(settings(**change), scenes, finished.out, CPU, quiet=True).run()
+        Experiment(settings(**change), scenes, finished.out, CPU, quiet=True).run()
 
 
 def test_other_frames_and_other_experts_are_refused(finished: Finished, scenes: Path) -> None:
     with pytest.raises(ValueError, match="other settings: evaluated frames is"):
-        Study(settings(), scenes, finished.out, CPU, splits=("train", "train"), quiet=True).run()
+        Experiment(settings(), scenes, finished.out, CPU, splits=("train", "train"), quiet=True).run()
     file = finished.out / "expert" / "detector.pt"
     with pytest.raises(ValueError, match="other settings: expert is 'trained here' there and"):
-        Study(settings(), scenes, finished.out, CPU, expert=file, quiet=True).run()
+        Experiment(settings(), scenes, finished.out, CPU, expert=file, quiet=True).run()
 
 
 def test_an_expert_from_a_file(
     bare: None, finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = finished.out / "expert" / "detector.pt"
-    result = Study(settings(), scenes, tmp_path, CPU, expert=file, quiet=True).run()
+    result = Experiment(settings(), scenes, tmp_path, CPU, expert=file, quiet=True).run()
     for ours, theirs in zip(figures(result)[0], figures(finished.result)[0], strict=True):
         for name in ("method", "seed", "precisions", "depth"):
             assert ours[name] == theirs[name]
@@ -214,7 +229,7 @@ def test_an_expert_from_a_file(
     forbid_work(monkeypatch)
     with pytest.raises(ValueError, match="other settings: expert is"):
         other = finished.out / "none-seed0" / "detector.pt"
-        Study(settings(), scenes, tmp_path, CPU, expert=other, quiet=True).run()
+        Experiment(settings(), scenes, tmp_path, CPU, expert=other, quiet=True).run()
 
 
 def test_more_seeds_join_those_that_are_there(
@@ -234,7 +249,7 @@ def test_more_seeds_join_those_that_are_there(
     seeds: list[int] = []
     monkeypatch.setattr(DetectorConfig, "build", make)
     monkeypatch.setattr(Trainer, "_step", noted)
-    result = Study(settings(seeds=(0, 1), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
+    result = Experiment(settings(seeds=(0, 1), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
     assert trained == ["none-seed1"] * 2
     assert len(set(seeds)) == 3  # of the expert's weights and the two apprentices'
     assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 0), ("none", 1)]
@@ -244,16 +259,16 @@ def test_more_seeds_join_those_that_are_there(
 
 
 def test_commands_can_share_seeds(finished: Finished, scenes: Path) -> None:
-    result = Study(settings(seeds=(3,), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
+    result = Experiment(settings(seeds=(3,), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
     assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 3)]
 
 
 def test_a_missing_expert_leaves_the_folder_alone(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"expert: .*none\.pt is not there"):
-        Study(settings(), scenes, tmp_path, CPU, expert=tmp_path / "none.pt", quiet=True)
+        Experiment(settings(), scenes, tmp_path, CPU, expert=tmp_path / "none.pt", quiet=True)
     (tmp_path / "wrong.pt").write_bytes(b"not an expert")
     with pytest.raises(ValueError, match=r"wrong\.pt"):
-        Study(settings(), scenes, tmp_path / "run", CPU, expert=tmp_path / "wrong.pt", quiet=True).run()
+        Experiment(settings(), scenes, tmp_path / "run", CPU, expert=tmp_path / "wrong.pt", quiet=True).run()
     assert not (tmp_path / "run").exists()
 
 
@@ -263,7 +278,7 @@ def test_batches_that_cannot_be_shared_out_are_refused_at_once(scenes: Path, tmp
         (4, ("none",), "batch_size must be a multiple of the number of processes, 4, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            Study(settings(methods=methods), scenes, tmp_path, replace(CPU, count=count), quiet=True)
+            Experiment(settings(methods=methods), scenes, tmp_path, replace(CPU, count=count), quiet=True)
 
 
 def test_apprentices_that_start_differently_are_refused(
@@ -279,12 +294,12 @@ def test_apprentices_that_start_differently_are_refused(
 
     monkeypatch.setattr(Detector, "__init__", started)
     with pytest.raises(ValueError, match="must start alike: ImageNet weights before, now random weights"):
-        Study(settings(methods=("none", "rakd")), scenes, tmp_path, CPU, quiet=True).run()
+        Experiment(settings(methods=("none", "rakd")), scenes, tmp_path, CPU, quiet=True).run()
 
 
 def test_expert_and_apprentice_must_see_images_of_one_height(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expert must be for images 64 pixels high .*, got one for 96"):
-        Study(settings(expert="mini-tall"), scenes, tmp_path, CPU, quiet=True).run()
+        Experiment(settings(expert="mini-tall"), scenes, tmp_path, CPU, quiet=True).run()
 
 
 def test_missing_files_are_told_before_anything_is_trained(
@@ -292,9 +307,9 @@ def test_missing_files_are_told_before_anything_is_trained(
 ) -> None:
     forbid_work(monkeypatch)
     with pytest.raises(FileNotFoundError, match=r"moon\.txt"):
-        Study(settings(), scenes, tmp_path, CPU, splits=("train", "moon"), quiet=True).run()
+        Experiment(settings(), scenes, tmp_path, CPU, splits=("train", "moon"), quiet=True).run()
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
-        Study(settings(), scenes, tmp_path, CPU, expert=tmp_path / "none.pt", quiet=True).run()
+        Experiment(settings(), scenes, tmp_path, CPU, expert=tmp_path / "none.pt", quiet=True).run()
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from toy_learner import CPU, ToyLearner, assert_same_bits, make_trainer, settings, weights
 
+from rakd.checkpoints import load_checkpoint
 from rakd.data.frames import find_frames
 from rakd.data.kitti import Batch, KittiDataset, Sample
-from rakd.training.checkpoints import load_checkpoint
 from rakd.training.log import Row
 from rakd.training.trainer import Trainer
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rakd.training.checkpoints import differences, load_checkpoint, load_weights, save_checkpoint, save_weights
+from rakd.checkpoints import differences, load_checkpoint, load_weights, save_checkpoint, save_weights
+from rakd.distributed import start_processes
 from rakd.training.log import Log
 from rakd.training.optimizing import learning_rate, make_optimizer
 from rakd.training.order import EndlessOrder, StepSampler, image_seeds, process_seed
-from rakd.training.processes import start_processes
 from rakd.training.settings import TrainSettings
 
 
@@ -206,7 +206,7 @@ def test_processes_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with start_processes("cpu") as processes:
-        assert (processes.rank, processes.count, processes.main, processes.device.type) == (0, 1, True, "cpu")
+        assert (processes.rank, processes.count, processes.is_main, processes.device.type) == (0, 1, True, "cpu")
     monkeypatch.setenv("RANK", "0")
     with (
         pytest.raises(ValueError, match="WORLD_SIZE must be set to a number by torchrun, got ''"),

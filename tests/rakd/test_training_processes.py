@@ -14,7 +14,7 @@ import pytest
 import torch
 from toy_learner import ToyLearner, assert_same_bits, make_trainer
 
-from rakd.training.checkpoints import load_checkpoint
+from rakd.checkpoints import load_checkpoint
 
 SCRIPT = Path(__file__).with_name("distributed_training.py")
 

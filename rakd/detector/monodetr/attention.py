@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rakd.detector.boxes import image_extents
-from rakd.distill.maps import widen
+from rakd.nn import widen
 
 Shapes = Sequence[tuple[int, int]]
 """(height, width) of each map, fine to coarse."""

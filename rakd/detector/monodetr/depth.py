@@ -12,7 +12,7 @@ from rakd.detector.monodetr.attention import Attention
 from rakd.detector.monodetr.configs import DepthConfig
 from rakd.detector.monodetr.layers import FeedForward, Residual
 from rakd.detector.monodetr.projections import norm
-from rakd.distill.maps import widen
+from rakd.nn import widen
 
 
 def bin_step(config: DepthConfig) -> float:

@@ -22,8 +22,8 @@ from rakd.detector.monodetr.matching import match
 from rakd.detector.monodetr.projections import STRIDES, ProjectedPyramid
 from rakd.detector.monodetr.targets import QueryTargets, query_targets
 from rakd.detector.monodetr.transformer import Decoder, Encoder
-from rakd.distill.adapters import seeded_modules
 from rakd.geometry import Calibration
+from rakd.nn import seeded_modules
 
 
 class MonoDETR(BaseDetector):

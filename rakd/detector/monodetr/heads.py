@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from rakd.data.targets import CLASSES
 from rakd.detector.monodetr.layers import perceptron
-from rakd.distill.maps import widen
+from rakd.nn import widen
 
 ANGLE_BINS = 12
 """Bins of the observation angle, each 30 degrees wide; the first one's middle is 0."""

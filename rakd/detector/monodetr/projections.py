@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from rakd.detector.backbones import IMAGENET
+from rakd.detector.base_config import Weights
 from rakd.detector.pyramid import Pyramid
-from rakd.distill import Weights
 
 STRIDES = (8, 16, 32, 64)
 """Pixels per cell of the maps p3 .. p6."""

@@ -9,7 +9,7 @@ from rakd.detector.monodetr.attention import Attention, DeformableAttention, Sha
 from rakd.detector.monodetr.configs import TransformerConfig
 from rakd.detector.monodetr.heads import Heads, Predictions
 from rakd.detector.monodetr.layers import FeedForward, Residual
-from rakd.distill.maps import widen
+from rakd.nn import widen
 
 
 class EncoderLayer(nn.Module):

@@ -1,0 +1,224 @@
+"""An experiment: a plan of runs (`rakd.study.plan`), each done by a runner (`rakd.study.runner`), and a report.
+
+Each run has a folder of its own in the experiment's folder. What is finished there is not done again, so that an
+interrupted experiment is continued by starting it again.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rakd.checkpoints import differences
+from rakd.data.frames import digest, find_frames
+from rakd.detector.base import BaseDetector
+from rakd.detector.configs import DETECTORS
+from rakd.detector.files import load_detector
+from rakd.detector.latency import measure
+from rakd.distill import registry
+from rakd.distributed import Processes, barrier, broadcast_object
+from rakd.errors import MissingFileError, UserError
+from rakd.files import write_text
+from rakd.study.frames import draw_frames
+from rakd.study.plan import Run, make_plan, run_name
+from rakd.study.report import write_report
+from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog
+from rakd.study.runner import Runner, backbone_start, losses_of
+from rakd.study.settings import StudySettings
+from rakd.study.versions import versions
+
+
+class Experiment:
+    """A comparison of distillation methods in a folder.
+
+    Args:
+        settings: What to do.
+        data: Folder in KITTI's layout, with the lists ``train`` and ``val``.
+        out: The experiment's folder.
+        processes: Where to compute, see `rakd.distributed.start_processes`.
+        expert: File of a trained expert (`rakd.detector.files.save_detector`); None: one is trained.
+        splits: Names of the lists to train on and to evaluate on.
+        quiet: Show no progress bars.
+
+    Raises:
+        FileNotFoundError: The data or the expert's file are not there.
+        ValueError: The folder holds a run with other settings, a file does not hold what it should, or the expert
+            is for images of another height than the apprentice.
+    """
+
+    def __init__(
+        self,
+        settings: StudySettings,
+        data: Path,
+        out: Path,
+        processes: Processes,
+        *,
+        expert: Path | None = None,
+        splits: tuple[str, str] = ("train", "val"),
+        quiet: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.data = data
+        self.out = out
+        self.processes = processes
+        self.expert_file = expert
+        self.splits = splits
+        self.quiet = quiet or not processes.is_main
+        self.runner = Runner(settings, data, out, processes, splits=splits, quiet=self.quiet)
+        self.logs: list[TrainingLog] = []
+        self.started_from: dict[str, str] = {}
+        self._check_batches()
+        self._train_frames, self._val_frames = (find_frames(data, split) for split in splits)
+        if expert is not None and not expert.is_file():
+            raise MissingFileError(f"expert: {expert} is not there")
+
+    def run(self) -> StudyResult:
+        """Train, evaluate and report what is not done yet.
+
+        Returns:
+            All figures; in the main process only are they complete.
+        """
+        plan = make_plan(self.settings)
+        expert = self._build_expert(plan[0])
+        self._claim()
+        if all((self.out / run.name / "result.json").exists() for run in plan):
+            self._say("all runs are finished already: only tables and pictures are made anew")
+        runs = [self._do(plan[0], expert, None)]
+        for run in plan[1:]:
+            apprentice = DETECTORS[run.detector].build(run.model_seed)
+            self._note_start("apprentice", apprentice)
+            runs.append(self._do(run, apprentice, expert))
+        models: tuple[ModelFigures, ...] = ()
+        if self.processes.is_main:
+            models = self._models(expert)
+        study = StudyResult(
+            runs=tuple(run for run in runs if run is not None),
+            models=models,
+            config=self._config(expert),
+            versions=versions(self.processes.device),
+            seeds=self.settings.seeds,
+            data=self._describe_data(),
+        )
+        if self.processes.is_main:
+            write_report(study, self.out, self.logs)
+            self._draw_frames()
+        barrier(self.processes)
+        return study
+
+    def _claim(self) -> None:
+        """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
+        here = {
+            "expert": "trained here" if self.expert_file is None else _digest(self.expert_file.read_bytes()),
+            "evaluated frames": digest(self._val_frames),
+        }
+        path = self.out / "basis.json"
+        there = broadcast_object(
+            self.processes, lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
+        )
+        other = differences(there, here)
+        if other:
+            raise UserError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
+        if self.processes.is_main:
+            write_text(path, json.dumps(here, indent=1) + "\n")
+
+    def _check_batches(self) -> None:
+        """Say before anything is trained what would only fail hours later."""
+        settings, count = self.settings, self.processes.count
+        for name, training in (("expert_training", settings.expert_training), ("training", settings.training)):
+            if training.batch_size % count:
+                raise UserError(
+                    f"{name}: batch_size must be a multiple of the number of processes, {count}, "
+                    f"got {training.batch_size}"
+                )
+        for method in settings.methods:
+            if method != "none" and registry.METHODS[method].load().needs_scores:
+                raise UserError(f"methods: {method} needs an expert's class scores on its maps, which these have not")
+        if "semckd" in settings.methods and settings.training.batch_size // count < 2:
+            raise UserError(
+                f"training: SemCKD compares images of a batch and needs 2 or more in each of the {count} processes, "
+                f"got a batch_size of {settings.training.batch_size}: make it larger or leave semckd out"
+            )
+
+    def _build_expert(self, run: Run) -> BaseDetector:
+        """The expert as it is before training, or as its file has it."""
+        if self.expert_file is not None:
+            expert = load_detector(self.expert_file).to(self.processes.device)
+        else:
+            expert = DETECTORS[run.detector].build(run.model_seed)
+        self._note_start("expert", expert)
+        # Both get the same images, and a network sees only objects of the sizes that it was trained on.
+        wanted = DETECTORS[self.settings.apprentice].height
+        if expert.config.height != wanted:
+            raise UserError(
+                f"expert must be for images {wanted} pixels high as the apprentice is, got one for "
+                f"{expert.config.height}"
+            )
+        return expert
+
+    def _do(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> RunResult | None:
+        """Train, unless this is an expert from a file, and evaluate."""
+        if expert is None and self.expert_file is not None:
+            return self.runner.evaluate(run, detector)
+        rows = self.runner.train(run, detector, expert)
+        self.logs.append(TrainingLog(run.method, run.seed, [losses_of(row, "step", "total") for row in rows]))
+        return self.runner.evaluate(run, detector, rows)
+
+    def _note_start(self, name: str, detector: BaseDetector) -> None:
+        """Note what a backbone started from; apprentices that started differently cannot be compared."""
+        start = backbone_start(detector)
+        if name not in self.started_from:
+            self._say(f"{name}: {detector.config.backbone.name}, {detector.loaded}")
+        elif self.started_from[name] != start:
+            raise UserError(
+                f"backbones of all apprentices must start alike: {self.started_from[name]} before, now "
+                f"{detector.loaded}; repeat the command when the weights can be loaded again"
+            )
+        self.started_from[name] = start
+
+    def _config(self, expert: BaseDetector) -> dict[str, Any]:
+        config = {**asdict(self.settings), "started_from": self.started_from, "expert_file": None}
+        if self.expert_file is not None:
+            config |= {
+                "expert": expert.config.to_plain(),
+                "expert_training": None,
+                "expert_file": self.expert_file.name,
+            }
+        return config
+
+    def _describe_data(self) -> str:
+        train, val = len(self._train_frames), len(self._val_frames)
+        name = self.data.name
+        return f"{name}: {train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
+
+    def _models(self, expert: BaseDetector) -> tuple[ModelFigures, ...]:
+        apprentice = load_detector(self._folder(self.settings.methods[0]) / "detector.pt")
+        costs = measure([expert, apprentice], self._val_frames[0], self.processes.device, progress=not self.quiet)
+        return tuple(
+            ModelFigures(
+                name=name,
+                backbone=detector.config.backbone.name,
+                parameters=cost.parameters,
+                gflops=cost.gflops,
+                latency_ms=cost.median_ms,
+                latency_p90_ms=cost.p90_ms,
+            )
+            for name, detector, cost in zip(("expert", "apprentice"), (expert, apprentice), costs, strict=True)
+        )
+
+    def _folder(self, method: str) -> Path:
+        return self.out / ("expert" if method == "expert" else run_name(method, self.settings.seeds[0]))
+
+    def _draw_frames(self) -> None:
+        titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}
+        models = {title: self._folder(method) / "detections" for method, title in titles.items()}
+        models = {title: folder for title, folder in models.items() if (folder.parent / "result.json").exists()}
+        draw_frames(self.out / "frames.png", self._val_frames, models)
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
