@@ -89,8 +89,8 @@ _TINY = TrainSettings(
 # Detectron2's for this kind of detector, 0.02 for 16 images, in proportion.
 _WAYMO = TrainSettings(steps=39_290, batch_size=40, learning_rate=0.05, workers=4)
 
-# MonoDETR's schedule: 195 epochs of KITTI's 3,712 frames, 16 at once. The original neither clips gradients nor warms up,
-# and its users saw losses that were not finite; 0.1 is DETR's norm.
+# MonoDETR's schedule: 195 epochs of KITTI's 3,712 frames, 16 at once. The original neither clips gradients nor warms
+# up, and its users saw losses that were not finite; 0.1 is DETR's norm.
 _MONODETR = TrainSettings(
     steps=45_240,
     batch_size=16,
