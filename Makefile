@@ -1,7 +1,7 @@
 # Commands for a fresh machine, all of which set everything up first (in .venv):
 #   make run     render street scenes, train an expert and apprentices, compare them (runs/distill)
 #   make test    run the tests but for the slow ones
-#   make docs    build the API reference, build/docs/index.html
+#   make docs    build the guides and the API reference, build/docs/index.html
 # Others: make lint, make clean. PYTHON chooses the interpreter (3.10 or newer), TORCH the torch to install.
 
 PYTHON ?= python3

@@ -100,14 +100,9 @@ bench probe-batch8 60 --backends cuda --baselines torchvision difference --workl
   --dtypes bfloat16
 for workload in train train19; do
   with_tool ncu "profile-$workload" 60 ncu --clock-control none --set full \
-    --kernel-name 'regex:prepare|tables|pool|backward|gram|scale_gradients' \
+    --kernel-name 'regex:prepare|tables|forward|backward|scale_gradients' \
     "$python" -m benchmarks.gpu_steps hot "$workload"
 done
-for form in pooled gram; do # which of them is chosen by shape has only been counted
-  RAKD_CUDA_FORM=$form bench "probe-$form" 40 --backends cuda --baselines none --workloads train train19 large \
-    --layouts nchw
-done
-RAKD_CUDA_FORM=gram tests tests-gram 90 'cuda and not emulated and not triton'
 bench probe-compiled 120 --backends cuda --workloads train --layouts nchw
 bench probe-align 60 --op align --backends cuda
 tests tests-triton 120 'triton and not interpreted and not kernels_compile and not cuda'

@@ -6,13 +6,12 @@
     python -m benchmarks.gpu_steps small [DEVICE]          # every dtype and layout, both ops, on small maps
     python -m benchmarks.gpu_steps hot WORKLOAD [DEVICE]   # two training steps of a workload
 
-DEVICE is cuda unless given. The last two run in both forms of a training step (RAKD_CUDA_FORM), one after the other.
+DEVICE is cuda unless given.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 from benchmarks.workloads import WORKLOADS, make_inputs
 from rakd_ops import available_backends, multilevel_roi_align, soft_roi_distill
 
-FORMS = ("pooled", "gram")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # 36: a whole block of channels and a part of one, and channels-last cells that are read several channels at a time.
 CHANNELS = (36, 19)
@@ -113,14 +111,10 @@ def main(arguments: list[str]) -> None:
     name, *rest = arguments
     needed = {"smoke": 0, "small": 0, "hot": 1}[name]
     device = rest[needed] if len(rest) > needed else "cuda"
-    for form in FORMS if name != "smoke" else ():
-        os.environ["RAKD_CUDA_FORM"] = form
-        if name == "small":
-            small(device)
-        else:
-            hot(rest[0], device)
-    if name == "smoke":
-        smoke(device)
+    if name == "hot":
+        hot(rest[0], device)
+    else:
+        {"smoke": smoke, "small": small}[name](device)
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{' '.join(arguments)}: done")

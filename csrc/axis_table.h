@@ -27,11 +27,6 @@ struct AxisTable {
   }
 };
 
-// Cells begin .. end - 1 of a support, by their numbers.
-struct CellRange {
-  int32_t begin, end;
-};
-
 struct AxisCapacity {
   int64_t cells, weights;
 };

@@ -1,4 +1,4 @@
-"""Settings of the API reference: ``make docs`` builds it with Sphinx from the docstrings into build/docs."""
+"""Settings of the documentation: ``make docs`` builds these pages and the docstrings into build/docs."""
 
 import re
 import sys
@@ -19,7 +19,8 @@ version = release = rakd_ops.__version__
 
 # Optional packages that the integrations import; documented whether or not they are installed.
 autodoc_mock_imports = ["ultralytics", "transformers", "lightning", "timm"]
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_help"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "command_help"]
+myst_heading_anchors = 3  # links to headings work as they do on a forge
 templates_path: list[str] = []
 html_theme = "furo"
 html_title = f"RAKD {release}"

@@ -27,7 +27,7 @@ _SAVING = {"batch_size": "lower --batch-size", "amp": "set --amp bfloat16"}
 
 
 class Command(Protocol):
-    """What a command is: options as fields, work in ``run``."""
+    """A command: options as fields, work in ``run``."""
 
     def run(self) -> None:
         """Do what the command says."""
@@ -148,7 +148,7 @@ def _first_paragraph(page: str) -> str:
 
 
 _DESCRIPTION = (
-    "Region-aware knowledge distillation for monocular 3D detection: an expert teaches a light apprentice, on KITTI "
+    "Region-aware knowledge distillation for monocular 3D detection: an expert trains a light apprentice, on KITTI "
     "or on rendered scenes; training, official evaluation, pictures."
 )
 

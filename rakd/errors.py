@@ -1,4 +1,4 @@
-"""Errors that users can mend, told apart from the program's own."""
+"""Errors that users can mend, apart from the program's own."""
 
 
 class UserError(ValueError):

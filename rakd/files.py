@@ -18,7 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     image writers look at it.
 
     Args:
-        path: Where the finished file shall stand.
+        path: Of the finished file.
 
     Yields:
         The temporary path to write to.

@@ -26,7 +26,7 @@ _HEIGHT_SIGNS = np.array([0.0, 0.0, 0.0, 0.0, -1.0, -1.0, -1.0, -1.0])
 _WIDTH_SIGNS = np.array([1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
 
 MIRRORED_CORNERS = np.array([1, 0, 3, 2, 5, 4, 7, 6])
-"""Where each corner stands in the list of corners of the mirrored box."""
+"""Index of each corner in the list of corners of the mirrored box."""
 
 BOX_EDGES = np.array([(0, 1), (1, 2), (2, 3), (3, 0), (4, 5), (5, 6), (6, 7), (7, 4), (0, 4), (1, 5), (2, 6), (3, 7)])
 """Pairs of corners that the 12 edges of a box join."""

@@ -39,9 +39,9 @@ class Layer:
     """Objects to draw in one colour.
 
     Attributes:
-        objects: What to draw.
+        objects: To be drawn.
         color: Any matplotlib colour.
-        name: How the legend calls them.
+        name: In the legend.
         dashed: Draw dashed, so that lines under it stay visible.
     """
 
@@ -87,15 +87,15 @@ def draw_frame(
     title: str = "",
     reach: float = 70.0,
 ) -> None:
-    """Draw one frame: the image with 3D boxes over the image with 2D boxes, and the view from above beside.
+    """Draw one frame: the image with 3D boxes over the image with 2D boxes, beside the bird's-eye view.
 
     Args:
         path: Picture file to write, atomically; the suffix says which kind.
         image: ``[height, width, 3]`` uint8 RGB.
         calibration: Its camera.
-        layers: What to draw, later ones on top.
+        layers: To be drawn, later ones on top.
         title: Text above the picture.
-        reach: How far the bird's-eye view goes, metres.
+        reach: Range of the bird's-eye view, metres.
     """
     height, width = image.shape[:2]
     panel_height = 11.0 * min(height / width, _TALLEST)
@@ -174,14 +174,14 @@ class Compared:
 
 
 def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", reach: float = 60.0) -> None:
-    """Draw the same frames as several models see them: a column a model; image, and view from above beneath.
+    """Draw the predictions of several models for the same frames: a column a model; image, bird's-eye view below.
 
     Args:
         path: Picture file to write, atomically; the suffix says which kind.
         frames: At least one; all with predictions of the same models in the same order. Predictions are drawn as
             they are: leave out what scores too little before.
         title: Text above the picture.
-        reach: How far the bird's-eye view goes, metres.
+        reach: Range of the bird's-eye view, metres.
 
     Raises:
         ValueError: There are no frames or no models, or frames have different models.
@@ -227,8 +227,8 @@ def draw_boxes_3d(axis: Axes, calibration: Calibration, layers: Sequence[Layer],
     Args:
         axis: One that shows the image.
         calibration: Of its camera.
-        layers: What to draw, later ones on top.
-        inches: How wide the axis is drawn: texts that would then cover each other are left out.
+        layers: To be drawn, later ones on top.
+        inches: Width of the drawn axis: texts that would then cover each other are left out.
     """
     texts = _Texts(axis, inches)
     for layer in layers:
@@ -281,21 +281,21 @@ def draw_from_above(
     side: float | None = None,
     inches: float,
 ) -> None:
-    """Draw boxes from above, the camera at the bottom, with arcs of equal distance as a scale.
+    """Draw boxes in bird's-eye view, the camera at the bottom, with arcs of equal distance as a scale.
 
     Args:
-        axis: Where to draw.
+        axis: To draw on.
         calibration: The camera, whose field of view is marked.
         width: Of its image, pixels.
-        layers: What to draw, later ones on top.
-        reach: How far the view goes ahead, metres.
-        side: How far it goes to either side, metres; by default 0.45 times ``reach``.
-        inches: How wide the axis is drawn: scores that would then cover each other are left out, lower ones first.
+        layers: To be drawn, later ones on top.
+        reach: Range ahead, metres.
+        side: Range to either side, metres; by default 0.45 times ``reach``.
+        inches: Width of the drawn axis: scores that would then cover each other are left out, lower ones first.
     """
     side = 0.45 * reach if side is None else side
     axis.set_facecolor("#1d232a")
     axis.set(xlim=(-side, side), ylim=(-3, reach + 2), xticks=[], yticks=[], aspect="equal")
-    axis.set_title("from above", color=_LIGHT, fontsize=11, loc="left", pad=4)
+    axis.set_title("bird's-eye view", color=_LIGHT, fontsize=11, loc="left", pad=4)
     axis.spines[:].set_visible(False)
     edge = calibration.back_project([[0.0, 0.0], [width - 1.0, 0.0]], [2 * reach, 2 * reach])
     for x, _, z in edge.tolist():

@@ -1,7 +1,7 @@
 """Fused multi-level RoIAlign and Gaussian soft-weighted feature distillation for PyTorch.
 
 ``from rakd_ops import soft_roi_distill`` is all a trainer needs; :mod:`rakd_ops.reference` states in plain PyTorch what
-it computes, and ``python -m rakd_ops`` tells what is installed.
+it computes, and ``python -m rakd_ops`` lists the backends.
 """
 
 from rakd_ops import reference

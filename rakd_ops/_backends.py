@@ -27,7 +27,7 @@ def build_info() -> dict[str, object]:
 
 
 def _remedy(folder: Path) -> str:
-    """What to do about a library that is not in the package's folder."""
+    """The remedy for a library that is not in the package's folder."""
     if not (folder.parent / "csrc").is_dir():
         return "install the package with `pip install .`"
     text = f"{folder.parent} is a source tree without built libraries: run `python setup.py build_ext --inplace` in it"
@@ -168,7 +168,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
     Args:
         backend: A backend's name or ``"auto"``, which takes the first of them that can run.
-        device: Where the maps are.
+        device: Of the maps.
 
     Returns:
         A backend's name.

@@ -75,7 +75,7 @@ def check_maps(
         maps: The maps, fine to coarse.
         like: Maps whose batch size, device and, level by level, channels must be met.
         like_name: The name of the argument ``like``.
-        same_channels: Where all levels must have one number of channels: what to do if they have not.
+        same_channels: The remedy to name where all levels must have one number of channels and have not.
 
     Returns:
         Height and width of each.

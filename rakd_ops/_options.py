@@ -26,7 +26,7 @@ MAX_COUNT = 10_000  # bins and samples along one axis; kernels count in 32 bits
 
 
 class LevelRule(NamedTuple):
-    """How a box's levels are weighted, in the order in which the ops take it; see ``levels.py``."""
+    """Options of the level rule, in the order in which the ops take them; see ``levels.py``."""
 
     assignment: int  # index into ASSIGNMENTS
     sigma: float

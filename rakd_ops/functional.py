@@ -66,7 +66,7 @@ def soft_roi_distill(
             of one ``[K_b, 4]`` per image; any real dtype. Boxes of ``torchvision.tv_tensors`` are read by the format
             they carry. Data: no gradient flows to them.
         strides: Pixels per cell of each of the apprentice's maps, increasing.
-        expert_strides: How many of the boxes' pixels one cell of each expert map covers; default ``strides``.
+        expert_strides: Number of the boxes' pixels that one cell of each expert map covers; default ``strides``.
         output_size: Bins of RoIAlign: one integer, or (height, width).
         sampling_ratio: Samples per bin and axis; 0 adapts to the box, ``ceil(box size in cells / bins)``.
         assignment: ``"soft"`` (Gaussian over levels, the paper's SFA), ``"hard"`` (one level, HFA) or ``"uniform"``

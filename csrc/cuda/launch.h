@@ -2,7 +2,7 @@
 // and the registered ops launch the same things in the same way.
 //
 //   prepare_boxes            1 launch, before all others
-//   loss and its gradient    build_tables, roi_align_forward, roi_align_backward; or build_tables, gram_gradient
+//   loss and its gradient    build_tables, roi_align_forward, roi_align_backward
 //   loss alone               build_tables, roi_align_forward, roi_align_backward with no block but that of the losses
 //   pooling                  build_tables, roi_align_forward; its gradient: build_tables, roi_align_backward
 //   backward of the loss     scale_gradients, or the first line again where the factor must be in the weights
@@ -13,23 +13,22 @@
 #include <stdexcept>
 #include <vector>
 
-#include "gram_operator.cuh"
 #include "prepare.cuh"
+#include "roi_align_backward.cuh"
 #include "scale_gradients.cuh"
 
 namespace rakd {
 namespace gpu {
 
 constexpr int64_t kTargetBlocks = 4096;        // pooling blocks take more channels each when there are more of them
-constexpr size_t kSharedBytes = 48 << 10;      // every architecture gives a block so much without being asked
 constexpr int64_t kMaxBlocks = INT32_MAX - 1;  // of a grid, and bytes of one box's tables
 constexpr int64_t kScaleBlocks = 1024;         // at most; they end at once where there is nothing to scale
 
-// Threads of a block, multiples of 32; `gram` is 32 times a power of two. On a GPU, `pool`, `backward` and `gram` are
-// at most the values here, and `backward` may nowhere take more shared memory than kSharedBytes. Results are right for
-// any others as well (the tests run several).
+// Threads of a block, multiples of 32. On a GPU, `pool` and `backward` are at most the values here, and no block takes
+// more than 48 KiB of shared memory, which every architecture gives without being asked. Results are right for any
+// others as well (the tests run several).
 struct BlockSizes {
-  int tables = 64, pool = kPoolThreads, backward = kBackwardThreads, gram = kGramThreads;
+  int tables = 64, pool = kPoolThreads, backward = kBackwardThreads;
 };
 
 // One level's maps [B, C, H, W]; strides in elements.
@@ -74,12 +73,11 @@ struct TablePlan {
   bool fits = true;         // whether kernels can count a box's tables, and the boxes
 
   // `expert`: maps that are compared with the first (the weights are then those of the loss), or nullptr.
-  TablePlan(const Problem& problem, const Maps& maps, const Maps* expert, bool bands = false) {
+  TablePlan(const Problem& problem, const Maps& maps, const Maps* expert) {
     tables.boxes = problem.boxes;
     tables.levels = static_cast<int32_t>(maps.size());
     tables.images = static_cast<int32_t>(problem.images);
     tables.sampling_ratio = static_cast<int32_t>(problem.sampling_ratio);
-    tables.with_bands = bands;
     tables.rows = problem.rows;
     tables.index = problem.index;
     for (int axis = 0; axis < 2; ++axis) tables.bins[axis] = static_cast<int32_t>(problem.bins[axis]);
@@ -99,13 +97,11 @@ struct TablePlan {
         const int side = i / 2, axis = i % 2;
         const int64_t size = (side == 0 ? maps[l] : (*expert)[l]).size[2 + axis];
         const AxisCapacity capacity = axis_capacity(size, problem.bins[axis], problem.sampling_ratio);
-        const int64_t band = bands ? gram_band_capacity(capacity.cells, problem.sampling_ratio) : 0;
-        const int64_t values = capacity.weights + capacity.cells * band;
-        fits = fits && values <= kMaxBlocks;
+        fits = fits && capacity.weights <= kMaxBlocks;
         if (!fits) return;
         level.axis[side][axis] = AxisLayout{static_cast<int32_t>(size), static_cast<int32_t>(capacity.cells),
-                                            static_cast<int32_t>(values), static_cast<int32_t>(bytes)};
-        bytes += axis_bytes<T>(capacity.cells, values, problem.bins[axis]);
+                                            static_cast<int32_t>(capacity.weights), static_cast<int32_t>(bytes)};
+        bytes += axis_bytes<T>(capacity.cells, capacity.weights, problem.bins[axis]);
         fits = fits && bytes <= kMaxBlocks;
         build.stride[side][l] = problem.strides[side][l];
       }
@@ -215,6 +211,41 @@ void align_backward(Memory& memory, const Problem& problem, const void* output_g
     backward.output_gradient = output_gradient;
     launch_backward<T, E>(backward, blocks, stream);
   });
+}
+
+// One call of the loss.
+struct Distillation {
+  Problem problem;
+  Maps map[2], gradient[2];  // apprentice, expert; gradients that are not wanted are empty
+  Numbers factor;            // of all weights: [K], or one number (stride 0), or not given
+  void* losses = nullptr;    // out [K]; only without gradients
+  void* total = nullptr;     // out [1]; both of the accumulation type
+};
+
+// The loss, with the gradients that are wanted.
+template <class T, class Memory>
+void distill(Memory& memory, const Distillation& call, const BlockSizes& blocks, cudaStream_t stream) {
+  const bool gradients = !call.gradient[0].empty() || !call.gradient[1].empty();
+  TablePlan<T> plan(call.problem, call.map[0], &call.map[1]);
+  plan.build.factor = call.factor;
+  RoiAlignForward<T> forward{};
+  forward.tables = plan.tables;
+  const unsigned grid = choose_blocks<true>(forward);
+  memory.lay_out([&](auto& arena) {
+    plan.place(arena);
+    forward.partial = arena.template take<double>(grid);
+    if (gradients) forward.pooled = arena.template take<T>(plan.pooled);
+  });
+  forward.tables = plan.tables;  // with their memory
+  for (int side = 0; side < 2; ++side) forward.map[side] = pyramid(call.map[side]);
+  plan.launch(blocks, stream);
+  launch_forward<true>(forward, grid, blocks, stream);
+  RoiAlignBackward<T> backward{};  // adds the losses even where no gradient is wanted
+  backward.tables = plan.tables;
+  for (int side = 0; side < 2; ++side) backward.gradient[side] = pyramid(call.gradient[side]);
+  backward.pooled = forward.pooled;
+  backward.sum = {forward.partial, forward.group, static_cast<T*>(call.losses), static_cast<T*>(call.total)};
+  launch_backward<T, void>(backward, blocks, stream);
 }
 
 // Scales call.data[0] to call.data[arrays - 1], whose types and counts are there.

@@ -1,6 +1,4 @@
 // The registered ops on CUDA tensors: checks, results, and launches on torch's stream.
-#include <cstdlib>
-#include <string>
 #include <tuple>
 
 #include "tensors.h"
@@ -23,15 +21,6 @@ Tensor empty(const Tensor& like, const IntList& shape, ScalarType type) {
 }
 
 ScalarType accumulation_type(bool is_double) { return is_double ? ScalarType::Double : ScalarType::Float; }
-
-// RAKD_CUDA_FORM: for tests and measurements.
-Algorithm algorithm_of_environment() {
-  const char* value = std::getenv("RAKD_CUDA_FORM");
-  const std::string form = value ? value : "";
-  STD_TORCH_CHECK(form.empty() || form == "pooled" || form == "gram",
-                  "RAKD_CUDA_FORM: expected pooled, gram or nothing, got ", form);
-  return form.empty() ? Algorithm::kByShape : form == "pooled" ? Algorithm::kPooled : Algorithm::kGram;
-}
 
 std::tuple<Tensor, Tensor> prepare_boxes(Tensors boxes, std::optional<Tensor> box_weights,
                                          std::optional<Tensor> level_weights, int64_t images, bool mean,
@@ -67,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensors> distill_as(const Tensors& apprentice, const 
                                                const Tensor& index, const std::optional<Tensor>& factor,
                                                const DoubleList& strides, const DoubleList& expert_strides,
                                                const IntList& output_size, int64_t sampling_ratio,
-                                               const bool (&wanted)[2], Algorithm algorithm) {
+                                               const bool (&wanted)[2]) {
   Distillation call;
   call.map[0] = maps_of(apprentice, strides, apprentice, "apprentice");
   call.map[1] = maps_of(expert, expert_strides, apprentice, "expert");
@@ -77,7 +66,6 @@ std::tuple<Tensor, Tensor, Tensors> distill_as(const Tensors& apprentice, const 
     for (const Map& map : maps) is_double = is_double || map.type == Number::kDouble;
   }
   call.problem = make_problem(rows, index, like.size(0), like, strides, expert_strides, output_size, sampling_ratio);
-  call.algorithm = algorithm;
   if (factor) {
     STD_TORCH_CHECK(factor->dim() == 0 || (factor->dim() == 1 && factor->size(0) == rows.size(0)),
                     "factor: expected one number or [", rows.size(0), "]");
@@ -108,7 +96,7 @@ std::tuple<Tensor, Tensor> distill_loss(Tensors apprentice, Tensors expert, Tens
                                         DoubleList strides, DoubleList expert_strides, IntList output_size,
                                         int64_t sampling_ratio) {
   const auto [total, losses, none] = distill_as(apprentice, expert, rows, index, std::nullopt, strides, expert_strides,
-                                                output_size, sampling_ratio, {false, false}, Algorithm::kPooled);
+                                                output_size, sampling_ratio, {false, false});
   return {total, losses};
 }
 
@@ -116,9 +104,8 @@ std::tuple<Tensor, Tensors> distill_gradient(Tensors apprentice, Tensors expert,
                                              std::optional<Tensor> factor, DoubleList strides,
                                              DoubleList expert_strides, IntList output_size, int64_t sampling_ratio,
                                              bool apprentice_gradient, bool expert_gradient) {
-  const auto [total, none, gradients] =
-      distill_as(apprentice, expert, rows, index, factor, strides, expert_strides, output_size, sampling_ratio,
-                 {apprentice_gradient, expert_gradient}, algorithm_of_environment());
+  const auto [total, none, gradients] = distill_as(apprentice, expert, rows, index, factor, strides, expert_strides,
+                                                   output_size, sampling_ratio, {apprentice_gradient, expert_gradient});
   return {total, gradients};
 }
 

@@ -1,9 +1,9 @@
 // The few things device code needs from its platform: nvcc, or a C++ compiler with an emulator that runs the same
 // kernels on the CPU (tests/emulator). Kernels use nothing of CUDA beyond what is listed here:
 //   __global__, __device__, __forceinline__, __restrict__; threadIdx, blockIdx, blockDim, gridDim (x, y, z);
-//   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_down_sync, __shfl_sync (int, float, double);
-//   __popc; atomicAdd and atomicMin(int*, int), __threadfence(); min, max; dynamic shared memory by RAKD_SHARED, at
-//   most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP, RAKD_ANY_CALLER.
+//   __syncthreads(), __syncwarp(); __shfl_xor_sync, __shfl_sync (int, float, double); __popc; min, max; dynamic shared
+//   memory by RAKD_SHARED, at most 48 KiB; launches by RAKD_LAUNCH; RAKD_UNROLL, RAKD_ROLLED, RAKD_OPAQUE, RAKD_KEEP,
+//   RAKD_ANY_CALLER. No atomics and no fences: each element has one owner, so that results are the same in every run.
 #pragma once
 
 #if defined(RAKD_EMULATE)

@@ -38,9 +38,6 @@ struct TileBox {
   int32_t row, column;         // first row and column of the support in the tile, by their numbers in the box's tables
   uint32_t rows, columns;      // a bit for each row and column of the tile: whether it is in the support
   int32_t first_bin, end_bin;  // of x: those that feed the tile
-
-  __device__ CellRange row_range() const { return CellRange{row, row + __popc(rows)}; }
-  __device__ CellRange column_range() const { return CellRange{column, column + __popc(columns)}; }
 };
 
 template <class T>

@@ -16,7 +16,7 @@
 // device and a CUDA graph can hold a call. A box of no image, or of weight zero on a level, has no tables there.
 #pragma once
 
-#include "../gram_table.h"
+#include "../axis_table.h"
 #include "elements.cuh"
 
 namespace rakd {
@@ -26,7 +26,7 @@ namespace gpu {
 struct AxisLayout {
   int32_t size;    // of the map, in cells
   int32_t cells;   // of the support, at most
-  int32_t values;  // weights of R at most, and behind them the values of bands where the call has them
+  int32_t values;  // weights of R at most
   int32_t offset;  // bytes from the beginning of the box's slice
 };
 
@@ -48,24 +48,10 @@ struct alignas(16) CellBins {
   T weight[kStored];
 };
 
-// The Gram bands of one axis of a box (../gram_table.h).
-template <class T>
-struct Bands {
-  int32_t* count;  // cells of the support
-  int32_t* cell;   // [cells] their positions, increasing
-  int32_t* begin;  // [cells] the band of each
-  int32_t* end;
-  T* value;  // [cells, pitch]
-  int32_t pitch;
-
-  // The cells that share a bin with one of some neighbouring cells.
-  RAKD_HD CellRange coupled(const CellRange& cells) const { return CellRange{begin[cells.begin], end[cells.end - 1]}; }
-};
-
-// A slice holds for each side and axis: CellBins [cells], T [values], and integers: those of axis_table.h, bands' ends.
+// A slice holds for each side and axis: CellBins [cells], T [values], and the integers of axis_table.h.
 template <class T>
 RAKD_HD int64_t axis_bytes(int64_t cells, int64_t values, int64_t bins) {
-  return (cells * int64_t(sizeof(CellBins<T>)) + values * int64_t(sizeof(T)) + (2 + 4 * cells + 3 * bins) * 4 + 15) /
+  return (cells * int64_t(sizeof(CellBins<T>)) + values * int64_t(sizeof(T)) + (2 + 2 * cells + 3 * bins) * 4 + 15) /
          16 * 16;
 }
 
@@ -79,7 +65,6 @@ struct Tables {
   int32_t levels, images;
   int32_t bins[2];  // y, x
   int32_t sampling_ratio;
-  bool with_bands;        // slices hold bands as well, for the Gram form; all levels then have one side
   const double* rows;     // [K, 5 + levels], see ../prepare.h
   const int32_t* index;   // [images + 1 + K]: ranges of images, then box numbers in the order of images
   unsigned char* slices;  // out: per level [K] slices
@@ -100,15 +85,6 @@ struct Tables {
     return AxisTable<T>{count, count + 1, cell_bin, bin_cell, bin_offset, bin_offset + bins[y_or_x] + 1, pool};
   }
 
-  RAKD_HD Bands<T> bands(int l, int y_or_x, int64_t box) const {
-    const AxisLayout& at = level[l].axis[0][y_or_x];
-    const AxisTable<T> own = axis(0, l, y_or_x, box);
-    const int32_t pitch = int32_t(gram_band_capacity(at.cells, sampling_ratio));
-    int32_t* begin = own.bin_new + bins[y_or_x];
-    T* value = own.pool + at.values - int64_t(at.cells) * pitch;
-    return Bands<T>{own.count, own.cell, begin, begin + at.cells, value, pitch};
-  }
-
   // Its values lie `boxes` apart.
   RAKD_HD int32_t* extent(int side, int l, int64_t box) const {
     return extents + int64_t(side * levels + l) * kExtent * boxes + box;
@@ -121,7 +97,6 @@ struct BuildTables {
   double stride[2][kMaxLevels];   // [side][level] pixels a cell
   double normalizer[kMaxLevels];  // of weights: 1 / (C * bins) for the loss, 1 for pooling
   Numbers factor;                 // of all weights: [K], or one number (stride 0); data == nullptr: 1
-  int32_t* finished;              // out [1]: 0, see gram_gradient; or nullptr
 };
 
 // The samples of a box along one axis. Prepared rows are finite and not turned around; rows of a caller of the raw op
@@ -160,21 +135,6 @@ __device__ void store_extent(const Tables<T>& tables, int side, int level, int64
   extent[0] = image;
 }
 
-// Leaves the bands of one axis of a box, a cell of the support each thread.
-template <class T>
-__device__ void store_bands(const Tables<T>& tables, int level, int axis, int64_t box) {
-  const AxisTable<T> table = tables.axis(0, level, axis, box);
-  const Bands<T> bands = tables.bands(level, axis, box);
-  for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) {
-    const CellRange band = gram_band(table, tables.bins[axis], t);
-    bands.begin[t] = band.begin;
-    bands.end[t] = band.end;
-    T* value = bands.value + int64_t(t) * bands.pitch;
-    for (int32_t u = band.begin; u < band.end; ++u)
-      value[u - band.begin] = T(gram_value(table, tables.bins[axis], t, u));
-  }
-}
-
 // Builds the tables of one box on one level, of all sides and both axes; block (level, box). The scale is 0 for a box
 // of no image and for a level of weight 0, whatever the factor is, so that a factor that is not finite reaches only
 // what counts.
@@ -189,7 +149,6 @@ __global__ void build_tables(BuildTables<T> call) {
   const double factor = call.factor.data ? call.factor.at(box, 0) : 1.0;
   const double scale = inside && row[5 + level] != 0.0 ? row[5 + level] * call.normalizer[level] * factor : 0.0;
   if (threadIdx.x == 0) tables.scales[level * tables.boxes + box] = scale;
-  if (threadIdx.x == 0 && blockIdx.x == 0 && call.finished) *call.finished = 0;
   if (scale == 0.0) {
     for (int side = threadIdx.x; side < shape.sides; side += blockDim.x) store_extent(tables, side, level, box, -1);
     return;
@@ -222,7 +181,6 @@ __global__ void build_tables(BuildTables<T> call) {
     for (int32_t t = threadIdx.x; t < *table.count; t += blockDim.x) {
       columns[t] = find_cell_bins(table, tables.bins[i % 2], t);
     }
-    if (tables.with_bands) store_bands(tables, level, i, box);
   }
   for (int side = threadIdx.x; side < shape.sides; side += blockDim.x) {
     store_extent(tables, side, level, box, static_cast<int32_t>(row[0]));

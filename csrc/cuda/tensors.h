@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../arguments.h"
-#include "launch_gram.h"
+#include "launch.h"
 #include "torch_platform.h"
 
 namespace rakd {

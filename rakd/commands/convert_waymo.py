@@ -30,7 +30,7 @@ class ConvertWaymo:
     """Folder to write to: new, empty, or one to complete."""
 
     splits: Annotated[tuple[WaymoSplit, ...], arg(metavar="SPLIT...")] = ("training", "validation")
-    """Which splits; they can be added one after the other. testing has no labels."""
+    """Splits to convert; they can be added one after the other. testing has no labels."""
 
     train_list: Annotated[Path | None, arg(metavar="FILE")] = None
     """Names of the training segments to take, one a line; without it, all."""
@@ -39,7 +39,7 @@ class ConvertWaymo:
     """Names of the validation segments to take, one a line; without it, all."""
 
     camera: CameraName = "FRONT"
-    """Whose images."""
+    """Camera whose images are taken."""
 
     every: Annotated[tuple[int, int], arg(metavar="TRAIN OTHERS")] = (3, 1)
     """Take every n-th frame of training segments, and of others."""

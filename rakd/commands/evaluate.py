@@ -18,8 +18,8 @@ class Evaluate:
     """Score detections exactly as the official KITTI development kit does, or as Waymo's does.
 
     Prints average precision of 3D boxes, bird's-eye view, 2D boxes and orientation (AOS), by class and
-    difficulty, over 40 recall positions (R40) and over 11 (R11). A dash marks what the detections lack the
-    data for. With --waymo: AP and APH of 3D boxes by type, level and range.
+    difficulty, over 40 recall positions (R40) and over 11 (R11). A dash marks metrics that the detections
+    lack the data for. With --waymo: AP and APH of 3D boxes by type, level and range.
     """
 
     gt: Annotated[Positional[Path], arg(metavar="GT")]
@@ -34,8 +34,8 @@ class Evaluate:
     without it, all of GT."""
 
     overlaps: Overlaps = "official"
-    """How much a detection must overlap an object. official: Car 0.7, others 0.5. loose: in 3D and from above
-    Car 0.5, others 0.25; it tells apart what the official limits all give 0 (small data, early models)."""
+    """IoU that a detection must exceed. official: Car 0.7, others 0.5. loose: in 3D and BEV Car 0.5, others 0.25, for
+    models that the official limits all give 0 (small data, early in training)."""
 
     out: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder to write evaluation.json and curves.png (precision over recall; KITTI only) to."""

@@ -15,7 +15,7 @@ _MOST_ALONE = 0.05
 
 @dataclass(frozen=True)
 class Export:
-    """Write a detector as an ONNX model, which runs without PyTorch, and compare the two.
+    """Write a detector as an ONNX model, which runs without PyTorch, and compare their outputs.
 
     Inputs: image [1, 3, H, W] (RGB, 0..1, zeros right of and below the image), size [2] (width and height without the
     padding), projection [3, 4] (camera of the image as it was resized); all float32. Outputs, a row a detection, best
@@ -32,7 +32,7 @@ class Export:
     """Folder in KITTI's layout with frames to compare on; rendered street scenes if there is none."""
 
     frames: int = 4
-    """How many frames to compare on."""
+    """Number of frames to compare on."""
 
     tolerance: float = 0.01
     """Largest difference to allow: in pixels, radians, scores, metres of dimensions, and metres of location per metre

@@ -1,4 +1,4 @@
-"""``rakd inspect``: what a data set holds."""
+"""``rakd inspect``: the objects of a data set, and impossible values in its files."""
 
 import warnings
 from collections import Counter
@@ -21,20 +21,20 @@ class Inspect:
     """Count the objects of a data set by type and difficulty, and draw a sheet of labelled frames.
 
     Reads every label and calibration file and the size of every image, so malformed ones show up with file and line;
-    what can be read but cannot be meant, such as a negative size or a box beyond the image, is a warning.
+    impossible values, such as a negative size or a box beyond the image, are warnings.
     """
 
     data: Annotated[Path, arg(metavar="DIR")]
     """KITTI folder: holds training/{image_2,label_2,calib} and, for splits, ImageSets."""
 
     split: Annotated[str | None, arg(metavar="NAME")] = None
-    """Look at the frames of this list in ImageSets, such as train; without it, at all."""
+    """Frames of this list in ImageSets, such as train; without it, all."""
 
     out: Annotated[Path, arg(metavar="FILE")] = Path("runs/inspect.png")
     """Picture to write the sheet of frames to."""
 
     count: int = 8
-    """How many frames to draw, spread evenly over the data."""
+    """Number of frames to draw, evenly spaced in the data."""
 
     def run(self) -> None:
         """Print the counts and write the sheet."""
@@ -68,7 +68,7 @@ class Inspect:
 
 
 def doubtful(objects: Objects, size: tuple[int, int]) -> list[str]:
-    """What can be read in a label file, but cannot be meant.
+    """Name values of a label file that can be read but are impossible.
 
     Args:
         objects: Labels.

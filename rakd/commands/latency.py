@@ -1,4 +1,4 @@
-"""``rakd latency``: what expert and apprentice cost, side by side."""
+"""``rakd latency``: the cost of expert and apprentice, side by side."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 class Latency:
     """Time detectors on one image, and count operations and parameters.
 
-    Detectors take turns on the same rendered street scene, batch 1, from pixels on the device to objects.
+    Detectors take turns on the same rendered street scene, batch 1, from images on the device to objects.
     """
 
     detectors: Annotated[Positional[tuple[str, ...]], arg(metavar="DETECTOR...")] = ("tiny-expert", "tiny")
@@ -19,13 +19,13 @@ class Latency:
     of rakd export."""
 
     forms: tuple[Literal["eager", "compiled", "onnxruntime"], ...] = ("eager",)
-    """How detectors in PyTorch run: as they are; with backbone and pyramid compiled; exported to ONNX."""
+    """Forms to time detectors in: eager; with backbone and pyramid compiled; exported to ONNX."""
 
     repeats: int = 30
     """Timed turns."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device to compute on; auto takes a GPU if there is one."""
 
     out: Annotated[Path | None, arg(metavar="FILE")] = None
     """CSV file to write the figures to."""

@@ -23,7 +23,7 @@ class MakeScenes:
     """Folder to write to: new, empty, or one to complete."""
 
     frames: int = 200
-    """How many frames to render; every fifth is for validation. A full-size frame takes 1.4 MB."""
+    """Number of frames to render; every fifth is for validation. A full-size frame takes 1.4 MB."""
 
     seed: int = 0
     """Another seed gives another data set."""

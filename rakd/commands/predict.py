@@ -1,4 +1,4 @@
-"""``rakd predict``: what a trained detector sees in any image."""
+"""``rakd predict``: a trained detector on images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Predict:
     """Find cars, pedestrians and cyclists in images: KITTI result files and pictures.
 
-    For each image NAME.png writes NAME.txt and NAME.png (the image with 3D boxes, and from above).
+    For each image NAME.png writes NAME.txt and NAME.png (the image with 3D boxes, and the bird's-eye view).
     """
 
     images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
@@ -37,10 +37,10 @@ class Predict:
     """Folder to write to."""
 
     min_score: float = 0.1
-    """Pictures leave out what scores less; result files hold everything."""
+    """Lowest score in pictures; result files hold all detections."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU if there is one."""
+    """Device to compute on; auto takes a GPU if there is one."""
 
     def run(self) -> None:
         """Detect, write and draw."""

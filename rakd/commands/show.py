@@ -34,19 +34,19 @@ class Show:
     """Frames to draw, such as 000007 000012; without any, the first COUNT ones."""
 
     count: int = 10
-    """How many frames to draw when FRAMES does not say which."""
+    """Number of frames to draw where FRAMES names none."""
 
     split: Annotated[str | None, arg(metavar="NAME")] = None
     """Take frames of this list in ImageSets, such as val; without it, of all."""
 
     part: Literal["training", "testing"] = "training"
-    """Which part of the data; testing has no labels."""
+    """Part of the data; testing has no labels."""
 
     min_score: float = 0.1
     """Leave out predictions that score less."""
 
     reach: float = 70.0
-    """How far the bird's-eye view goes, in metres."""
+    """Range of the bird's-eye view, in metres."""
 
     def run(self) -> None:
         """Draw the frames and say where the pictures are."""

@@ -1,4 +1,4 @@
-"""What commands that train do with Waymo's data: bring it into KITTI's layout, and evaluate by Waymo's rules."""
+"""Waymo's data in commands that train: conversion to KITTI's layout, and evaluation by Waymo's rules."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def kitti_layout(data: Path, target: Path, processes: "Processes") -> Path:
     """A data set in KITTI's layout: ``data`` itself or, where it holds Waymo's parquet files, ``target``.
 
-    The main process converts, as ``rakd convert-waymo`` does without options; what is there already is kept.
+    The main process converts, as ``rakd convert-waymo`` does without options, but for segments that are finished.
     """
     from rakd.data.waymo import is_waymo
     from rakd.data.waymo_convert import convert_waymo

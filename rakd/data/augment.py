@@ -19,7 +19,7 @@ from rakd.geometry import Calibration, FloatArray, rotation_from_alpha
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are varied.
+    """Random changes of training images.
 
     Attributes:
         flip: Probability of mirroring, 0..1.
@@ -53,8 +53,8 @@ def distort(image: Image.Image, options: Augmentation, rng: np.random.Generator)
 
     Args:
         image: RGB, 8 bits a channel.
-        options: How likely and how strong.
-        rng: Says which and how much; always gives the same number of draws.
+        options: Probability and strength of the changes.
+        rng: Chooses the changes; always gives the same number of draws.
 
     Returns:
         A new image of the same kind.

@@ -62,7 +62,7 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
 
     Args:
         data: The KITTI folder.
-        out: Where to write to.
+        out: Folder to write to.
 
     Returns:
         Path of ``data.yaml``.

@@ -108,7 +108,7 @@ def find_frames(root: Path, split: str | None = None, part: Part = "training") -
 
 
 def digest(frames: Sequence[Frame]) -> str:
-    """What tells these frames from others, wherever their folder lies.
+    """Hash frames, independently of the place of their folder.
 
     Ids, labels and calibrations count in full; of images, which would take minutes to read, the size of the file.
 

@@ -30,7 +30,7 @@ class Sample:
         calibration: Camera of this (resized, perhaps mirrored) image.
         original_size: (width, height) of the image in the file.
         objects: All labels, in this image's pixels; None in ``testing``.
-        targets: What to learn; None in ``testing``.
+        targets: Objects to learn; None in ``testing``.
     """
 
     id: str
@@ -69,7 +69,7 @@ class Batch:
         return self.packed.unpack(device)
 
     def pin_memory(self) -> "Batch":
-        """The same in pinned memory, from which a GPU copies faster and without anybody waiting; loaders call it."""
+        """The same in pinned memory, from which a GPU copies faster and without a wait; loaders call it."""
         images = self.images.pin_memory()
         samples = [
             replace(sample, image=image[:, :height, :width])
@@ -81,15 +81,15 @@ class Batch:
 class KittiDataset(Dataset[Sample]):
     """Frames of a KITTI folder.
 
-    What augmentation does to a frame depends on the seed, the epoch and the frame's index only: neither on
-    the number of workers nor on the order of loading.
+    Augmentation of a frame depends on the seed, the epoch and the frame's index only: neither on the number of workers
+    nor on the order of loading.
 
     Args:
         root: Folder that holds ``training`` and ``ImageSets``.
         split: List in ``ImageSets`` ("train", "val", ...); None: all frames.
         part: "training" or "testing".
         height: Height that images are resized to, keeping their proportions; None: as they are.
-        augmentation: How images are varied; None: not at all.
+        augmentation: Random changes of images; None: none.
         seed: Seed of the augmentation, >= 0.
         cache: Keep the decoded images of all frames seen so far in memory, before augmentation and resizing: about
             1.4 MB for each of KITTI's, in every worker process of a loader.
@@ -169,8 +169,8 @@ class KittiDataset(Dataset[Sample]):
         """Load, vary and resize one frame.
 
         Args:
-            index: Its place.
-            epoch: What augmentation depends on besides the frame, >= 0; `set_epoch` has no say here.
+            index: Of the frame.
+            epoch: Augmentation depends on it besides the frame, >= 0; `set_epoch` is ignored here.
         """
         frame = self.frames[index]
         image = self._read_image(index % len(self))

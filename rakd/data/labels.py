@@ -178,7 +178,7 @@ def write_objects(path: Path, objects: Objects, *, decimals: int = 4) -> None:
 
     Args:
         path: The file to write; folders on the way are made.
-        objects: What to write. Types must be plain words.
+        objects: To be written. Types must be plain words.
         decimals: Digits after the point (KITTI's own labels have 2). Scores always get 6.
 
     Raises:

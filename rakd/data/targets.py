@@ -1,4 +1,4 @@
-"""Training targets of a frame: which objects to learn from, which to ignore, and what to predict for them."""
+"""Training targets of a frame: objects to learn, regions to ignore, and the values to predict."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _RULES = DataRules()
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What a detector shall find in a frame, one row an object; float32 unless said.
+    """Objects that a detector shall find in a frame, one row an object; float32 unless noted.
 
     Attributes:
         classes: ``[N]`` int64, place in `CLASSES`.

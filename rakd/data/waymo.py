@@ -154,7 +154,7 @@ def find_segments(root: Path, split: WaymoSplit, listed: Sequence[str] | None = 
 
     Args:
         root: The folder that holds the splits.
-        split: Which split.
+        split: Its name.
         listed: Names to take, in this order; None: all with images, sorted.
 
     Raises:
@@ -198,9 +198,9 @@ def read_segment(
 
     Args:
         root: The folder that holds the splits.
-        split: Which split; ``testing`` has no labels.
+        split: Its name; ``testing`` has no labels.
         segment: Its name.
-        camera: Whose images.
+        camera: Its images are read.
         every: Take the frames whose number is a multiple of it.
         boxes: "lidar": boxes as labelled. "synced": boxes moved to the time at which the camera saw them, of objects
             that have such a box; the challenge for cameras is scored on these.

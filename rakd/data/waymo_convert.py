@@ -46,10 +46,10 @@ _DONT_CARE = "DontCare -1 -1 -10 {} -1 -1 -1 -1000 -1000 -1000 -10 0 0"
 
 @dataclass(frozen=True)
 class WaymoConversion:
-    """What to convert, and how.
+    """Settings of a conversion.
 
     Attributes:
-        camera: Whose images.
+        camera: Its images are taken.
         every: Take every n-th frame of training segments, and of all others. Papers train on every third.
         boxes: "lidar" or "synced", see `rakd.data.waymo.read_segment`.
         min_points: Most lidar points of cars, and of other objects, that training ignores: they become DontCare
@@ -77,7 +77,7 @@ class WaymoConversion:
 
 @dataclass(frozen=True)
 class FrameName:
-    """Which of Waymo's frames a frame of the converted data is.
+    """The frame of Waymo's data that a converted frame comes from.
 
     Attributes:
         segment: Name of the segment.
@@ -107,8 +107,8 @@ def convert_waymo(
     Args:
         root: The folder that holds the splits, see `rakd.data.waymo`.
         out: Folder to write to. New, empty, or begun by a call with the same settings and segments.
-        settings: What to convert, and how; None: as the papers do.
-        splits: Which splits.
+        settings: None: as the papers do.
+        splits: To convert.
         segments: Names of the segments to take of a split, in this order; all of the other splits.
         workers: Number of processes, which share the segments. With more than one, the calling script needs the usual
             ``if __name__ == "__main__"`` guard.
@@ -149,7 +149,7 @@ def convert_waymo(
 
 
 def read_names(out: Path, split: WaymoSplit | None = None) -> dict[str, FrameName]:
-    """Which of Waymo's frames each frame of a converted folder is, by its name, in the order of the segments.
+    """Read the frame of Waymo's data of each converted frame, by its name, in the order of the segments.
 
     Args:
         out: The folder that `convert_waymo` wrote.

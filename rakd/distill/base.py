@@ -21,7 +21,7 @@ Maps = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Setup:
-    """What methods are made from: facts of the two networks and of the training.
+    """Facts of the two networks and of the training, from which methods are built.
 
     Attributes:
         strides: Pixels per cell of the apprentice's maps.

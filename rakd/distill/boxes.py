@@ -24,7 +24,7 @@ def to_pixels(
         normalized: Whether they are shares of the image's width and height.
         size: Height and width of the images in pixels.
         images: Their number.
-        device: Where the result is wanted.
+        device: Of the result.
 
     Returns:
         The same form: one tensor, or a list.

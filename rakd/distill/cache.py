@@ -23,7 +23,7 @@ def fingerprint(tensors: Sequence[Tensor], described: str) -> str:
 
     Args:
         tensors: Parameters and buffers.
-        described: What else the features depend on.
+        described: Everything else that the features depend on.
     """
     digest = hashlib.sha256(described.encode())
     for tensor in tensors:
@@ -42,10 +42,10 @@ class FeatureCache:
     not there are run together. Memory and folder are bounded; the entries unused for longest go first.
 
     Args:
-        folder: Where entries are kept as files; None: in memory. Files are written to temporary names and renamed, so
-            that several processes and data-loading workers may share the folder.
-        max_bytes: Bound of all entries together; 2 GiB unless told.
-        dtype: What features are stored in, such as ``torch.float16``; None: as they are.
+        folder: Folder of the entries' files; None: entries are in memory. Files are written to temporary names and
+            renamed, so that several processes and data-loading workers may share the folder.
+        max_bytes: Bound of all entries together; 2 GiB unless given.
+        dtype: To store features in, such as ``torch.float16``; None: their own.
 
     Raises:
         ValueError: The bound is not positive.

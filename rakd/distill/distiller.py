@@ -45,8 +45,8 @@ class Distiller(Lifecycle):
             fixed and saved.
         apprentice: The network that learns; needed for ``apprentice_features``, and to refuse an expert that shares
             parameters with it.
-        features: Where the expert's maps come from: names of its modules whose outputs they are, ``"input:NAME"`` or
-            ``(NAME, "input")`` for what a module is given, or a function ``features(expert, images)``. Default: what
+        features: Source of the expert's maps: names of its modules whose outputs they are, ``"input:NAME"`` or
+            ``(NAME, "input")`` for a module's input, or a function ``features(expert, images)``. Default: what
             the expert returns. By names, the rest of the expert's forward is not run.
         apprentice_features: The same of the apprentice; hooks stay until ``close``. Default: calls bring the maps.
         scores: Names of the expert's modules that give class logits, for methods that take them.
@@ -170,14 +170,14 @@ class Distiller(Lifecycle):
             images: ``[B, 3, H, W]``, as the apprentice's backbone was given them, after all resizing; None with
                 ``expert_features``.
             boxes: In these images: ``[K_b, 4]`` per image, or ``[K, 5]`` with the image's number first, in the format
-                told to the constructor.
+                given to the constructor.
             apprentice_features: The apprentice's maps, where no hooks give them; any form of
                 `rakd.distill.outputs.find_maps`. Their graph is kept.
             expert_features: The expert's maps for these images; the expert then does not run.
             task_loss: The apprentice's own loss, for ``weight="auto:..."``.
             keys: For the cache, one for each image: its id and the state of its augmentation.
             scores: The expert's class logits per level, where no hooks give them.
-            expert_images: What the expert is given, where that differs from ``images``.
+            expert_images: The expert's input, where it differs from ``images``.
             image_size: Height and width, where ``images`` is None.
 
         Returns:
@@ -295,7 +295,7 @@ class Distiller(Lifecycle):
         return Step.make(batch, expert_batch, size, apprentice, expert, scores, boxes, self.box_format, self.normalized)
 
     def _begin(self, step: Step, *, check: bool | None = None) -> None:
-        """At the first step find what was not told, check, and make the method; at each, keep processes alike."""
+        """At the first step find missing facts, check, and make the method; at each, keep processes alike."""
         if not self._begun:
             known = step.size is not None or self._facts.strides is not None
             if known and (self._check if check is None else check):

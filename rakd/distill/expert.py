@@ -20,7 +20,7 @@ def find_modules(given: Any, depth: int = 3) -> list[nn.Module]:
     Args:
         given: A module, a method, a function (its closure, defaults and globals are searched), a ``partial``, or an
             object with modules as attributes.
-        depth: How far to follow functions and objects.
+        depth: Levels of functions and objects to follow.
 
     Returns:
         Modules; empty where there are none.
@@ -50,7 +50,7 @@ def find_modules(given: Any, depth: int = 3) -> list[nn.Module]:
 
 
 def _used_by(function: types.FunctionType) -> Iterator[Any]:
-    """What a function reads from outside: closure, defaults and the globals it loads by name."""
+    """Objects that a function reads from outside: closure, defaults and the globals it loads by name."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -82,7 +82,7 @@ class Expert:
         dtype: The expert is converted to; None: as it is.
         channels_last: Whether it runs in that memory format.
         compiled: Whether, or with which options, ``torch.compile`` is applied.
-        cache: Where features are kept.
+        cache: Keeps features.
 
     Raises:
         TypeError: This is no expert, or its module cannot be found.
@@ -197,7 +197,7 @@ class Expert:
                 root.to(self.dtype)
 
     def fingerprint(self) -> str:
-        """What features depend on besides the image: parameters, buffers, and the modules they are taken from.
+        """Hash of all that features depend on besides the image: parameters, buffers, and the names of the modules.
 
         The contents are hashed anew only when autograd's version counters, addresses or dtypes changed, which costs no
         look at the values. Changes through ``tensor.data`` are not seen.

@@ -2,8 +2,8 @@
 
 Hooks lie in the tapped network, so they must not get in the way of what trainers do with it. A copy or pickle of the
 network holds an inert function of the standard library in their place: it loads without this package, keeps no
-tensors and copies no expert. Whoever copies hooks and network together (a deep copy or pickle of a
-`rakd.distill.distiller.Distiller`) gets hooks of its own.
+tensors and copies no expert. A copy of hooks and network together (a deep copy or pickle of a
+`rakd.distill.distiller.Distiller`) has hooks of its own.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 
 def _versions(value: Any) -> list[int]:
-    """How often each tensor in a value was changed in place."""
+    """Number of in-place changes of each tensor in a value."""
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
     return [part._version for part in parts if isinstance(part, Tensor)]
 
@@ -118,7 +118,7 @@ class FeatureHooks:
         argument: Name of the argument, for errors.
 
     Raises:
-        ValueError: There is no such module; names like it are told.
+        ValueError: There is no such module; the error lists similar names.
     """
 
     def __init__(self, network: nn.Module, names: Names, argument: str) -> None:

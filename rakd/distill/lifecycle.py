@@ -1,4 +1,4 @@
-"""What a distiller holds: how expert and apprentice are taken, copied, moved, saved and let go."""
+"""Life of a distiller's expert and apprentice: attached, copied, moved, saved and detached."""
 
 import json
 from collections.abc import Callable
@@ -72,9 +72,9 @@ class Lifecycle(nn.Module):
                 )
         if expert is not None:
             if isinstance(expert, Expert):
-                told = [name for name, value in self._expert_settings.items() if value is not None]
-                if told:
-                    raise ValueError(f"{told[0]}: expected it to be told to the Expert, beside which it does nothing")
+                listed = [name for name, value in self._expert_settings.items() if value is not None]
+                if listed:
+                    raise ValueError(f"{listed[0]}: expected as an argument of the Expert, got it beside one")
                 self._expert = expert
             else:
                 self._expert = Expert(expert, layout=self.expert_layout, **self._expert_settings)

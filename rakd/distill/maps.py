@@ -11,7 +11,7 @@ def check_maps(argument: str, maps: Any) -> list[Tensor]:
 
     Args:
         argument: Name of the argument, for errors.
-        maps: What came.
+        maps: The argument.
 
     Returns:
         Maps ``[B, C, H, W]`` of one batch size and device.
@@ -46,7 +46,7 @@ def check_both(expert: Any, apprentice: Any) -> tuple[list[Tensor], list[Tensor]
     """Check the maps of two networks: the same images, on one device.
 
     Returns:
-        The expert's maps, cut from their graph since it only teaches, and the apprentice's.
+        The expert's maps, detached, and the apprentice's.
 
     Raises:
         ValueError, TypeError: As `check_maps`; or batch size or device differ.
@@ -71,8 +71,8 @@ def check_pairs(expert: Any, apprentice: Any) -> tuple[list[Tensor], list[Tensor
         missing = [name for name in apprentice if name not in expert]
         extra = [name for name in expert if name not in apprentice]
         if missing or extra:
-            told = [f"{what} {names}" for what, names in (("lacks", missing), ("has besides", extra)) if names]
-            raise ValueError(f"expert: expected the maps {list(apprentice)} as in apprentice; it {' and '.join(told)}")
+            wrong = [f"{what} {names}" for what, names in (("lacks", missing), ("has besides", extra)) if names]
+            raise ValueError(f"expert: expected the maps {list(apprentice)} as in apprentice; it {' and '.join(wrong)}")
         expert = {name: expert[name] for name in apprentice}
     return check_both(expert, apprentice)
 

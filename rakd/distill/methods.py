@@ -1,7 +1,8 @@
 """Makes distillation methods by their names, with adapters where channels differ.
 
-All methods have one interface, ``forward(expert, apprentice, boxes) -> scalar``: two dicts of maps ``[B, C, H, W]``,
-fine to coarse, and boxes. The loss carries no weight of its own. No gradient flows to the expert's maps.
+Names and classes are listed in `rakd.distill.registry`, the place to add one. All methods have one interface,
+``forward(expert, apprentice, boxes) -> scalar``: two dicts of maps ``[B, C, H, W]``, fine to coarse, and boxes. The
+loss carries no weight of its own. No gradient flows to the expert's maps.
 """
 
 from collections.abc import Mapping, Sequence

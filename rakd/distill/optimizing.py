@@ -14,11 +14,11 @@ def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: in
 
     Args:
         optimizer: A torch optimizer, or a wrapper with ``param_groups``.
-        parameters: Those that are in it already are passed over.
+        parameters: To be added, unless they are in it already.
         group: Index of the group whose settings they take.
 
     Returns:
-        How many were added.
+        Number of parameters added.
 
     Raises:
         TypeError: This is no optimizer.

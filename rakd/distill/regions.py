@@ -14,7 +14,7 @@ from rakd.distributed import shared_mean_count
 from rakd_ops import SoftRoIDistillLoss, level_weights, soft_roi_distill
 
 Assignment = Literal["soft", "hard", "uniform"]
-"""How a box's levels are weighted; see `rakd_ops.level_weights`."""
+"""Rule that weights a box's levels; see `rakd_ops.level_weights`."""
 
 
 class RegionDistillation(DistillationMethod):
@@ -27,7 +27,7 @@ class RegionDistillation(DistillationMethod):
     Args:
         assignment: "soft" (RAKD's SFA), "hard" (HFA) or "uniform" (L_RoI).
         strides: Pixels per cell of each of the apprentice's maps, increasing.
-        expert_strides: See `rakd_ops.soft_roi_distill`, as all others not told here.
+        expert_strides: See `rakd_ops.soft_roi_distill`, as for all arguments not listed here.
         output_size: Same.
         sampling_ratio: Same.
         sigma: Same.

@@ -21,7 +21,7 @@ class MethodSpec:
         label: Its name in tables and figures.
         factory: ``"module:Class"``; the class derives from `rakd.distill.base.DistillationMethod`.
         weight: Factor of its loss where the user gives none.
-        paper: Where it comes from, and where the default weight does.
+        paper: Source of the method, and of its default weight.
         color: Of its bars and curves. Told apart by lightness as well, so that no kind of colour blindness merges them.
         role: See `Role`.
         term: Its name in the table of the loss's terms, for ablations.

@@ -71,7 +71,7 @@ class RunningEnergy:
         self.calls += 1
 
     def factor(self, device: torch.device) -> Tensor:
-        """What the loss is multiplied with, a scalar; 1 as long as there was no energy."""
+        """Factor of the loss, a scalar; 1 as long as there was no energy."""
         value = number_on(device, self.value)
         return torch.where(value > 0, 1 / value, torch.ones_like(value))
 

@@ -1,4 +1,4 @@
-"""What one step of a distiller works on, and what is known of the two networks."""
+"""The inputs of one step of a distiller, and the facts that are known of the two networks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ def _numbers(argument: str, strides: Any) -> tuple[float, ...] | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the two networks; None: to be found at the first step."""
+    """Facts of the two networks; None: to be found at the first step."""
 
     strides: tuple[float, ...] | None = None
     expert_strides: tuple[float, ...] | None = None

@@ -1,6 +1,6 @@
 """Scoring of detections as the official KITTI development kit does it.
 
 `kitti.evaluate` is the entry point; it reads (`kitti`), overlaps (`overlaps`), matches (`matching`) and
-averages (`curves`). `report` turns its result into a table, JSON and pictures. `depth` tells how far off the
-distances of found objects are.
+averages (`curves`). `report` turns its result into a table, JSON and pictures. `depth` computes
+the relative depth error and recall.
 """

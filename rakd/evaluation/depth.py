@@ -1,6 +1,6 @@
-"""How far off the distances of found objects are: the error that monocular 3D detection lives or dies by.
+"""Absolute relative error (AbsRel) of the depth of found objects, and recall.
 
-Average precision at strict overlaps says 0 for a detector that is nearly right; this says how nearly.
+Average precision at strict IoU is 0 for a detector that is nearly right; AbsRel shows how near it is.
 """
 
 import math
@@ -18,7 +18,7 @@ from rakd.evaluation.overlaps import find_pairs
 from rakd.geometry import FloatArray
 
 LEAST_OVERLAP = 0.5
-"""Intersection over union of 2D boxes from which on a detection is taken to mean an object."""
+"""Intersection over union of 2D boxes from which on a detection belongs to an object."""
 
 ALL = "all"
 _NO_PLACE = -1000.0
@@ -27,12 +27,12 @@ _HARDEST = len(LEVELS) - 1
 
 @dataclass(frozen=True)
 class DepthFigures:
-    """How well distances were told.
+    """Depth error and recall.
 
     Attributes:
         error: Mean over the objects found of ``|z_predicted - z_labelled| / z_labelled``; NaN when none was found.
         found: Share of the objects that were found, 0..1; NaN when there are none. An error means little
-            without it: who reports only the easy objects has a small one.
+            without it: a detector that finds only the easy objects has a small one.
         objects: Number of objects to be found.
     """
 

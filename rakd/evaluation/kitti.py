@@ -92,7 +92,7 @@ def evaluate(
         gt_dir: Folder of label files ``NNNNNN.txt``. Every one of them is a frame to evaluate.
         pred_dir: Folder of result files with the same names; one for every frame, if only an empty one.
         frames: Frames to evaluate ("000123", ...) instead of all in ``gt_dir``, for a split.
-        overlaps: How much a detection must overlap an object: "official" (Car 0.7, others 0.5), or "loose"
+        overlaps: IoU that a detection must exceed: "official" (Car 0.7, others 0.5), or "loose"
             (Car 0.5, others 0.25 in "bev" and "3d"; "bbox" and "aos" stay), which tells small or early
             models apart that the official limits all give 0. Everything else is the same.
         progress: Show a progress bar when it takes more than two seconds.
@@ -221,8 +221,8 @@ def _check_heights(data: _Data, pred_dir: Path | str) -> None:
         own = heights[data.detections.is_type(name)]
         if len(own) and (own < least).all() and (truth_flags(data.truth, name, len(LEVELS) - 1) == VALID).any():
             warnings.warn(
-                f"{pred_dir}: none of the {len(own)} detections of {name} counts, in 3D neither: the official rule "
-                f"wants 2D boxes {least:g} pixels high, the highest is {own.max():g}",
+                f"{pred_dir}: none of the {len(own)} detections of {name} counts, in 2D or 3D: the official rule "
+                f"wants 2D boxes {least:g} pixels high or more, the highest is {own.max():g}",
                 stacklevel=3,
             )
 
@@ -244,7 +244,7 @@ def _empty_result(evaluated: bool) -> MetricResult:
 
 
 def _problem(data: _Data, name: str, metric: str, level: int) -> Problem:
-    """What to match for one class, metric and level."""
+    """Detections and objects to match for one class, metric and level."""
     limit = data.limits[metric][name]
     pairs, regions = data.pairs, data.regions
     near = pairs.overlap[metric] > limit
@@ -269,7 +269,7 @@ def _problem(data: _Data, name: str, metric: str, level: int) -> Problem:
 
 
 def truth_flags(truth: Objects, name: str, level: int) -> npt.NDArray[np.int8]:
-    """What each labelled object counts as for a class: valid, ignored or dropped, see `rakd.evaluation.matching`.
+    """Flag of each labelled object for a class: valid, ignored or dropped, see `rakd.evaluation.matching`.
 
     Args:
         truth: ``[G]`` labels.

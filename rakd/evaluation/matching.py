@@ -15,7 +15,7 @@ from rakd.evaluation.overlaps import Indices
 from rakd.geometry import FloatArray
 
 VALID, IGNORED, DROPPED = 0, 1, -1
-"""What a row counts as. A detection that is IGNORED is one below the least height ("small")."""
+"""Flags of objects and detections. A detection that is IGNORED is one below the least height ("small")."""
 
 _LOWEST_SCORE = -1e7
 
@@ -85,7 +85,7 @@ def count(problem: Problem, thresholds: FloatArray) -> Counts:
     """True and false positives when only detections that score at least a threshold take part.
 
     Args:
-        problem: What to match.
+        problem: Detections and objects to match.
         thresholds: ``[T]``.
     """
     pairs = problem.candidates()
@@ -110,7 +110,7 @@ def count(problem: Problem, thresholds: FloatArray) -> Counts:
 
 
 def _counted(problem: Problem, pairs: Indices) -> npt.NDArray[np.bool_]:
-    """Which of the assigned pairs are true positives: object and detection both valid."""
+    """Mask of the assigned pairs that are true positives: object and detection both valid."""
     valid_truth = problem.truth_flags[problem.truth[pairs]] == VALID
     return np.asarray(valid_truth & (problem.detection_flags[problem.detection[pairs]] == VALID))
 
@@ -119,7 +119,7 @@ def _choose(problem: Problem, pairs: Indices, thresholds: FloatArray) -> Indices
     """Let every object take the first free detection of its list.
 
     Args:
-        problem: What to match.
+        problem: Detections and objects to match.
         pairs: ``[n]`` pairs by object, each object's in its order of preference.
         thresholds: ``[T]``.
 

@@ -1,4 +1,4 @@
-"""Overlaps of ground truth and detections: 2D boxes, rectangles seen from above, 3D boxes.
+"""Overlaps of ground truth and detections: 2D boxes, rectangles in bird's-eye view, 3D boxes.
 
 Everything works on flat lists of pairs, all frames at once.
 """
@@ -51,7 +51,7 @@ def find_pairs(
         detections: Detections of all frames, by frame.
         detection_frames: ``[D]`` frame of each row, ascending.
         least: Overlaps up to this one do not matter.
-        over: What intersections are divided by: "union", or the "detection" alone.
+        over: Divisor of the intersections: "union", or the "detection" alone.
     """
     truths, others = [], []
     overlaps: dict[str, list[FloatArray]] = {metric: [] for metric in METRICS}
@@ -121,7 +121,7 @@ def _area(boxes: FloatArray) -> FloatArray:
 
 
 def _intersect_rectangles(truth: Objects, g: Indices, detections: Objects, d: Indices) -> FloatArray:
-    """Area that two boxes share, seen from above, for every pair."""
+    """Area that two boxes share in bird's-eye view, for every pair."""
     area = np.zeros(len(g))
     reach_g = np.hypot(truth.dimensions[:, 1], truth.dimensions[:, 2]) / 2
     reach_d = np.hypot(detections.dimensions[:, 1], detections.dimensions[:, 2]) / 2
@@ -142,7 +142,7 @@ def _intersect_rectangles(truth: Objects, g: Indices, detections: Objects, d: In
 
 
 def rectangle_corners(centers: FloatArray, sizes: FloatArray, rotation_y: FloatArray) -> FloatArray:
-    """Corners ``[n, 4, 2]`` (x, z) in ring order of boxes seen from above.
+    """Corners ``[n, 4, 2]`` (x, z) in ring order of boxes in bird's-eye view.
 
     Args:
         centers: ``[n, 2]`` (x, z).

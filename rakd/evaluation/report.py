@@ -16,12 +16,12 @@ def format_table(result: Result, average: str = "R40", overlaps: Overlaps = "off
     """Average precision in percent: classes down, metrics and levels across.
 
     Args:
-        result: What `rakd.evaluation.kitti.evaluate` gives.
+        result: Result of `rakd.evaluation.kitti.evaluate`.
         average: "R40" or "R11".
-        overlaps: What ``result`` was evaluated with.
+        overlaps: Limits that ``result`` was evaluated with.
 
     Returns:
-        Lines of text. What was not evaluated shows a dash. The overlap limit of 3D boxes and of the view from
+        Lines of text. Metrics that were not evaluated show a dash. The overlap limit of 3D boxes and of the view from
         above stands beside each class; for "loose" a last line says what 2D boxes and orientation keep.
     """
     notes = {name: f"{name} ({LIMITS[overlaps]['3d'][name]:g})" for name in CLASSES}
@@ -54,7 +54,7 @@ def format_ceilings(result: Result) -> str:
     41: N objects, all found without a false one, reach (N - 1) / 40 by R40.
 
     Args:
-        result: What `rakd.evaluation.kitti.evaluate` gives.
+        result: Result of `rakd.evaluation.kitti.evaluate`.
 
     Returns:
         Lines of text; none if every class has at least 41 objects of each difficulty.
@@ -71,9 +71,9 @@ def format_ceilings(result: Result) -> str:
     if none:
         height, occlusion, truncation = DIFFICULTIES[-1]
         lines.append(
-            f"Nothing to find: no labelled {' or '.join(none)} counts, and 0 says nothing of the detections. Objects "
-            f"count whose 2D box is over {height:g} pixels high, with occlusion 0 to {occlusion} and truncation up to "
-            f"{truncation:g} (rakd inspect tells how many are)."
+            f"Nothing to find: no labelled {' or '.join(none)} counts, so a 0 is no verdict on the detections. Objects "
+            f"count if their 2D box is over {height:g} pixels high, with occlusion 0 to {occlusion} and truncation up "
+            f"to {truncation:g} (rakd inspect counts them)."
         )
     if few:
         lines.append(
@@ -107,8 +107,8 @@ def write_curves(path: Path, result: Result, overlaps: Overlaps = "official") ->
 
     Args:
         path: A picture file; the suffix says which kind (.png, .pdf, .svg).
-        result: What `rakd.evaluation.kitti.evaluate` gives.
-        overlaps: What ``result`` was evaluated with.
+        result: Result of `rakd.evaluation.kitti.evaluate`.
+        overlaps: Limits that ``result`` was evaluated with.
     """
     from matplotlib.figure import Figure
 

@@ -15,7 +15,7 @@ def require(package: str, extra: str) -> Any:
     """Import an optional package.
 
     Args:
-        package: What to import.
+        package: Its name.
         extra: The extra of this project that installs it.
 
     Raises:

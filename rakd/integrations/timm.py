@@ -34,7 +34,7 @@ def distill(
         expert: A backbone made with ``features_only=True``, the name of one for ``timm.create_model``, or anything
             that `rakd.distill.distiller.Distiller` takes.
         apprentice: A backbone made with ``features_only=True``, or a network that holds one; None: calls bring the
-            maps, and ``strides`` are told.
+            maps, and ``strides`` are given.
         weight: See the ``Distiller``.
         method: Same.
         pretrained: Whether an expert given by name has its published weights.

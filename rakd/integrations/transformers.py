@@ -43,7 +43,7 @@ def decoder_maps(model: nn.Module) -> list[str]:
 
 
 class DistillMixin:
-    """What a ``Trainer`` gains; stands before it among the bases.
+    """Adds distillation to a ``Trainer``; stands before it among the bases.
 
     Labels are read as transformers' detectors do: boxes (cx, cy, w, h) as shares of the padded ``pixel_values``. The
     loss is added to the model's own, logged as ``distill_loss``, and left out of evaluation. Saved models hold nothing

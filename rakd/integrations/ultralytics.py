@@ -98,7 +98,7 @@ class DistilledTraining:
             arguments: Of ``model.train``.
 
         Returns:
-            What that returns.
+            The result of ``model.train``.
         """
         base = trainer or self.model.task_map[self.model.task]["trainer"]
         # A class of its own, which ultralytics can pickle with everything in it for the processes of a multi-GPU run.
@@ -113,7 +113,7 @@ class DistilledTraining:
 
 
 class _Distilling:
-    """What a trainer class gains. Its other base is a trainer of ultralytics."""
+    """Mixin of a trainer class whose other base is a trainer of ultralytics."""
 
     distill_settings: dict[str, Any]
     distill_keys: Any

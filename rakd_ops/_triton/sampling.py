@@ -27,7 +27,7 @@ def pick(values, level, item: tl.constexpr, items: tl.constexpr, LEVELS: tl.cons
 
 @triton.jit
 def weight_row(tables, level, k, line, LEVELS: tl.constexpr):
-    """Where a line's weights begin: by level, then box, y's rows before x's; ``line`` may be a block."""
+    """Offset of a line's weights: by level, then box, y's rows before x's; ``line`` may be a block."""
     before = tl.cast(0, tl.int64)
     for other in tl.static_range(LEVELS):
         cells = tables.bins_y * tl.cast(tables.sizes[2 * other], tl.int64)

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import build
-import test_gram
 import test_kernels
 import test_prepare
 import torch
@@ -22,31 +21,23 @@ def battery(module: ModuleType) -> None:
         for options in (
             {"boxes": 6},
             {"expert_strides": (3.0, 8.0), "channels": (33, 5)},
-            {"threads": (32, 64, 64, 32)},
+            {"threads": (32, 64, 64)},
             {"channels": (5, 40, 3), "strides": (4, 8, 16), "boxes": 2},
             {"output_size": (20, 2), "channels": 3, "boxes": 2},  # passes through the stage in several parts
             {"sampling_ratio": 4, "strides": (2,), "output_size": (1, 1), "channels": 2},  # a bin weighs eight cells
             {"expert_dtype": "bfloat16", "dtype": ("float32", "bfloat16"), "channels": (3, 40)},
         ):
             Call(**options).right(module)  # type: ignore[arg-type]
-        for options in (
-            {"boxes": 6},
-            {"boxes": 150, "channels": 3, "size": (40, 60), "output_size": (7, 7), "threads": (64, 128, 256, 64)},
-            {"sampling_ratio": 0, "strides": (1,), "output_size": (2, 1), "channels": 2, "boxes": 2},
-            {"size": (70, 300), "strides": (2,), "channels": 2},  # boxes that need more than the stage holds
-            {"channels": (21, 5)},
-        ):
-            test_gram.right(module, test_gram.GramCall(**options))  # type: ignore[arg-type]
     call = Call(boxes=3, channels=2)
     call.boxes[1, 0] = 5.0
     assert call.losses(module)[0][1] == 0.0
     test_kernels.test_boxes_of_hardly_any_extent(module)
     test_kernels.test_cells_that_no_sample_touches_may_hold_anything(module, "contiguous")
-    test_kernels.test_a_level_of_weight_zero_is_not_read(module, "pooled")
+    test_kernels.test_a_level_of_weight_zero_is_not_read(module)
     test_kernels.test_a_factor_that_is_not_finite_reaches_what_counts(module)
-    test_kernels.test_an_index_that_lies_stays_in_bounds(module, "pooled")
+    test_kernels.test_an_index_that_lies_stays_in_bounds(module)
     for of_box in (False, True):
-        test_kernels.test_factor(module, "pooled", torch.float16, of_box)
+        test_kernels.test_factor(module, torch.float16, of_box)
     test_prepare.test_boxes_in_no_order(module, 300, 2)
     test_prepare.test_boxes_in_no_order(module, 0, 2)
     test_prepare.test_boxes_of_no_image_come_last(module)

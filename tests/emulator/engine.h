@@ -160,8 +160,6 @@ struct Fiber {
   unsigned barriers = 0;            // of the block, reached so far
   unsigned warp_barriers = 0;       // of the warp
   char warp_barrier[2] = {};        // of the warp's first fiber: only their addresses matter, to acquire and release
-  bool fenced = false;              // has passed a fence in this block
-  void* atomic = nullptr;           // what it last changed atomically in this block
 };
 
 struct Launch {

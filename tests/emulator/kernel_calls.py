@@ -21,10 +21,9 @@ TYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.fl
 # csrc/prepare.h: Number
 NUMBERS = (*TYPES.values(), torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-DEFAULT_THREADS = (64, 128, 256, 128)
-OTHER_THREADS = ((32, 32, 32, 32), (128, 64, 64, 64), (96, 224, 128, 256), (256, 512, 256, 512))
-FORMS = ("shape", "pooled", "gram")  # csrc/cuda/launch_gram.h: Algorithm
-GRADIENT_LAUNCHES = 4  # prepare_boxes, build_tables, distill_pool or build_bands, roi_align_backward or gram_gradient
+DEFAULT_THREADS = (64, 128, 256)
+OTHER_THREADS = ((32, 32, 32), (128, 64, 64), (96, 224, 128), (256, 512, 256))
+GRADIENT_LAUNCHES = 4  # prepare_boxes, build_tables, roi_align_forward, roi_align_backward
 
 
 def typed(tensor: Tensor) -> tuple[np.ndarray[Any, Any], int]:
@@ -95,7 +94,6 @@ class Call:
         seed: int = 0,
         batch: int = 2,
         size: tuple[int, int] = (44, 148),
-        form: str = "pooled",
     ) -> None:
         steps = expert_strides or strides
         levels = len(strides)
@@ -119,7 +117,6 @@ class Call:
             "expert_strides": list(map(float, steps)),
             "assignment": ASSIGNMENTS.index(assignment),
             "threads": list(threads),
-            "form": FORMS.index(form),
             "images": batch,
             "factor": 1.0,
         }
@@ -135,9 +132,7 @@ class Call:
         losses = torch.zeros(len(self.boxes), dtype=self.computed)
         total = torch.zeros(1, dtype=self.computed)
         rows = self.prepare(module)
-        assert not module.distill(
-            self.options, *rows, *map(every, self.maps), [], [], [], typed(losses), typed(total)
-        )  # fmt: skip
+        module.distill(self.options, *rows, *map(every, self.maps), [], [], [], typed(losses), typed(total))
         return [losses, total]
 
     def distill(self, module: ModuleType, wanted: tuple[bool, bool] = (True, True)) -> list[Tensor]:
@@ -147,7 +142,7 @@ class Call:
         ]
         total = torch.zeros(1, dtype=self.computed)
         nothing = torch.zeros(0, dtype=self.computed)
-        self.took_gram = module.distill(
+        module.distill(
             self.options,
             *self.prepare(module),
             *map(every, self.maps),

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "cuda/launch_gram.h"
+#include "cuda/launch.h"
 #include "guards.h"
 
 namespace real {
@@ -58,9 +58,7 @@ Problem problem_of(const Call& call) {
                  static_cast<const int32_t*>(call.index.data)};
 }
 
-BlockSizes block_sizes(const Call& call) {
-  return BlockSizes{call.threads[0], call.threads[1], call.threads[2], call.threads[3]};
-}
+BlockSizes block_sizes(const Call& call) { return BlockSizes{call.threads[0], call.threads[1], call.threads[2]}; }
 
 rakd::BoxLists lists_of(const Boxes& boxes) {
   rakd::BoxLists lists;
@@ -87,7 +85,7 @@ void run_level_weights(const Boxes& boxes, const Array& weights) {
   }
 }
 
-bool run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradients)[2], const Array& factor,
+void run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradients)[2], const Array& factor,
                  const Array& losses, const Array& total) {
   Distillation distillation;
   distillation.problem = problem_of(call);
@@ -96,15 +94,16 @@ bool run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradi
     distillation.gradient[side] = maps_of(gradients[side]);
   }
   distillation.factor = factor.numbers();
-  distillation.algorithm = static_cast<Algorithm>(call.form);
   const bool has_gradients = !gradients[0].empty() || !gradients[1].empty();
   distillation.losses = has_gradients ? nullptr : losses.data;
   distillation.total = total.data;
   Memory memory;
-  const bool gram = total.type == Number::kDouble ? distill<double>(memory, distillation, block_sizes(call), nullptr)
-                                                  : distill<float>(memory, distillation, block_sizes(call), nullptr);
+  if (total.type == Number::kDouble) {
+    distill<double>(memory, distillation, block_sizes(call), nullptr);
+  } else {
+    distill<float>(memory, distillation, block_sizes(call), nullptr);
+  }
   memory.check();
-  return gram;
 }
 
 void run_align(const Call& call, const Arrays& features, const Array& output) {

@@ -32,14 +32,13 @@ struct Call {
   int64_t bins[2] = {1, 1};
   int64_t sampling_ratio = 2;
   Array rows, index;
-  int threads[4] = {64, 128, 256, 128};  // of the blocks of build_tables, pooling, backward and gram_gradient
-  int form = 0;                          // of a training step: by shape, pooled or Gram
+  int threads[3] = {64, 128, 256};  // of the blocks of build_tables, pooling and backward
 };
 
 void run_prepare(const Boxes& boxes, double* rows, int32_t* index);
 void run_level_weights(const Boxes& boxes, const Array& weights);
-// Gradients may be empty: not wanted. With gradients `losses` are left as they are. Tells whether it was the Gram form.
-bool run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradients)[2], const Array& factor,
+// Gradients may be empty: not wanted. With gradients `losses` are left as they are.
+void run_distill(const Call& call, const Arrays (&maps)[2], const Arrays (&gradients)[2], const Array& factor,
                  const Array& losses, const Array& total);
 void run_align(const Call& call, const Arrays& features, const Array& output);
 void run_align_backward(const Call& call, const Array& output_gradient, const Arrays& gradients);

@@ -41,8 +41,7 @@ Call make_call(emulator::Buffers& buffers, const py::dict& options, const py::ar
   const auto bins = options["output_size"].cast<std::vector<int64_t>>();
   const auto threads = options["threads"].cast<std::vector<int>>();
   for (int axis = 0; axis < 2; ++axis) call.bins[axis] = bins.at(axis);
-  for (int step = 0; step < 4; ++step) call.threads[step] = threads.at(step);
-  call.form = options["form"].cast<int>();
+  for (int step = 0; step < 3; ++step) call.threads[step] = threads.at(step);
   call.sampling_ratio = options["sampling_ratio"].cast<int64_t>();
   call.rows = describe(buffers, {rows, int(rakd::Number::kDouble)}, kIn);
   call.index = describe(buffers, {index, int(rakd::Number::kInt32)}, kIn);
@@ -96,9 +95,8 @@ PYBIND11_MODULE(emulated, module) {
                                             describe(buffers, expert_gradient, kOut)};
                const Array scale = factor.empty() ? Array{} : describe(buffers, factor[0], kIn);
                const Array losses_out = describe(buffers, losses, kOut);
-               const bool gram = run_distill(call, maps, gradients, scale, losses_out, describe(buffers, total, kOut));
+               run_distill(call, maps, gradients, scale, losses_out, describe(buffers, total, kOut));
                buffers.finish();
-               return gram;
              });
   module.def("align", [](const py::dict& options, const py::array& rows, const py::array& index,
                          const Pyramid& features, const Typed& output) {

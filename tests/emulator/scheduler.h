@@ -109,8 +109,6 @@ inline void Engine::run_block(int64_t block) {
   head_ = ready_count_ = 0;
   for (int t = 0; t < threads_; ++t) {
     fibers_[t]->barriers = fibers_[t]->warp_barriers = 0;
-    fibers_[t]->fenced = false;
-    fibers_[t]->atomic = nullptr;
     make_ready(*fibers_[t]);
   }
   release(&begin_);

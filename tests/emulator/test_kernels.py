@@ -50,7 +50,7 @@ def test_dtypes_and_layouts(module: ModuleType, dtype: str, layout: str) -> None
     {"expert_strides": (2.0, 4.0), "sampling_ratio": 0, "dtype": "float64"},
     {"batch": 3, "channels": 32},
     {"boxes": 40, "channels": 2, "size": (20, 40)},
-    {"boxes": 150, "channels": 2, "size": (20, 40), "batch": 1, "threads": (32, 64, 64, 32)},  # rounds of boxes
+    {"boxes": 150, "channels": 2, "size": (20, 40), "batch": 1, "threads": (32, 64, 64)},  # rounds of boxes
     {"boxes": 0},
     {"channels": (3, 70)},
     {"channels": (65, 1), "layout": "channels_last", "expert_strides": (3.0, 8.0)},  # one level shares its tables
@@ -64,6 +64,7 @@ def test_options(module: ModuleType, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [
+    {"output_size": (19, 19), "sampling_ratio": 3, "channels": 5, "boxes": 3},
     {"output_size": (41, 45), "channels": 3, "boxes": 2},
     {"output_size": (29, 30), "channels": 2, "boxes": 2, "dtype": "float64", "layout": "channels_last"},
     {"output_size": (2, 3000), "channels": 2, "boxes": 1, "size": (20, 40)},  # tables beyond shared memory
@@ -186,9 +187,8 @@ def test_level_weights_that_are_given(module: ModuleType) -> None:
     call.right(module)
 
 
-@pytest.mark.parametrize("form", ["pooled", "gram"])
-def test_a_level_of_weight_zero_is_not_read(module: ModuleType, form: str) -> None:
-    call = Call(form=form)
+def test_a_level_of_weight_zero_is_not_read(module: ModuleType) -> None:
+    call = Call()
     call.level_weights = torch.tensor([[0.0, 1.5]]).expand(len(call.boxes), 2).contiguous()
     expected = call.losses(module) + call.distill(module) + call.align(module)
     call.check(expected[2:7], call.expected_distill())
@@ -198,12 +198,11 @@ def test_a_level_of_weight_zero_is_not_read(module: ModuleType, form: str) -> No
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("form", ["pooled", "gram"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("of_box", [False, True])
-def test_factor(module: ModuleType, form: str, dtype: torch.dtype, of_box: bool) -> None:
+def test_factor(module: ModuleType, dtype: torch.dtype, of_box: bool) -> None:
     """The incoming gradient, one number or one a box, multiplies all weights."""
-    call = Call(form=form, channels=5)
+    call = Call(channels=5)
     call.factor = (torch.linspace(-2.0, 3.0, len(call.boxes)) if of_box else torch.tensor(-1.75)).to(dtype)
     call.check(call.distill(module), call.expected_distill())
 
@@ -220,10 +219,9 @@ def test_a_factor_that_is_not_finite_reaches_what_counts(module: ModuleType) -> 
         assert not gradient[1].any()
 
 
-@pytest.mark.parametrize("form", ["pooled", "gram"])
-def test_an_index_that_lies_stays_in_bounds(module: ModuleType, form: str) -> None:
+def test_an_index_that_lies_stays_in_bounds(module: ModuleType) -> None:
     """A caller of the raw op may pass any index: no box is taken for another image's, none from outside."""
-    call = Call(channels=3, form=form)
+    call = Call(channels=3)
     rows, index = call.prepare(module)
     count, order = len(rows), index[3:]
     right = call.distill(module)

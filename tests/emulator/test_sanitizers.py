@@ -87,38 +87,3 @@ def test_missing_atomic_and_barriers(tmp_path: Path) -> None:
         "tests.prefix_sum(module, 64)",
     ):
         assert races(statements, kernels), statements
-
-
-# What no order of fibers need show: fences between blocks, and barriers that a whole warp would have to overtake.
-OF_THE_GRAM_FORM = {
-    "none": [],
-    "fence before the counter removed": [("__threadfence();  // the part is visible before the counter", "")],
-    "fence after the counter removed": [("__threadfence();  // the other parts are visible from here on", "")],
-    "barrier before the sum removed": [("__syncthreads();  // sums[] held `last`", "")],
-    "barrier after fragments removed": [("__syncthreads();  // fragments, boxes and stage are written anew", "")],
-}
-GRAM_SCRIPT = """
-import sys
-sys.path.insert(0, {here!r})
-import torch
-torch.set_num_threads(1)
-import build, kernel_calls as tests
-from pathlib import Path
-module = build.load(tests.BINDING, [tests.KERNELS], include=[Path({source!r})])
-call = tests.Call(form="gram", boxes=40, channels=33, size=(30, 50))
-for seed in range(1, 4):
-    module.schedule(seed, shuffle_blocks=True)
-    call.distill(module)
-print("finished")
-"""
-
-
-@pytest.mark.parametrize("name", OF_THE_GRAM_FORM)
-def test_races_of_the_gram_form(name: str, tmp_path: Path) -> None:
-    replacements = [("cuda/gram_operator.cuh", *texts) for texts in OF_THE_GRAM_FORM[name]]
-    source = build.mutate(build.CSRC, replacements, tmp_path / "mutant")
-    result = build.run("thread", ["-c", GRAM_SCRIPT.format(here=str(build.HERE), source=str(source))], timeout=300)
-    if name == "none":
-        assert "finished" in result.stdout, result.stderr
-    else:
-        assert "data race" in result.stderr and "gram_operator.cuh" in result.stderr, result.stderr

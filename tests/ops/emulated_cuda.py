@@ -54,8 +54,7 @@ def test_launches(form: str, dtype: torch.dtype, weights: bool) -> None:
     for output_size in (7, 19):
         loss = []
         options["output_size"] = output_size
-        wanted = 4 if output_size == 7 else 3  # the Gram form pools nothing
-        assert launches(lambda: loss.append(soft_roi_distill(maps, expert, boxes, **options, **of_boxes))) == wanted  # noqa: B023
+        assert launches(lambda: loss.append(soft_roi_distill(maps, expert, boxes, **options, **of_boxes))) == 4  # noqa: B023
         assert launches(lambda: torch.autograd.grad(loss[0], maps)) == 1  # noqa: B023
     options["output_size"] = 7
     each = soft_roi_distill(maps, expert, boxes, **options, **of_boxes, reduction="none")
@@ -99,19 +98,15 @@ def test_lists_and_unsorted_rows_give_the_same(images: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
-@pytest.mark.parametrize("form", ["pooled", "gram"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "transposed"])
-def test_channels_per_level(form: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAKD_CUDA_FORM", form)
+def test_channels_per_level(layout: str) -> None:
     case = Case(2, (3, 64, 1, 33), 64, 96, (4, 8, 16, 32), (layout, "contiguous"), 1.0, random_boxes(12), None,
                 {"output_size": 5})  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         check_distill(case, dtype, "cuda")
 
 
-@pytest.mark.parametrize("form", ["pooled", "gram"])
-def test_same_bits_in_any_order(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAKD_CUDA_FORM", form)
+def test_same_bits_in_any_order() -> None:
     call = inputs()
     first = step(*call)
     try:
@@ -122,32 +117,10 @@ def test_same_bits_in_any_order(form: str, monkeypatch: pytest.MonkeyPatch) -> N
         library().rakd_emulated_schedule(0)
 
 
-def test_form_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each form's sums are rounded in their own way, by which they are told apart."""
-    maps, expert, boxes = inputs()
-    results = {}
-    for form in ("pooled", "gram"):
-        monkeypatch.setenv("RAKD_CUDA_FORM", form)
-        results[form] = [step(maps, expert, boxes, output_size=n) for n in (7, 19)]
-    monkeypatch.delenv("RAKD_CUDA_FORM")
-    for size, form, other in ((7, "pooled", "gram"), (19, "gram", "pooled")):
-        got = step(maps, expert, boxes, output_size=size)
-        of_form, of_other = results[form][size == 19], results[other][size == 19]
-        assert all(torch.equal(a, b) for a, b in zip(got, of_form, strict=True))
-        assert not all(torch.equal(a, b) for a, b in zip(got, of_other, strict=True))
-        for a, b in zip(of_form, of_other, strict=True):
-            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-    monkeypatch.setenv("RAKD_CUDA_FORM", "other")
-    with pytest.raises(RuntimeError, match=r"RAKD_CUDA_FORM: expected pooled, gram or nothing, got other"):
-        step(maps, expert, boxes)
-
-
-@pytest.mark.parametrize("form", ["pooled", "gram"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sampling_ratio", [2, 0])
-def test_whole_vectors(form: str, dtype: torch.dtype, sampling_ratio: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_vectors(dtype: torch.dtype, sampling_ratio: int) -> None:
     """Channels-last maps whose channels are read several at a time; boxes with bins many cells wide."""
-    monkeypatch.setenv("RAKD_CUDA_FORM", form)
     options = {"strides": (4, 8), "sampling_ratio": sampling_ratio, "canonical_level": 3}
     case = Case(2, 64, 160, 320, (4, 8), ("channels_last",) * 2, 1.0, random_boxes(12, 2, 160, 320), None, options)
     check_distill(case, dtype, "cuda")

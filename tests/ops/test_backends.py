@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,18 +56,7 @@ def check_distill(case: Case, dtype: Dtypes, backend: str, expert_dtype: Dtypes 
         magnitudes = {**case.distill_options(), "box_weights": case.box_weights.abs()}
         scale = reference.soft_roi_distill(*exact, case.boxes, **magnitudes)
         gradient_scales = torch.autograd.grad(weigh(scale), exact[0] + exact[1])
-    loss_scale = scale
-    if os.environ.get("RAKD_CUDA_FORM") == "gram" and case.expert_strides is None:
-        # The Gram form's loss is half of <S, M S>, with S = A - E and M >= 0: where bins average many cells its terms
-        # cancel, and a rounding error is as large as the terms' magnitudes say, <|S|, M |S|>. Only where the form is
-        # forced: by itself it is taken from 256 bins on, which are small.
-        size = [(a - e).detach().abs() for a, e in zip(*exact, strict=True)]
-        weights = {} if case.box_weights is None else {"box_weights": case.box_weights.abs()}
-        options_of_size = {**case.distill_options(), **weights}
-        loss_scale = reference.soft_roi_distill(
-            size, [torch.zeros_like(s) for s in size], case.boxes, **options_of_size
-        )
-    assert_close(loss, expected, loss_scale, TOLERANCE[computed])
+    assert_close(loss, expected, scale, TOLERANCE[computed])
     for got, wanted, size, kind in zip(gradients, expected_gradients, gradient_scales, dtypes, strict=True):
         assert got.dtype == kind
         tolerance = max(TOLERANCE[kind], TOLERANCE[computed])

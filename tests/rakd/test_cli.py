@@ -201,7 +201,7 @@ def test_evaluate_says_when_nothing_counts(tmp_path, capsys):
         assert main(["evaluate", str(tmp_path / name / "gt"), str(tmp_path / name / "pred")]) == 0
         captured = capsys.readouterr()
         (line,) = [line for line in captured.out.splitlines() if line.startswith("Nothing to find")]
-        assert f"{nothing}, and 0 says nothing of the detections" in line
+        assert f"{nothing}, so a 0 is no verdict on the detections" in line
         assert "over 25 pixels high, with occlusion 0 to 2 and truncation up to 0.5" in line
         assert ("none of the 1 detections of Car counts" in captured.err) == bool(warning), name
 

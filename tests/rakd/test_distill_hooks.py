@@ -120,7 +120,7 @@ def test_functions_and_settings_that_do_nothing_are_told() -> None:
         make(features=lambda x: x)
     with pytest.raises(TypeError, match=r"apprentice_features: expected a function of \(network, images\)"):
         make(apprentice_features=lambda: None)
-    with pytest.raises(ValueError, match="features: expected it to be told to the Expert"):
+    with pytest.raises(ValueError, match="features: expected as an argument of the Expert"):
         Distiller(Expert(Network()), features=STAGES)
 
 

@@ -45,7 +45,7 @@ def quantile_cutoffs(scores: Scores, count: int) -> Scores:
 
     Args:
         scores: ``[D]`` of all predictions of all types, in any order.
-        count: How many cut-offs.
+        count: Number of cut-offs.
 
     Returns:
         ``[count]``, ascending for scores in 0..1: the lowest score, quantiles held within 0..1, and 1. With at most

@@ -86,7 +86,7 @@ def _groups(truth: Indices, prediction: Indices, truths: int, predictions: int) 
 
 
 def _distinct(group: Indices, member: Indices, groups: int) -> Indices:
-    """How many different members each group has; a member has one group."""
+    """Number of different members of each group; a member has one group."""
     _, first = np.unique(member, return_index=True)
     return np.bincount(group[first], minlength=groups)
 

@@ -16,7 +16,7 @@ def format_table(rows: Sequence[WaymoRow]) -> str:
     """AP and APH in percent: types and levels down, metrics and ranges across.
 
     Args:
-        rows: What `rakd.evaluation.waymo.scoring.evaluate` gives.
+        rows: Result of `rakd.evaluation.waymo.scoring.evaluate`.
 
     Returns:
         Lines of text; the first says which mode the numbers are of. A dash marks shards without truths.
