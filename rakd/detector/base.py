@@ -22,8 +22,8 @@ class BaseDetector(nn.Module):
     Attributes:
         config: What it is made of.
         pyramid: Backbone and feature maps, the bulk of the work.
-        strides: Pixels per cell of each feature map.
-        channels: Channels of each feature map.
+        strides: Pixels per cell of each map that distillation compares.
+        channels: Channels of each of them.
         has_queries: Whether `matched_boxes` can tell where it sees an image's objects.
     """
 
@@ -50,6 +50,10 @@ class BaseDetector(nn.Module):
             images: ``[B, 3, H, W]`` in 0..1, RGB, padded to multiples of the coarsest stride.
         """
         features: dict[str, Tensor] = self.pyramid(images.contiguous(memory_format=torch.channels_last))
+        return features
+
+    def distilled_maps(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The maps that distillation compares, of those that `extract_features` gave."""
         return features
 
     def losses(

@@ -47,13 +47,15 @@ class DistillationModel(nn.Module):
         expert = None if self.distiller is None else self.distiller.expert_features(images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
+            assert expert is not None
             boxes = foreground
             if self.regions == "objects":
                 boxes = [target.boxes for target in targets]
             elif self.regions == "expert":
-                assert expert is not None
                 boxes = self.distiller.expert.matched_boxes(expert, targets)
-            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), features, expert)
+            maps = self.detector.distilled_maps(features)
+            expert_maps = self.distiller.expert.distilled_maps(expert)
+            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), maps, expert_maps)
         return losses
 
 

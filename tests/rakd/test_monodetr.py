@@ -161,6 +161,7 @@ def test_wrong_calls(detector: MonoDETR) -> None:
         ),
         ({"transformer": replace(CONFIG.transformer, groups=0)}, "groups must be 1 or more, got 0"),
         ({"transformer": replace(CONFIG.transformer, dropout=1.0)}, "dropout must lie in 0..1, got 1.0"),
+        ({"distilled": "decoder"}, "distilled must be projections, encoder or depth, got 'decoder'"),
         ({"depth": replace(CONFIG.depth, nearest=70.0)}, "depth must have bins between two rising distances"),
     ],
 )
@@ -298,6 +299,28 @@ def test_every_method_distils_it(name: str, batch: Batch) -> None:
     terms["distillation"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.detector.pyramid.parameters())
     assert all(p.grad is None for p in expert.parameters())
+
+
+@pytest.mark.parametrize(("distilled", "names"), [("encoder", ["e3", "e4", "e5", "e6"]), ("depth", ["d4"])])
+def test_later_maps_are_distilled(distilled: str, names: list[str], batch: Batch) -> None:
+    config = replace(CONFIG, distilled=distilled, transformer=replace(CONFIG.transformer, dropout=0.0))
+    apprentice, expert = MonoDETR(config), MonoDETR(config, seed=9)
+    maps = apprentice.distilled_maps(apprentice.extract_features(images()))
+    assert list(maps) == names
+    for one, stride in zip(maps.values(), apprentice.strides, strict=True):
+        assert one.shape == (1, 16, SIZE[1] // stride, SIZE[0] // stride)
+    method = make_method(
+        "rakd", strides=expert.strides, expert_channels=16, apprentice_channels=16, canonical_size=28.0
+    )
+    terms = make_distillation_model(apprentice, expert, method, 1.0, "expert").train()(batch, [3, 4])
+    assert terms["distillation"] > 0
+    terms["distillation"].backward()
+    part = apprentice.encoder if distilled == "encoder" else apprentice.depth.trunk
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    assert all(p.grad is None for p in apprentice.decoder.parameters())
+    # The losses are those of the detector that distils its projections.
+    plain = DistillationModel(MonoDETR(replace(config, distilled="projections")).train())(batch, [3, 4])
+    assert all(torch.equal(terms[name], plain[name]) for name in LOSSES)
 
 
 class Noting(torch.nn.Module):

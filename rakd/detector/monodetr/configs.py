@@ -102,6 +102,8 @@ class MonoDETRConfig(BaseConfig):
         score_limit: Detections whose class has a smaller probability are dropped.
         detections: Most an image.
         canonical_size: Root of a box's area in pixels that distillation compares at stride 16; this project's choice.
+        distilled: Maps that distillation compares: "projections" of the backbone's (strides 8 to 64), what the visual
+            "encoder" makes of them, or the "depth" branch's map (stride 16).
         height: Height that images are resized to, pixels.
         width: Width that images are padded to, pixels; wider ones are an error. None: whatever they need.
         family: Tells files of this detector from those of the two-stage one.
@@ -119,6 +121,7 @@ class MonoDETRConfig(BaseConfig):
     score_limit: float = 0.2
     detections: int = 50
     canonical_size: float = 168.0
+    distilled: Literal["projections", "encoder", "depth"] = "projections"
     height: int = 384
     width: int | None = 1280
     family: Literal["monodetr"] = "monodetr"
@@ -142,6 +145,8 @@ class MonoDETRConfig(BaseConfig):
         for name in ("heads", "points", "encoder_layers", "decoder_layers", "hidden", "groups"):
             if getattr(own, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(own, name)}")
+        if self.distilled not in ("projections", "encoder", "depth"):
+            raise ValueError(f"distilled must be projections, encoder or depth, got {self.distilled!r}")
         if not 0 <= own.dropout < 1:
             raise ValueError(f"dropout must lie in 0..1, got {own.dropout}")
         if self.depth.bins < 1 or not 0 < self.depth.nearest < self.depth.farthest:

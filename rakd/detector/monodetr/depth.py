@@ -64,20 +64,24 @@ class DepthPredictor(nn.Module):
         self.positions = nn.Embedding(int(config.farthest) + 1, channels)
         self.register_buffer("values", bin_values(config), persistent=False)
 
-    def forward(self, features: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def mix(self, features: dict[str, Tensor]) -> Tensor:
+        """Make the branch's map ``[B, C, h, w]`` of stride 16 from the maps p3 .. p5."""
+        coarse = F.interpolate(features["p5"], size=features["p4"].shape[2:], mode="bilinear", align_corners=False)
+        mixed = (self.fine(features["p3"]) + self.middle(features["p4"]) + self.coarse(coarse)) / 3
+        result: Tensor = self.trunk(mixed)
+        return result
+
+    def forward(self, mixed: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predict.
 
         Args:
-            features: The maps p3 .. p6.
+            mixed: What `mix` made.
             positions: ``[1, h * w, C]`` of p4's cells.
 
         Returns:
             Logits of the bins ``[B, bins + 1, h, w]`` and expected distances ``[B, h, w]``, metres, both float32, and
             the tokens ``[B, h * w, C]``.
         """
-        size = features["p4"].shape[2:]
-        coarse = F.interpolate(features["p5"], size=size, mode="bilinear", align_corners=False)
-        mixed = self.trunk((self.fine(features["p3"]) + self.middle(features["p4"]) + self.coarse(coarse)) / 3)
         logits = widen(self.bins(mixed))
         expected = (logits.softmax(dim=1) * self.values[:, None, None]).sum(dim=1)
         tokens = mixed.flatten(2).transpose(1, 2)

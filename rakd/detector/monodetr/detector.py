@@ -23,7 +23,7 @@ from rakd.detector.monodetr.projections import STRIDES, ProjectedPyramid
 from rakd.detector.monodetr.targets import QueryTargets, query_targets
 from rakd.detector.monodetr.transformer import Decoder, Encoder
 from rakd.geometry import Calibration
-from rakd.nn import seeded_modules
+from rakd.nn import seeded_modules, widen
 
 
 class MonoDETR(BaseDetector):
@@ -43,7 +43,7 @@ class MonoDETR(BaseDetector):
     def __init__(self, config: MonoDETRConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.strides = STRIDES
+        self.strides = STRIDES[1:2] if config.distilled == "depth" else STRIDES
         self.channels = config.backbone.channels
         if config.backbone.deformable:
             raise ValueError("backbone.deformable must be False for a MonoDETR, got True")
@@ -66,6 +66,30 @@ class MonoDETR(BaseDetector):
     def canonical_size(self) -> float:
         """See `rakd.detector.base.BaseDetector.canonical_size`."""
         return self.config.canonical_size
+
+    def extract_features(self, images: Tensor) -> dict[str, Tensor]:
+        """See `rakd.detector.base.BaseDetector.extract_features`.
+
+        Besides the projections p3 .. p6 there are e3 .. e6, which the encoder made of them, or the depth branch's d4,
+        where distillation compares these; `losses` then goes on from them.
+        """
+        features = super().extract_features(images)
+        if self.config.distilled == "depth":
+            features = {**features, "d4": self.depth.mix(features)}
+        elif self.config.distilled == "encoder":
+            maps = list(features.values())
+            parts = self._encode(maps).split_with_sizes([m.shape[2] * m.shape[3] for m in maps], dim=1)
+            encoded = {
+                f"e{i}": part.transpose(1, 2).reshape(m.shape)
+                for i, (part, m) in enumerate(zip(parts, maps, strict=True), start=3)
+            }
+            features = {**features, **encoded}
+        return features
+
+    def distilled_maps(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `rakd.detector.base.BaseDetector.distilled_maps`."""
+        letter = {"projections": "p", "encoder": "e", "depth": "d"}[self.config.distilled]
+        return {name: one for name, one in features.items() if name.startswith(letter)}
 
     def losses(
         self,
@@ -136,23 +160,33 @@ class MonoDETR(BaseDetector):
         """Run all that follows the maps.
 
         Args:
-            features: The maps p3 .. p6.
+            features: What `extract_features` gave.
             focal: ``[B]`` vertical focal length, pixels.
 
         Returns:
             Predictions and distances of all layers, with the layers as first axis, and the logits of the map of
             distances.
         """
-        maps = list(features.values())
-        positions = [sine_positions(m.shape[2], m.shape[3], self.channels, m.device).to(focal.dtype) for m in maps]
-        logits, expected, tokens = self.depth(features, positions[1])
-        memory = self.encoder(maps, positions)
+        maps = [features[f"p{i}"] for i in range(3, 7)]
+        mixed = features["d4"] if "d4" in features else self.depth.mix(features)
+        logits, expected, tokens = self.depth(mixed, self._positions(maps[1]))
+        if "e3" in features:
+            memory = torch.cat([features[f"e{i}"].flatten(2).transpose(1, 2) for i in range(3, 7)], dim=1)
+        else:
+            memory = self._encode(maps)
         shapes = [(int(m.shape[2]), int(m.shape[3])) for m in maps]
         layers = self.decoder(memory, shapes, tokens)
         height = float(_image(features)[1])
         depth = torch.stack([distances(layer, expected, focal, height) for layer in layers])
         found = Predictions(*(torch.stack([getattr(x, f.name) for x in layers]) for f in fields(Predictions)))
         return found, depth, logits
+
+    def _encode(self, maps: list[Tensor]) -> Tensor:
+        memory: Tensor = self.encoder(maps, [self._positions(m) for m in maps])
+        return memory
+
+    def _positions(self, one: Tensor) -> Tensor:
+        return sine_positions(one.shape[2], one.shape[3], self.channels, one.device).to(widen(one).dtype)
 
 
 def _image(features: dict[str, Tensor]) -> tuple[int, int]:
