@@ -1,30 +1,27 @@
 """``python -m benchmarks.waymo_evaluation``: time and memory of Waymo's evaluation over the number of frames.
 
-Each measurement runs in a process of its own and includes reading the files. Writes a CSV and a figure.
+Each measurement runs in a process of its own and includes reading the files. Writes a CSV.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from benchmarks.figures import INK, MUTED, clean_axes
-from benchmarks.results import describe_machine, exit_with_errors
+from benchmarks.results import describe_machine, exit_with_errors, write_rows
 from rakd.data.labels import Objects, write_objects
 from rakd.data.waymo_convert import calibration_text, label_text
 from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
 from rakd.evaluation.waymo import WaymoObjects, write_bin
 from rakd.evaluation.waymo.objects import KITTI_TYPES, TYPES
-from rakd.files import replacing, write_text
+from rakd.files import write_text
 from rakd.geometry import Calibration
 from rakd.progress import bar
 
@@ -40,8 +37,6 @@ print(time.perf_counter() - start, time.process_time() - before)
 # Not ru_maxrss, which a process has from its parent.
 print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
-
-_TITLES = {"bin": ".bin files", "folders": "folders of text files"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", default=["official", "pct"], choices=["official", "pct"])
     parser.add_argument("--seed", type=int, default=0, help="of the boxes", metavar="N")
     out = Path("runs/benchmarks/waymo_evaluation.csv")
-    parser.add_argument("--out", type=Path, default=out, help="the CSV; the figure stands beside it", metavar="FILE")
+    parser.add_argument("--out", type=Path, default=out, metavar="FILE")
     return parser.parse_args()
 
 
@@ -168,40 +163,8 @@ def measure(gt: Path, pred: Path, mode: str) -> tuple[float, float, float]:
     return seconds, processor_seconds, peak / 1024
 
 
-def write_csv(path: Path, rows: list[WaymoRun]) -> None:
-    """Write the rows, atomically."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(WaymoRun)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def draw_figure(rows: list[WaymoRun]) -> Figure:
-    """Draw time over frames, by the clock and by the processor, for each kind of files in the mode official."""
-    figure = Figure(figsize=(7.6, 4.2))
-    axes = figure.subplots()
-    for files, colour in (("bin", "#1f5fbf"), ("folders", "#d3702c")):
-        runs = sorted((row for row in rows if (row.files, row.mode) == (files, "official")), key=lambda row: row.frames)
-        for field, dashes, what in (("seconds", "-", "clock"), ("processor_seconds", ":", "processor time")):
-            values = [getattr(row, field) for row in runs]
-            label = f"{_TITLES[files]}, {what}"
-            axes.plot([row.frames for row in runs], values, dashes, color=colour, marker="o", markersize=4, label=label)
-    last = rows[-1]
-    axes.set(xlim=(0, None), ylim=(0, None), xlabel="frames", ylabel="seconds, reading included")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    clean_axes(axes, "both")
-    axes.legend(frameon=False, fontsize=9)
-    title = f"Waymo's evaluation, {last.predictions} predictions and {last.truths} truths a frame"
-    figure.text(0.02, 0.965, title, size=12, weight="bold", color=INK, va="top")
-    peak, load = max(row.peak_mib for row in rows), (min(row.load for row in rows), max(row.load for row in rows))
-    source = f"{last.cpu}, {last.cores} cores under a load of {load[0]:.1f} to {load[1]:.1f} by other work"
-    figure.text(0.02, 0.905, f"{source} · at most {peak:,.0f} MiB · {last.date[:10]}", size=8.5, color=MUTED, va="top")
-    figure.subplots_adjust(left=0.1, right=0.975, top=0.84, bottom=0.13)
-    return figure
-
-
 def main() -> None:
-    """Draw, measure, write."""
+    """Draw objects, measure, write."""
     options = parse_options()
     machine = describe_machine("cpu")
     rows: list[WaymoRun] = []
@@ -236,12 +199,9 @@ def main() -> None:
                     date=machine.date,
                 )
                 rows.append(row)
-                write_csv(options.out, rows)
+                write_rows(options.out, WaymoRun, rows)
                 print(f"{frames} frames, {files}, {mode}: {seconds:.1f} s, {peak:.0f} MiB")
-    figure = draw_figure(rows)
-    with replacing(options.out.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, dpi=120)
-    print(f"{len(rows)} rows in {options.out}, figure in {options.out.with_suffix('.png')}")
+    print(f"{len(rows)} rows in {options.out}")
 
 
 if __name__ == "__main__":

@@ -180,32 +180,18 @@ def make_inputs(workload: Workload, dtype: str, layout: str, device: str, seed: 
     return Inputs(apprentice, networks_maps[1] if networks == 2 else [], boxes)
 
 
-def bin_support(boxes: Tensor, stride: int, workload: Workload) -> tuple[Tensor, Tensor]:
-    """Find which rows and columns of a level's map each bin of each box weighs.
-
-    Args:
-        boxes: ``[K, 5]``.
-        stride: The level's stride.
-        workload: Sizes.
-
-    Returns:
-        Bool ``[K, P, H]`` and ``[K, P, W]``.
-    """
-    height, width = workload.map_size(stride)
-    boxes = boxes.detach().cpu().double()
-    bins, samples = workload.output_size, workload.sampling_ratio
-    rows = axis_matrix(boxes[:, 2], boxes[:, 4], stride, height, bins, samples) != 0
-    columns = axis_matrix(boxes[:, 1], boxes[:, 3], stride, width, bins, samples) != 0
-    return rows, columns
-
-
 def support_cells(boxes: Tensor, stride: int, workload: Workload) -> int:
     """Count the cells, over all images, of one level's map that the RoIAlign of at least one of the boxes weighs."""
-    rows, columns = (support.any(dim=1).float() for support in bin_support(boxes, stride, workload))
-    images = boxes[:, 0].cpu()
+    boxes = boxes.detach().cpu().double()
+    rows, columns = (
+        (axis_matrix(low, high, stride, side, workload.output_size, workload.sampling_ratio) != 0).any(dim=1).float()
+        for low, high, side in zip(
+            (boxes[:, 2], boxes[:, 1]), (boxes[:, 4], boxes[:, 3]), workload.map_size(stride), strict=True
+        )
+    )
     total = 0
     for image in range(workload.batch):
-        here = images == image
+        here = boxes[:, 0] == image
         total += int((rows[here].T @ columns[here] > 0).sum())
     return total
 

@@ -3,6 +3,7 @@
 Both are written atomically and hold tensors, numbers and text only, so that reading one runs no code.
 """
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rakd.errors import MissingFileError, UserError
-from rakd.files import replacing
+from rakd.files import check_file, replacing
 
 _CHECKPOINT, _WEIGHTS = "rakd checkpoint 1", "rakd weights 1"
 
@@ -70,6 +71,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: It is not a checkpoint.
     """
     return _read(path, _CHECKPOINT)
+
+
+def file_digest(path: Path) -> str:
+    """Hash a file's content, to tell it from others.
+
+    Raises:
+        MissingFileError: There is no such file.
+    """
+    check_file(path, "a file of weights")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def remove_leftovers(path: Path) -> None:

@@ -113,6 +113,8 @@ def _parse(argv: Sequence[str] | None) -> Command | str:
     """The command that the arguments ask for, or what is wrong with them."""
     import tyro
 
+    from rakd.commands.config import insert_options
+
     given = sys.argv[1:] if argv is None else list(argv)
     commands = _commands()
     if given == ["--version"]:
@@ -123,6 +125,8 @@ def _parse(argv: Sequence[str] | None) -> Command | str:
     if not given or (given[0] not in commands and not given[0].startswith("-")):
         what = f"got {given[0]!r}" if given else "got none"
         return f"expected a command, one of {', '.join(commands)}; {what} (--help says more)"
+    if given[0] in commands:
+        given = insert_options(given, commands)
     # tyro prints a framed page about a malformed option; its first paragraph says it all.
     page = io.StringIO()
     try:

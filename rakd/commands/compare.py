@@ -11,7 +11,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from rakd.errors import UserError
-from rakd.study.measures import Measure, summarise
+from rakd.study.metrics import IOU_NAMES, Metric, summarise
 from rakd.study.results import RunResult, read_run
 from rakd.study.tables import Cell
 
@@ -55,28 +55,28 @@ def format_runs(columns: dict[str, list[RunResult]]) -> str:
         cells = []
         for runs in figures.values():
             values = [run[metric] for run in runs if isfinite(run.get(metric, float("nan")))]
-            cells.append(Cell(Measure(metric), summarise(values), 2).text(len(runs)))
+            cells.append(Cell(Metric(metric), summarise(values), 2).text(len(runs)))
         rows.append([metric, *cells])
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = (
         "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
         for name, *cells in rows
     )
-    note = "AP: R40, percent, moderate; official overlaps: Car 0.7, others 0.5; loose: Car 0.5, others 0.25."
+    note = "AP: R40, percent, moderate; IoU of Car / of the other classes. Recall: at 2D IoU 0.5."
     return "\n".join([*lines, note])
 
 
 def _figures(run: RunResult) -> dict[str, float]:
     """The metrics of one run, by their names in the table."""
     figures = {
-        f"AP {metric.upper()} {name}, {overlaps}": values[1]
+        f"AP {metric.upper()} {name}, {IOU_NAMES[overlaps]}": values[1]
         for overlaps, metrics in run.precisions.items()
         for metric, classes in metrics.items()
         for name, values in classes.items()
     }
     for name, depth in run.depth.items():
-        figures[f"depth error {name}, %"] = 100 * depth.error
-        figures[f"found {name}, %"] = 100 * depth.found
+        figures[f"AbsRel {name}, %"] = 100 * depth.abs_rel
+        figures[f"recall {name}, %"] = 100 * depth.recall
     if run.seconds is not None:
         figures["training, minutes"] = run.seconds / 60
     return figures

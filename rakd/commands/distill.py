@@ -1,18 +1,20 @@
 """``rakd distill``, the main job: an expert teaches apprentices by several methods, which are then compared."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 from rakd.distill import MethodName, Regions
 from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
 from rakd.study.settings import PAPER_METHODS, STUDIES, StudyName
-from rakd.training.settings import TrainSettings
+from rakd.training.settings import Precision
 
 _SCENES = 200  # frames rendered where no data are given
 
@@ -47,7 +49,7 @@ class Distill:
     """What apprentices are trained with."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
-    """Each method is run with each seed; tables give mean and spread."""
+    """Each method is run with each seed; tables give mean and standard deviation."""
 
     expert: Annotated[Path | None, arg(metavar="FILE")] = None
     """File of a trained expert (detector.pt of a run); without it one is trained."""
@@ -58,37 +60,79 @@ class Distill:
     steps: Annotated[int | None, arg(metavar="N")] = None
     """Training steps of each apprentice instead of the study's."""
 
+    extend: bool = False
+    """Let finished apprentices go on to more steps. The learning rate follows the schedule of the new number of steps
+    from there, so it rises again where it had fallen: not the same as runs of so many steps from the start."""
+
+    init: Annotated[Path | None, arg(metavar="PATH")] = None
+    """Weights to start from, for fine-tuning: a detector file (detector.pt of a run) for all apprentices, or the folder
+    of another rakd distill, where each run, the expert's too, starts from the run of its name."""
+
     batch_size: Annotated[int | None, arg(metavar="N")] = None
     """Frames a step over all processes, for expert and apprentices, instead of the study's."""
 
-    weight: Annotated[float | None, arg(metavar="W")] = None
-    """Weight of the distillation loss, for all methods, instead of the study's."""
+    learning_rate: Annotated[float | None, arg(metavar="RATE")] = None
+    """After the warm-up, for expert and apprentices, instead of the study's."""
+
+    amp: Precision | None = None
+    """Mixed precision of the networks, for expert and apprentices, instead of the study's (auto: bfloat16 on CUDA, off
+    on a CPU); boxes, depths and losses stay float32. float16 scales the loss."""
+
+    workers: Annotated[int | None, arg(metavar="N")] = None
+    """Processes that load frames for each training, instead of the study's."""
+
+    validate_every: Annotated[int | None, arg(metavar="N")] = None
+    """Steps between evaluations while training; 0: none. best.pt of a run is its detector with the highest Car 3D AP
+    (R40, moderate, IoU 0.7) of these and the last step. Tables show the last step."""
+
+    weight: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[METHOD=]W")]] = ()
+    """Weight of the distillation loss instead of the study's: of one method (--weight rakd=2), or of all without a
+    name. May be repeated; the last counts."""
+
+    photometric: Annotated[float | None, arg(metavar="P")] = None
+    """Probability of each distortion of light and colour instead of the study's."""
+
+    feature_cache: Annotated[float, arg(metavar="GIB")] = 0.0
+    """Keep the expert's features in the run's folder, up to this size, for all apprentices; 0: do not. Only where
+    mirroring alone varies the images (--photometric 0)."""
 
     regions: Regions | None = None
     """Where RAKD and its ablations compare features: the apprentice's proposals that lie on objects, the labelled
     boxes (objects), or the boxes of an expert's matched queries. Default: the study's, which is proposals for two
     stages and objects for MonoDETR."""
 
+    jobs: int = 1
+    """Apprentices trained at a time, each in a process of its own with its share of the cores (or, in turn, of the
+    GPUs). With the same number of threads each (OMP_NUM_THREADS) results are those of one after the other."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs if there are any."""
 
+    config: Annotated[Path | None, arg(metavar="FILE")] = None
+    """File of options (config.json of a run); options of the command line override it."""
+
     def run(self) -> None:
         """Render, train, evaluate, report."""
+        from rakd.commands.config import write_options
         from rakd.commands.waymo_data import is_converted, kitti_layout, write_waymo_tables
         from rakd.distributed import barrier, start_processes
         from rakd.study.experiment import Experiment
         from rakd.study.report import format_tables
 
         base = STUDIES[self.study]
-        weights = base.weights if self.weight is None else dict.fromkeys(base.weights, self.weight)
+        changed = {name: value for name in _SHARED if (value := getattr(self, name)) is not None}
+        steps, expert_steps = ({} if count is None else {"steps": count} for count in (self.steps, self.expert_steps))
+        training: dict[str, Any] = {**changed, **steps}
+        expert_training: dict[str, Any] = {**changed, **expert_steps}
         settings = replace(
             base,
             methods=tuple(self.methods),
             seeds=tuple(self.seeds),
             regions=self.regions or base.regions,
-            weights=weights,
-            training=_replaced(base.training, self.steps, self.batch_size),
-            expert_training=_replaced(base.expert_training, self.expert_steps, self.batch_size),
+            weights=_weights(base.weights, self.weight),
+            photometric=base.photometric if self.photometric is None else self.photometric,
+            training=replace(base.training, **training),
+            expert_training=replace(base.expert_training, **expert_training),
         )
         if self.expert is not None and not self.expert.is_file():
             raise UserError(f"--expert: {self.expert} is not there")
@@ -97,6 +141,8 @@ class Distill:
                 f"--data: --study {self.study} needs a folder in KITTI's layout or of Waymo's parquet files; scenes "
                 "are rendered for tiny and monodetr-tiny only"
             )
+        if not (0 <= self.feature_cache < inf):
+            raise UserError(f"--feature-cache: expected 0 or a number of GiB, got {self.feature_cache}")
         check_folder(self.out, "--out")
         with start_processes(self.device) as processes:
             data = self.data
@@ -107,8 +153,25 @@ class Distill:
                     make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
                 barrier(processes)
             data = kitti_layout(data, self.out / "data", processes)
-            study = Experiment(settings, data, self.out, processes, expert=self.expert, splits=self.splits).run()
+            experiment = Experiment(
+                settings,
+                data,
+                self.out,
+                processes,
+                expert=self.expert,
+                splits=self.splits,
+                jobs=self.jobs,
+                init=self.init,
+                extend=self.extend,
+                cache_bytes=int(self.feature_cache * 2**30),
+            )
+            config = self.out / "config.json"
+            # Of a folder that has been used before, only a command that was not refused tells the options.
+            if processes.is_main and not config.exists():
+                write_options(self, config)
+            study = experiment.run()
             if processes.is_main:
+                write_options(self, config)
                 print()
                 print(format_tables(study))
                 if is_converted(data):
@@ -117,6 +180,20 @@ class Distill:
                 print(f"tables, curves and pictures are in {self.out}")
 
 
-def _replaced(training: TrainSettings, steps: int | None, batch_size: int | None) -> TrainSettings:
-    training = training if steps is None else replace(training, steps=steps)
-    return training if batch_size is None else replace(training, batch_size=batch_size)
+# Options that, if given, replace the study's for expert and apprentices: fields of `TrainSettings`.
+_SHARED = ("batch_size", "learning_rate", "amp", "workers", "validate_every")
+
+
+def _weights(base: Mapping[str, float], given: Sequence[str]) -> dict[str, float]:
+    """The study's weights with those that ``--weight`` tells, of one method or of all."""
+    weights = dict(base)
+    for text in given:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            raise UserError(f"--weight: expected a number or METHOD=number, got {text!r}") from None
+        if name not in ("", *weights):
+            raise UserError(f"--weight: expected one of {', '.join(weights)}, got {name!r}")
+        weights.update({name: weight} if name else dict.fromkeys(weights, weight))
+    return weights

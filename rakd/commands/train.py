@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Train:
     """Train a detector, such as an expert, and write its weights and its detections.
 
-    Writes detector.pt, log.csv, detections/NNNNNN.txt and result.json to the run's folder, and prints the evaluation.
-    An interrupted run is continued by repeating the command; on several GPUs or machines start it with torchrun.
+    Writes detector.pt, log.csv, log.jsonl, detections/NNNNNN.txt, result.json and config.json (these options) to the
+    run's folder, and prints the evaluation. An interrupted run is continued by repeating the command; on several GPUs
+    or machines start it with torchrun.
     """
 
     data: Annotated[Path, arg(metavar="DIR")]
@@ -40,45 +41,64 @@ class Train:
     steps: int = 60_000
     """Training steps."""
 
-    batch_size: int = 8
+    extend: bool = False
+    """Let a finished run go on to more steps. The learning rate follows the schedule of the new number of steps from
+    there, so it rises again where it had fallen: not the same as a run of so many steps from the start."""
+
+    init: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Detector file (detector.pt of a run) whose weights to start from, for fine-tuning."""
+
+    batch_size: int = TrainSettings.batch_size
     """Frames a step, over all processes."""
 
-    learning_rate: float = 0.02
+    learning_rate: float = TrainSettings.learning_rate
     """After the warm-up."""
 
-    optimizer: Optimizer = "sgd"
+    optimizer: Optimizer = TrainSettings.optimizer
     """sgd (momentum 0.9) or adamw."""
 
-    schedule: Schedule = "steps"
+    schedule: Schedule = TrainSettings.schedule
     """steps: the rate falls to a tenth after 2/3 and 8/9 of the steps. cosine: it falls along a half cosine."""
 
-    warm_up: int = 500
+    warm_up: int = TrainSettings.warm_up
     """Steps over which the learning rate rises."""
 
-    amp: Precision = "off"
-    """Mixed precision."""
+    amp: Precision = TrainSettings.amp
+    """Mixed precision of the networks; boxes, depths and losses stay float32. auto: bfloat16 on CUDA, off on a CPU.
+    float16 scales the loss."""
+
+    validate_every: int = TrainSettings.validate_every
+    """Steps between evaluations while training; 0: none. best.pt is the detector with the highest Car 3D AP (R40,
+    moderate, IoU 0.7) of these and the last step. It is chosen on the frames that it is evaluated on."""
 
     augment: bool = True
     """Mirror images and distort light and colour."""
 
-    workers: int = 0
+    workers: int = TrainSettings.workers
     """Processes that load frames."""
 
     cache: bool = False
     """Keep images in memory (1.4 MB each), for small data sets."""
 
-    seed: int = 0
+    seed: int = TrainSettings.seed
     """Seed of weights, order and augmentation."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs if there are any."""
 
+    config: Annotated[Path | None, arg(metavar="FILE")] = None
+    """File of options (config.json of a run); options of the command line override it."""
+
     def run(self) -> None:
         """Train, write and evaluate."""
+        from rakd.checkpoints import file_digest
+        from rakd.commands.config import write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
+        from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
+        from rakd.study.validation import CarValidation
         from rakd.training.model import DistillationModel
         from rakd.training.trainer import Trainer
 
@@ -94,6 +114,7 @@ class Train:
             amp=self.amp,
             workers=self.workers,
             seed=self.seed,
+            validate_every=self.validate_every,
         )
         if self.warm_up >= self.steps:
             warnings.warn(
@@ -113,19 +134,27 @@ class Train:
                 rules=config.rules,
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
-            detector = config.build(self.seed)
+            detector = config.build(self.seed) if self.init is None else start_from(self.init, config)
             if processes.is_main:
-                print(f"{self.detector}: {detector.loaded}", flush=True)
-            Trainer(
+                start = detector.loaded if self.init is None else f"starts from {self.init}"
+                print(f"{self.detector}: {start}", flush=True)
+            init = {} if self.init is None else {"init": file_digest(self.init)}
+            trainer = Trainer(
                 DistillationModel(detector),
                 dataset,
                 settings,
                 self.out,
                 processes.device,
                 name=self.detector,
-                fingerprint={"detector": config.to_plain()},
+                fingerprint={"detector": config.to_plain(), **init},
                 image_size=config.image_size,
-            ).run()
+                validation=CarValidation(detector, val, self.out, processes),
+                extend=self.extend,
+            )
+            # Not before the trainer has accepted what is in the folder.
+            if processes.is_main:
+                write_options(self, self.out / "config.json")
+            trainer.run()
             self._finish(detector.eval(), val, data, processes)
             # Who left the others earlier would take the connection with it.
             barrier(processes)

@@ -31,6 +31,7 @@ class Sample:
         original_size: (width, height) of the image in the file.
         objects: All labels, in this image's pixels; None in ``testing``.
         targets: Objects to learn; None in ``testing``.
+        mirrored: Whether augmentation mirrored it.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Sample:
     original_size: tuple[int, int]
     objects: Objects | None
     targets: Targets | None
+    mirrored: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,16 +179,18 @@ class KittiDataset(Dataset[Sample]):
         original = image.size
         calibration = frame.read_calibration()
         objects = None if frame.label is None else frame.read_labels()
+        mirror = False
         if self.augmentation is not None:
             rng = np.random.default_rng([self.seed, epoch, index % len(self)])
-            mirror = rng.random() < self.augmentation.flip
+            mirror = bool(rng.random() < self.augmentation.flip)
             image = distort(image, self.augmentation, rng)
             if mirror:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 calibration = calibration.flipped(original[0])
                 objects = None if objects is None else objects.flipped(original[0])
             image, calibration, objects = zoom(image, calibration, objects, self.rules, rng)
-        return make_sample(frame.id, image, calibration, objects, self.height, self.rules)
+        sample = make_sample(frame.id, image, calibration, objects, self.height, self.rules)
+        return replace(sample, mirrored=mirror)
 
     def _read_image(self, index: int) -> Image.Image:
         # Nothing that follows changes an image in place, so that a kept one stays as it was read.

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from rakd.checkpoints import load_weights, save_weights
+from rakd.checkpoints import differences, load_weights, save_weights
 from rakd.detector.base import BaseDetector
+from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import read_config
 from rakd.errors import UserError
 
@@ -31,3 +32,28 @@ def load_detector(path: Path) -> BaseDetector:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{path}: expected a detector's weights and settings: {error}") from error
     return detector.eval()
+
+
+def start_from(path: Path, config: BaseConfig) -> BaseDetector:
+    """A detector with the weights of a file, to be trained on: of these settings, which may differ from the file's.
+
+    Args:
+        path: What `save_detector` wrote.
+        config: Settings under which each of the file's tensors has its place and shape.
+
+    Raises:
+        MissingFileError: There is no such file.
+        UserError: It holds something else, or a tensor does not fit; names it.
+    """
+    trained = load_detector(path)
+    detector = config.without_download().build()
+    detector.config = config
+    there, here = (each.state_dict() for each in (trained, detector))
+    shapes = [{name: list(tensor.shape) for name, tensor in state.items()} for state in (there, here)]
+    other = differences(*shapes)
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        raise UserError(f"{path}: does not fit the detector: shape of {', of '.join(other[:3])}{more}")
+    detector.load_state_dict(there)
+    detector.pyramid.take_over_start(trained.loaded)
+    return detector

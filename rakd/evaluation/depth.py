@@ -17,7 +17,7 @@ from rakd.evaluation.matching import DROPPED, VALID
 from rakd.evaluation.overlaps import find_pairs
 from rakd.geometry import FloatArray
 
-LEAST_OVERLAP = 0.5
+MIN_IOU = 0.5
 """Intersection over union of 2D boxes from which on a detection belongs to an object."""
 
 ALL = "all"
@@ -27,27 +27,27 @@ _HARDEST = len(LEVELS) - 1
 
 @dataclass(frozen=True)
 class DepthFigures:
-    """Depth error and recall.
+    """AbsRel and recall.
 
     Attributes:
-        error: Mean over the objects found of ``|z_predicted - z_labelled| / z_labelled``; NaN when none was found.
-        found: Share of the objects that were found, 0..1; NaN when there are none. An error means little
+        abs_rel: Mean over the objects found of ``|z_predicted - z_labelled| / z_labelled``; NaN when none was found.
+        recall: Share of the objects that were found, 0..1; NaN when there are none. AbsRel means little
             without it: a detector that finds only the easy objects has a small one.
         objects: Number of objects to be found.
     """
 
-    error: float
-    found: float
+    abs_rel: float
+    recall: float
     objects: int
 
 
 def depth_errors(
     gt_dir: Path | str, pred_dir: Path | str, *, frames: Sequence[str] | None = None, progress: bool = True
 ) -> dict[str, DepthFigures]:
-    """Relative depth error of the objects found, and the share of objects found.
+    """AbsRel of the depth of the objects found, and recall.
 
     Detections of a class choose objects in order of their score (file order on ties): each takes the free one
-    that its 2D box overlaps most, if intersection over union is at least `LEAST_OVERLAP`. To be found are the
+    that its 2D box overlaps most, if intersection over union is at least `MIN_IOU`. To be found are the
     objects that the official kit counts at level hard. Those that it ignores there (smaller, more occluded,
     Van for Car, Person_sitting for Pedestrian) can be taken too, which then counts neither way. Detections
     without a place (x or z of -1000) do not take part. Scores have no threshold: what should not count as found
@@ -98,7 +98,7 @@ def _errors(
         raise AssertionError("read_results gives scores")
     # By score, then detection in file order; each detection's objects by overlap, then in file order.
     order = np.lexsort((pairs.truth, -overlap, pairs.detection, -detections.scores[pairs.detection]))
-    order = order[overlap[order] >= LEAST_OVERLAP]
+    order = order[overlap[order] >= MIN_IOU]
     found: list[int] = []
     meant: list[int] = []
     taken, spent = set(), set()
@@ -116,7 +116,7 @@ def _errors(
 
 def _figures(errors: FloatArray, objects: int) -> DepthFigures:
     return DepthFigures(
-        error=float(errors.mean()) if len(errors) else math.nan,
-        found=len(errors) / objects if objects else math.nan,
+        abs_rel=float(errors.mean()) if len(errors) else math.nan,
+        recall=len(errors) / objects if objects else math.nan,
         objects=objects,
     )

@@ -1,6 +1,5 @@
 """Distillation inside the trainers of other frameworks. Each module needs its framework and none of the others."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,27 +8,6 @@ from rakd.distill.distiller import Distiller
 from rakd.distill.optimizing import add_parameters
 
 _KEY = "rakd"
-
-
-def require(package: str, extra: str) -> Any:
-    """Import an optional package.
-
-    Args:
-        package: Its name.
-        extra: The extra of this project that installs it.
-
-    Raises:
-        ImportError: It is not installed; names the extra.
-    """
-    try:
-        return import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != package.partition(".")[0]:
-            raise  # it is there, but something that it needs itself is not
-        raise ImportError(
-            f"rakd.integrations.{extra} needs {package}, which is not installed: pip install 'rakd[{extra}]'",
-            name=error.name,
-        ) from error
 
 
 def keep_in_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, group: int = 0) -> None:

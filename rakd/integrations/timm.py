@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rakd.distill.distiller import Distiller
-from rakd.integrations import require
+from rakd.extras import require
 
 _timm = require("timm", "timm")
 

@@ -15,7 +15,7 @@ from rakd.distill.checks import find_strides
 from rakd.distill.distiller import Distiller
 from rakd.distill.hooks import tap
 from rakd.distill.outputs import find_maps
-from rakd.integrations import require
+from rakd.extras import require
 
 _detection = require("torchvision.models.detection", "torchvision")
 

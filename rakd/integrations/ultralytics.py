@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rakd.distill.distiller import Distiller
 from rakd.distill.hooks import unwrap
-from rakd.integrations import keep_in_optimizer, require
+from rakd.extras import require
+from rakd.integrations import keep_in_optimizer
 
 _ultralytics = require("ultralytics", "ultralytics")
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from rakd.scenes.paint import LEFT, RIGHT, TOP, Floats, Surface
 from rakd.scenes.shapes import Part
-from rakd.scenes.world import Body, turn
+from rakd.scenes.world import Body, cos_sin
 
 Vector = tuple[float, float, float]
 Point = tuple[float, float]
@@ -96,7 +96,7 @@ class Drawn:
 
 def corners_of(body: Body, part: Part, shift: Vector) -> list[Vector]:
     """The corners of a part in the camera's own frame."""
-    cos, sin = turn(body.rotation_y)
+    cos, sin = cos_sin(body.rotation_y)
     height, width, length = body.dimensions
     x0, y0, z0 = (body.location[i] + shift[i] for i in range(3))
     points = []

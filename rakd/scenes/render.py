@@ -6,7 +6,7 @@ import numpy.typing as npt
 from rakd.scenes.draws import Draws, hash_cells
 from rakd.scenes.paint import Floats
 from rakd.scenes.raster import Camera, Canvas, Drawn, Vector, clip_near, corners_of, draw_body, fill
-from rakd.scenes.world import Street, World, turn
+from rakd.scenes.world import Street, World, cos_sin
 
 _SHADOW = 0.5
 _NOISE = 0.045
@@ -103,7 +103,7 @@ def _turns_right(a: tuple[float, float], b: tuple[float, float], c: tuple[float,
 
 def _ground_colors(x: Floats, z: Floats, street: Street) -> Floats:
     """Colours ``[n, 3]`` of the ground at (x, z)."""
-    cos, sin = (np.float32(value) for value in turn(street.heading))
+    cos, sin = (np.float32(value) for value in cos_sin(street.heading))
     across = x * cos - z * sin - np.float32(street.offset)
     along = x * sin + z * cos
     # Texture fades with distance: finer than a pixel it would only flicker.

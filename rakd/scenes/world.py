@@ -93,7 +93,7 @@ class Street:
 
     def place(self, along: float, across: float) -> tuple[float, float]:
         """(x, z) of a point ``along`` the road and ``across`` it, on the grid of 1 cm."""
-        cos, sin = turn(self.heading)
+        cos, sin = cos_sin(self.heading)
         across += self.offset
         x, z = along * sin + across * cos, along * cos - across * sin
         return round(100 * x) / 100, round(100 * z) / 100
@@ -107,12 +107,8 @@ class World:
     bodies: list[Body] = field(default_factory=list)
 
 
-def turn(angle: float) -> tuple[float, float]:
-    """Cosine and sine of an angle in steps of 0.01, to 12 digits.
-
-    C libraries differ in the last bit of these; rounded, they agree: none of the angles that are used lies
-    near a rounding boundary (there is a test for it).
-    """
+def cos_sin(angle: float) -> tuple[float, float]:
+    """Cosine and sine of an angle, to 12 digits: C libraries differ in the last bits, which could move a pixel."""
     return round(math.cos(angle), 12), round(math.sin(angle), 12)
 
 
@@ -252,7 +248,7 @@ def _scenery(
 
 def _rectangle(place: tuple[float, float], size: tuple[float, float], rotation: float) -> FloatArray:
     """Corners ``[4, 2]`` (x, z) of a footprint of (width, length) ``size``."""
-    cos, sin = turn(rotation)
+    cos, sin = cos_sin(rotation)
     half = np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)]) * (size[1] / 2, size[0] / 2)
     x = place[0] + half[:, 0] * cos + half[:, 1] * sin
     z = place[1] - half[:, 0] * sin + half[:, 1] * cos

@@ -4,13 +4,14 @@ Each run has a folder of its own in the experiment's folder. What is finished th
 interrupted experiment is continued by starting it again.
 """
 
-import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rakd.checkpoints import differences
+import torch
+
+from rakd.checkpoints import differences, file_digest
 from rakd.data.frames import digest, find_frames
 from rakd.detector.base import BaseDetector
 from rakd.detector.configs import DETECTORS
@@ -19,8 +20,9 @@ from rakd.detector.latency import measure
 from rakd.distill import registry
 from rakd.distributed import Processes, barrier, broadcast_object
 from rakd.errors import MissingFileError, UserError
-from rakd.files import write_text
+from rakd.files import check_file, write_text
 from rakd.study.frames import draw_frames
+from rakd.study.jobs import run_side_by_side
 from rakd.study.plan import Run, make_plan, run_name
 from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog
@@ -40,6 +42,10 @@ class Experiment:
         expert: File of a trained expert (`rakd.detector.files.save_detector`); None: one is trained.
         splits: Names of the lists to train on and to evaluate on.
         quiet: Show no progress bars.
+        jobs: How many apprentices are trained at a time, see `rakd.study.jobs`.
+        init: See `rakd.study.plan.make_plan`.
+        extend: See `rakd.study.runner.Runner`.
+        cache_bytes: Same.
 
     Raises:
         FileNotFoundError: The data or the expert's file are not there.
@@ -57,7 +63,14 @@ class Experiment:
         expert: Path | None = None,
         splits: tuple[str, str] = ("train", "val"),
         quiet: bool = False,
+        jobs: int = 1,
+        init: Path | None = None,
+        extend: bool = False,
+        cache_bytes: int = 0,
     ) -> None:
+        if jobs < 1 or (jobs > 1 and processes.count > 1):
+            most = " or more" if processes.count == 1 else " for processes that train together"
+            raise UserError(f"jobs must be 1{most}, got {jobs}")
         self.settings = settings
         self.data = data
         self.out = out
@@ -65,13 +78,21 @@ class Experiment:
         self.expert_file = expert
         self.splits = splits
         self.quiet = quiet or not processes.is_main
-        self.runner = Runner(settings, data, out, processes, splits=splits, quiet=self.quiet)
+        self.jobs = jobs
+        self.extend = extend
+        self.plan = make_plan(settings, init)
+        self.runner = Runner(
+            settings, data, out, processes, splits=splits, quiet=self.quiet, extend=extend, cache_bytes=cache_bytes
+        )
         self.logs: list[TrainingLog] = []
         self.started_from: dict[str, str] = {}
         self._check_batches()
         self._train_frames, self._val_frames = (find_frames(data, split) for split in splits)
         if expert is not None and not expert.is_file():
             raise MissingFileError(f"expert: {expert} is not there")
+        for run in self.plan if expert is None else self.plan[1:]:
+            if run.init is not None:
+                check_file(run.init, "a detector to start from (init)")
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.
@@ -79,14 +100,15 @@ class Experiment:
         Returns:
             All figures; in the main process only are they complete.
         """
-        plan = make_plan(self.settings)
+        plan = self.plan
         expert = self._build_expert(plan[0])
         self._claim()
-        if all((self.out / run.name / "result.json").exists() for run in plan):
+        if not any(map(self._is_open, plan)):
             self._say("all runs are finished already: only tables and pictures are made anew")
         runs = [self._do(plan[0], expert, None)]
+        self._train_side_by_side()
         for run in plan[1:]:
-            apprentice = DETECTORS[run.detector].build(run.model_seed)
+            apprentice = self.runner.build(run)
             self._note_start("apprentice", apprentice)
             runs.append(self._do(run, apprentice, expert))
         models: tuple[ModelFigures, ...] = ()
@@ -106,10 +128,32 @@ class Experiment:
         barrier(self.processes)
         return study
 
+    def _is_open(self, run: Run) -> bool:
+        """Whether there is something to be done for a run, as far as its folder tells."""
+        return self.extend or not (self.out / run.name / "result.json").exists()
+
+    def _train_side_by_side(self) -> None:
+        """With several jobs, do the runs of the apprentices; what follows then finds them finished."""
+        tasks = {run.name: (run,) for run in self.plan[1:] if self._is_open(run)}
+        if self.jobs > 1 and tasks:
+            run_side_by_side(self._train_alone, tasks, self.jobs, self._say)
+
+    def _train_alone(self, slot: int, run: Run) -> None:
+        """Train one apprentice in a process of its own."""
+        device = self.processes.device
+        if device.type == "cuda":
+            device = torch.device("cuda", slot % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        self.runner.processes = replace(self.processes, device=device)
+        self.runner.quiet = self.quiet = True
+        # Not by the expert's trainer: all processes would write its log.
+        expert = load_detector(self._folder("expert") / "detector.pt").to(device)
+        self._do(run, self.runner.build(run), expert)
+
     def _claim(self) -> None:
         """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
         here = {
-            "expert": "trained here" if self.expert_file is None else _digest(self.expert_file.read_bytes()),
+            "expert": "trained here" if self.expert_file is None else file_digest(self.expert_file),
             "evaluated frames": digest(self._val_frames),
         }
         path = self.out / "basis.json"
@@ -145,7 +189,7 @@ class Experiment:
         if self.expert_file is not None:
             expert = load_detector(self.expert_file).to(self.processes.device)
         else:
-            expert = DETECTORS[run.detector].build(run.model_seed)
+            expert = self.runner.build(run)
         self._note_start("expert", expert)
         # Both get the same images, and a network sees only objects of the sizes that it was trained on.
         wanted = DETECTORS[self.settings.apprentice].height
@@ -218,7 +262,3 @@ class Experiment:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(text, flush=True)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -13,7 +13,7 @@ from rakd.distill import registry
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES
 from rakd.geometry import FloatArray
-from rakd.study.measures import MEAN, METHOD_NAMES, Measure, summarise, values_by_seed
+from rakd.study.metrics import MEAN, METHOD_NAMES, Metric, summarise, values_by_seed
 from rakd.study.results import METHODS, StudyResult, TrainingLog
 
 COLORS = {"expert": "#22272e", "none": "#8b95a1", **{name: spec.color for name, spec in registry.METHODS.items()}}
@@ -21,31 +21,31 @@ INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
 
 
 def draw_bars(study: StudyResult) -> Figure:
-    """Bars of the mean over seeds, a method each, every seed a dot: AP 3D (loose, moderate), depth error, found.
+    """Bars of the mean over seeds, a method each, every seed a dot: AP 3D (moderate, IoU 0.5/0.25), AbsRel, recall.
 
     Args:
         study: Methods without any run are left out.
 
     Returns:
-        The figure: a row for each measure, a column for each class and one for all.
+        The figure: a row for each metric, a column for each class and one for all.
     """
     methods = [method for method in METHODS if any(run.method == method for run in study.runs)]
     rows = (
-        ("AP 3D, moderate, loose overlaps, %", [Measure("3d", name, "moderate", "loose") for name in (*CLASSES, MEAN)]),
+        ("AP 3D, moderate, IoU 0.5/0.25, %", [Metric("3d", name, "moderate", "loose") for name in (*CLASSES, MEAN)]),
         (
-            "Relative depth error of what each model found, %: less is better",
-            [Measure("depth_error", n) for n in _GROUPS],
+            "AbsRel of the objects that each model found, %: lower is better",
+            [Metric("abs_rel", n) for n in _GROUPS],
         ),
-        ("Share of objects found, at any score, %", [Measure("found", name) for name in _GROUPS]),
+        ("Recall at 2D IoU 0.5, at any score, %", [Metric("recall", name) for name in _GROUPS]),
     )
     head, panel = 0.75, 0.75 + 0.24 * len(methods)
     height = head + panel * len(rows)
     figure = Figure(figsize=(11.5, height))
     axes = figure.subplots(len(rows), len(_GROUPS), sharey=True, sharex="row", squeeze=False)
-    for line, (title, measures) in zip(axes, rows, strict=True):
-        for axis, measure in zip(line, measures, strict=True):
-            _draw_bar_panel(axis, study, measure, methods)
-            axis.set_title({MEAN: "average", ALL: "all"}.get(measure.name, measure.name), loc="left", size=9, color=INK)
+    for line, (title, metrics) in zip(axes, rows, strict=True):
+        for axis, metric in zip(line, metrics, strict=True):
+            _draw_bar_panel(axis, study, metric, methods)
+            axis.set_title({MEAN: "average", ALL: "all"}.get(metric.name, metric.name), loc="left", size=9, color=INK)
         line[0].annotate(
             title, (0, 1), (-84, 20), "axes fraction", textcoords="offset points", size=10, color=INK, weight="bold"
         )
@@ -58,9 +58,9 @@ def draw_bars(study: StudyResult) -> Figure:
 _GROUPS = (*CLASSES, ALL)
 
 
-def _draw_bar_panel(axis: Axes, study: StudyResult, measure: Measure, methods: Sequence[str]) -> None:
+def _draw_bar_panel(axis: Axes, study: StudyResult, metric: Metric, methods: Sequence[str]) -> None:
     for place, method in enumerate(methods):
-        values = list(values_by_seed(study, method, measure).values())
+        values = list(values_by_seed(study, method, metric).values())
         if not values:
             axis.annotate("–", (0, place), (4, 0), textcoords="offset points", va="center", size=9, color=MUTED)
             continue

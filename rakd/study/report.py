@@ -6,20 +6,22 @@ from typing import Any
 
 from rakd.detector.configs import DETECTORS
 from rakd.files import replacing, write_text
-from rakd.study.measures import METHOD_NAMES
+from rakd.study.metrics import METHOD_NAMES
 from rakd.study.results import METHODS, StudyResult, TrainingLog, write_study
 from rakd.study.tables import format_csv, format_lines, format_markdown, make_tables
 
-_MARKS = "Marks go by the means alone: they ignore the spread, and a second best may be no worse than the best."
+_MARKS = (
+    "Marks go by the means alone: they ignore the standard deviation, and a second best may be no worse than the best."
+)
 _NOTES = (
     "Figures are means over the apprentice's seeds ± the sample standard deviation. One expert teaches all, and all "
-    "are evaluated on the same frames: what another expert or other frames would change is not in the spread.",
-    "Average precision in percent, 40 recall positions; averages are over classes and levels. Official overlaps: Car "
-    "0.7, others 0.5; loose: Car 0.5, others 0.25 in 3D and BEV.",
-    "An object is found when a detection of its class overlaps it by half in the image: scores have no threshold but "
-    "the detector's own, and false positives cost nothing.",
-    "Depth errors are means over the objects that each model itself found: compare them beside the share found, for "
-    "who finds only the easy objects has a small one.",
+    "are evaluated on the same frames: what another expert or other frames would change is not in the deviation.",
+    "Average precision in percent, 40 recall positions; averages are over classes and levels. IoU is "
+    "that of cars and of the other classes; 0.5/0.25 holds in 3D and BEV.",
+    "Recall: an object is found when a detection of its class has a 2D IoU of 0.5 or more with it. Scores have no "
+    "threshold but the detector's own, and false positives cost nothing.",
+    "AbsRel, the absolute relative error of depth, is a mean over the objects that each model itself found. Compare it "
+    "beside the recall: a model that finds only the easy objects has a small one.",
     "Paired differences are between runs of the same seed: mean ± sample standard deviation, and in brackets the 95 % "
     "confidence interval of the mean by Student's t. It holds for one comparison; of twenty between equal methods, one "
     "interval would miss 0 by chance.",
@@ -33,7 +35,7 @@ _REGIONS = {
 
 
 def format_tables(study: StudyResult) -> str:
-    """Tables, notes and provenance as plain text for a terminal, measures down and methods across."""
+    """Tables, notes and provenance as plain text for a terminal, metrics down and methods across."""
     parts = [format_lines(table) for table in make_tables(study)]
     notes = _bullets((f"* best, ' second. {_MARKS}", *_NOTES))
     parts += ["Notes", notes, "Where it comes from", f"{_provenance(study)}\n"]

@@ -227,6 +227,9 @@ def read_run(path: Path) -> RunResult:
     return run
 
 
+_EARLIER_NAMES = {"error": "abs_rel", "found": "recall"}  # of fields, in files of earlier versions
+
+
 def _record(cls: type, content: Any, where: str) -> dict[str, Any]:
     """A copy of a JSON object, after checking that it has no fields that the class lacks."""
     if not isinstance(content, Mapping):
@@ -261,9 +264,10 @@ def _run(content: Any, where: str) -> Any:
         }
         for overlaps, metrics in content.get("precisions", {}).items()
     }
-    content["depth"] = {
-        name: DepthFigures(_number(figures["error"]), _number(figures["found"]), figures["objects"])
-        for name, figures in content.get("depth", {}).items()
-    }
+    depth = {}
+    for name, figures in content.get("depth", {}).items():
+        by_name = {_EARLIER_NAMES.get(key, key): value for key, value in figures.items()}
+        depth[name] = DepthFigures(_number(by_name["abs_rel"]), _number(by_name["recall"]), by_name["objects"])
+    content["depth"] = depth
     content["losses"] = {name: _number(value) for name, value in content.get("losses", {}).items()}
     return _construct(RunResult, content, where)

@@ -3,18 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rakd.checkpoints import file_digest
 from rakd.data.augment import Augmentation
 from rakd.data.kitti import KittiDataset
 from rakd.detector.base import BaseDetector
-from rakd.detector.files import save_detector
+from rakd.detector.configs import DETECTORS
+from rakd.detector.files import save_detector, start_from
 from rakd.detector.inference import write_detections
+from rakd.distill.cache import FeatureCache
 from rakd.distill.methods import make_method
 from rakd.distributed import Processes, broadcast_object
+from rakd.errors import UserError
 from rakd.evaluation.depth import depth_errors
 from rakd.evaluation.kitti import evaluate
 from rakd.study.plan import Run
 from rakd.study.results import RunResult, precisions_of, read_run, write_run
 from rakd.study.settings import StudySettings
+from rakd.study.validation import CarValidation
 from rakd.training.log import RESERVED, Row
 from rakd.training.model import make_distillation_model
 from rakd.training.trainer import Trainer
@@ -32,6 +37,11 @@ class Runner:
         processes: Where to compute. All call each method alike; the main one writes.
         splits: Names of the lists to train on and to evaluate on.
         quiet: Show no progress bars.
+        extend: Let finished runs of apprentices go on to more steps, see `rakd.training.trainer.Trainer`.
+        cache_bytes: Bound of the expert's features kept in the experiment's folder, for all runs; 0: none are.
+
+    Raises:
+        UserError: Features are to be kept and light and colour are distorted: each image is then another one.
     """
 
     def __init__(
@@ -43,13 +53,32 @@ class Runner:
         *,
         splits: tuple[str, str] = ("train", "val"),
         quiet: bool = False,
+        extend: bool = False,
+        cache_bytes: int = 0,
     ) -> None:
+        if cache_bytes and settings.photometric:
+            raise UserError(
+                "feature_cache: expected images that mirroring alone varies (photometric 0), since distorted ones "
+                f"never come again; got photometric {settings.photometric:g}"
+            )
+        if cache_bytes and DETECTORS[settings.apprentice].rules.zoom:
+            raise UserError(
+                "feature_cache: expected images that mirroring alone varies, since zoomed ones never come again; "
+                f"{settings.apprentice} zooms them"
+            )
         self.settings = settings
         self.data = data
         self.out = out
         self.processes = processes
         self.splits = splits
         self.quiet = quiet
+        self.extend = extend
+        self.cache = FeatureCache(out / "features", max_bytes=cache_bytes) if cache_bytes else None
+
+    def build(self, run: Run) -> BaseDetector:
+        """A run's detector before training."""
+        config = DETECTORS[run.detector]
+        return config.build(run.model_seed) if run.init is None else start_from(run.init, config)
 
     def train(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> list[Row]:
         """Train a detector to the end of its run; give the rows of its log.
@@ -80,11 +109,16 @@ class Runner:
             rules=config.rules,
         )
         dataset.cache = len(dataset) <= _KEPT_IN_MEMORY
+        folder = self.out / run.name
+        # What changes nothing by being absent is absent, so that runs of earlier versions go on.
+        options: dict[str, object] = {} if run.init is None else {"init": file_digest(run.init)}
+        if self.cache is not None and term is not None:
+            options["feature_cache"] = True  # the expert sees images one by one, which rounds otherwise
         trainer = Trainer(
-            make_distillation_model(detector, expert, term, run.weight, settings.regions),
+            make_distillation_model(detector, expert, term, run.weight, settings.regions, self.cache),
             dataset,
             run.training,
-            self.out / run.name,
+            folder,
             self.processes.device,
             name=run.name,
             fingerprint={
@@ -93,10 +127,15 @@ class Runner:
                 "weight": run.weight,
                 "regions": settings.regions,
                 "started_from": backbone_start(detector),
+                **options,
             },
             image_size=config.image_size,
             quiet=self.quiet,
+            validation=CarValidation(detector, self._validation_frames(detector), folder, self.processes),
+            extend=self.extend and expert is not None,
         )
+        if trainer.step < run.training.steps and self.processes.is_main:
+            (folder / "result.json").unlink(missing_ok=True)  # of a run that is extended
         rows = trainer.run()
         detector.eval()
         return rows
@@ -118,7 +157,7 @@ class Runner:
             return read_run(result) if self.processes.is_main else None
         if self.processes.is_main:
             save_detector(folder / "detector.pt", detector)
-        dataset = KittiDataset(self.data, self.splits[1], height=detector.config.height)
+        dataset = self._validation_frames(detector)
         detections = folder / "detections"
         write_detections(
             detector, dataset, detections, self.processes.device, processes=self.processes, progress=not self.quiet
@@ -140,6 +179,9 @@ class Runner:
         )
         write_run(result, figures)
         return figures
+
+    def _validation_frames(self, detector: BaseDetector) -> KittiDataset:
+        return KittiDataset(self.data, self.splits[1], height=detector.config.height)
 
 
 def losses_of(row: Row, *others: str) -> Row:

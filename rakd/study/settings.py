@@ -66,6 +66,9 @@ class StudySettings:
         for name, weight in self.weights.items():
             if not (isfinite(weight) and weight > 0):
                 raise UserError(f"weights must be positive, got {weight} for {name}")
+        for name in ("flip", "photometric"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie in 0..1, got {getattr(self, name):g}")
         missing = [name for name in self.methods if name != "none" and name not in self.weights]
         if missing:
             raise UserError(f"weights must hold one for each method, {', '.join(missing)} lack one")

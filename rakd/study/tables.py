@@ -10,13 +10,14 @@ from typing import Literal
 from rakd.distill import registry
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES, LEVELS, Overlaps
-from rakd.study.measures import (
+from rakd.study.metrics import (
     CLASS_NAMES,
+    IOU_NAMES,
     LEVEL_NAMES,
     MEAN,
     METHOD_NAMES,
     PRIMARY,
-    Measure,
+    Metric,
     Summary,
     half_width,
     paired_differences,
@@ -45,13 +46,13 @@ class Cell:
     """A figure, rounded when it is shown.
 
     Attributes:
-        measure: What it is a figure of; for costs of a model, only the metric is set.
+        metric: What it is a figure of; for costs of a model, only its kind is set.
         summary: Over seeds; the count is 0 for costs of a model, which no seed changes.
         digits: Digits after the point.
         mark: Its rank in its column.
     """
 
-    measure: Measure
+    metric: Metric
     summary: Summary
     digits: int
     mark: Mark = ""
@@ -62,7 +63,7 @@ class Cell:
         return round(self.summary.mean, self.digits)
 
     def text(self, runs: int) -> str:
-        """Mean and, with several seeds, spread; a dash when there is none.
+        """Mean and, with several seeds, standard deviation; a dash when there is none.
 
         Args:
             runs: Runs of the row; a figure from fewer says from how many.
@@ -70,8 +71,8 @@ class Cell:
         if not math.isfinite(self.summary.mean):
             return _DASH
         text = f"{self.summary.mean:.{self.digits}f}"
-        if math.isfinite(self.summary.spread):
-            text += f" ± {self.summary.spread:.{self.digits}f}"
+        if math.isfinite(self.summary.std):
+            text += f" ± {self.summary.std:.{self.digits}f}"
         return text if self.summary.count in (0, runs) else f"{text} (of {self.summary.count})"
 
 
@@ -86,7 +87,7 @@ class Difference(Cell):
         text = f"{self.summary.mean:+.{self.digits}f}"
         if self.summary.count > 1:
             low, high = self.interval
-            text += f" ± {self.summary.spread:.{self.digits}f} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
+            text += f" ± {self.summary.std:.{self.digits}f} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
         return text.replace("-", "−")
 
     @property
@@ -108,7 +109,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: methods down, measures across.
+    """A table: methods down, metrics across.
 
     Attributes:
         key: Short name, for files.
@@ -129,14 +130,14 @@ def make_tables(study: StudyResult) -> list[Table]:
     compared = _compared(study)
     return [
         _overview(study, "table2", "Table 2. Expert and apprentice", "official"),
-        _overview(study, "table2_loose", "Table 2, loose overlaps. Expert and apprentice", "loose"),
+        _overview(study, "table2_loose", "Table 2. Expert and apprentice", "loose"),
         _precisions(study, "table3", f"Table 3. {ways}", compared, "3d", "official"),
-        _precisions(study, "table3_loose", f"Table 3, loose overlaps. {ways}", compared, "3d", "loose"),
-        _precisions(study, "table3_bev_loose", f"Table 3, loose overlaps. {ways}", compared, "bev", "loose"),
-        _depths(study, "table3_depth", f"Table 3, distances. {ways}", compared),
+        _precisions(study, "table3_loose", f"Table 3. {ways}", compared, "3d", "loose"),
+        _precisions(study, "table3_bev_loose", f"Table 3. {ways}", compared, "bev", "loose"),
+        _depths(study, "table3_depth", f"Table 3. {ways}", compared),
         _precisions(study, "ablation", f"Ablation. {terms}", _ABLATED, "3d", "official"),
-        _precisions(study, "ablation_loose", f"Ablation, loose overlaps. {terms}", _ABLATED, "3d", "loose"),
-        _depths(study, "ablation_depth", f"Ablation, distances. {terms}", _ABLATED),
+        _precisions(study, "ablation_loose", f"Ablation. {terms}", _ABLATED, "3d", "loose"),
+        _depths(study, "ablation_depth", f"Ablation. {terms}", _ABLATED),
         *_differences(study),
         _training(study),
     ]
@@ -154,38 +155,41 @@ def _compared(study: StudyResult) -> dict[str, str]:
 
 def _overview(study: StudyResult, key: str, title: str, overlaps: Overlaps) -> Table:
     """AP of cars, and what the models cost."""
-    measures = [Measure(metric, "Car", level, overlaps) for metric in ("3d", "bev") for level in LEVELS]
-    heads = [f"{'3D' if m.metric == '3d' else 'BEV'} {LEVEL_NAMES[m.level]}" for m in measures]
+    metrics = [Metric(metric, "Car", level, overlaps) for metric in ("3d", "bev") for level in LEVELS]
+    heads = [f"{'3D' if m.kind == '3d' else 'BEV'} {LEVEL_NAMES[m.level]}" for m in metrics]
     rows = []
     for method, name in _OVERVIEW.items():
         model = study.model("expert" if method == "expert" else "apprentice")
-        row = _row(study, method, name if model is None else f"{name} ({model.backbone})", measures)
+        row = _row(study, method, name if model is None else f"{name} ({model.backbone})", metrics)
         costs = []
         for cost, _, digits in _COSTS:
             value = None if model is None else getattr(model, cost)
             scale = 1e-6 if cost == "parameters" else 1
             mean = math.nan if value is None else scale * value
-            costs.append(Cell(Measure(cost), Summary(mean, math.nan, 0), digits))
+            costs.append(Cell(Metric(cost), Summary(mean, math.nan, 0), digits))
         rows.append(replace(row, cells=(*row.cells, *costs)))
     heads += [head for _, head, _ in _COSTS]
-    return Table(key, f"{title} (Car, AP R40, %)", tuple(heads), tuple(rows))
+    return Table(
+        key, f"{title} (Car, AP R40, IoU {'0.7' if overlaps == 'official' else '0.5'}, %)", tuple(heads), tuple(rows)
+    )
 
 
 def _precisions(
     study: StudyResult, key: str, title: str, methods: dict[str, str], metric: str, overlaps: Overlaps
 ) -> Table:
-    measures = [Measure(metric, name, level, overlaps) for name in CLASSES for level in LEVELS]
-    measures.append(Measure(metric, MEAN, MEAN, overlaps))
-    heads = [f"{CLASS_NAMES[m.name]} {LEVEL_NAMES[m.level]}".strip() for m in measures]
-    return _ranked(study, key, f"{title}: AP {'3D' if metric == '3d' else 'BEV'} (R40, %)", methods, measures, heads)
+    metrics = [Metric(metric, name, level, overlaps) for name in CLASSES for level in LEVELS]
+    metrics.append(Metric(metric, MEAN, MEAN, overlaps))
+    heads = [f"{CLASS_NAMES[m.name]} {LEVEL_NAMES[m.level]}".strip() for m in metrics]
+    title = f"{title}: AP {'3D' if metric == '3d' else 'BEV'} (R40, {IOU_NAMES[overlaps]}, %)"
+    return _ranked(study, key, title, methods, metrics, heads)
 
 
 def _depths(study: StudyResult, key: str, title: str, methods: dict[str, str]) -> Table:
-    measures = [Measure(metric, name) for metric in ("depth_error", "found") for name in (*CLASSES, ALL)]
-    kinds = {"depth_error": "error", "found": "found"}
-    heads = [f"{CLASS_NAMES[m.name]} {kinds[m.metric]}" for m in measures]
-    full = f"{title}: relative depth error of the objects found (less is better), share of objects found (%)"
-    return _ranked(study, key, full, methods, measures, heads)
+    metrics = [Metric(metric, name) for metric in ("abs_rel", "recall") for name in (*CLASSES, ALL)]
+    kinds = {"abs_rel": "AbsRel", "recall": "recall"}
+    heads = [f"{CLASS_NAMES[m.name]} {kinds[m.kind]}" for m in metrics]
+    full = f"{title}: AbsRel of depth (lower is better) and recall at 2D IoU 0.5 (%)"
+    return _ranked(study, key, full, methods, metrics, heads)
 
 
 def _differences(study: StudyResult) -> list[Table]:
@@ -199,10 +203,10 @@ def _differences(study: StudyResult) -> list[Table]:
     ):
         rows = []
         for name, pair in pairs.items():
-            found = [paired_differences(study, *pair, measure) for measure in PRIMARY]
+            found = [paired_differences(study, *pair, metric) for metric in PRIMARY]
             cells = [Difference(m, summarise(values), 2) for m, values in zip(PRIMARY, found, strict=True)]
             rows.append(Row(name, METHOD_NAMES[name], max(map(len, found)), tuple(cells)))
-        heads = tuple(measure.title for measure in PRIMARY)
+        heads = tuple(metric.title for metric in PRIMARY)
         tables.append(Table(key, f"Paired differences: {title}", heads, tuple(rows)))
     return [table for table in tables if table.rows]
 
@@ -210,13 +214,13 @@ def _differences(study: StudyResult) -> list[Table]:
 def _training(study: StudyResult) -> Table:
     """Time and losses at the end; not ranked, for losses of different methods are different things."""
     losses = list(dict.fromkeys(name for run in study.runs for name in run.losses))
-    measures = [Measure("minutes"), *(Measure("loss", name) for name in losses)]
-    rows = [_row(study, method, METHOD_NAMES[method], measures) for method in METHODS if _is_shown(study, method)]
+    metrics = [Metric("minutes"), *(Metric("loss", name) for name in losses)]
+    rows = [_row(study, method, METHOD_NAMES[method], metrics) for method in METHODS if _is_shown(study, method)]
     return Table("training", "Training: time, and losses at its end", ("minutes", *losses), tuple(rows))
 
 
-def _row(study: StudyResult, method: str, name: str, measures: Sequence[Measure]) -> Row:
-    cells = [Cell(m, summarise(values_by_seed(study, method, m).values()), digits=2) for m in measures]
+def _row(study: StudyResult, method: str, name: str, metrics: Sequence[Metric]) -> Row:
+    cells = [Cell(m, summarise(values_by_seed(study, method, m).values()), digits=2) for m in metrics]
     return Row(method, name, sum(run.method == method for run in study.runs), tuple(cells))
 
 
@@ -225,13 +229,13 @@ def _ranked(
     key: str,
     title: str,
     methods: dict[str, str],
-    measures: Sequence[Measure],
+    metrics: Sequence[Metric],
     heads: Sequence[str],
 ) -> Table:
     """A table whose best and second figures are marked; the expert stands above as a reference, unmarked."""
-    expert = _row(study, "expert", "Expert (reference)", measures)
-    rows = [_row(study, method, name, measures) for method, name in methods.items()]
-    columns = [_marked([row.cells[i] for row in rows]) for i in range(len(measures))]
+    expert = _row(study, "expert", "Expert (reference)", metrics)
+    rows = [_row(study, method, name, metrics) for method, name in methods.items()]
+    columns = [_marked([row.cells[i] for row in rows]) for i in range(len(metrics))]
     marked = [replace(row, cells=tuple(column[i] for column in columns)) for i, row in enumerate(rows)]
     return Table(key, title, tuple(heads), (expert, *marked))
 
@@ -239,7 +243,7 @@ def _ranked(
 def _marked(cells: Sequence[Cell]) -> list[Cell]:
     """Cells of a column with marks; equal figures share one, and a column of equal figures has none."""
     values = {cell.rounded for cell in cells if math.isfinite(cell.summary.mean)}
-    ranks = sorted(values, reverse=not cells[0].measure.lower_is_better)
+    ranks = sorted(values, reverse=not cells[0].metric.lower_is_better)
     if len(ranks) < 2:
         return list(cells)
     marks: dict[float, Mark] = {ranks[0]: "best", ranks[1]: "second"}
@@ -261,7 +265,7 @@ def format_markdown(table: Table) -> str:
 
 
 def format_lines(table: Table) -> str:
-    """Lines for a terminal, turned round so that they fit: measures down, methods across; best ``*``, second ``'``."""
+    """Lines for a terminal, turned round so that they fit: metrics down, methods across; best ``*``, second ``'``."""
     marks = {"": " ", "best": "*", "second": "'"}
     first = ["", "seeds", *table.heads]
     columns = [first]
@@ -281,23 +285,21 @@ def format_lines(table: Table) -> str:
 def format_csv(tables: Sequence[Table]) -> str:
     """All figures in long form, a row each.
 
-    Columns: table, method, class, metric, level, overlap, mean, spread, seeds, and the ends of a difference's interval,
+    Columns: table, method, class, metric, level, overlap, mean, std, seeds, and the ends of a difference's interval,
     low and high. What is missing is an empty field; so are the seeds of a model's costs.
     """
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(
-        ["table", "method", "class", "metric", "level", "overlap", "mean", "spread", "seeds", "low", "high"]
-    )
+    writer.writerow(["table", "method", "class", "metric", "level", "overlap", "mean", "std", "seeds", "low", "high"])
     for table in tables:
         for row in table.rows:
             for cell in row.cells:
-                measure, summary = cell.measure, cell.summary
+                metric, summary = cell.metric, cell.summary
                 ends = cell.interval if isinstance(cell, Difference) else (math.nan, math.nan)
-                mean, spread, low, high = (
-                    f"{x:.6g}" if math.isfinite(x) else "" for x in (summary.mean, summary.spread, *ends)
+                mean, std, low, high = (
+                    f"{x:.6g}" if math.isfinite(x) else "" for x in (summary.mean, summary.std, *ends)
                 )
-                where = [measure.name, measure.metric, measure.level, measure.overlaps]
-                count = summary.count or ("" if measure.name == "" else 0)
-                writer.writerow([table.key, row.method, *where, mean, spread, count, low, high])
+                where = [metric.name, metric.kind, metric.level, metric.overlaps]
+                count = summary.count or ("" if metric.name == "" else 0)
+                writer.writerow([table.key, row.method, *where, mean, std, count, low, high])
     return lines.getvalue()

@@ -1,7 +1,8 @@
-"""The log of a training run: a row every few steps, in memory, in checkpoints and in ``log.csv``."""
+"""The log of a training run: a row every few steps, in memory, in checkpoints, and in files as CSV and JSON lines."""
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from math import inf, isfinite
 from pathlib import Path
@@ -31,12 +32,14 @@ class Log:
 
     Attributes:
         rows: The rows so far.
+        validations: The step and the metric of each validation.
     """
 
     def __init__(self, every: int, batch_size: int) -> None:
         self.every = every
         self.batch_size = batch_size
         self.rows: list[Row] = []
+        self.validations: list[Row] = []
         self._steps: list[Row] = []  # those since the last row
         self._seconds = 0.0
 
@@ -66,17 +69,32 @@ class Log:
             row["images_per_second"] = self.batch_size * len(steps) / sum(values["seconds"] for values in steps)
             self.rows.append(row)
 
+    def add_validation(self, step: int, metric: str, value: float) -> bool:
+        """Add a validation, and tell whether it is the best so far; of equals, the last."""
+        best = max((row[metric] for row in self.validations if metric in row), default=-inf)
+        self.validations.append({"step": step, metric: value})
+        return value >= best
+
     def state_dict(self) -> dict[str, Any]:
         """All there is to go on from; plain lists, dicts and numbers."""
-        return {"rows": self.rows, "steps": self._steps, "seconds": self._seconds}
+        return {
+            "rows": self.rows,
+            "validations": self.validations,
+            "steps": self._steps,
+            "seconds": self._seconds,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.rows, self._steps = list(state["rows"]), list(state["steps"])
+        self.validations = list(state.get("validations", ()))  # earlier versions had none
         self._seconds = float(state["seconds"])
 
     def write(self, path: Path) -> None:
-        """Write all rows as CSV, atomically; nothing while there is none."""
+        """Write all rows as CSV, and beside it as JSON lines with the validations; nothing while there is no row.
+
+        Both files are written atomically. Numbers that are not finite are null in JSON.
+        """
         if self.rows:
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
@@ -85,3 +103,6 @@ class Log:
                 [int(value) if name == "step" else f"{value:.8g}" for name, value in row.items()] for row in self.rows
             )
             write_text(path, text.getvalue())
+            lines = sorted([*self.rows, *self.validations], key=lambda row: row["step"])
+            finite = ({name: value if isfinite(value) else None for name, value in row.items()} for row in lines)
+            write_text(path.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in finite))

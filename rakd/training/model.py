@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from rakd.data.kitti import Batch
 from rakd.data.targets import pooling_boxes
 from rakd.detector.base import BaseDetector
 from rakd.distill import Regions
+from rakd.distill.cache import FeatureCache
 from rakd.distill.distiller import Distiller
 from rakd.errors import UserError
 
@@ -19,15 +21,23 @@ class DistillationModel(nn.Module):
         detector: The apprentice, or whatever is trained.
         distiller: Brings the expert; None: no distillation.
         regions: Where features are compared.
+        cached: Whether the distiller's cache keeps the expert's features. It may where nothing but mirroring varies the
+            images. The expert then sees one image at a time, so that no feature depends on what is in the cache.
     """
 
     def __init__(
-        self, detector: BaseDetector, distiller: Distiller | None = None, regions: Regions = "proposals"
+        self,
+        detector: BaseDetector,
+        distiller: Distiller | None = None,
+        regions: Regions = "proposals",
+        *,
+        cached: bool = False,
     ) -> None:
         super().__init__()
         self.detector = detector
         self.distiller = distiller
         self.regions = regions
+        self.cached = cached
 
     def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
         """Losses of a batch.
@@ -44,7 +54,7 @@ class DistillationModel(nn.Module):
         targets = batch.targets(device)
         features = self.detector.extract_features(images)
         # Before the losses, which wait for the device: so it has the expert's work to do meanwhile.
-        expert = None if self.distiller is None else self.distiller.expert_features(images)
+        expert = None if self.distiller is None else self._expert_features(self.distiller, batch, images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             assert expert is not None
@@ -58,9 +68,26 @@ class DistillationModel(nn.Module):
             losses["distillation"] = self.distiller(images, pooling_boxes(boxes), maps, expert_maps)
         return losses
 
+    def _expert_features(self, distiller: Distiller, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+        if not self.cached:
+            return distiller.expert_features(images)
+        kind = images.device.type
+        precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "full"
+        keys = [(sample.id, sample.mirrored, precision) for sample in batch.samples]
+        maps = [distiller.expert_features(image[None], [key]) for image, key in zip(images, keys, strict=True)]
+        return {
+            name: torch.cat([each[name] for each in maps]).contiguous(memory_format=torch.channels_last)
+            for name in maps[0]
+        }
+
 
 def make_distillation_model(
-    apprentice: BaseDetector, expert: BaseDetector | None, method: nn.Module | None, weight: float, regions: Regions
+    apprentice: BaseDetector,
+    expert: BaseDetector | None,
+    method: nn.Module | None,
+    weight: float,
+    regions: Regions,
+    cache: FeatureCache | None = None,
 ) -> DistillationModel:
     """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:
@@ -72,4 +99,6 @@ def make_distillation_model(
         )
     if regions == "expert" and not expert.has_queries:
         raise UserError("regions: expert needs an expert with queries, a MonoDETR")
-    return DistillationModel(apprentice, Distiller(expert, method, weight), regions)
+    return DistillationModel(
+        apprentice, Distiller(expert, method, weight, cache=cache), regions, cached=cache is not None
+    )

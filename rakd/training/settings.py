@@ -9,7 +9,7 @@ from rakd.errors import UserError
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["steps", "cosine"]
-Precision = Literal["off", "bfloat16", "float16"]
+Precision = Literal["auto", "off", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class TrainSettings:
         schedule: "steps": the rate falls to a tenth at each milestone. "cosine": it falls along a half cosine to 0.
         milestones: Shares of ``steps``, rising, each in 0..1 without the ends; read by the schedule "steps" only.
         clip: Gradients are scaled down to this norm over all parameters; None: they are taken as they are.
-        amp: Autocast dtype of the learner's forward; "float16" scales the loss as well.
+        amp: Autocast dtype of the learner's forward; "float16" scales the loss as well. "auto": bfloat16 on CUDA, off
+            on a CPU.
         workers: Processes that load frames for each training process; 0: it loads them itself.
         seed: Of the order of frames and of all draws within steps.
         checkpoint_every: Steps between checkpoints.
         log_every: Steps between rows of the log.
+        validate_every: Steps between validations, where the trainer is given one; 0: none.
 
     Raises:
         ValueError: A value is out of range.
@@ -45,16 +47,17 @@ class TrainSettings:
     schedule: Schedule = "steps"
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)
     clip: float | None = 10.0
-    amp: Precision = "off"
+    amp: Precision = "auto"
     workers: int = 0
     seed: int = 0
     checkpoint_every: int = 500
     log_every: int = 20
+    validate_every: int = 0
 
     def __post_init__(self) -> None:
         for names, least in (
             (("steps", "batch_size", "checkpoint_every", "log_every"), 1),
-            (("warm_up", "workers", "seed"), 0),
+            (("warm_up", "workers", "seed", "validate_every"), 0),
         ):
             for name in names:
                 if getattr(self, name) < least:
@@ -71,7 +74,7 @@ class TrainSettings:
         for name, known in (
             ("optimizer", ("sgd", "adamw")),
             ("schedule", ("steps", "cosine")),
-            ("amp", ("off", "bfloat16", "float16")),
+            ("amp", ("auto", "off", "bfloat16", "float16")),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

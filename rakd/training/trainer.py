@@ -1,12 +1,12 @@
 """The trainer: steps, mixed precision, checkpoints and logs for any learner, in one process or many."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from inspect import signature
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,22 @@ _SYNC_BUFFERS = (
 )
 _AMP = {"off": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Settings that do not change what is learned, nor the log: a run may go on with others.
-_FREE = ("workers", "checkpoint_every")
+_FREE = ("workers", "checkpoint_every", "validate_every")
 # At a loss scale this small float16 gradients do not overflow by the scale: they are not finite by themselves.
 _SMALLEST_SCALE = 2.0**-10
+
+
+class Validation(Protocol):
+    """Measures what is trained, every `TrainSettings.validate_every` steps and at the end."""
+
+    metric: str
+    """Name of what is measured; more is better."""
+
+    def measure(self) -> float:
+        """Measure the learner as it is, in evaluation mode. All processes do; the first one's value counts."""
+
+    def keep(self) -> None:
+        """Keep the learner as it is as the best so far; the first process does."""
 
 
 class Trainer:
@@ -53,18 +66,19 @@ class Trainer:
     minimised. The learner moves what it needs to its device. It draws random numbers for an image from a generator
     seeded with that image's integer, which depends on the run's seed, the step and the image's place in the batch
     only. Draws from torch's global generators are repeated on resuming, too, but differ with the number of
-    processes. ``train()`` is called on the learner once, before the first step. With several processes every parameter
-    must get a gradient in every step, if of zeros, unless the learner has a true ``may_leave_parameters_unused``.
+    processes. ``train()`` is called on the learner before the first step and after each validation. With several
+    processes every parameter must get a gradient in every step, if of zeros, unless the learner has a true
+    ``may_leave_parameters_unused``.
 
     Under ``torch.distributed`` (see `rakd.distributed`) each process takes its share of every batch and
     gradients are averaged, so that terms which are means over images train as in one process. All processes make
     the trainer and run it; the first one writes. Batch normalisation sees the local images only.
 
-    Writes ``checkpoint.pt`` and ``log.csv``. A run that was killed at any moment goes on to the same bits where the
-    learner's own operations give the same bits (on CUDA see `torch.use_deterministic_algorithms`), and can go on
-    with another number of processes or on another device, to the same result up to rounding. Of three and more
-    processes only the same up to rounding is promised: DistributedDataParallel regroups gradients after the first step,
-    and a sum of more than two numbers depends on their order.
+    Writes ``checkpoint.pt``, ``log.csv`` and ``log.jsonl``. A run that was killed at any moment goes on to the same
+    bits where the learner's own operations give the same bits (on CUDA see `torch.use_deterministic_algorithms`), and
+    can go on with another number of processes or on another device (with ``amp`` told), to the same result up to
+    rounding. Of three and more processes only the same up to rounding is promised: DistributedDataParallel regroups
+    gradients after the first step, and a sum of more than two numbers depends on their order.
 
     Args:
         learner: What is trained; it is moved to ``device``. What ``state_dict`` gives is in the checkpoints.
@@ -74,10 +88,16 @@ class Trainer:
         device: Where to compute.
         name: Title of the progress bar.
         fingerprint: Plain values that say what is learned (such as the model's configuration), under other keys
-            than "settings" and "data"; a run goes on only with the same.
+            than "settings", "data" and "extended_from"; a run goes on only with the same.
         image_size: (width, height) that all images are padded to. None: each process's batch to the next multiple
             of 32 of its largest image, which makes padding depend on the number of processes.
         quiet: Show no progress bar.
+        validation: Measures the learner from time to time, which changes nothing that is learned, and keeps the best;
+            of equals, the last.
+        extend: Go on with a run that was made for fewer steps. The learning rate follows the schedule of the new
+            number of steps from the step that the run stands at: where it had fallen it rises again, without a
+            warm-up. That makes another run than one of so many steps from the start, so a run once extended goes on
+            with this argument only.
 
     Attributes:
         step: Steps done.
@@ -101,8 +121,12 @@ class Trainer:
         fingerprint: Mapping[str, object] | None = None,
         image_size: tuple[int, int] | None = None,
         quiet: bool = False,
+        validation: Validation | None = None,
+        extend: bool = False,
     ) -> None:
         dataset.check_targets()
+        if settings.amp == "auto":
+            settings = replace(settings, amp="bfloat16" if device.type == "cuda" else "off")
         self.processes = current_processes(device)
         share, rest = divmod(settings.batch_size, self.processes.count)
         if rest:
@@ -118,6 +142,8 @@ class Trainer:
         self.learner = learner.to(device)
         self.dataset = dataset
         self.image_size = image_size
+        self.validation = validation if settings.validate_every else None
+        self.extend = extend
         self.order = EndlessOrder(len(dataset), settings.seed)
         self.places = range(self.processes.rank * share, (self.processes.rank + 1) * share)
         self.optimizer = make_optimizer(learner, settings)
@@ -156,11 +182,14 @@ class Trainer:
                 done = self.step == self.settings.steps
                 lr = learning_rate(self.settings, self.step - 1)
                 self.log.add(self.step, lr, terms, grad_norm, now - last, last=done)
-                last = now
                 progress.set_postfix({name: f"{value:.4g}" for name, value in terms.items()}, refresh=False)
                 progress.update()
-                if done or self.step % self.settings.checkpoint_every == 0:
+                validates = self.validation and (done or self.step % self.settings.validate_every == 0)
+                if validates:
+                    self._validate()
+                if done or validates or self.step % self.settings.checkpoint_every == 0:
                     self._save()
+                last = perf_counter() if validates else now
         # Running means of batch normalisation: each process has its own of the last step. The checkpoint has these.
         broadcast_tensors(self.processes, self.learner.buffers())
         if self.processes.is_main:
@@ -194,6 +223,18 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return terms, grad_norm
+
+    def _validate(self) -> None:
+        assert self.validation is not None
+        # Running means of batch normalisation: all processes detect with those that the checkpoint has.
+        broadcast_tensors(self.processes, self.learner.buffers())
+        self.learner.eval()
+        measured = self.validation.measure()
+        self.learner.train()
+        value = broadcast_object(self.processes, lambda: measured)
+        best = self.log.add_validation(self.step, self.validation.metric, value)
+        if best and self.processes.is_main:
+            self.validation.keep()
 
     def _check_terms(self, losses: Mapping[str, Tensor]) -> None:
         if not isinstance(losses, dict) or not losses:
@@ -239,7 +280,7 @@ class Trainer:
         )
 
     def _make_fingerprint(self, given: Mapping[str, object]) -> dict[str, Any]:
-        for name in ("settings", "data"):
+        for name in ("settings", "data", "extended_from"):
             if name in given:
                 raise ValueError(f"fingerprint must not have the key {name!r}, which the trainer makes")
         dataset = self.dataset
@@ -266,8 +307,7 @@ class Trainer:
                     "fingerprint": self._fingerprint,
                     "step": self.step,
                     "learner": self.learner.state_dict(),
-                    # Two thirds of the file, and nobody goes on from the end.
-                    "optimizer": None if self.step == self.settings.steps else self.optimizer.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
                     "log": self.log.state_dict(),
                 },
@@ -288,9 +328,17 @@ class Trainer:
         state = broadcast_object(self.processes, self._read)
         if state is None:
             return
-        other = differences(state["fingerprint"], self._fingerprint)
+        there = self._extended(state) if self.extend else state["fingerprint"]
+        other = differences(there, self._fingerprint)
         if other:
-            raise UserError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
+            only = not self.extend and len(other) == 1 and other[0].startswith(("settings.steps ", "extended_from "))
+            instead = " or extend it" if only else ""
+            raise UserError(
+                f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder{instead}"
+            )
+        # Earlier versions left the optimizer out of finished runs.
+        if state["optimizer"] is None and state["step"] < self.settings.steps:
+            raise UserError(f"{self._checkpoint} has no state of the optimizer: this run cannot be extended")
         try:
             self.learner.load_state_dict(state["learner"])
             if state["optimizer"] is not None:
@@ -303,7 +351,19 @@ class Trainer:
         if self.log.rows:
             self._terms = tuple(name for name in self.log.rows[-1] if name not in RESERVED)
 
+    def _extended(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's fingerprint as it is once the run is extended to the steps of this one; notes it here, too."""
+        there: dict[str, Any] = dict(state["fingerprint"])
+        before, steps = there["settings"]["steps"], self.settings.steps
+        if before < steps:
+            there["settings"] = {**there["settings"], "steps": steps}
+            there["extended_from"] = [*there.get("extended_from", ()), state["step"]]
+        if "extended_from" in there:
+            self._fingerprint["extended_from"] = there["extended_from"]
+        return there
+
     def _read(self) -> dict[str, Any] | None:
         remove_leftovers(self._checkpoint)
         remove_leftovers(self.out / "log.csv")
+        remove_leftovers(self.out / "log.jsonl")
         return load_checkpoint(self._checkpoint) if self._checkpoint.exists() else None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill import Distiller
-from rakd.integrations import keep_in_optimizer, require
+from rakd.extras import require
+from rakd.integrations import keep_in_optimizer
 
 
 class Net(nn.Module):
@@ -91,5 +92,5 @@ def test_another_import_error_is_not_covered_up(tmp_path: Any, monkeypatch: pyte
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         require("half_there", "timm")
-    with pytest.raises(ImportError, match=r"rakd.integrations.timm needs not_there, .* pip install 'rakd\[timm\]'"):
+    with pytest.raises(ImportError, match=r"not_there is not installed; run: pip install 'rakd\[timm\]'"):
         require("not_there", "timm")

@@ -232,16 +232,16 @@ def test_compare(finished, capsys):
     assert captured.err == ""
     head, *rows, note = captured.out.splitlines()
     assert head.split() == ["study/none", "study/rakd", "alone"]
-    table = {row[:21].strip(): [cell for cell in re.split(r"  +", row[21:].strip()) if cell] for row in rows}
+    table = {row[:27].strip(): [c for c in re.split(r"  +", row[27:].strip()) if c] for row in rows}
     assert table == {
         "seeds": ["0, 1", "0, 1", "5"],
-        "AP 3D Car, official": ["4.00 (of 1)", "11.50 ± 2.12", "30.00"],
-        "AP 3D Cyclist, offici": table["AP 3D Cyclist, offici"],
-        "depth error all, %": ["12.50 ± 0.00", "12.50 ± 0.00", "12.50"],
-        "found all, %": ["50.00 ± 0.00", "50.00 ± 0.00", "50.00"],
+        "AP 3D Car, IoU 0.7/0.5": ["4.00 (of 1)", "11.50 ± 2.12", "30.00"],
+        "AP 3D Cyclist, IoU 0.7/0.5": table["AP 3D Cyclist, IoU 0.7/0.5"],
+        "AbsRel all, %": ["12.50 ± 0.00", "12.50 ± 0.00", "12.50"],
+        "recall all, %": ["50.00 ± 0.00", "50.00 ± 0.00", "50.00"],
         "training, minutes": ["1.00 (of 1)", "3.00 ± 1.41", "–"],
     }
-    assert table["AP 3D Cyclist, offici"][-3:] == ["–"] * 3
+    assert table["AP 3D Cyclist, IoU 0.7/0.5"][-3:] == ["–"] * 3
     assert "R40, percent, moderate" in note
     assert main(["compare", str(finished / "study" / "rakd-seed1")]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["rakd"]

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,11 @@ def test_train(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {path.name for path in run.iterdir()} == {
         "checkpoint.pt",
         "log.csv",
+        "log.jsonl",
         "detector.pt",
         "detections",
         "result.json",
+        "config.json",
     }
     assert load_detector(run / "detector.pt").config == DETECTORS["tiny"]
     frames = [frame.id for frame in find_frames(scenes, "val")]
@@ -77,8 +80,8 @@ def test_no_process_leaves_the_training_before_the_evaluation(
     monkeypatch.setattr(rakd.distributed, "start_processes", start)
     monkeypatch.setattr(rakd.distributed, "barrier", lambda _: there.append({path.name for path in tmp_path.iterdir()}))
     assert main(train(scenes, tmp_path)) == 0
-    written = {"checkpoint.pt", "log.csv"}
-    assert there == [written if rank else written | {"detector.pt", "detections", "result.json"}]
+    written = {"checkpoint.pt", "log.csv", "log.jsonl"}
+    assert there == [written if rank else written | {"detector.pt", "detections", "result.json", "config.json"}]
 
 
 def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +222,16 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
         "--expert-steps": ["7"],
         "--batch-size": ["6"],
         "--steps": ["5"],
-        "--weight": ["0.5"],
+        "--weight": ["0.5", "--weight", "rakd=2", "--weight=pkd=3"],
+        "--learning-rate": ["0.25"],
+        "--amp": ["float16"],
+        "--workers": ["1"],
+        "--validate-every": ["4"],
+        "--photometric": ["0.75"],
+        "--jobs": ["3"],
+        "--init": [str(tmp_path / "other")],
+        "--extend": [],
+        "--feature-cache": ["0.5"],
         "--regions": ["objects"],
         "--device": ["cpu"],
     }
@@ -227,12 +239,58 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
     settings, data, out, others = asked.asked
     base = STUDIES["tiny"]
     assert (data, out) == (Path("d"), tmp_path)
-    assert others == {"expert": expert, "splits": ("a", "b")}
+    assert others == {
+        "expert": expert,
+        "splits": ("a", "b"),
+        "jobs": 3,
+        "init": tmp_path / "other",
+        "extend": True,
+        "cache_bytes": 2**29,
+    }
     assert (settings.methods, settings.seeds, settings.regions) == (("rakd", "none"), (3, 1), "objects")
     assert (settings.expert_training.steps, settings.training.steps) == (7, 5)
     assert (settings.expert_training.batch_size, settings.training.batch_size) == (6, 6)
-    assert settings.weights == dict.fromkeys(base.weights, 0.5)
-    assert settings.training.learning_rate == base.training.learning_rate
+    assert settings.weights == {**dict.fromkeys(base.weights, 0.5), "rakd": 2.0, "pkd": 3.0}
+    assert settings.photometric == 0.75
+    for training in (settings.expert_training, settings.training):
+        assert (training.learning_rate, training.amp) == (0.25, "float16")
+        assert (training.workers, training.validate_every) == (1, 4)
+    assert settings.training.optimizer == base.training.optimizer
+    # The same again from the file of options, with one of them overridden; of weights the last counts.
+    words = ["--config", str(tmp_path / "config.json"), "--steps", "9", "--weight", "rakd=4"]
+    assert main(["distill", *words]) == 0
+    again, *rest = asked.asked
+    assert rest == [Path("d").resolve(), out, others]
+    assert again == replace(
+        settings, training=replace(settings.training, steps=9), weights={**settings.weights, "rakd": 4.0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weight", "rakd=x"], "--weight: expected a number or METHOD=number, got 'rakd=x'"),
+        (["--weight", "rkd=1"], "--weight: expected one of pkd, semckd, "),
+        (["--weight", "rakd=-1"], "weights must be positive, got -1.0 for rakd"),
+        (["--weight", "nan"], "weights must be positive, got nan for"),
+        (["--steps", "0"], "steps must be 1 or more, got 0"),
+        (["--photometric", "2"], "photometric must lie in 0..1, got 2"),
+        (["--feature-cache", "-1"], "--feature-cache: expected 0 or a number of GiB, got -1.0"),
+        (
+            ["--feature-cache", "1", "--photometric", "0.5"],
+            "feature_cache: expected images that mirroring alone varies",
+        ),
+        (["--jobs", "0"], "jobs must be 1 or more, got 0"),
+        (["--init", "nowhere.pt"], "nowhere.pt is not there: expected a detector to start from (init)"),
+    ],
+)
+def test_wrong_options_of_distill_are_told_before_anything_is_done(
+    words: list[str], message: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["distill", "--data", str(scenes), "--out", str(out), "--device", "cpu", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_distill_looks_for_the_expert_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,4 +43,4 @@ def test_two_processes_make_one_study(scenes: Path, tmp_path: Path, small_config
     assert second["weights"] == first["weights"]
     for name in ("expert", "none-seed0", "rakd-seed0"):
         inside = {path.name for path in (tmp_path / "study" / name).iterdir()}
-        assert inside == {"checkpoint.pt", "log.csv", "detector.pt", "detections", "result.json"}
+        assert inside == {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json"}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES
-from rakd.study.measures import MEAN, PRIMARY, Measure, Summary, half_width, summarise, values_by_seed
+from rakd.study.metrics import MEAN, PRIMARY, Metric, Summary, half_width, summarise, values_by_seed
 from rakd.study.pictures import COLORS, draw_bars, draw_training, running_mean
 from rakd.study.report import format_tables, write_report
 from rakd.study.results import (
@@ -29,14 +29,14 @@ from rakd.study.results import (
 from rakd.study.settings import STUDIES
 from rakd.study.tables import format_csv, format_lines, format_markdown, make_tables
 
-LOOSE = Measure("3d", MEAN, MEAN, "loose")
+LOOSE = Metric("3d", MEAN, MEAN, "loose")
 
 
-def run(method, seed, ap, *, error=0.1, found=0.5, **more):
+def run(method, seed, ap, *, abs_rel=0.1, recall=0.5, **more):
     """A run with one AP throughout; ``ap`` may also be a dict by class of three levels."""
     by_class = ap if isinstance(ap, dict) else dict.fromkeys(CLASSES, (ap,) * 3)
     precisions = {overlaps: dict.fromkeys(("3d", "bev"), by_class) for overlaps in ("official", "loose")}
-    depth = {name: DepthFigures(error, found, 8) for name in (*CLASSES, "all")}
+    depth = {name: DepthFigures(abs_rel, recall, 8) for name in (*CLASSES, "all")}
     return RunResult(method, seed, precisions, depth, **more)
 
 
@@ -47,9 +47,9 @@ def study_of(*runs, **more):
 @pytest.fixture
 def study():
     return study_of(
-        run("expert", 0, 30.0, error=0.04, found=0.9),
+        run("expert", 0, 30.0, abs_rel=0.04, recall=0.9),
         *(run("none", seed, value) for seed, value in enumerate((10.0, 11.0, 12.0))),
-        *(run("rakd", seed, value, error=0.08) for seed, value in enumerate((12.0, 14.0, 13.0))),
+        *(run("rakd", seed, value, abs_rel=0.08) for seed, value in enumerate((12.0, 14.0, 13.0))),
         run("pkd", 0, 10.5, seconds=90.0, losses={"task": 1.5, "distill": math.nan}),
         models=(
             ModelFigures("expert", "resnet50", 44_123_456, 410.25, 38.21, 40.0),
@@ -89,7 +89,7 @@ def test_a_study_survives_json(study, tmp_path):
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=3, max_size=3), st.none() | st.floats(0, 1e6))
 def test_json_keeps_every_finite_figure_and_stays_json(values, seconds):
-    study = study_of(run("none", 0, {"Car": tuple(values)}, error=values[0], seconds=seconds))
+    study = study_of(run("none", 0, {"Car": tuple(values)}, abs_rel=values[0], seconds=seconds))
 
     def refuse(text):
         raise AssertionError(f"{text} is not JSON")
@@ -121,6 +121,12 @@ def test_a_file_that_holds_no_study_is_an_error_that_names_it(study, tmp_path, c
         read_study(tmp_path / "study.json")
 
 
+def test_files_of_earlier_versions_are_read(study):
+    text = study.to_json().replace('"abs_rel"', '"error"').replace('"recall"', '"found"')
+    assert StudyResult.from_json(text).runs[0].depth == study.runs[0].depth
+    assert text != study.to_json()
+
+
 def test_text_that_is_not_json_is_an_error(tmp_path):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ValueError, match=r"study\.json: "):
@@ -150,13 +156,13 @@ def test_averages_leave_out_what_the_data_lacks_but_not_what_a_run_lacks():
     part = whole | {"Pedestrian": (1.0, nan, nan)}
     study = study_of(run("none", 0, whole), run("none", 1, part))
     assert values_by_seed(study, "none", LOOSE) == {0: 4.0}
-    assert values_by_seed(study, "none", Measure("3d", MEAN, "easy", "loose")) == {0: 5.0, 1: 5.0}
+    assert values_by_seed(study, "none", Metric("3d", MEAN, "easy", "loose")) == {0: 5.0, 1: 5.0}
 
 
 def test_spread_is_the_sample_standard_deviation():
     summary = summarise([1.0, 2.0, 4.0])
-    assert (summary.mean, summary.spread, summary.count) == pytest.approx((7 / 3, np.std([1, 2, 4], ddof=1), 3))
-    assert math.isnan(summarise([5.0]).spread)
+    assert (summary.mean, summary.std, summary.count) == pytest.approx((7 / 3, np.std([1, 2, 4], ddof=1), 3))
+    assert math.isnan(summarise([5.0]).std)
     assert math.isnan(summarise([]).mean)
 
 
@@ -186,11 +192,11 @@ def test_best_and_second_are_marked_and_the_expert_is_not(study):
 
 
 def test_less_is_better_for_errors_and_equal_columns_have_no_marks(study):
-    errors = column(study, "table3_depth", "All error")
+    errors = column(study, "table3_depth", "All AbsRel")
     assert errors["rakd"] == ("8.00 ± 0.00", "best")
     assert errors["none"] == ("10.00 ± 0.00", "second")
     assert errors["pkd"] == ("10.00", "second")
-    assert {mark for _, mark in column(study, "table3_depth", "Car found").values()} == {""}
+    assert {mark for _, mark in column(study, "table3_depth", "Car recall").values()} == {""}
 
 
 def test_figures_that_look_equal_share_their_mark():
@@ -248,7 +254,7 @@ def test_csv_is_long_form(study):
         "level",
         "overlap",
         "mean",
-        "spread",
+        "std",
         "seeds",
         "low",
         "high",
@@ -256,7 +262,7 @@ def test_csv_is_long_form(study):
     (row,) = (r for r in rows if (r["table"], r["method"], r["class"]) == ("table3_loose", "rakd", "mean"))
     assert list(row.values())[3:] == ["3d", "mean", "loose", "13", "1", "3", "", ""]
     (cost,) = (r for r in rows if (r["table"], r["method"], r["metric"]) == ("table2", "none", "latency_ms"))
-    assert (cost["mean"], cost["spread"], cost["seeds"]) == ("17", "", "")
+    assert (cost["mean"], cost["std"], cost["seeds"]) == ("17", "", "")
     assert {r["mean"] for r in rows if r["method"] == "semckd"} == {""}
 
 
@@ -282,7 +288,7 @@ def test_differences_pair_runs_of_one_seed():
         for r in csv.DictReader(format_csv(make_tables(study)).splitlines())
         if r["overlap"] == "loose" and r["table"] == "difference"
     }
-    assert [float(rows["rakd"][name]) for name in ("mean", "spread", "low", "high")] == pytest.approx(
+    assert [float(rows["rakd"][name]) for name in ("mean", "std", "low", "high")] == pytest.approx(
         [1.5, 0.5, 1.5 - 1.24207, 1.5 + 1.24207], rel=1e-5
     )
     assert [rows["hfa"][name] for name in ("mean", "low", "high", "seeds")] == ["2", "", "", "1"]
@@ -299,7 +305,7 @@ def test_no_pair_no_table():
 )
 def test_interval_is_students(seeds, t):
     # Two-sided 95 % points of Student's t, from its printed table.
-    summary = Summary(mean=5.0, spread=2.0, count=seeds)
+    summary = Summary(mean=5.0, std=2.0, count=seeds)
     assert half_width(summary) == pytest.approx(t * 2.0 / math.sqrt(seeds), rel=2e-5)  # printed to four digits
     assert math.isnan(half_width(summarise([1.0])))
 
@@ -413,7 +419,11 @@ def test_provenance_of_an_expert_from_a_file_and_of_other_weights():
 def test_notes_warn_of_what_figures_do_not_say(study, tmp_path):
     write_report(study, tmp_path)
     for text in (format_tables(study), (tmp_path / "tables.md").read_text()):
-        for words in ("they ignore the spread", "false positives cost nothing", "compare them beside the share found"):
+        for words in (
+            "they ignore the standard deviation",
+            "false positives cost nothing",
+            "Compare it beside the recall",
+        ):
             assert words in text
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import warnings
 from collections.abc import Sequence
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rakd.checkpoints import load_checkpoint
 from rakd.data.frames import find_frames
 from rakd.data.kitti import Batch, KittiDataset, Sample
 from rakd.training.log import Row
+from rakd.training.optimizing import learning_rate
 from rakd.training.trainer import Trainer
 
 
@@ -114,11 +117,92 @@ def test_an_interrupted_run_resumes_to_the_same_bits(scenes: Path, tmp_path: Pat
     assert [row["step"] for row in rows] == [4, 8, 10]
 
 
-def test_a_finished_run_keeps_no_state_of_the_optimizer(scenes: Path, tmp_path: Path) -> None:
-    rows = make_trainer(scenes, tmp_path, optimizer="adamw", checkpoint_every=4, steps=6).run()
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["optimizer"] is None
-    done = make_trainer(scenes, tmp_path, Interrupted(0), optimizer="adamw", steps=6)
-    assert done.run() == rows
+def test_a_finished_run_can_be_extended(scenes: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"optimizer": "adamw", "schedule": "cosine", "log_every": 1}
+    first = make_trainer(scenes, tmp_path, steps=4, **options).run()
+    with pytest.raises(ValueError, match=r"settings\.steps is 4 there and 8 here; choose another folder or extend it"):
+        make_trainer(scenes, tmp_path, steps=8, **options)
+    shutil.copytree(tmp_path, tmp_path / "again")
+    whole = make_trainer(scenes, tmp_path, steps=8, extend=True, **options)
+    assert whole.step == 4
+    rows = whole.run()
+    assert rows[:4] == first
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+    # The rates are those of the longer schedule: higher than the last of the shorter one.
+    assert [row["lr"] for row in rows[4:]] == [learning_rate(whole.settings, step) for step in range(4, 8)]
+    assert rows[4]["lr"] > 3 * rows[3]["lr"]
+    assert all(isfinite(value) for row in rows for value in row.values())
+    # The optimizer goes on, too: its steps have been counted on.
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert {float(entry["step"]) for entry in state["optimizer"]["state"].values()} == {8.0}
+    assert state["fingerprint"]["extended_from"] == [4]
+    # An extension goes on from an interruption as other runs do, to the same bits.
+    out = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(scenes, out, Interrupted(3), steps=8, extend=True, **options).run()
+    with pytest.raises(ValueError, match=r"extended_from is \[4\] there and absent here; choose another folder or ext"):
+        make_trainer(scenes, out, steps=8, **options)
+    again = make_trainer(scenes, out, steps=8, extend=True, **options)
+    assert again.step == 6
+    again.run()
+    assert_same_bits(weights(again), weights(whole))
+    with pytest.raises(ValueError, match=r"steps is 8 there and 6 here; choose another folder$"):
+        make_trainer(scenes, out, steps=6, extend=True, **options)
+
+
+class Scripted:
+    """A validation that measures what it is told, and notes the step that it keeps."""
+
+    metric = "figure"
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+        self.trainer: Trainer | None = None
+        self.kept: list[int] = []
+        self.training: set[bool] = set()
+
+    def measure(self) -> float:
+        assert self.trainer is not None
+        self.training.add(self.trainer.learner.training)
+        torch.rand(3)
+        return self.values.pop(0)
+
+    def keep(self) -> None:
+        assert self.trainer is not None
+        self.kept.append(self.trainer.step)
+
+
+def validated(scenes: Path, out: Path, validation: Scripted, learner: nn.Module | None = None) -> Trainer:
+    trainer = make_trainer(scenes, out, learner, validation=validation, validate_every=3)
+    validation.trainer = trainer
+    return trainer
+
+
+def test_validation_keeps_the_best_and_changes_nothing(scenes: Path, tmp_path: Path) -> None:
+    plain = make_trainer(scenes, tmp_path / "plain")
+    plain.run()
+    validation = Scripted(1.0, 3.0, 2.0, 3.0)
+    trainer = validated(scenes, tmp_path / "run", validation)
+    trainer.run()
+    assert validation.kept == [3, 6, 10]  # of equals the last
+    assert validation.training == {False} and trainer.learner.training
+    assert_same_bits(weights(trainer), weights(plain))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6, 8, 9, 10, 10]
+    figures = [(line["step"], line["figure"]) for line in lines if "figure" in line]
+    assert figures == [(3, 1.0), (6, 3.0), (9, 2.0), (10, 3.0)]
+    assert [line for line in lines if "figure" not in line] == trainer.log.rows
+    # An interrupted run knows the best so far, and a run may be validated or not.
+    with pytest.raises(KeyboardInterrupt):
+        validated(scenes, tmp_path / "again", Scripted(5.0, 4.0), Interrupted(7)).run()
+    again = Scripted(4.5, 6.0)
+    validated(scenes, tmp_path / "again", again).run()
+    assert again.kept == [10]
+    assert make_trainer(scenes, tmp_path / "again").step == 10
+
+
+def test_automatic_precision_is_full_on_a_cpu(scenes: Path, tmp_path: Path) -> None:
+    assert make_trainer(scenes, tmp_path, amp="auto").settings.amp == "off"
 
 
 def test_float16_resumes_to_the_same_bits(scenes: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_all_processes_refuse_wrong_settings(outcome: Outcome) -> None:
 
 
 def test_only_the_first_process_writes(outcome: Outcome) -> None:
-    assert sorted(file.name for file in (outcome.out / "two").iterdir()) == ["checkpoint.pt", "log.csv"]
+    assert sorted(file.name for file in (outcome.out / "two").iterdir()) == ["checkpoint.pt", "log.csv", "log.jsonl"]
     assert [line.split(",")[0] for line in (outcome.out / "two" / "log.csv").read_text().splitlines()[1:]] == [
         "2", "4", "6", "8", "10",
     ]  # fmt: skip

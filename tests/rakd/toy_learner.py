@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rakd.data.augment import Augmentation
 from rakd.data.kitti import Batch, KittiDataset
 from rakd.training.settings import TrainSettings
-from rakd.training.trainer import Trainer
+from rakd.training.trainer import Trainer, Validation
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,14 @@ def settings(**options: Any) -> TrainSettings:
 
 
 def make_trainer(
-    scenes: Path | str, out: Path | str, learner: nn.Module | None = None, device: torch.device = CPU, **options: Any
+    scenes: Path | str,
+    out: Path | str,
+    learner: nn.Module | None = None,
+    device: torch.device = CPU,
+    *,
+    validation: Validation | None = None,
+    extend: bool = False,
+    **options: Any,
 ) -> Trainer:
     """A trainer on the 8 training frames, with augmentation."""
     dataset = KittiDataset(scenes, "train", height=64, augmentation=Augmentation())
@@ -67,6 +74,8 @@ def make_trainer(
         fingerprint={"model": {"name": "toy"}},
         image_size=(224, 64),
         quiet=True,
+        validation=validation,
+        extend=extend,
     )
 
 

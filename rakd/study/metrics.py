@@ -1,4 +1,4 @@
-"""Single figures of a study: what to look at, its value in each run, mean and spread over seeds."""
+"""Single figures of a study: their values in each run, mean and standard deviation over seeds."""
 
 import math
 import statistics
@@ -20,23 +20,25 @@ METHOD_NAMES = {
 }
 CLASS_NAMES = {"Car": "Car", "Pedestrian": "Ped.", "Cyclist": "Cyc.", MEAN: "Average", ALL: "All"}
 LEVEL_NAMES = {"easy": "easy", "moderate": "mod.", "hard": "hard", MEAN: ""}
-_METRIC_NAMES = {"3d": "AP 3D", "bev": "AP BEV", "depth_error": "Depth error", "found": "Found"}
+_METRIC_NAMES = {"3d": "AP 3D", "bev": "AP BEV", "abs_rel": "AbsRel", "recall": "Recall"}
+IOU_NAMES = {"official": "IoU 0.7/0.5", "loose": "IoU 0.5/0.25"}
+"""Overlap from which on a detection counts, of cars and of the other classes."""
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """A figure that every run has.
 
     Attributes:
-        metric: "3d" or "bev" (average precision, percent), "depth_error" (relative, percent), "found" (share
-            of the objects, percent), "minutes" (of training) or "loss" (at the end of training).
-        name: Class, `MEAN` for the average over classes, or "all" objects (depth error and share found); of a
+        kind: "3d" or "bev" (average precision, percent), "abs_rel" (absolute relative error of depth, percent),
+            "recall" (at 2D IoU 0.5, percent), "minutes" (of training) or "loss" (at the end of training).
+        name: Class, `MEAN` for the average over classes, or "all" objects (AbsRel and recall); of a
             loss, its own name.
         level: Of average precision: "easy", "moderate", "hard", or `MEAN`.
-        overlaps: Of average precision: "official" or "loose".
+        overlaps: Of average precision: "official" or "loose", see `IOU_NAMES`.
     """
 
-    metric: str
+    kind: str
     name: str = ""
     level: str = ""
     overlaps: str = ""
@@ -44,46 +46,46 @@ class Measure:
     @property
     def lower_is_better(self) -> bool:
         """True of errors."""
-        return self.metric == "depth_error"
+        return self.kind == "abs_rel"
 
     @property
     def title(self) -> str:
-        """The measure in words."""
+        """The metric in words."""
         whose = {MEAN: "average", ALL: "all classes"}.get(self.name, self.name)
         level = "" if self.level in ("", MEAN) else f", {self.level}"
-        overlaps = f" at {self.overlaps} overlaps" if self.overlaps else ""
-        return f"{_METRIC_NAMES[self.metric]}, {whose}{level}{overlaps} (%)"
+        overlaps = f" at {IOU_NAMES[self.overlaps]}" if self.overlaps else ""
+        return f"{_METRIC_NAMES[self.kind]}, {whose}{level}{overlaps} (%)"
 
 
 PRIMARY = (
-    Measure("3d", "Car", "moderate", "official"),
-    Measure("3d", MEAN, MEAN, "official"),
-    Measure("3d", MEAN, MEAN, "loose"),
-    Measure("depth_error", ALL),
-    Measure("found", ALL),
+    Metric("3d", "Car", "moderate", "official"),
+    Metric("3d", MEAN, MEAN, "official"),
+    Metric("3d", MEAN, MEAN, "loose"),
+    Metric("abs_rel", ALL),
+    Metric("recall", ALL),
 )
 """The primary metrics, in which methods are compared seed by seed; KITTI ranks by the first."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and spread over seeds.
+    """Mean and standard deviation over seeds.
 
     Attributes:
         mean: NaN if there are no values.
-        spread: Sample standard deviation; NaN for fewer than two values.
+        std: Sample standard deviation; NaN for fewer than two values.
         count: Number of values.
     """
 
     mean: float
-    spread: float
+    std: float
     count: int
 
 
-def values_by_seed(study: StudyResult, method: str, measure: Measure) -> dict[int, float]:
-    """The measure in each run of a method that has it, by seed in ascending order."""
+def values_by_seed(study: StudyResult, method: str, metric: Metric) -> dict[int, float]:
+    """The metric in each run of a method that has it, by seed in ascending order."""
     runs = sorted((run for run in study.runs if run.method == method), key=lambda run: run.seed)
-    values = {run.seed: _value(study, run, measure) for run in runs}
+    values = {run.seed: _value(study, run, metric) for run in runs}
     return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
@@ -92,14 +94,14 @@ def summarise(values: Iterable[float]) -> Summary:
     values = list(values)
     return Summary(
         mean=statistics.fmean(values) if values else math.nan,
-        spread=statistics.stdev(values) if len(values) > 1 else math.nan,
+        std=statistics.stdev(values) if len(values) > 1 else math.nan,
         count=len(values),
     )
 
 
-def paired_differences(study: StudyResult, method: str, baseline: str, measure: Measure) -> list[float]:
-    """The measure of a method minus that of a baseline, for each seed that both have, by seed in ascending order."""
-    ones, others = (values_by_seed(study, name, measure) for name in (method, baseline))
+def paired_differences(study: StudyResult, method: str, baseline: str, metric: Metric) -> list[float]:
+    """The metric of a method minus that of a baseline, for each seed that both have, by seed in ascending order."""
+    ones, others = (values_by_seed(study, name, metric) for name in (method, baseline))
     return [ones[seed] - others[seed] for seed in ones if seed in others]
 
 
@@ -107,7 +109,7 @@ def half_width(summary: Summary) -> float:
     """Half the width of Student's 95 % confidence interval of a mean; NaN for fewer than two values."""
     if summary.count < 2:
         return math.nan
-    return _t_quantile(summary.count - 1) * summary.spread / math.sqrt(summary.count)
+    return _t_quantile(summary.count - 1) * summary.std / math.sqrt(summary.count)
 
 
 def _t_quantile(degrees: int) -> float:
@@ -132,25 +134,25 @@ def _t_within(t: float, degrees: int) -> float:
     return math.sin(angle) * total
 
 
-def _value(study: StudyResult, run: RunResult, measure: Measure) -> float:
-    if measure.metric in ("depth_error", "found"):
-        figures = run.depth.get(measure.name)
+def _value(study: StudyResult, run: RunResult, metric: Metric) -> float:
+    if metric.kind in ("abs_rel", "recall"):
+        figures = run.depth.get(metric.name)
         if figures is None:
             return math.nan
-        return 100 * (figures.error if measure.metric == "depth_error" else figures.found)
-    if measure.metric == "minutes":
+        return 100 * (figures.abs_rel if metric.kind == "abs_rel" else figures.recall)
+    if metric.kind == "minutes":
         return math.nan if run.seconds is None else run.seconds / 60
-    if measure.metric == "loss":
-        return run.losses.get(measure.name, math.nan)
-    names = CLASSES if measure.name == MEAN else (measure.name,)
-    levels = range(len(LEVELS)) if measure.level == MEAN else (LEVELS.index(measure.level),)
+    if metric.kind == "loss":
+        return run.losses.get(metric.name, math.nan)
+    names = CLASSES if metric.name == MEAN else (metric.name,)
+    levels = range(len(LEVELS)) if metric.level == MEAN else (LEVELS.index(metric.level),)
     cells = [(name, level) for name in names for level in levels]
     if len(cells) > 1:
         # What no run has is not in the data; what only this run lacks leaves it without an average.
-        cells = [cell for cell in cells if any(math.isfinite(_precision(run, measure, *cell)) for run in study.runs)]
-    return statistics.fmean(_precision(run, measure, *cell) for cell in cells) if cells else math.nan
+        cells = [cell for cell in cells if any(math.isfinite(_precision(run, metric, *cell)) for run in study.runs)]
+    return statistics.fmean(_precision(run, metric, *cell) for cell in cells) if cells else math.nan
 
 
-def _precision(run: RunResult, measure: Measure, name: str, level: int) -> float:
-    values: Sequence[float] = run.precisions.get(measure.overlaps, {}).get(measure.metric, {}).get(name, ())
+def _precision(run: RunResult, metric: Metric, name: str, level: int) -> float:
+    values: Sequence[float] = run.precisions.get(metric.overlaps, {}).get(metric.kind, {}).get(name, ())
     return values[level] if values else math.nan

@@ -1,0 +1,77 @@
+"""Independent runs side by side, each in a process of its own with its share of the cores."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
+from threading import Thread
+from typing import Any
+
+import torch
+
+from rakd.errors import UserError
+
+
+def run_side_by_side(
+    work: Callable[..., object], tasks: Mapping[str, tuple[Any, ...]], jobs: int, say: Callable[[str], object]
+) -> None:
+    """Call a function with each task's arguments, several at a time, each in a process of its own.
+
+    The processes are spawned, so function and arguments must be picklable. Each gets this process's threads divided by
+    ``jobs``, one at least. A task that fails does not stop the others; interrupting or killing this process does.
+
+    Args:
+        work: Called as ``work(slot, *arguments)``; slots are numbers below ``jobs``, which no two tasks have at a time.
+        tasks: Arguments by the task's name.
+        jobs: How many at a time.
+        say: Told about each task's beginning and end.
+
+    Raises:
+        UserError: Tasks failed; names them. Their errors are on stderr.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // jobs)
+    waiting, failed = list(tasks), {}
+    running: dict[int, tuple[str, multiprocessing.context.SpawnProcess]] = {}  # by slot
+    try:
+        while waiting or running:
+            for slot in [slot for slot in range(jobs) if slot not in running][: len(waiting)]:
+                name = waiting.pop(0)
+                process = context.Process(target=_run, args=(work, name, (slot, *tasks[name]), threads), name=name)
+                process.start()
+                running[slot] = name, process
+                say(f"{name}: begins ({len(waiting)} more wait)")
+            wait([process.sentinel for _, process in running.values()])
+            for slot, (name, process) in list(running.items()):
+                if not process.is_alive():
+                    del running[slot]
+                    if process.exitcode:
+                        failed[name] = process.exitcode
+                    say(f"{name}: {f'failed (exit code {process.exitcode})' if process.exitcode else 'done'}")
+    finally:
+        for _, process in running.values():
+            process.terminate()
+    if failed:
+        names = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
+        raise UserError(f"{len(failed)} of {len(tasks)} runs failed: {names}; the others are finished")
+
+
+def _run(work: Callable[..., object], name: str, arguments: tuple[Any, ...], threads: int) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        work(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        print(f"rakd: error: {name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _end_with_parent() -> None:
+    # Else a run would go on unseen, and a repeated command would write to the same folder.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,57 @@
+"""Validation in the course of a training: a detector's figure on the frames it is evaluated on, and its best state."""
+
+from math import isnan
+from pathlib import Path
+
+from rakd.data.kitti import KittiDataset
+from rakd.detector.base import BaseDetector
+from rakd.detector.files import save_detector
+from rakd.detector.inference import write_detections
+from rakd.distributed import Processes
+from rakd.errors import UserError
+from rakd.evaluation.kitti import LEVELS, evaluate
+from rakd.study.results import precisions_of
+
+
+class CarValidation:
+    """Measures average precision of cars in 3D (R40, moderate, IoU 0.7); keeps the best detector. For the trainer.
+
+    Args:
+        detector: What is trained.
+        dataset: Frames to measure on.
+        out: The run's folder. Gets ``best.pt``, and in ``validation`` the last validation's detections.
+        processes: That train together; all of them detect.
+    """
+
+    metric = "car_3d_moderate"
+
+    def __init__(self, detector: BaseDetector, dataset: KittiDataset, out: Path, processes: Processes) -> None:
+        self.detector = detector
+        self.dataset = dataset
+        self.out = out
+        self.processes = processes
+
+    def measure(self) -> float:
+        """Detect and evaluate; the main process has the figure, percent.
+
+        Raises:
+            UserError: No frame has a car of this difficulty.
+        """
+        folder = self.out / "validation"
+        write_detections(
+            self.detector, self.dataset, folder, self.processes.device, processes=self.processes, progress=False
+        )
+        if not self.processes.is_main:
+            return 0.0
+        frame = self.dataset.frames[0]
+        frames = [frame.id for frame in self.dataset.frames]
+        assert frame.label is not None  # of training
+        result = evaluate(frame.label.parent, folder, frames=frames, progress=False)
+        figure = precisions_of(official=result)["official"]["3d"]["Car"][LEVELS.index("moderate")]
+        if isnan(figure):
+            raise UserError("validate_every: the frames to evaluate on hold no Car of moderate difficulty to measure")
+        return figure
+
+    def keep(self) -> None:
+        """Write the detector as the best so far."""
+        save_detector(self.out / "best.pt", self.detector)

@@ -1,0 +1,132 @@
+"""Runs side by side give the results of one after the other; a run that fails or is killed takes nothing along."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jobs_cases
+import pytest
+import torch
+
+from rakd.checkpoints import load_weights
+from rakd.distributed import Processes
+from rakd.evaluation.report import without_nan
+from rakd.study import experiment as module
+from rakd.study.experiment import Experiment
+from rakd.study.jobs import run_side_by_side
+from rakd.study.settings import STUDIES
+
+CPU = Processes(torch.device("cpu"))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_tasks_share_slots_and_threads(two_threads: None, tmp_path: Path) -> None:
+    said: list[str] = []
+    names = ["a", "b", "c", "d"]
+    run_side_by_side(jobs_cases.note, {name: (tmp_path, name) for name in names}, 2, said.append)
+    notes = [[int(word) for word in (tmp_path / f"{name}.begun").read_text().split()] for name in names]
+    assert {slot for slot, _, _ in notes} == {0, 1}
+    assert [threads for _, threads, _ in notes] == [1] * 4
+    assert len({process for _, _, process in notes} | {os.getpid()}) == 5
+    assert all((tmp_path / f"{name}.done").exists() for name in names)
+    begun = [line for line in said if "begins" in line]
+    assert begun[:2] == ["a: begins (3 more wait)", "b: begins (2 more wait)"] and len(begun) == 4
+    assert sorted(line for line in said if "done" in line) == [f"{name}: done" for name in names]
+    # Never are there more than two.
+    there = 0
+    for line in said:
+        there += 1 if "begins" in line else -1
+        assert 0 <= there <= 2
+
+
+def test_a_failed_task_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tasks = {name: (tmp_path, name) for name in ("user", "fine", "program", "killed", "well")}
+    with pytest.raises(ValueError, match="3 of 5 runs failed: ") as caught:
+        run_side_by_side(jobs_cases.fail, tasks, 2, lambda text: None)
+    for part in ("user (exit code 2)", "program (exit code 1)", "killed (exit code -9)", "the others are finished"):
+        assert part in str(caught.value)
+    assert {path.name for path in tmp_path.glob("*.done")} == {"fine.done", "well.done"}
+    errors = capfd.readouterr().err
+    assert "rakd: error: user: the folder is full" in errors
+    assert "RuntimeError: an error of the program" in errors
+
+
+def alive(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
+def test_runs_end_with_the_process_that_started_them(signal: str, tmp_path: Path) -> None:
+    path = [str(Path(jobs_cases.__file__).parent), *sys.path]
+    parent = subprocess.Popen(
+        [sys.executable, jobs_cases.__file__, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    )
+    limit = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < limit and parent.poll() is None
+        time.sleep(0.05)
+    child = int((tmp_path / "pid").read_text())
+    assert alive(child)
+    parent.send_signal({"SIGKILL": 9, "SIGINT": 2}[signal])
+    parent.wait(60)
+    limit = time.monotonic() + 60
+    while alive(child):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out pictures and timing."""
+    monkeypatch.setattr(module, "write_report", lambda *arguments: None)
+    monkeypatch.setattr(Experiment, "_draw_frames", lambda self: None)
+    monkeypatch.setattr(Experiment, "_models", lambda self, expert: ())
+
+
+def test_side_by_side_is_as_one_after_the_other(two_threads: None, bare: None, scenes: Path, tmp_path: Path) -> None:
+    base = STUDIES["tiny"]
+    training = replace(base.training, steps=2, batch_size=2, warm_up=0)
+    settings = replace(base, methods=("none", "rakd"), expert_training=training, training=training)
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    at_once = Experiment(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
+    expert = beside / "expert" / "detector.pt"
+    torch.set_num_threads(1)  # as each of the two has
+    in_turn = Experiment(settings, scenes, alone, CPU, quiet=True, expert=expert).run()
+
+    def figures(runs: Any) -> list[Any]:
+        return [{**without_nan(asdict(run)), "seconds": 0} for run in runs if run.method != "expert"]
+
+    assert figures(at_once.runs) == figures(in_turn.runs)
+    assert [run.method for run in at_once.runs] == ["expert", "none", "rakd"]
+    for name in ("none-seed0", "rakd-seed0"):
+        ours, theirs = (load_weights(out / name / "detector.pt")[0] for out in (beside, alone))
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    # What is missing is made again, and only that.
+    times = {path: path.stat().st_mtime_ns for path in beside.glob("*/detector.pt")}
+    (beside / "rakd-seed0" / "result.json").unlink()
+    again = Experiment(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
+    assert figures(again.runs) == figures(at_once.runs)
+    changed = {path.parent.name for path, time_ in times.items() if path.stat().st_mtime_ns != time_}
+    assert changed == {"rakd-seed0"}
+
+
+def test_jobs_are_checked(scenes: Path, tmp_path: Path) -> None:
+    for count, jobs, message in ((1, 0, "1 or more, got 0"), (2, 2, "1 for processes .*, got 2")):
+        with pytest.raises(ValueError, match=f"jobs must be {message}"):
+            Experiment(STUDIES["tiny"], scenes, tmp_path, replace(CPU, count=count), jobs=jobs)
