@@ -28,8 +28,11 @@ from rakd.detector.monodetr.configs import MonoDETRConfig, TransformerConfig
 from rakd.detector.monodetr.detector import MonoDETR
 from rakd.distill.methods import make_method
 from rakd.distill.registry import METHODS
+from rakd.distributed import Processes
 from rakd.errors import UserError
 from rakd.geometry import Calibration
+from rakd.study.runner import Runner
+from rakd.study.settings import STUDIES
 from rakd.training.model import DistillationModel, make_distillation_model
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
@@ -321,6 +324,17 @@ def test_later_maps_are_distilled(distilled: str, names: list[str], batch: Batch
     # The losses are those of the detector that distils its projections.
     plain = DistillationModel(MonoDETR(replace(config, distilled="projections")).train())(batch, [3, 4])
     assert all(torch.equal(terms[name], plain[name]) for name in LOSSES)
+
+
+def test_zoomed_images_are_not_kept_with_their_features(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="feature_cache: .* monodetr-tiny zooms them"):
+        Runner(STUDIES["monodetr-tiny"], tmp_path, tmp_path, Processes(torch.device("cpu")), cache_bytes=1)
+
+
+def test_named_studies_pair_one_family() -> None:
+    for study in STUDIES.values():
+        assert type(DETECTORS[study.expert]) is type(DETECTORS[study.apprentice])
+    assert STUDIES["monodetr-kitti"].training.clip == 0.1 and STUDIES["monodetr-kitti"].regions == "objects"
 
 
 class Noting(torch.nn.Module):
