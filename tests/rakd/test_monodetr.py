@@ -327,7 +327,7 @@ def test_later_maps_are_distilled(distilled: str, names: list[str], batch: Batch
 
 
 def test_zoomed_images_are_not_kept_with_their_features(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="feature_cache: .* monodetr-tiny zooms them"):
+    with pytest.raises(UserError, match=r"feature_cache: .* monodetr-tiny zooms them"):
         Runner(STUDIES["monodetr-tiny"], tmp_path, tmp_path, Processes(torch.device("cpu")), cache_bytes=1)
 
 
