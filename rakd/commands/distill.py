@@ -32,11 +32,12 @@ class Distill:
 
     study: StudyName = "tiny"
     """Settings to start from. tiny: MobileNetV3 learns from ResNet-18 on images 128 px high. kitti: the paper's,
-    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs."""
+    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs.
+    monodetr-tiny and monodetr-kitti: the same backbones as MonoDETRs, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
-    scenes are rendered into the run's folder (study tiny)."""
+    scenes are rendered into the run's folder (studies tiny and monodetr-tiny)."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""
@@ -95,8 +96,10 @@ class Distill:
     """Keep the expert's features in the run's folder, up to this size, for all apprentices; 0: do not. Only where
     mirroring alone varies the images (--photometric 0)."""
 
-    regions: Regions = "proposals"
-    """Regions in which RAKD and its ablations compare features: proposals on objects, or the labelled boxes."""
+    regions: Regions | None = None
+    """Regions in which RAKD and its ablations compare features: the apprentice's proposals on objects, the labelled
+    boxes (objects), or the boxes of an expert's matched queries. Default: the study's, which is proposals for two
+    stages and objects for MonoDETR."""
 
     jobs: int = 1
     """Apprentices trained at a time, each in a process of its own with its share of the cores (or, in turn, of the
@@ -125,7 +128,7 @@ class Distill:
             base,
             methods=tuple(self.methods),
             seeds=tuple(self.seeds),
-            regions=self.regions,
+            regions=self.regions or base.regions,
             weights=_weights(base.weights, self.weight),
             photometric=base.photometric if self.photometric is None else self.photometric,
             training=replace(base.training, **training),
@@ -133,10 +136,10 @@ class Distill:
         )
         if self.expert is not None and not self.expert.is_file():
             raise UserError(f"--expert: {self.expert} is not there")
-        if self.data is None and self.study != "tiny":
+        if self.data is None and not self.study.endswith("tiny"):
             raise UserError(
                 f"--data: --study {self.study} needs a folder in KITTI's layout or of Waymo's parquet files; scenes "
-                "are rendered for tiny only"
+                "are rendered for tiny and monodetr-tiny only"
             )
         if not (0 <= self.feature_cache < inf):
             raise UserError(f"--feature-cache: expected 0 or a number of GiB, got {self.feature_cache}")

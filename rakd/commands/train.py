@@ -1,7 +1,7 @@
 """``rakd train``: a detector on its own."""
 
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +13,7 @@ from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
 
 if TYPE_CHECKING:
     from rakd.data.kitti import KittiDataset
-    from rakd.detector.detector import Detector
+    from rakd.detector.base import BaseDetector
     from rakd.distributed import Processes
 
 
@@ -96,7 +96,6 @@ class Train:
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
         from rakd.data.kitti import KittiDataset
-        from rakd.detector.detector import Detector
         from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
         from rakd.study.validation import CarValidation
@@ -122,9 +121,10 @@ class Train:
                 augmentation=Augmentation() if self.augment else None,
                 seed=self.seed,
                 cache=self.cache,
+                rules=config.rules,
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
-            detector = Detector(config, seed=self.seed) if self.init is None else start_from(self.init, config)
+            detector = config.build(self.seed) if self.init is None else start_from(self.init, config)
             if processes.is_main:
                 start = detector.loaded if self.init is None else f"starts from {self.init}"
                 print(f"{self.detector}: {start}", flush=True)
@@ -136,7 +136,7 @@ class Train:
                 self.out,
                 processes.device,
                 name=self.detector,
-                fingerprint={"detector": asdict(config), **init},
+                fingerprint={"detector": config.to_plain(), **init},
                 image_size=config.image_size,
                 validation=CarValidation(detector, val, self.out, processes),
                 extend=self.extend,
@@ -149,7 +149,7 @@ class Train:
             # The main process holds the connection: it must not leave earlier.
             barrier(processes)
 
-    def _finish(self, detector: "Detector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
+    def _finish(self, detector: "BaseDetector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
         """Write weights and detections, which all processes make, and print their evaluation."""
         from rakd.commands.waymo_data import format_waymo_tables, is_converted
         from rakd.detector.files import save_detector

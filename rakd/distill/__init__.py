@@ -22,8 +22,9 @@ else:
     MethodName = Literal.__getitem__((*NAMES, "none"))
     """Distillation methods: those of the registry, and none."""
 
-Regions = Literal["proposals", "objects"]
-"""Regions in which features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
+Regions = Literal["proposals", "objects", "expert"]
+"""Regions in which features are compared: the apprentice's proposals (of MonoDETR: its queries' boxes) that lie on
+objects, the labelled boxes, or the boxes of an expert's queries that lie on objects."""
 
 _LAZY = {
     "Distiller": "rakd.distill.distiller",
