@@ -266,6 +266,19 @@ def shared_mean_count(count: Tensor | int, device: torch.device) -> Tensor:
     return torch.where(mean == 0, torch.ones_like(mean), mean)
 
 
+def shared_mean(values: Tensor) -> Tensor:
+    """Average numbers over all processes; with one process they are as they were.
+
+    A collective: every process must call it, equally often, with equal shapes. No gradient flows.
+    """
+    mean = values.detach()
+    if world_size() > 1:
+        mean = mean.clone()
+        dist.all_reduce(mean)
+        mean = mean / world_size()
+    return mean
+
+
 class GradientAverage:
     """Averages the gradients of a module's parameters over processes at the end of every backward.
 

@@ -46,7 +46,7 @@ class Export:
 
         from rakd.commands.models import find_model, scene_size
         from rakd.data.kitti import KittiDataset
-        from rakd.detector.detector import Detector
+        from rakd.detector.base import BaseDetector
         from rakd.detector.export import check_onnx, export_onnx
         from rakd.detector.onnx_model import OnnxDetector
         from rakd.files import replacing
@@ -59,7 +59,7 @@ class Export:
         if not self.tolerance > 0:
             raise UserError(f"--tolerance must be positive, got {self.tolerance}")
         detector = find_model(self.detector, torch.device("cpu"))
-        if not isinstance(detector, Detector):
+        if not isinstance(detector, BaseDetector):
             raise UserError(f"DETECTOR: {self.detector} is an ONNX model already")
         with TemporaryDirectory() as folder:
             if self.data is None:

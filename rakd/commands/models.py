@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from rakd.detector.configs import DETECTORS
-from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector
 from rakd.detector.latency import Model
 from rakd.detector.onnx_model import OnnxDetector
@@ -35,7 +34,7 @@ def find_model(name: str, device: torch.device) -> Model:
     config = DETECTORS.get(name)
     if config is not None:
         # Layers take the same time with any weights, so nothing is downloaded.
-        return Detector(config.without_download()).to(device).eval()
+        return config.without_download().build().to(device).eval()
     if not Path(name).is_file():
         raise UserError(f"DETECTOR must be one of {', '.join(DETECTORS)} or a file, got {name!r}")
     return open_model(Path(name), device)

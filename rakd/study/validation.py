@@ -1,10 +1,11 @@
 """Validation in the course of a training: a detector's figure on the frames it is evaluated on, and its best state."""
 
+from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 
 from rakd.data.kitti import KittiDataset
-from rakd.detector.detector import Detector
+from rakd.detector.base import BaseDetector
 from rakd.detector.files import save_detector
 from rakd.detector.inference import write_detections
 from rakd.distributed import Processes
@@ -13,23 +14,23 @@ from rakd.evaluation.kitti import LEVELS, evaluate
 from rakd.study.results import precisions_of
 
 
+@dataclass
 class CarValidation:
     """Measures average precision of cars in 3D (R40, moderate, IoU 0.7); keeps the best detector. For the trainer.
 
-    Args:
+    Attributes:
         detector: What is trained.
         dataset: Frames to measure on.
         out: The run's folder. Gets ``best.pt``, and in ``validation`` the last validation's detections.
         processes: That train together; all of them detect.
+        metric: Its name in the log.
     """
 
-    metric = "car_3d_moderate"
-
-    def __init__(self, detector: Detector, dataset: KittiDataset, out: Path, processes: Processes) -> None:
-        self.detector = detector
-        self.dataset = dataset
-        self.out = out
-        self.processes = processes
+    detector: BaseDetector
+    dataset: KittiDataset
+    out: Path
+    processes: Processes
+    metric: str = "car_3d_moderate"
 
     def measure(self) -> float:
         """Detect and evaluate; the main process has the figure, percent.

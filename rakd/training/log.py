@@ -77,12 +77,7 @@ class Log:
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to go on from; plain lists, dicts and numbers."""
-        return {
-            "rows": self.rows,
-            "validations": self.validations,
-            "steps": self._steps,
-            "seconds": self._seconds,
-        }
+        return {"rows": self.rows, "validations": self.validations, "steps": self._steps, "seconds": self._seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""

@@ -47,7 +47,7 @@ _SMALLEST_SCALE = 2.0**-10
 
 
 class Validation(Protocol):
-    """Measures what is trained, every `TrainSettings.validate_every` steps and at the end."""
+    """Measures what is trained, every `rakd.training.settings.TrainSettings.validate_every` steps and at the end."""
 
     metric: str
     """Name of what is measured; more is better."""
