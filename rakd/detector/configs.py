@@ -72,7 +72,7 @@ class DetectorConfig(BaseConfig):
     Attributes:
         backbone: Backbone and feature pyramid.
         proposals: Region proposal network.
-        heads: What stands behind the pooling.
+        heads: The heads behind the pooling.
         height: Height that images are resized to, pixels.
         width: Width that images are padded to, pixels; wider ones are an error. None: whatever they need.
     """

@@ -11,7 +11,7 @@ from rakd.errors import UserError
 from rakd.training.settings import TrainSettings
 
 ALL_METHODS: tuple[MethodName, ...] = ("none", *METHODS)
-"""What an apprentice is trained with: without distillation, or with a method of the registry."""
+"""Ways to train an apprentice: without distillation, or with a method of the registry."""
 
 PAPER_METHODS: tuple[MethodName, ...] = ("none", *IN_PAPER)
 """Those of the paper's tables: alone, the methods it compares with, RAKD and its ablations."""
@@ -19,18 +19,18 @@ PAPER_METHODS: tuple[MethodName, ...] = ("none", *IN_PAPER)
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What to train, and how.
+    """Settings of an experiment.
 
     Attributes:
         expert: Name of the expert's detector, one of `rakd.detector.configs.DETECTORS`.
         apprentice: Name of the apprentice's.
-        methods: What apprentices are trained with, in this order.
+        methods: To train apprentices with, in this order.
         seeds: Each method is run with each of these; a seed is that of the apprentice's weights and of its training.
             There is one expert for all.
         expert_seed: Of the expert's weights and training.
         expert_training: How the expert is trained; its seed is replaced.
         training: How apprentices are trained; its seed is replaced.
-        weights: What each method's loss is multiplied with.
+        weights: Factor of each method's loss.
         regions: Where RAKD and its ablations compare features.
         flip: Probability of mirroring a training image.
         photometric: Probability of each distortion of light and colour.
