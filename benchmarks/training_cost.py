@@ -36,7 +36,7 @@ from benchmarks.timing import Sampler, Timing, end_to_end_sampler, time_interlea
 from benchmarks.workloads import Inputs, Workload, jitter_boxes
 from rakd.data.kitti import Batch, KittiDataset, collate
 from rakd.data.targets import Targets
-from rakd.detector.configs import DETECTORS
+from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.distill.distiller import Distiller
 from rakd.distill.methods import RegionDistillation
@@ -176,6 +176,7 @@ def _value(term: Term, features: Features) -> Tensor:
 
 def _make_detector(name: str, seed: int) -> Detector:
     config = DETECTORS[name]
+    assert isinstance(config, DetectorConfig)
     # Time does not depend on the weights, so nothing is downloaded.
     return Detector(config.without_download(), seed)
 

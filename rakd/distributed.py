@@ -14,9 +14,10 @@ Helpers carry the names of the torch functions that they wrap, and do nothing in
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -146,6 +147,53 @@ def all_gather_object(processes: Processes, value: T) -> list[T]:
     return box  # type: ignore[return-value]
 
 
+def broadcast_state(processes: Processes, make: Callable[[], T]) -> T:
+    """Call a function in the main process and give its result to all, the tensors in it without pickling them.
+
+    Pickled into one object, a checkpoint would need its size once more in the main process and, through NCCL, on every
+    GPU. Here one tensor is on its way at a time.
+
+    Args:
+        processes: All must call this.
+        make: Gives nested dicts, lists and tuples of tensors and of what is small and picklable.
+
+    Returns:
+        The result; where there are several processes, with its tensors on the CPU, in their memory layout.
+    """
+    if processes.count == 1:
+        return make()
+    tensors: list[Tensor] = []
+
+    def outline() -> T:
+        def place(tensor: Tensor) -> Tensor:
+            tensors.append(tensor.detach())
+            return tensors[-1].to("meta")
+
+        return _map_tensors(make(), place)
+
+    def receive(place: Tensor) -> Tensor:
+        sent = torch.empty_like(place, device=processes.device)
+        if processes.is_main:
+            sent.copy_(tensors.pop(0))
+        dist.broadcast(sent, src=0)
+        return sent.cpu()
+
+    return _map_tensors(broadcast_object(processes, outline), receive)
+
+
+def _map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """A copy of nested dicts, lists and tuples with a function applied to each tensor, in their order."""
+    made: Any = value
+    if isinstance(value, Tensor):
+        made = function(value)
+    elif isinstance(value, dict):
+        made = copy(value)  # with the versions of layers, which a module's state has as an attribute
+        made.update({name: _map_tensors(inner, function) for name, inner in value.items()})
+    elif isinstance(value, list | tuple):
+        made = type(value)(_map_tensors(inner, function) for inner in value)
+    return cast(T, made)
+
+
 def broadcast_tensors(processes: Processes, tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors, the same number and shapes in every process, with those of the main process."""
     if processes.count > 1:
@@ -216,6 +264,19 @@ def shared_mean_count(count: Tensor | int, device: torch.device) -> Tensor:
         dist.all_reduce(mean)
         mean = mean / world_size()
     return torch.where(mean == 0, torch.ones_like(mean), mean)
+
+
+def shared_mean(values: Tensor) -> Tensor:
+    """Average numbers over all processes; with one process they are as they were.
+
+    A collective: every process must call it, equally often, with equal shapes. No gradient flows.
+    """
+    mean = values.detach()
+    if world_size() > 1:
+        mean = mean.clone()
+        dist.all_reduce(mean)
+        mean = mean / world_size()
+    return mean
 
 
 class GradientAverage:

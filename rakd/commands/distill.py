@@ -1,4 +1,4 @@
-"""``rakd distill``, the main job: an expert teaches apprentices by several methods, which are then compared."""
+"""``rakd distill``: trains an expert, and apprentices with several distillation methods, and compares them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _SCENES = 200  # frames rendered where no data are given
 
 @dataclass(frozen=True)
 class Distill:
-    """Train an expert and apprentices, alone and taught by several methods; compare them as the paper does.
+    """Train an expert and apprentices, alone and with several methods; compare them as the paper does.
 
     Without arguments it renders street scenes and runs on two processor cores in minutes. Writes tables (Markdown,
     CSV, JSON), training curves, pictures of detections and all weights to the run's folder, and prints the tables.
@@ -32,11 +32,12 @@ class Distill:
 
     study: StudyName = "tiny"
     """Settings to start from. tiny: MobileNetV3 learns from ResNet-18 on images 128 px high. kitti: the paper's,
-    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs."""
+    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs.
+    monodetr-tiny and monodetr-kitti: the same backbones as MonoDETRs, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
-    scenes are rendered into the run's folder (study tiny)."""
+    scenes are rendered into the run's folder (studies tiny and monodetr-tiny)."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""
@@ -45,7 +46,7 @@ class Distill:
     """Names of the frame lists in ImageSets to learn from and to evaluate on."""
 
     methods: Annotated[tuple[MethodName, ...], arg(metavar="METHOD...")] = PAPER_METHODS
-    """What apprentices are trained with."""
+    """Methods to train apprentices with; none: alone."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
     """Each method is run with each seed; tables give mean and standard deviation."""
@@ -95,15 +96,17 @@ class Distill:
     """Keep the expert's features in the run's folder, up to this size, for all apprentices; 0: do not. Only where
     mirroring alone varies the images (--photometric 0)."""
 
-    regions: Regions = "proposals"
-    """Where RAKD and its ablations compare features: proposals that lie on objects, or the labelled boxes."""
+    regions: Regions | None = None
+    """Regions in which RAKD and its ablations compare features: the apprentice's proposals on objects, the labelled
+    boxes (objects), or the boxes of an expert's matched queries. Default: the study's, which is proposals for two
+    stages and objects for MonoDETR."""
 
     jobs: int = 1
     """Apprentices trained at a time, each in a process of its own with its share of the cores (or, in turn, of the
     GPUs). With the same number of threads each (OMP_NUM_THREADS) results are those of one after the other."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes GPUs if there are any."""
+    """Device to compute on; auto takes GPUs if there are any."""
 
     config: Annotated[Path | None, arg(metavar="FILE")] = None
     """File of options (config.json of a run); options of the command line override it."""
@@ -125,7 +128,7 @@ class Distill:
             base,
             methods=tuple(self.methods),
             seeds=tuple(self.seeds),
-            regions=self.regions,
+            regions=self.regions or base.regions,
             weights=_weights(base.weights, self.weight),
             photometric=base.photometric if self.photometric is None else self.photometric,
             training=replace(base.training, **training),
@@ -133,10 +136,10 @@ class Distill:
         )
         if self.expert is not None and not self.expert.is_file():
             raise UserError(f"--expert: {self.expert} is not there")
-        if self.data is None and self.study != "tiny":
+        if self.data is None and not self.study.endswith("tiny"):
             raise UserError(
                 f"--data: --study {self.study} needs a folder in KITTI's layout or of Waymo's parquet files; scenes "
-                "are rendered for tiny only"
+                "are rendered for tiny and monodetr-tiny only"
             )
         if not (0 <= self.feature_cache < inf):
             raise UserError(f"--feature-cache: expected 0 or a number of GiB, got {self.feature_cache}")

@@ -10,7 +10,7 @@ from rakd.errors import UserError
 
 # Of the detections, found by one side alone. Rounding tips a suppression whose overlap lies at its very limit; with
 # random weights, of whose boxes hundreds overlap, that happened to 1 of 100 (kitti-r50).
-_MOST_ALONE = 0.05
+MOST_ALONE = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Export:
 
         import torch
 
-        from rakd.commands.models import find_model
+        from rakd.commands.models import find_model, scene_size
         from rakd.data.kitti import KittiDataset
-        from rakd.detector.detector import Detector
+        from rakd.detector.base import BaseDetector
         from rakd.detector.export import check_onnx, export_onnx
         from rakd.detector.onnx_model import OnnxDetector
         from rakd.files import replacing
@@ -59,11 +59,11 @@ class Export:
         if not self.tolerance > 0:
             raise UserError(f"--tolerance must be positive, got {self.tolerance}")
         detector = find_model(self.detector, torch.device("cpu"))
-        if not isinstance(detector, Detector):
+        if not isinstance(detector, BaseDetector):
             raise UserError(f"DETECTOR: {self.detector} is an ONNX model already")
         with TemporaryDirectory() as folder:
             if self.data is None:
-                make_scenes(Path(folder), 2 * self.frames, 0, workers=1, progress=False)
+                make_scenes(Path(folder), 2 * self.frames, 0, size=scene_size([detector]), workers=1)
             dataset = KittiDataset(self.data or Path(folder), height=detector.config.height)
             chosen = range(0, len(dataset), max(1, len(dataset) // self.frames))[: self.frames]
             samples = [dataset[i] for i in chosen]
@@ -73,7 +73,7 @@ class Export:
             size = temporary.stat().st_size / 1e6
             worst = ", ".join(f"{name} {value:.2g}" for name, value in found.worst.items())
             told = f"{found.detections} detections in {len(samples)} frames, {found.unmatched} found by one side alone"
-            if found.unmatched > _MOST_ALONE * found.detections or max(found.worst.values()) > self.tolerance:
+            if found.unmatched > MOST_ALONE * found.detections or max(found.worst.values()) > self.tolerance:
                 raise UserError(
                     f"the model differs from PyTorch by more than --tolerance, {self.tolerance:g}, and is not kept: "
                     f"{told}; largest differences: {worst}"

@@ -1,10 +1,13 @@
 """``rakd latency``: the cost of expert and apprentice, side by side."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+from rakd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Latency:
         from dataclasses import asdict
         from tempfile import TemporaryDirectory
 
-        from rakd.commands.models import find_model
+        from rakd.commands.models import find_model, scene_size
         from rakd.data.frames import find_frames
         from rakd.detector.latency import Model, compiled, measure
         from rakd.detector.onnx_model import OnnxDetector
@@ -47,6 +50,11 @@ class Latency:
         from rakd.scenes import make_scenes
         from rakd.study.versions import versions
 
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(
+                "rakd latency: expected one process, got one of several that torchrun started: processes that time "
+                "side by side disturb each other"
+            )
         device = choose_device(self.device)
         models: list[tuple[str, Model]] = []
         with TemporaryDirectory() as folder:
@@ -66,8 +74,9 @@ class Latency:
                     else:
                         models.append((name, compiled(model) if form == "compiled" else model))
             scenes = Path(folder) / "scenes"
-            make_scenes(scenes, 2, 0, workers=1, progress=False)
-            costs = measure([model for _, model in models], find_frames(scenes)[0], device, repeats=self.repeats)
+            every = [model for _, model in models]
+            make_scenes(scenes, 2, 0, size=scene_size(every), workers=1, progress=False)
+            costs = measure(every, find_frames(scenes)[0], device, repeats=self.repeats)
         width = max(len(name) for name in (*self.detectors, "detector"))
         print(
             f"{'detector':<{width}}  {'runs':<11}  {'image':>10}  {'median ms':>9}  {'p90 ms':>8}  {'GFLOPs':>8}  "

@@ -13,7 +13,7 @@ from rakd.errors import UserError
 from rakd.files import check_folder
 
 if TYPE_CHECKING:
-    from rakd.detector.configs import DetectorConfig
+    from rakd.detector.base_config import BaseConfig
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Predict:
                     raise UserError(f"out must be another folder: {path}, which is an input, would be overwritten")
 
 
-def _check_sizes(images: Sequence[Path], config: "DetectorConfig") -> None:
+def _check_sizes(images: Sequence[Path], config: "BaseConfig") -> None:
     """Refuse images that are wider than the detector's."""
     from rakd.data.kitti import resized_width
 

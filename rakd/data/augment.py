@@ -1,16 +1,20 @@
-"""Random changes to training images: mirroring, and distortion of light and colour.
+"""Random changes to training images: mirroring, distortion of light and colour, and zoom.
 
 Images are Pillow's here: its integer arithmetic gives the same pixels whatever the number of threads, which
 differs between a loader's workers and the main process.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
+
+from rakd.data.labels import Objects
+from rakd.data.rules import DataRules
+from rakd.geometry import Calibration, FloatArray, rotation_from_alpha
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,58 @@ def distort(image: Image.Image, options: Augmentation, rng: np.random.Generator)
         if chosen[step]:
             image = steps[step](image)
     return image
+
+
+def zoom(
+    image: Image.Image,
+    calibration: Calibration,
+    objects: Objects | None,
+    rules: DataRules,
+    rng: np.random.Generator,
+) -> tuple[Image.Image, Calibration, Objects | None]:
+    """Take a random section of an image, a little larger or smaller, and resize it to the image's size.
+
+    The focal length stays: an object that appears ``s`` times smaller is ``s`` times as far away, at the same
+    observation angle. Its depth cannot change with it, so 3D boxes no longer project exactly to the image; their
+    centres do.
+
+    Args:
+        image: RGB.
+        calibration: Camera of the image.
+        objects: Labels, in the image's pixels.
+        rules: How likely and how far; the same number of draws whenever it is possible at all.
+        rng: Says whether and how far.
+
+    Returns:
+        Image, camera and labels; zeros stand where the section reaches beyond the image.
+    """
+    if not rules.zoom:
+        return image, calibration, objects
+    chosen = rng.random() < rules.zoom
+    size = np.array(image.size, dtype=np.float64)
+    scale = float(np.clip(1 + rng.normal() * rules.zoom_scale, 1 - rules.zoom_scale, 1 + rules.zoom_scale))
+    shift = size * np.clip(rng.normal(size=2) * rules.zoom_shift, -2 * rules.zoom_shift, 2 * rules.zoom_shift)
+    if not chosen:
+        return image, calibration, objects
+    left, top = size / 2 + shift - scale * size / 2
+    section = (scale, 0.0, float(left), 0.0, scale, float(top))
+    image = image.transform(image.size, Image.Transform.AFFINE, section, Image.Resampling.BILINEAR)
+    # Of the first pixel's centre in the original's pixels: the section's edge is half a pixel before it.
+    start = np.array([left, top]) + (scale - 1) / 2
+    matrix = calibration.projection.copy()
+    offset = matrix[2, 3]
+    matrix[:2, 2] = (matrix[:2, 2] - start) / scale
+    matrix[:2, 3] -= start * offset
+    matrix[2, 3] = scale * offset
+    return image, Calibration(matrix), None if objects is None else _zoomed(objects, start, scale, size)
+
+
+def _zoomed(objects: Objects, start: FloatArray, scale: float, size: FloatArray) -> Objects:
+    """Labels in a section of an image: the 2D boxes cut at its sides, the 3D boxes ``scale`` times as far away."""
+    boxes = ((objects.boxes.reshape(-1, 2, 2) - start) / scale).clip(0, size - 1).reshape(-1, 4)
+    placed = objects.has_box_3d
+    location = objects.location.copy()
+    location[placed, 2] *= scale
+    rotation = objects.rotation_y.copy()
+    rotation[placed] = rotation_from_alpha(objects.alpha[placed], location[placed])
+    return replace(objects, boxes=boxes, location=location, rotation_y=rotation)

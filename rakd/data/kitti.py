@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rakd.data.augment import Augmentation, distort
+from rakd.data.augment import Augmentation, distort, zoom
 from rakd.data.frames import Part, find_frames, read_image_size
 from rakd.data.labels import Objects
-from rakd.data.targets import CLASSES, MIN_HEIGHT, PackedTargets, Targets, make_targets
+from rakd.data.rules import DataRules
+from rakd.data.targets import CLASSES, PackedTargets, Targets, make_targets
 from rakd.errors import UserError
 from rakd.geometry import Calibration
 
@@ -94,6 +95,7 @@ class KittiDataset(Dataset[Sample]):
         seed: Seed of the augmentation, >= 0.
         cache: Keep the decoded images of all frames seen so far in memory, before augmentation and resizing: about
             1.4 MB for each of KITTI's, in every worker process of a loader.
+        rules: Which objects are learned, and how augmentation zooms; see `rakd.detector.base_config.BaseConfig.rules`.
 
     Raises:
         MissingFileError: A folder, list or file is missing.
@@ -111,6 +113,7 @@ class KittiDataset(Dataset[Sample]):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         cache: bool = False,
+        rules: DataRules | None = None,
     ) -> None:
         if height is not None and height < 1:
             raise ValueError(f"height must be positive, got {height}")
@@ -121,6 +124,7 @@ class KittiDataset(Dataset[Sample]):
         self.augmentation = augmentation
         self.seed = seed
         self.cache = cache
+        self.rules = DataRules() if rules is None else rules
         self._images: dict[int, Image.Image] = {}
         # In shared memory, so that workers that live through epochs see it change.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -140,13 +144,13 @@ class KittiDataset(Dataset[Sample]):
         for frame in self.frames:
             objects = frame.read_labels()
             types.update(objects.types.tolist())
-            if len(make_targets(objects, frame.read_calibration(), read_image_size(frame.image))):
+            if len(make_targets(objects, frame.read_calibration(), read_image_size(frame.image), rules=self.rules)):
                 return
         found = ", ".join(f"{name} ({count})" for name, count in types.most_common()) or "none"
         raise UserError(
             f"{self.frames[0].image.parent.parent}: none of the {len(self.frames)} frames holds an object to learn "
-            f"({', '.join(CLASSES[:-1])} or {CLASSES[-1]} with a 3D box, {MIN_HEIGHT:g} pixels high or more, visible, "
-            f"its centre inside the image); the labels hold {found}"
+            f"({', '.join(CLASSES[:-1])} or {CLASSES[-1]} with a 3D box, {self.rules.min_height:g} pixels high or "
+            f"more, visible, its centre inside the image); the labels hold {found}"
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -184,7 +188,9 @@ class KittiDataset(Dataset[Sample]):
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 calibration = calibration.flipped(original[0])
                 objects = None if objects is None else objects.flipped(original[0])
-        return replace(make_sample(frame.id, image, calibration, objects, self.height), mirrored=mirror)
+            image, calibration, objects = zoom(image, calibration, objects, self.rules, rng)
+        sample = make_sample(frame.id, image, calibration, objects, self.height, self.rules)
+        return replace(sample, mirrored=mirror)
 
     def _read_image(self, index: int) -> Image.Image:
         # Nothing that follows changes an image in place, so that a kept one stays as it was read.
@@ -202,7 +208,12 @@ def resized_width(size: tuple[int, int], height: int) -> int:
 
 
 def make_sample(
-    name: str, image: Image.Image, calibration: Calibration, objects: Objects | None, height: int | None
+    name: str,
+    image: Image.Image,
+    calibration: Calibration,
+    objects: Objects | None,
+    height: int | None,
+    rules: DataRules | None = None,
 ) -> Sample:
     """Make a sample of an image and what is known of it.
 
@@ -212,6 +223,7 @@ def make_sample(
         calibration: Camera of the image.
         objects: Labels, in the image's pixels; None: no targets.
         height: Height in pixels to resize to, keeping the proportions; None: as it is.
+        rules: Which objects are learned; None: the default ones.
     """
     original = image.size
     scale_y = 1.0
@@ -223,7 +235,8 @@ def make_sample(
         objects = None if objects is None else objects.resized(scale_x, scale_y)
     targets = None
     if objects is not None:
-        targets = make_targets(objects, calibration, image.size, min_height=MIN_HEIGHT * scale_y)
+        rules = DataRules() if rules is None else rules
+        targets = make_targets(objects, calibration, image.size, scale=scale_y, rules=rules)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return Sample(name, pixels.contiguous(), calibration, original, objects, targets)
 

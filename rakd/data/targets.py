@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from rakd.data.labels import Objects
+from rakd.data.rules import DataRules
 from rakd.geometry import Calibration, FloatArray, box_centers, box_corners
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 """The classes that detectors learn; a target's class is the place in this list."""
 
-MIN_HEIGHT = 22.0
-"""Objects lower than this many pixels of the original image are ignored."""
-
-MIN_VISIBLE = 0.3
-"""Objects of which nearer ones leave less than this share visible are ignored."""
+_RULES = DataRules()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,32 +108,43 @@ _FIELDS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
 
 
 def make_targets(
-    objects: Objects, calibration: Calibration, size: tuple[int, int], *, min_height: float = MIN_HEIGHT
+    objects: Objects,
+    calibration: Calibration,
+    size: tuple[int, int],
+    *,
+    scale: float = 1.0,
+    rules: DataRules = _RULES,
 ) -> Targets:
     """Make the targets of a frame.
 
-    Ignored are DontCare regions, objects of other classes, without a 3D box, lower than ``min_height``,
-    hidden by nearer ones (less than `MIN_VISIBLE` left), or with the 3D centre outside the image.
+    Ignored are DontCare regions, objects of other classes, without a 3D box, with the 3D centre outside the image, and
+    those that the rules leave out.
 
     Args:
         objects: Labels.
         calibration: The camera.
         size: (width, height) of the image in pixels.
-        min_height: In pixels of this image; scale it with the image.
+        scale: Height of this image over that of the original.
+        rules: Which objects are learned.
     """
     centers, depth = calibration.project(box_centers(objects.location, objects.dimensions))
     inside = ((centers >= 0) & (centers <= np.array(size) - 1)).all(axis=1)
-    tall = objects.boxes[:, 3] - objects.boxes[:, 1] >= min_height
+    if rules.center_in_box:
+        inside &= ((centers >= objects.boxes[:, :2]) & (centers <= objects.boxes[:, 2:])).all(axis=1)
+    tall = objects.boxes[:, 3] - objects.boxes[:, 1] >= rules.min_height * scale
     has_box = objects.has_box_3d
     # What has no place in space cannot hide anything: put it behind everything.
     distance = np.where(has_box, objects.location[:, 2], np.inf)
-    visible = visible_shares(objects.boxes, distance) >= MIN_VISIBLE
-    wanted = objects.is_type(*CLASSES) & has_box & tall & visible & inside & (depth > 0)
+    seen = visible_shares(objects.boxes, distance) >= rules.min_visible
+    seen &= (objects.truncation <= rules.max_truncation) & (objects.occlusion <= rules.max_occlusion)
+    near = (depth > 0) & (distance >= rules.depth[0]) & (distance <= rules.depth[1])
+    wanted = objects.is_type(*CLASSES) & has_box & tall & seen & inside & near
+    wanted &= np.cumsum(wanted) <= rules.most
     used = objects.select(wanted)
     corners = box_corners(used.location, used.dimensions, used.rotation_y)
     points = np.concatenate([corners, box_centers(used.location, used.dimensions)[:, None]], axis=1)
     keypoints, keypoint_depth = calibration.project(points)
-    seen = keypoint_depth > 0
+    in_front = keypoint_depth > 0
     names = [name.lower() for name in CLASSES]
     return Targets(
         classes=torch.tensor([names.index(name.lower()) for name in used.types], dtype=torch.int64),
@@ -145,8 +153,8 @@ def make_targets(
         location=_tensor(used.location),
         rotation_y=_tensor(used.rotation_y),
         alpha=_tensor(used.alpha),
-        keypoints=_tensor(np.where(seen[..., None], keypoints, 0.0)),
-        keypoints_seen=torch.from_numpy(seen),
+        keypoints=_tensor(np.where(in_front[..., None], keypoints, 0.0)),
+        keypoints_seen=torch.from_numpy(in_front),
         projected_height=_tensor(calibration.projection[1, 1] * used.dimensions[:, 0] / used.location[:, 2]),
         ignored=_tensor(objects.boxes[~wanted]),
     )

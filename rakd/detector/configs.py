@@ -1,21 +1,16 @@
-"""Settings of detectors, and the detectors that have a name."""
+"""Settings of the two-stage detector, and the detectors of all families that have a name. Imports no torch."""
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-Weights = Literal["pretrained", "random"]
-"""What backbones start from."""
+from rakd.detector.base_config import BackboneConfig as BackboneConfig
+from rakd.detector.base_config import BaseConfig
+from rakd.detector.base_config import Weights as Weights
+from rakd.detector.monodetr.configs import MONODETRS, MonoDETRConfig
 
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Backbone and feature pyramid; see `rakd.detector.pyramid.Pyramid`."""
-
-    name: str
-    channels: int = 256
-    weights: Weights = "pretrained"
-    deformable: bool = False
-    frozen_norm: bool = True
+if TYPE_CHECKING:
+    from rakd.detector.detector import Detector
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
-class DetectorConfig:
-    """A detector.
+class DetectorConfig(BaseConfig):
+    """A two-stage detector.
 
     Attributes:
         backbone: Backbone and feature pyramid.
@@ -88,22 +83,22 @@ class DetectorConfig:
     height: int = 512
     width: int | None = 1760
 
+    parts: ClassVar[Mapping[str, Any]] = {
+        "backbone": BackboneConfig,
+        "proposals": ProposalConfig,
+        "heads": HeadConfig,
+    }
+
     def __post_init__(self) -> None:
-        if self.height < 32 or self.height % 32:
-            raise ValueError(f"height must be a positive multiple of 32, got {self.height}")
-        if self.width is not None and (self.width < 32 or self.width % 32):
-            raise ValueError(f"width must be a positive multiple of 32 or None, got {self.width}")
+        super().__post_init__()
         if len(self.proposals.anchor_sizes) not in (4, 5):
             raise ValueError(f"anchor_sizes must hold 4 or 5 sizes, got {self.proposals.anchor_sizes}")
 
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        """(width, height) that images are padded to, pixels; None: whatever they need."""
-        return None if self.width is None else (self.width, self.height)
+    def build(self, seed: int = 0) -> "Detector":
+        """See `rakd.detector.base_config.BaseConfig.build`."""
+        from rakd.detector.detector import Detector
 
-    def without_download(self) -> "DetectorConfig":
-        """The same detector with a backbone of random weights: for weights from a file, or where they do not matter."""
-        return replace(self, backbone=replace(self.backbone, weights="random"))
+        return Detector(self, seed)
 
 
 def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: int, hidden: int) -> DetectorConfig:
@@ -123,7 +118,7 @@ def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: i
     )
 
 
-DETECTORS: dict[str, DetectorConfig] = {
+DETECTORS: dict[str, BaseConfig] = {
     "tiny": _scaled(128, 448, "mobilenet_v3_small", 64, sampled=64, hidden=256),
     "tiny-expert": _scaled(128, 448, "resnet18", 64, sampled=64, hidden=256),
     "small": _scaled(192, 640, "resnet18", 64, sampled=128, hidden=512),
@@ -131,13 +126,20 @@ DETECTORS: dict[str, DetectorConfig] = {
     "kitti-r50": DetectorConfig(BackboneConfig("resnet50")),
     "waymo-r18": DetectorConfig(BackboneConfig("resnet18"), width=768),
     "waymo-r50": DetectorConfig(BackboneConfig("resnet50"), width=768),
+    **MONODETRS,
 }
 """Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings, ``waymo-r18`` and
 ``waymo-r50`` the same on images 768 x 512; ``tiny``, ``tiny-expert`` and ``small`` are for a processor and minutes:
-they start from random weights."""
+they start from random weights. Those named ``monodetr-...``: see `rakd.detector.monodetr.configs.MONODETRS`."""
 
 if TYPE_CHECKING:
     DetectorName = str
 else:
     DetectorName = Literal.__getitem__(tuple(DETECTORS))
     """Names of `DETECTORS`, as the command line reads them."""
+
+
+def read_config(values: Mapping[str, Any]) -> BaseConfig:
+    """Settings of a detector of any family from plain values, as ``dataclasses.asdict`` or JSON give them."""
+    family: type[BaseConfig] = MonoDETRConfig if values.get("family") == "monodetr" else DetectorConfig
+    return family.from_plain(values)

@@ -98,22 +98,34 @@ def decode_boxes(found: Detections, projection: Tensor, image_height: float) -> 
     center = absolute_points(pred.keypoints[:, 8], boxes)[order].to(matrix.dtype)
     dimensions = pred.dimensions[order].to(matrix.dtype)
     angle = pred.angle[order].to(matrix.dtype)
-    # As `rakd.geometry.Calibration.back_project`.
-    depth = z + matrix[2, 3]
-    x = (center[:, 0] * depth - matrix[0, 2] * z - matrix[0, 3]) / matrix[0, 0]
-    y = (center[:, 1] * depth - matrix[1, 2] * z - matrix[1, 3]) / matrix[1, 1]
     alpha = torch.atan2(angle[:, 0], angle[:, 1])
+    location, rotation = place_boxes(center, z, dimensions, alpha, matrix)
+    return Boxes3D(boxes[order], found.classes[0][order], scores[order], dimensions, location, rotation, alpha)
+
+
+def place_boxes(
+    center: Tensor, z: Tensor, dimensions: Tensor, alpha: Tensor, projection: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Place boxes in space by the pixels of their 3D centres.
+
+    Args:
+        center: ``[N, 2]`` pixels.
+        z: ``[N]`` metres.
+        dimensions: ``[N, 3]`` height, width, length, metres.
+        alpha: ``[N]`` observation angles, radians.
+        projection: ``[3, 4]`` matrix of the camera, in the dtype of the others.
+
+    Returns:
+        Location of the bottom centres ``[N, 3]``, and ``rotation_y = alpha + atan2(x, z)`` in -π .. π, ``[N]``.
+    """
+    # As `rakd.geometry.Calibration.back_project`.
+    depth = z + projection[2, 3]
+    x = (center[:, 0] * depth - projection[0, 2] * z - projection[0, 3]) / projection[0, 0]
+    y = (center[:, 1] * depth - projection[1, 2] * z - projection[1, 3]) / projection[1, 1]
     rotation = alpha + torch.atan2(x, z)
-    return Boxes3D(
-        boxes=boxes[order],
-        classes=found.classes[0][order],
-        scores=scores[order],
-        dimensions=dimensions,
-        location=torch.stack([x, y + dimensions[:, 0] / 2, z], dim=1),
-        # As `rakd.geometry.wrap_angle`.
-        rotation_y=rotation - 2 * torch.pi * (rotation / (2 * torch.pi)).round(),
-        alpha=alpha,
-    )
+    # As `rakd.geometry.wrap_angle`.
+    wrapped = rotation - 2 * torch.pi * (rotation / (2 * torch.pi)).round()
+    return torch.stack([x, y + dimensions[:, 0] / 2, z], dim=1), wrapped
 
 
 def decode(found: Detections, calibration: Calibration, image_height: float) -> Objects:

@@ -9,14 +9,15 @@ from dataclasses import fields
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from rakd.data.labels import Objects
 from rakd.data.targets import CLASSES, Targets, pooling_boxes
+from rakd.detector.base import BaseDetector
 from rakd.detector.boxes import clip_boxes, decode_deltas, encode_deltas, image_extents, suppress
 from rakd.detector.configs import DetectorConfig
-from rakd.detector.decode import Detections, decode
+from rakd.detector.decode import Boxes3D, Detections, decode, decode_boxes
 from rakd.detector.heads import BoxHead, SpaceHead
 from rakd.detector.losses import box_losses, space_losses
 from rakd.detector.proposals import ProposalNetwork, best_boxes, covered, match_boxes
@@ -31,7 +32,7 @@ _OUTPUT_SIZE = 7  # bins of the pooling along an axis
 _BOX_SCALES = (10.0, 10.0, 5.0, 5.0)  # Faster R-CNN's
 
 
-class Detector(nn.Module):
+class Detector(BaseDetector):
     """Finds cars, pedestrians and cyclists in space from one image.
 
     Boxes and points are in pixels of the images given; the centre of the first pixel is (0, 0), as in KITTI.
@@ -45,6 +46,8 @@ class Detector(nn.Module):
         strides: Pixels per cell of each feature map.
         channels: Channels of each feature map.
     """
+
+    config: DetectorConfig
 
     def __init__(self, config: DetectorConfig, seed: int = 0) -> None:
         super().__init__()
@@ -68,18 +71,9 @@ class Detector(nn.Module):
             self.space_head = SpaceHead(self.channels, _OUTPUT_SIZE, heads.width)
 
     @property
-    def loaded(self) -> str:
-        """What the backbone started from, for people."""
-        return self.pyramid.loaded
-
-    def extract_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the maps p2 .. p5, see `rakd.detector.pyramid.Pyramid.extract_features`.
-
-        Args:
-            images: ``[B, 3, H, W]`` in 0..1, RGB, padded to multiples of 32.
-        """
-        features: dict[str, Tensor] = self.pyramid(images.contiguous(memory_format=torch.channels_last))
-        return features
+    def canonical_size(self) -> float:
+        """See `rakd.detector.base.BaseDetector.canonical_size`."""
+        return self.config.heads.canonical_size
 
     def losses(
         self,
@@ -88,27 +82,8 @@ class Detector(nn.Module):
         targets: Sequence[Targets],
         seeds: Sequence[int],
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Losses of a batch. With several processes, averaged gradients are those of the whole batch.
-
-        Args:
-            features: What `extract_features` gave for the images.
-            sizes: (width, height) of each image without padding.
-            targets: What to find in each.
-            seeds: A seed for each image, from which anchors and proposals are drawn; >= 0.
-
-        Returns:
-            The terms, to be summed, and for each image the drawn proposals that lie on objects, ``[K, 4]``.
-
-        Raises:
-            ValueError: The arguments' lengths differ, or the detector is not in training mode.
-        """
-        if not self.training:
-            raise ValueError("losses needs the detector in training mode, call train() first")
-        if not len(sizes) == len(targets) == len(seeds) == features["p2"].shape[0]:
-            raise ValueError(
-                "sizes, targets and seeds must hold one entry an image, got "
-                f"{len(sizes)}, {len(targets)} and {len(seeds)} for {features['p2'].shape[0]} images"
-            )
+        """See `rakd.detector.base.BaseDetector.losses`. Anchors and proposals are drawn from the seeds."""
+        self.check_losses(features, sizes, targets, seeds)
         extents = image_extents(sizes, features["p2"].device)
         proposals, valid, losses = self._propose(features, extents, targets, seeds)
         boxes, labels, matched = self._draw_proposals(proposals, valid, targets, seeds)
@@ -136,40 +111,20 @@ class Detector(nn.Module):
             result[name] = weight * values.sum() / positives
         return result, foreground
 
-    def forward(
-        self, images: Tensor, sizes: Sequence[tuple[int, int]], calibrations: Sequence[Calibration]
-    ) -> list[Objects]:
-        """Same as `predict`."""
-        return self.predict(images, sizes, calibrations)
-
     @torch.no_grad()
     def predict(
         self, images: Tensor, sizes: Sequence[tuple[int, int]], calibrations: Sequence[Calibration]
     ) -> list[Objects]:
-        """Find the objects in images.
-
-        Args:
-            images: ``[B, 3, H, W]`` in 0..1, RGB, padded to multiples of 32.
-            sizes: (width, height) of each image without padding.
-            calibrations: Camera of each image, as it was resized.
-
-        Returns:
-            Objects of each image with scores, best first, in the pixels of these images.
-
-        Raises:
-            ValueError: The arguments' lengths differ, or the detector is in training mode.
-        """
-        if self.training:
-            raise ValueError("predict needs the detector in evaluation mode, call eval() first")
-        if not len(sizes) == len(calibrations) == len(images):
-            raise ValueError(
-                "sizes and calibrations must hold one entry an image, got "
-                f"{len(sizes)} and {len(calibrations)} for {len(images)} images"
-            )
+        """See `rakd.detector.base.BaseDetector.predict`."""
+        self.check_predict(images, sizes, calibrations)
         found = self.detect(images, image_extents(sizes, images.device)).to_host()
         return [
             decode(found.of_image(i), calibration, self.config.height) for i, calibration in enumerate(calibrations)
         ]
+
+    def locate(self, image: Tensor, size: Tensor, projection: Tensor) -> Boxes3D:
+        """See `rakd.detector.base.BaseDetector.locate`."""
+        return decode_boxes(self.detect(image, size[None]).of_image(0), projection, self.config.height)
 
     @torch.no_grad()
     def detect(self, images: Tensor, extents: Tensor) -> Detections:

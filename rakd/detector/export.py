@@ -9,16 +9,16 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import rakd_ops  # noqa: F401 - registers the operators that are translated
 from rakd.data.kitti import Sample
-from rakd.detector.decode import decode_boxes
-from rakd.detector.detector import Detector
+from rakd.detector.base import BaseDetector
 from rakd.detector.onnx_model import INPUTS, METADATA, OUTPUTS, OnnxDetector, model_inputs
 from rakd.errors import UserError
 from rakd.files import replacing
@@ -37,7 +37,7 @@ class Deployed(nn.Module):
         detector: In evaluation mode.
     """
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: BaseDetector) -> None:
         super().__init__()
         self.detector = detector
 
@@ -52,11 +52,10 @@ class Deployed(nn.Module):
         Returns:
             The fields of `rakd.detector.decode.Boxes3D`.
         """
-        found = self.detector.detect(image, size[None]).of_image(0)
-        return tuple(vars(decode_boxes(found, projection, self.detector.config.height)).values())
+        return tuple(vars(self.detector.locate(image, size, projection)).values())
 
 
-def export_program(detector: Detector) -> "torch.export.ExportedProgram":
+def export_program(detector: BaseDetector) -> "torch.export.ExportedProgram":
     """Trace a detector of one image with `torch.export`.
 
     Raises:
@@ -64,14 +63,14 @@ def export_program(detector: Detector) -> "torch.export.ExportedProgram":
     """
     size = detector.config.image_size
     if size is None:
-        raise UserError("export needs a detector with a fixed width (DetectorConfig.width), this one has None")
+        raise UserError("export needs a detector with a fixed width (config.width), this one has None")
     width, height = size
     example = (torch.zeros(1, 3, height, width), torch.tensor([width, height], dtype=torch.float32), torch.eye(3, 4))
     with torch.no_grad(), _quiet():
         return torch.export.export(Deployed(detector).eval(), example, strict=False)
 
 
-def export_onnx(detector: Detector, path: Path) -> None:
+def export_onnx(detector: BaseDetector, path: Path) -> None:
     """Write a detector as an ONNX model, under a temporary name first.
 
     Args:
@@ -97,7 +96,7 @@ def export_onnx(detector: Detector, path: Path) -> None:
         )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, {METADATA: json.dumps(asdict(detector.config))})
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(detector.config.to_plain())})
     _name_rows(model)
     onnx.checker.check_model(model)
     with replacing(path) as temporary:
@@ -120,7 +119,7 @@ class Differences:
     worst: dict[str, float]
 
 
-def check_onnx(detector: Detector, model: OnnxDetector, samples: Sequence[Sample]) -> Differences:
+def check_onnx(detector: BaseDetector, model: OnnxDetector, samples: Sequence[Sample]) -> Differences:
     """Compare a model with the detector that it was made of.
 
     Args:

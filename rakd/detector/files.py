@@ -1,22 +1,20 @@
 """Detectors in files: weights together with the settings they belong to."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rakd.checkpoints import differences, load_weights, save_weights
-from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
-from rakd.detector.detector import Detector
+from rakd.detector.base import BaseDetector
+from rakd.detector.base_config import BaseConfig
+from rakd.detector.configs import read_config
 from rakd.errors import UserError
 
 
-def save_detector(path: Path, detector: Detector) -> None:
+def save_detector(path: Path, detector: BaseDetector) -> None:
     """Write a detector, atomically."""
-    save_weights(path, detector.state_dict(), {"detector": asdict(detector.config), "started_from": detector.loaded})
+    save_weights(path, detector.state_dict(), {"detector": detector.config.to_plain(), "started_from": detector.loaded})
 
 
-def load_detector(path: Path) -> Detector:
+def load_detector(path: Path) -> BaseDetector:
     """Read a detector that `save_detector` wrote, in evaluation mode, on the CPU.
 
     Raises:
@@ -27,7 +25,7 @@ def load_detector(path: Path) -> Detector:
     try:
         config = read_config(settings["detector"])
         # The file brings all weights: nothing is to be downloaded.
-        detector = Detector(config.without_download())
+        detector = config.without_download().build()
         detector.config = config
         detector.load_state_dict(state)
         detector.pyramid.take_over_start(settings["started_from"])
@@ -36,7 +34,7 @@ def load_detector(path: Path) -> Detector:
     return detector.eval()
 
 
-def start_from(path: Path, config: DetectorConfig) -> Detector:
+def start_from(path: Path, config: BaseConfig) -> BaseDetector:
     """A detector with the weights of a file, to be trained on: of these settings, which may differ from the file's.
 
     Args:
@@ -48,7 +46,7 @@ def start_from(path: Path, config: DetectorConfig) -> Detector:
         UserError: It holds something else, or a tensor does not fit; names it.
     """
     trained = load_detector(path)
-    detector = Detector(config.without_download())
+    detector = config.without_download().build()
     detector.config = config
     there, here = (each.state_dict() for each in (trained, detector))
     shapes = [{name: list(tensor.shape) for name, tensor in state.items()} for state in (there, here)]
@@ -59,15 +57,3 @@ def start_from(path: Path, config: DetectorConfig) -> Detector:
     detector.load_state_dict(there)
     detector.pyramid.take_over_start(trained.loaded)
     return detector
-
-
-def read_config(values: Mapping[str, Any]) -> DetectorConfig:
-    """Settings of a detector from plain values, as ``dataclasses.asdict`` or JSON give them."""
-    parts = {"backbone": BackboneConfig, "proposals": ProposalConfig, "heads": HeadConfig}
-    return DetectorConfig(
-        **{name: parts[name](**_tuples(value)) if name in parts else value for name, value in values.items()}
-    )
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

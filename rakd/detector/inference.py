@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rakd.data.kitti import Batch, KittiDataset, Sample, collate
 from rakd.data.labels import Objects, write_objects
-from rakd.detector.configs import DetectorConfig
+from rakd.detector.base_config import BaseConfig
 from rakd.distributed import Processes, all_gather_object
 from rakd.geometry import Calibration
 from rakd.progress import bar
@@ -19,16 +19,16 @@ _BATCH = 8  # frames at a time on a GPU; a CPU gains nothing from more than one
 
 
 class Predictor(Protocol):
-    """What finds objects: `rakd.detector.detector.Detector`, or `rakd.detector.onnx_model.OnnxDetector`."""
+    """What finds objects: a `rakd.detector.base.BaseDetector`, or `rakd.detector.onnx_model.OnnxDetector`."""
 
     @property
-    def config(self) -> DetectorConfig:
+    def config(self) -> BaseConfig:
         """Its settings."""
 
     def predict(
         self, images: Tensor, sizes: Sequence[tuple[int, int]], calibrations: Sequence[Calibration]
     ) -> list[Objects]:
-        """See `rakd.detector.detector.Detector.predict`."""
+        """See `rakd.detector.base.BaseDetector.predict`."""
 
 
 def detect(detector: Predictor, sample: Sample, device: torch.device) -> Objects:

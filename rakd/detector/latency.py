@@ -8,16 +8,17 @@ from time import perf_counter
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rakd.data.frames import Frame
 from rakd.data.kitti import Batch, collate, make_sample
-from rakd.detector.detector import Detector
+from rakd.detector.base import BaseDetector
 from rakd.detector.onnx_model import OnnxDetector
 from rakd.errors import UserError
 from rakd.progress import bar
 
-Model = Detector | OnnxDetector
+Model = BaseDetector | OnnxDetector
 """What can be timed."""
 
 
@@ -31,8 +32,8 @@ class Cost:
         p90_ms: The time that nine of ten images stay under.
         runs: "eager", "compiled" or "onnxruntime".
         gflops: 10⁹ floating-point operations of plain convolutions and matrix products, by torch's own counter. A
-            multiplication with its addition counts as two; normalisation, pooling, suppression and deformable
-            convolutions are not counted. None for an ONNX model.
+            multiplication with its addition counts as two; normalisation, pooling, sampling, suppression and
+            deformable convolutions are not counted. None for an ONNX model.
         parameters: Number of parameters; None for an ONNX model.
     """
 
@@ -57,6 +58,10 @@ def measure(
 
     The stages of heads see the same number of boxes in every image, see `rakd.detector.detector.Detector.detect`.
 
+    Under ``torch.distributed`` the main process alone calls this while the others wait. Timings are not shared out:
+    processes that time side by side take memory bandwidth, caches and power from each other, and a mean over several
+    GPUs is not the time that one of them takes for an image.
+
     Args:
         detectors: Each gets the image resized and padded as its settings say. See `compiled` for compiled ones.
         frame: Image and camera.
@@ -69,7 +74,7 @@ def measure(
         raise UserError(f"repeats must be 1 or more, got {repeats}")
     inputs = [_prepare(detector, frame, device) for detector in detectors]
     for detector in detectors:
-        if isinstance(detector, Detector):
+        if isinstance(detector, BaseDetector):
             detector.to(device).eval()
     times: list[list[float]] = [[] for _ in detectors]
     for turn in bar(range(warm_up + repeats), desc="timing", disable=not progress):
@@ -83,14 +88,14 @@ def measure(
             median_ms=float(np.median(row)),
             p90_ms=float(np.quantile(row, 0.9)),
             runs=_runs(detector),
-            gflops=_gflops(detector, batch) if isinstance(detector, Detector) else None,
-            parameters=sum(p.numel() for p in detector.parameters()) if isinstance(detector, Detector) else None,
+            gflops=_gflops(detector, batch) if isinstance(detector, BaseDetector) else None,
+            parameters=sum(p.numel() for p in detector.parameters()) if isinstance(detector, BaseDetector) else None,
         )
         for detector, batch, row in zip(detectors, inputs, times, strict=True)
     ]
 
 
-def compiled(detector: Detector) -> Detector:
+def compiled(detector: BaseDetector) -> BaseDetector:
     """A copy whose backbone and feature pyramid, the bulk of the work, go through `torch.compile`.
 
     The parts behind them have results whose number depends on values, and gain nothing.
@@ -101,7 +106,7 @@ def compiled(detector: Detector) -> Detector:
 
 
 def _runs(detector: Model) -> str:
-    if not isinstance(detector, Detector):
+    if not isinstance(detector, BaseDetector):
         return "onnxruntime"
     return "eager" if detector.pyramid._compiled_call_impl is None else "compiled"
 
@@ -126,12 +131,13 @@ def _time(detector: Model, batch: Batch, device: torch.device) -> float:
     return perf_counter() - start
 
 
-def _gflops(detector: Detector, batch: Batch) -> float:
+def _gflops(detector: BaseDetector, batch: Batch) -> float:
     counter = FlopCounterMode(display=False)
     plain = detector.pyramid._compiled_call_impl
     # The counter sees operations one by one, as a compiled part does not run them.
     detector.pyramid._compiled_call_impl = None
-    with counter:
+    # Fused attention on a CPU is an operation that the counter does not know: its products are.
+    with counter, sdpa_kernel(SDPBackend.MATH):
         _run(detector, batch)
     detector.pyramid._compiled_call_impl = plain
     return counter.get_total_flops() / 1e9

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rakd.data.kitti import Sample, collate
 from rakd.data.labels import Objects
-from rakd.detector.configs import DetectorConfig
+from rakd.detector.base_config import BaseConfig
+from rakd.detector.configs import read_config
 from rakd.detector.decode import Boxes3D, to_objects
-from rakd.detector.files import read_config
 from rakd.errors import UserError
 from rakd.files import check_file
 from rakd.geometry import Calibration
@@ -67,7 +67,7 @@ class OnnxDetector:
         settings = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
         if settings is None:
             raise UserError(f"{path}: expected a model of rakd export, it has no property {METADATA!r}")
-        self.config: DetectorConfig = read_config(json.loads(settings))
+        self.config: BaseConfig = read_config(json.loads(settings))
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """The outputs, in the order of `OUTPUTS`."""
@@ -84,7 +84,7 @@ class OnnxDetector:
         ]
 
 
-def model_inputs(config: DetectorConfig, sample: Sample) -> dict[str, Array]:
+def model_inputs(config: BaseConfig, sample: Sample) -> dict[str, Array]:
     """The inputs for one frame, resized to the detector's image height."""
     batch = collate([sample], size=config.image_size)
     return _inputs(batch.images[0], batch.sizes[0], sample.calibration)

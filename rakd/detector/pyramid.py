@@ -53,7 +53,7 @@ class Pyramid(nn.Module):
             self.body = Backbone(name, weights == "pretrained")
             if deformable:
                 _make_deformable(self.body.body, name)
-            self.fpn = FeaturePyramidNetwork(self.body.widths, channels)
+            self.fpn = self._make_neck(self.body.widths, channels)
         self.loaded = self.body.init_source
         loaded = self.loaded == IMAGENET
         self._keeps_norm = frozen_norm
@@ -63,6 +63,11 @@ class Pyramid(nn.Module):
             for norm in _norms(self.body):
                 norm.momentum = _MOMENTUM
         self.train()
+
+    def _make_neck(self, widths: list[int], channels: int) -> nn.Module:
+        """Make what turns the backbone's maps of these widths into those of `extract_features`."""
+        neck: nn.Module = FeaturePyramidNetwork(widths, channels)
+        return neck
 
     def extract_features(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the maps p2 .. p5.

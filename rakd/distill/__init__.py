@@ -1,8 +1,9 @@
 """Distillation: an apprentice (student) learns from the features of an expert (teacher).
 
 `rakd.distill.distiller.Distiller` brings an expert, a method and a weight into any trainer; the methods are in
-`rakd.distill.registry`. Importing this package loads no torch, since the command line reads its choices here;
-``Distiller`` is loaded when it is asked for.
+`rakd.distill.registry`, one file each. Maps come from `hooks`, `outputs` and `expert`; `adapters` match channels;
+`checks` holds the errors of the first step, `scale` the weight. Importing this package loads no torch, since
+the command line reads its choices here; ``Distiller`` is loaded when it is asked for.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,8 +22,9 @@ else:
     MethodName = Literal.__getitem__((*NAMES, "none"))
     """Distillation methods: those of the registry, and none."""
 
-Regions = Literal["proposals", "objects"]
-"""Where features are compared: the apprentice's proposals that lie on objects, or the labelled boxes."""
+Regions = Literal["proposals", "objects", "expert"]
+"""Regions in which features are compared: the apprentice's proposals (of MonoDETR: its queries' boxes) that lie on
+objects, the labelled boxes, or the boxes of an expert's queries that lie on objects."""
 
 _LAZY = {
     "Distiller": "rakd.distill.distiller",

@@ -47,7 +47,7 @@ def format_table(result: Result, average: str = "R40", overlaps: Overlaps = "off
 
 
 def format_ceilings(result: Result) -> str:
-    """Say where few objects, or none, keep average precision low whatever the detections are.
+    """Say where few objects, or none, keep average precision low whatever the detections are, and what a dash means.
 
     Labels may be there and count at no difficulty: low 2D boxes, unknown ones (-1), much occlusion or truncation.
     For fewer than 41 the official rule takes at most one point of recall for each object, and leaves out the first of
@@ -57,7 +57,7 @@ def format_ceilings(result: Result) -> str:
         result: Result of `rakd.evaluation.kitti.evaluate`.
 
     Returns:
-        Lines of text; none if every class has at least 41 objects of each difficulty.
+        Lines of text; none if every class has detections, and at least 41 objects of each difficulty.
     """
     few, none = [], []
     for name in CLASSES:
@@ -80,6 +80,9 @@ def format_ceilings(result: Result) -> str:
             "Few objects: by the official rule even perfect detections reach no more than (AP R40, %) "
             f"{'; '.join(few)}."
         )
+    absent = [name for name in CLASSES if not any(figures["evaluated"] for figures in result[name].values())]
+    if absent:
+        lines.append(f"Not evaluated (-): no detection is of class {' or '.join(absent)}.")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ def rendered_boxes(out: Path | str, frames: int, width: int, *, first_label: int
         out: Folder for `rakd.scenes.make_scenes`.
         frames: Their number; every fifth is for validation.
         width: Of the images in pixels.
-        first_label: See `BoxDataset`.
+        first_label: See `rakd.data.boxes2d.BoxDataset`.
 
     Returns:
         Data to train on, and to validate with.

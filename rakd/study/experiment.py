@@ -13,8 +13,8 @@ import torch
 
 from rakd.checkpoints import differences, file_digest
 from rakd.data.frames import digest, find_frames
+from rakd.detector.base import BaseDetector
 from rakd.detector.configs import DETECTORS
-from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector
 from rakd.detector.latency import measure
 from rakd.distill import registry
@@ -184,7 +184,7 @@ class Experiment:
                 f"got a batch_size of {settings.training.batch_size}: make it larger or leave semckd out"
             )
 
-    def _build_expert(self, run: Run) -> Detector:
+    def _build_expert(self, run: Run) -> BaseDetector:
         """The expert as it is before training, or as its file has it."""
         if self.expert_file is not None:
             expert = load_detector(self.expert_file).to(self.processes.device)
@@ -200,7 +200,7 @@ class Experiment:
             )
         return expert
 
-    def _do(self, run: Run, detector: Detector, expert: Detector | None) -> RunResult | None:
+    def _do(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> RunResult | None:
         """Train, unless this is an expert from a file, and evaluate."""
         if expert is None and self.expert_file is not None:
             return self.runner.evaluate(run, detector)
@@ -208,7 +208,7 @@ class Experiment:
         self.logs.append(TrainingLog(run.method, run.seed, [losses_of(row, "step", "total") for row in rows]))
         return self.runner.evaluate(run, detector, rows)
 
-    def _note_start(self, name: str, detector: Detector) -> None:
+    def _note_start(self, name: str, detector: BaseDetector) -> None:
         """Note what a backbone started from; apprentices that started differently cannot be compared."""
         start = backbone_start(detector)
         if name not in self.started_from:
@@ -220,10 +220,14 @@ class Experiment:
             )
         self.started_from[name] = start
 
-    def _config(self, expert: Detector) -> dict[str, Any]:
+    def _config(self, expert: BaseDetector) -> dict[str, Any]:
         config = {**asdict(self.settings), "started_from": self.started_from, "expert_file": None}
         if self.expert_file is not None:
-            config |= {"expert": asdict(expert.config), "expert_training": None, "expert_file": self.expert_file.name}
+            config |= {
+                "expert": expert.config.to_plain(),
+                "expert_training": None,
+                "expert_file": self.expert_file.name,
+            }
         return config
 
     def _describe_data(self) -> str:
@@ -231,7 +235,7 @@ class Experiment:
         name = self.data.name
         return f"{name}: {train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
 
-    def _models(self, expert: Detector) -> tuple[ModelFigures, ...]:
+    def _models(self, expert: BaseDetector) -> tuple[ModelFigures, ...]:
         apprentice = load_detector(self._folder(self.settings.methods[0]) / "detector.pt")
         costs = measure([expert, apprentice], self._val_frames[0], self.processes.device, progress=not self.quiet)
         return tuple(

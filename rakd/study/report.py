@@ -27,7 +27,11 @@ _NOTES = (
     "interval would miss 0 by chance.",
     "Distillation losses of different methods are different quantities; they cannot be compared.",
 )
-_REGIONS = {"proposals": "the apprentice's proposals on objects", "objects": "labelled boxes"}
+_REGIONS = {
+    "proposals": "the apprentice's proposals on objects",
+    "objects": "labelled boxes",
+    "expert": "boxes of the expert's matched queries",
+}
 
 
 def format_tables(study: StudyResult) -> str:

@@ -1,14 +1,13 @@
 """One run of an experiment: trains a detector in its folder, and evaluates it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rakd.checkpoints import file_digest
 from rakd.data.augment import Augmentation
 from rakd.data.kitti import KittiDataset
+from rakd.detector.base import BaseDetector
 from rakd.detector.configs import DETECTORS
-from rakd.detector.detector import Detector
 from rakd.detector.files import save_detector, start_from
 from rakd.detector.inference import write_detections
 from rakd.distill.cache import FeatureCache
@@ -62,6 +61,11 @@ class Runner:
                 "feature_cache: expected images that mirroring alone varies (photometric 0), since distorted ones "
                 f"never come again; got photometric {settings.photometric:g}"
             )
+        if cache_bytes and DETECTORS[settings.apprentice].rules.zoom:
+            raise UserError(
+                "feature_cache: expected images that mirroring alone varies, since zoomed ones never come again; "
+                f"{settings.apprentice} zooms them"
+            )
         self.settings = settings
         self.data = data
         self.out = out
@@ -71,12 +75,12 @@ class Runner:
         self.extend = extend
         self.cache = FeatureCache(out / "features", max_bytes=cache_bytes) if cache_bytes else None
 
-    def build(self, run: Run) -> Detector:
+    def build(self, run: Run) -> BaseDetector:
         """A run's detector before training."""
         config = DETECTORS[run.detector]
-        return Detector(config, seed=run.model_seed) if run.init is None else start_from(run.init, config)
+        return config.build(run.model_seed) if run.init is None else start_from(run.init, config)
 
-    def train(self, run: Run, detector: Detector, expert: Detector | None) -> list[Row]:
+    def train(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> list[Row]:
         """Train a detector to the end of its run; give the rows of its log.
 
         Args:
@@ -94,7 +98,7 @@ class Runner:
                 apprentice_channels=detector.channels,
                 batch_size=run.training.batch_size // self.processes.count,
                 seed=run.seed,
-                canonical_size=config.heads.canonical_size,
+                canonical_size=detector.canonical_size,
             )
         dataset = KittiDataset(
             self.data,
@@ -102,6 +106,7 @@ class Runner:
             height=config.height,
             augmentation=Augmentation(flip=settings.flip, photometric=settings.photometric),
             seed=run.seed,
+            rules=config.rules,
         )
         dataset.cache = len(dataset) <= _KEPT_IN_MEMORY
         folder = self.out / run.name
@@ -117,7 +122,7 @@ class Runner:
             self.processes.device,
             name=run.name,
             fingerprint={
-                "detector": asdict(config),
+                "detector": config.to_plain(),
                 "method": run.method,
                 "weight": run.weight,
                 "regions": settings.regions,
@@ -135,7 +140,7 @@ class Runner:
         detector.eval()
         return rows
 
-    def evaluate(self, run: Run, detector: Detector, rows: Sequence[Row] = ()) -> RunResult | None:
+    def evaluate(self, run: Run, detector: BaseDetector, rows: Sequence[Row] = ()) -> RunResult | None:
         """Evaluate a detector and write what was found.
 
         Args:
@@ -175,7 +180,7 @@ class Runner:
         write_run(result, figures)
         return figures
 
-    def _validation_frames(self, detector: Detector) -> KittiDataset:
+    def _validation_frames(self, detector: BaseDetector) -> KittiDataset:
         return KittiDataset(self.data, self.splits[1], height=detector.config.height)
 
 
@@ -184,7 +189,7 @@ def losses_of(row: Row, *others: str) -> Row:
     return {key: value for key, value in row.items() if key not in RESERVED or key in others}
 
 
-def backbone_start(detector: Detector) -> str:
+def backbone_start(detector: BaseDetector) -> str:
     """Weights that the backbone started from, without the reason."""
     return detector.loaded.partition(" (")[0]
 

@@ -5,7 +5,7 @@ from math import isnan
 from pathlib import Path
 
 from rakd.data.kitti import KittiDataset
-from rakd.detector.detector import Detector
+from rakd.detector.base import BaseDetector
 from rakd.detector.files import save_detector
 from rakd.detector.inference import write_detections
 from rakd.distributed import Processes
@@ -26,7 +26,7 @@ class CarValidation:
         metric: Its name in the log.
     """
 
-    detector: Detector
+    detector: BaseDetector
     dataset: KittiDataset
     out: Path
     processes: Processes

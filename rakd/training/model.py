@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from rakd.data.kitti import Batch
 from rakd.data.targets import pooling_boxes
-from rakd.detector.detector import Detector
+from rakd.detector.base import BaseDetector
 from rakd.distill import Regions
 from rakd.distill.cache import FeatureCache
 from rakd.distill.distiller import Distiller
+from rakd.errors import UserError
 
 
 class DistillationModel(nn.Module):
@@ -26,7 +27,9 @@ class DistillationModel(nn.Module):
     """Whether the distiller has a cache for the expert's features, as it may where mirroring alone varies images. The
     expert then sees one image at a time, so that no feature depends on what is in the cache."""
 
-    def __init__(self, detector: Detector, distiller: Distiller | None = None, regions: Regions = "proposals") -> None:
+    def __init__(
+        self, detector: BaseDetector, distiller: Distiller | None = None, regions: Regions = "proposals"
+    ) -> None:
         super().__init__()
         self.detector = detector
         self.distiller = distiller
@@ -37,7 +40,7 @@ class DistillationModel(nn.Module):
 
         Args:
             batch: Images and targets, on any device.
-            seeds: One for each image, see `rakd.detector.detector.Detector.losses`.
+            seeds: One for each image, see `rakd.detector.base.BaseDetector.losses`.
 
         Returns:
             The terms, to be summed; "distillation" is the distiller's.
@@ -50,8 +53,15 @@ class DistillationModel(nn.Module):
         expert = None if self.distiller is None else self._expert_features(self.distiller, batch, images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
-            boxes = foreground if self.regions == "proposals" else [target.boxes for target in targets]
-            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), features, expert)
+            assert expert is not None
+            boxes = foreground
+            if self.regions == "objects":
+                boxes = [target.boxes for target in targets]
+            elif self.regions == "expert":
+                boxes = self.distiller.expert.matched_boxes(expert, targets)
+            maps = self.detector.distilled_maps(features)
+            expert_maps = self.distiller.expert.distilled_maps(expert)
+            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), maps, expert_maps)
         return losses
 
     def _expert_features(self, distiller: Distiller, batch: Batch, images: Tensor) -> dict[str, Tensor]:
@@ -68,8 +78,8 @@ class DistillationModel(nn.Module):
 
 
 def make_distillation_model(
-    apprentice: Detector,
-    expert: Detector | None,
+    apprentice: BaseDetector,
+    expert: BaseDetector | None,
     method: nn.Module | None,
     weight: float,
     regions: Regions,
@@ -78,6 +88,13 @@ def make_distillation_model(
     """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:
         return DistillationModel(apprentice)
+    if expert.strides != apprentice.strides:
+        raise UserError(
+            f"expert must have maps of the apprentice's strides, {apprentice.strides}, got {expert.strides}: choose "
+            "two detectors of one family"
+        )
+    if regions == "expert" and not expert.has_queries:
+        raise UserError("regions: expert needs an expert with queries, a MonoDETR")
     model = DistillationModel(apprentice, Distiller(expert, method, weight, cache=cache), regions)
     model.cached = cache is not None
     return model

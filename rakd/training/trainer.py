@@ -21,6 +21,7 @@ from rakd.distributed import (
     all_reduce_mean,
     barrier,
     broadcast_object,
+    broadcast_state,
     broadcast_tensors,
     current_processes,
 )
@@ -46,7 +47,7 @@ _SMALLEST_SCALE = 2.0**-10
 
 
 class Validation(Protocol):
-    """Measures what is trained, every `TrainSettings.validate_every` steps and at the end."""
+    """Measures what is trained, every `rakd.training.settings.TrainSettings.validate_every` steps and at the end."""
 
     metric: str
     """Name of what is measured; more is better."""
@@ -325,7 +326,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the checkpoint, if there is one. The main process reads it for all."""
-        state = broadcast_object(self.processes, self._read)
+        state = broadcast_state(self.processes, self._read)
         if state is None:
             return
         there = self._extended(state) if self.extend else state["fingerprint"]

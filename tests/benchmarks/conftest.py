@@ -1,4 +1,4 @@
-"""Makes ``benchmarks`` importable: it belongs to the sources, not to the package. Gives sample rows."""
+"""Makes ``benchmarks``, which is in the sources alone, and the helpers of all tests importable. Gives sample rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmarks.results import Row  # noqa: E402
 

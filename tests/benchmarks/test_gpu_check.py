@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from processes import run_process
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
@@ -137,7 +137,4 @@ def test_machine_without_tools(machine: dict[str, str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("smoke", "cpu"), ("small", "cpu"), ("hot", "gt", "cpu")])
 def test_programs(arguments: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_steps", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith(f"{' '.join(arguments)}: done\n")
+    assert run_process("-m", "benchmarks.gpu_steps", *arguments).endswith(f"{' '.join(arguments)}: done\n")

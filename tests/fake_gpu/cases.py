@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import monodetr_cases
 import numpy as np
 import pytest
 import torch
@@ -19,9 +20,11 @@ from fake_cuda import GPU, DeviceMismatch, FakeCuda
 from rakd.cli import main
 from rakd.data.kitti import KittiDataset, collate
 from rakd.data.targets import pooling_boxes
+from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.detector.detector import Detector, target_rows
 from rakd.detector.files import save_detector
+from rakd.detector.monodetr.detector import MonoDETR
 from rakd.distill.methods import make_method
 from rakd.scenes import make_scenes
 from rakd.training.model import make_distillation_model
@@ -30,6 +33,8 @@ from rakd.training.trainer import Trainer
 from rakd_ops import level_weights, multilevel_roi_align, soft_roi_distill
 
 torch.backends.cudnn.enabled = False  # its operations have no twin on the CPU
+for attention in ("flash", "mem_efficient", "cudnn"):  # nor have these; what is left is made of others
+    getattr(torch.backends.cuda, f"enable_{attention}_sdp")(False)
 
 CONFIG = DetectorConfig(
     BackboneConfig("mobilenet_v3_small", 16, weights="random"),
@@ -44,11 +49,18 @@ STEP = {
     "detector/detector.py losses": 1,
     "training/trainer.py _step": 1,
 }
+# Of a MonoDETR, whose matching takes its costs off the device in one copy.
+STEP_OF_QUERIES = {
+    "monodetr/matching.py match": 1,
+    "training/trainer.py _step": 1,
+}
 # Of a batch of images to detect objects in.
 PREDICTION = {
     "detector/boxes.py suppress_together": 2,
     "detector/decode.py to_host": 1,
 }
+PREDICTION_OF_QUERIES = {"monodetr/detector.py _to_host": 1}
+QUERIES = replace(monodetr_cases.CONFIG, width=256, transformer=replace(monodetr_cases.CONFIG.transformer, dropout=0.0))
 
 
 @pytest.fixture
@@ -67,16 +79,24 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_trainer(
-    scenes: Path, out: Path, device: torch.device, method: Any = "rakd", *, batch: int = 2, **options: Any
+    scenes: Path,
+    out: Path,
+    device: torch.device,
+    method: Any = "rakd",
+    *,
+    batch: int = 2,
+    config: BaseConfig = CONFIG,
+    **options: Any,
 ) -> Trainer:
-    detector, expert = Detector(CONFIG, 1), Detector(replace(CONFIG, backbone=replace(CONFIG.backbone, channels=24)), 2)
+    wide: Any = replace(config, backbone=replace(config.backbone, channels=24))  # type: ignore[type-var]
+    detector, expert = config.build(1), wide.build(2)
     term = make_method(method, strides=detector.strides, expert_channels=24, apprentice_channels=16, batch_size=batch)
     settings = TrainSettings(
         **{"steps": 2, "batch_size": batch, "learning_rate": 1e-3, "warm_up": 0, "log_every": 1, **options}
     )
     learner = make_distillation_model(detector, expert, term, 1.0, "proposals")
-    data = KittiDataset(scenes, "train", height=64)
-    return Trainer(learner, data, settings, out, device, image_size=CONFIG.image_size, quiet=True)
+    data = KittiDataset(scenes, "train", height=64, rules=config.rules)
+    return Trainer(learner, data, settings, out, device, image_size=config.image_size, quiet=True)
 
 
 def waits_of_the_last_step(trainer: Trainer, gpu: FakeCuda) -> dict[str, int]:
@@ -115,6 +135,36 @@ def test_mixed_precision_goes_on_from_a_checkpoint(amp: str, scenes: Path, tmp_p
 def test_waits_of_a_step_do_not_grow_with_the_batch(batch: int, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
     assert waits_of_the_last_step(make_trainer(scenes, tmp_path, GPU, batch=batch), gpu) == STEP
     assert sum(STEP.values()) <= 8
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_waits_of_a_step_of_queries(batch: int, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
+    trainer = make_trainer(scenes, tmp_path, GPU, batch=batch, config=QUERIES)
+    assert waits_of_the_last_step(trainer, gpu) == STEP_OF_QUERIES
+
+
+def test_training_of_queries_is_that_of_the_cpu(scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
+    rows = make_trainer(scenes, tmp_path / "gpu", GPU, config=QUERIES, steps=1).run()
+    expected = make_trainer(scenes, tmp_path / "cpu", torch.device("cpu"), config=QUERIES, steps=1).run()
+    for row, other in zip(rows, expected, strict=True):
+        for name in row.keys() - {"seconds", "images_per_second"}:
+            assert row[name] == pytest.approx(other[name], rel=2e-3, abs=2e-3), name
+
+
+def test_objects_of_queries_are_those_of_the_cpu(scenes: Path, gpu: FakeCuda) -> None:
+    data = KittiDataset(scenes, "train", height=64)
+    batch = collate([data[0], data[1], data[2]], size=QUERIES.image_size)
+    cameras = [sample.calibration for sample in batch.samples]
+    expected = MonoDETR(QUERIES, 1).eval().predict(batch.images, batch.sizes, cameras)
+    detector, images = MonoDETR(QUERIES, 1).to(GPU).eval(), batch.images.to(GPU)
+    detector.predict(images, batch.sizes, cameras)
+    gpu.waits.clear()
+    found = detector.predict(images, batch.sizes, cameras)
+    assert dict(Counter(wait.place for wait in gpu.waits)) == PREDICTION_OF_QUERIES
+    for own, other in zip(found, expected, strict=True):
+        assert len(own) == 12
+        np.testing.assert_allclose(own.scores, other.scores, rtol=1e-4)
+        np.testing.assert_allclose(own.location, other.location, rtol=1e-3, atol=1e-3)
 
 
 def test_a_wait_more_is_seen(scenes: Path, tmp_path: Path, gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

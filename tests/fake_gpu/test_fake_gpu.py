@@ -43,7 +43,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(driver: Path, *arguments: str) -> str:
     environment = {**os.environ, "LD_PRELOAD": str(driver), "OMP_NUM_THREADS": "1"}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    paths = (HERE, ROOT)
+    paths = (HERE, ROOT / "tests" / "rakd", ROOT)
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), environment.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600

@@ -132,9 +132,11 @@ def test_align_other_dtypes(backend: str, dtype: torch.dtype, case: Case) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("output_size", [7, 19])
-@pytest.mark.parametrize("channels", [70, (24, 40, 70, 130)])
-def test_realistic_sizes(backend: str, layout: str, dtype: torch.dtype, output_size: int, channels: Any) -> None:
+def test_realistic_sizes(backend: str, layout: str, dtype: torch.dtype, output_size: int) -> None:
     """Many overlapping boxes and enough channels for whole vector blocks, as in training."""
+    # Each pair of the other three meets both: the maps of a level have no more to do with another level's.
+    odd = LAYOUTS.index(layout) + (dtype == torch.float32) + (output_size == 7)
+    channels = (24, 40, 70, 130) if odd % 2 else 70
     case = Case(
         2, channels, 96, 192, (4, 8, 16, 32), (layout, layout), 1.0, random_boxes(60, 2, 96, 192, seed=3), None,
         {"output_size": output_size},

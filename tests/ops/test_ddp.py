@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from two_processes import run_two_processes
+from processes import run_two_processes
 
 CODE = """
 import os, torch

@@ -1,11 +1,14 @@
 """The CPU's Gram operator: many boxes on the same cells, where it is chosen, against the reference."""
 
+from itertools import product
+
 import pytest
 import torch
-from cases import pyramid
+from cases import as_layout, pyramid
 
 from rakd_ops import reference, soft_roi_distill
 
+BOTH_LAYOUTS = ("contiguous", "channels_last")
 EACH_SIDE = ("apprentice", "expert", "both")  # whose gradients are wanted
 
 
@@ -25,14 +28,19 @@ def gradients(distill, apprentice, expert, boxes, **options):
     return [loss, *torch.autograd.grad(loss, apprentice)]
 
 
-def check_in_float64(apprentice, expert, boxes, wanted_of, tolerance, **options):
-    """Compare with the reference in float64: gradients of "apprentice", "expert", "both", or of several in turn."""
+def check_in_float64(apprentice, expert, boxes, wanted_of, tolerance, layouts=(None,), **options):
+    """Compare with the reference in float64: gradients of "apprentice", "expert", "both", or of several in turn.
+
+    In each of the layouts, or as the maps come; the reference takes most of the time and does not depend on it.
+    """
     wanted_of = (wanted_of,) if isinstance(wanted_of, str) else wanted_of
     names = ("apprentice", "expert")
     given = dict(zip(names, (apprentice, expert), strict=True))
 
-    def values_and_gradients(distill, dtype, sides, **options):
+    def values_and_gradients(distill, dtype, sides, layout=None, **options):
         maps = {name: [m.detach().to(dtype or m.dtype) for m in given[name]] for name in names}
+        if layout is not None:
+            maps = {name: [as_layout(m, layout) for m in maps[name]] for name in names}
         leaves = [m.requires_grad_() for name in sides for m in maps[name]]
         loss = distill(maps["apprentice"], maps["expert"], boxes, **options)
         found = iter(torch.autograd.grad(loss, leaves))
@@ -40,32 +48,30 @@ def check_in_float64(apprentice, expert, boxes, wanted_of, tolerance, **options)
 
     needed = [name for name in names if {name, "both"} & set(wanted_of)]
     expected = values_and_gradients(reference.soft_roi_distill, torch.float64, needed, **options)
-    for side in wanted_of:
+    for side, layout in product(wanted_of, layouts):
         sides = names if side == "both" else (side,)
-        got = values_and_gradients(soft_roi_distill, None, sides, backend="cpu", **options)
+        got = values_and_gradients(soft_roi_distill, None, sides, layout, backend="cpu", **options)
         for name, values in got.items():
             for value, exact in zip(values, expected[name], strict=True):
                 torch.testing.assert_close(value.double(), exact, rtol=0.0, atol=tolerance * float(exact.abs().max()))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(7, 7), (19, 19), (14, 5)])
 @pytest.mark.parametrize("ratio", [0, 1, 2, 3])
-def test_crowded_boxes_agree_with_the_reference(layout, size, ratio):
-    apprentice = pyramid(2, 70, dtype=torch.float64, layout=layout)
-    expert = pyramid(2, 70, dtype=torch.float64, layout=layout, seed=1)
+def test_crowded_boxes_agree_with_the_reference(size, ratio):
+    apprentice, expert = pyramid(2, 70, dtype=torch.float64), pyramid(2, 70, dtype=torch.float64, seed=1)
+    options = {"layouts": BOTH_LAYOUTS, "output_size": size, "sampling_ratio": ratio}
     height, width = (4 * n for n in apprentice[0].shape[2:])
     for seed, (count, objects) in enumerate([(60, 1), (90, 3), (150, 40)]):
         boxes = crowd(count, height, width, objects, seed)
-        check_in_float64(apprentice, expert, boxes, "apprentice", 1e-12, output_size=size, sampling_ratio=ratio)
+        check_in_float64(apprentice, expert, boxes, "apprentice", 1e-12, **options)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_float32_stays_within_rounding(layout):
-    apprentice = pyramid(2, 40, dtype=torch.float32, layout=layout)
-    expert = pyramid(2, 40, dtype=torch.float32, layout=layout, seed=1)
+def test_float32_stays_within_rounding():
+    apprentice, expert = pyramid(2, 40, dtype=torch.float32), pyramid(2, 40, dtype=torch.float32, seed=1)
     height, width = (4 * n for n in apprentice[0].shape[2:])
-    check_in_float64(apprentice, expert, crowd(200, height, width, 2, 5), "apprentice", 2e-6, output_size=19)
+    boxes = crowd(200, height, width, 2, 5)
+    check_in_float64(apprentice, expert, boxes, "apprentice", 2e-6, BOTH_LAYOUTS, output_size=19)
 
 
 # Channels-last maps are worked on in blocks of 32 channels, which the operator writes itself where it stands for all
@@ -109,14 +115,12 @@ def test_bins_of_all_widths(channels, cells, ratio):
     check_in_float64(apprentice, expert, boxes, "both", 2e-6, **options)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("bins, count", [(19, 200), (7, 120), (7, 3)])
 @pytest.mark.parametrize("channels", [40, 64])
-def test_the_loss_alone(layout, dtype, tolerance, bins, count, channels):
+def test_the_loss_alone(dtype, tolerance, bins, count, channels):
     """Without a gradient the operator serves, too, unless the losses of the boxes are wanted."""
-    apprentice = pyramid(2, channels, dtype=dtype, layout=layout)
-    expert = pyramid(2, channels, dtype=dtype, layout=layout, seed=1)
+    apprentice, expert = pyramid(2, channels, dtype=dtype), pyramid(2, channels, dtype=dtype, seed=1)
     height, width = (4 * n for n in apprentice[0].shape[2:])
     boxes = crowd(count, height, width, 2, 5)
     weights = torch.linspace(-1.0, 2.0, count, dtype=torch.float64)
@@ -124,10 +128,12 @@ def test_the_loss_alone(layout, dtype, tolerance, bins, count, channels):
     expected = reference.soft_roi_distill(
         [m.double() for m in apprentice], [m.double() for m in expert], boxes, **options
     )
-    loss = soft_roi_distill(apprentice, expert, boxes, backend="cpu", **options)
-    of_boxes = soft_roi_distill(apprentice, expert, boxes, backend="cpu", **{**options, "reduction": "none"})
-    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0.0)
-    torch.testing.assert_close(of_boxes.double().sum(), expected, rtol=tolerance, atol=0.0)
+    for layout in BOTH_LAYOUTS:
+        maps = [[as_layout(m, layout) for m in side] for side in (apprentice, expert)]
+        loss = soft_roi_distill(*maps, boxes, backend="cpu", **options)
+        of_boxes = soft_roi_distill(*maps, boxes, backend="cpu", **{**options, "reduction": "none"})
+        torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0.0)
+        torch.testing.assert_close(of_boxes.double().sum(), expected, rtol=tolerance, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-10)])

@@ -2,16 +2,15 @@
 
 The instruction set is chosen once in a process; so this file is also a program, run in processes of its own::
 
-    python tests/ops/test_instruction_sets.py THREADS [EXPECTED]
+    PYTHONPATH=tests python tests/ops/test_instruction_sets.py THREADS,THREADS... [EXPECTED]
 
-It prints a digest of all results, and fails where they differ from those in the file EXPECTED.
+It prints a digest of all results for each number of threads, and fails where they differ from those in the file
+EXPECTED.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cases import pyramid, random_boxes
+from processes import run_process
 
 from rakd_ops import multilevel_roi_align, soft_roi_distill
 
@@ -53,26 +53,20 @@ def results(
     return [loss, losses, pooled, *(g for scalar in scalars for g in torch.autograd.grad(scalar, maps))]
 
 
-def main(threads: int, expected: str | None = None) -> None:
-    torch.set_num_threads(threads)
+def main(several: str, expected: str | None = None) -> None:
     every = torch.load(expected) if expected else None
-    digest = hashlib.sha256()
+    digests = {threads: hashlib.sha256() for threads in map(int, several.split(","))}
     for layout in ("contiguous", "channels_last"):
         for number, (dtype, call) in enumerate(runs(layout)):
-            got = [t.detach() for t in results("cpu", *call)]
-            for t in got:
-                digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-            for x, y in zip(got, every[number], strict=True) if every else ():
-                error, slack = float((x.double() - y).abs().max()), 1e-6 * (dtype == torch.float16)
-                assert error <= TOLERANCES[dtype] * float(y.abs().max()) + slack, (layout, dtype, error)
-    print(digest.hexdigest())
-
-
-def run(threads: int, *expected: str, **environment: str) -> str:
-    command = [sys.executable, __file__, str(threads), *expected]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+            for threads, digest in digests.items():
+                torch.set_num_threads(threads)
+                got = [t.detach() for t in results("cpu", *call)]
+                for t in got:
+                    digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+                for x, y in zip(got, every[number], strict=True) if every else ():
+                    error, slack = float((x.double() - y).abs().max()), 1e-6 * (dtype == torch.float16)
+                    assert error <= TOLERANCES[dtype] * float(y.abs().max()) + slack, (layout, dtype, error)
+    print(*(digest.hexdigest() for digest in digests.values()))
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +84,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set_is_right(isa: str, expected: str) -> None:
     """The kernels are compiled several times; the ones this machine would not choose are run as well."""
-    run(2, expected, RAKD_CPU_ISA=isa)
+    run_process(__file__, "2", expected, RAKD_CPU_ISA=isa)
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
-    assert len({run(threads) for threads in (1, 2, 7)}) == 1
+    digests = run_process(__file__, "1,2,7").split()
+    assert len(digests) == 3 and len(set(digests)) == 1
 
 
 PROGRAM = """
@@ -122,12 +117,10 @@ for op, pyramids in ((soft_roi_distill, [maps, maps]), (multilevel_roi_align, [m
 )
 def test_wrong_values_of_environment_variables_are_errors(variable: str, value: str, expected: str) -> None:
     """At every call, also after the first, and for work that needs neither large memory nor threads."""
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, variable: value}, check=True)
-    messages = done.stdout.splitlines()
+    messages = run_process("-c", PROGRAM, **{variable: value}).splitlines()
     assert len(messages) == 2
     assert all(f"{variable}: {expected}" in message and f"got '{value}'" in message for message in messages)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(*sys.argv[1:])

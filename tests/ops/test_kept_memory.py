@@ -2,7 +2,6 @@
 
 import copy
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import pyramid
+from processes import run_process
 
 from rakd_ops import available_backends, multilevel_roi_align, release_memory, soft_roi_distill
 
@@ -160,13 +160,8 @@ print(len(set(addresses)) == 1, addresses[0] % 2**21 == 0, float(step().sum()))
 @pytest.mark.parametrize("limit, kept", [(None, True), ("1024", True), ("0", False), ("1", False)])
 def test_the_limit(limit, kept):
     """Memory of our own begins with a huge page; torch's does not, and a limit below the gradient's size keeps none."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAKD_CPU_KEEP_MIB"}
-    if limit is not None:
-        environment["RAKD_CPU_KEEP_MIB"] = limit
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True, timeout=120
-    )
-    same, own, total = result.stdout.split()
+    result = run_process("-c", PROGRAM, RAKD_CPU_KEEP_MIB=limit)
+    same, own, total = result.split()
     assert own == str(limit != "0")
     if kept:
         assert same == "True"

@@ -284,7 +284,9 @@ def test_evaluate_takes_a_detector_that_sees_nothing(scenes, tmp_path, capsys):
     for frame in find_frames(scenes):
         (tmp_path / f"{frame.id}.txt").touch()
     assert main(["evaluate", str(scenes / "training" / "label_2"), str(tmp_path)]) == 0
-    assert " - " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert " - " in text
+    assert "Not evaluated (-): no detection is of class Car or Pedestrian or Cyclist." in text
 
 
 def test_evaluate_says_where_few_objects_are_the_limit(scenes, results, tmp_path, capsys):

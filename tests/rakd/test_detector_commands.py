@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ import rakd.distributed
 import rakd.study.experiment
 from rakd.cli import main
 from rakd.commands import distill as distill_module
+from rakd.commands.models import scene_size
 from rakd.data.frames import find_frames
+from rakd.data.kitti import resized_width
 from rakd.data.labels import read_results
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
@@ -189,6 +192,19 @@ def test_latency(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(row["size"] == "448x128" and float(row["median_ms"]) > 0 for row in rows)
     assert {row["torch"] for row in rows} == {torch.__version__}
     assert {row["runs"] for row in rows} == {"eager"}
+
+
+def test_scenes_fit_into_every_named_detector() -> None:
+    detectors = [SimpleNamespace(config=DETECTORS[name]) for name in ("tiny", "kitti-r18", "waymo-r18")]
+    assert scene_size(detectors[:2]) == (1242, 375)
+    width, height = scene_size(detectors)
+    assert resized_width((width, height), 512) <= 768 and (width, height) == (562, 375)
+
+
+def test_latency_takes_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["latency", "tiny", "--repeats", "1", "--device", "cpu"]) == 2
+    assert "expected one process, got one of several that torchrun started" in capsys.readouterr().err
 
 
 class FakeExperiment:

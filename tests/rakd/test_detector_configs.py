@@ -17,6 +17,7 @@ def test_all_detectors_can_be_named() -> None:
 @pytest.mark.parametrize("name", ["kitti-r18", "kitti-r50"])
 def test_the_papers_settings(name: str) -> None:
     config = DETECTORS[name]
+    assert isinstance(config, DetectorConfig)
     assert (config.height, config.width) == (512, 1760)
     assert config.proposals.anchor_sizes == (32, 64, 128, 256, 512)
     assert config.heads.sampled == 512 and config.heads.width == 1024

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rakd.data.labels import Objects
+from rakd.data.rules import DataRules
 from rakd.data.targets import CLASSES, Targets, make_targets
 from rakd.detector.decode import Detections, decode, distance_scale
 from rakd.detector.heads import KEYPOINTS, MEAN_DIMENSIONS, Attributes, SpaceHead
@@ -54,7 +55,7 @@ def attributes(count: int = 2, seed: int = 0, **given_values: Tensor) -> Attribu
 
 def targets_of(objects: Objects, calibration: Calibration, size: tuple[int, int]) -> Targets:
     """Targets in float64."""
-    targets = make_targets(objects, calibration, size, min_height=0.0)
+    targets = make_targets(objects, calibration, size, rules=DataRules(min_height=0.0))
     return Targets(
         **{
             field.name: value.double() if value.is_floating_point() else value

@@ -1,8 +1,5 @@
 """The expert's features: cached in memory or a folder, in its own dtype and memory format, compiled."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distill_cases import BOXES, STAGES, Network, images
+from processes import run_two_processes
 from torch import Tensor
 
 from rakd.distill import Distiller, Expert, FeatureCache
@@ -132,8 +130,6 @@ def test_keys_are_checked() -> None:
 
 
 WRITER = """
-import sys
-sys.path[:0] = [{folder!r}]
 import torch
 from distill_cases import STAGES, Network, images
 from rakd.distill import Distiller, FeatureCache
@@ -150,15 +146,8 @@ for step in range(60):
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    code = WRITER.format(folder=str(Path(__file__).parent), cache=str(tmp_path))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for process in processes:
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr
+    code = WRITER.format(cache=str(tmp_path))
+    run_two_processes("-c", code, count=3)
     # Each process looks through the folder after it wrote a sixteenth of the bound, or an entry that is larger.
     entries = [path.stat().st_size for path in tmp_path.iterdir()]
     assert 0 < sum(entries) <= 40_000 + 3 * max(entries)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from distill_cases import BOXES, STAGES, Network, images
+from processes import run_two_processes
 from torch import Tensor, nn
-from two_processes import run_two_processes
 
 from rakd.distill import Distiller
 from rakd.distill.registry import METHODS

@@ -1,20 +1,20 @@
-"""Counts shared by processes: alone, and with two on gloo, which must give the gradients of one on the whole batch."""
+"""Counts and checkpoints that processes share: alone, and with two on Gloo, which must give the gradients of one."""
 
 import pytest
 import torch
-from two_processes import run_two_processes
+from processes import run_two_processes
 
 from rakd.distributed import shared_mean_count
 
 CPU = torch.device("cpu")
 
 CODE = """
-import os, torch
+import os, pickle, torch
 import torch.distributed as dist
 from torch import nn
 from rakd.distill.distiller import Distiller
 from rakd.distill.methods import make_method
-from rakd.distributed import shared_mean_count
+from rakd.distributed import broadcast_state, current_processes, shared_mean_count
 
 class Network(nn.Module):
     def __init__(self, channels):
@@ -59,13 +59,49 @@ def compare():
         for a, b in zip(shared, expected):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
+def state():
+    if rank:
+        raise AssertionError("the main process alone makes the state")
+    return make_state()
+
+def make_state():
+    network = nn.Sequential(nn.Conv2d(3, 300, 5), nn.BatchNorm2d(300))
+    nn.init.constant_(network[0].weight, 0.25)
+    nn.init.constant_(network[0].bias, 0.5)
+    return {
+        "network": network.to(memory_format=torch.channels_last).state_dict(),
+        "several": [torch.tensor(True), (torch.arange(6).view(2, 3).T, "text", None), torch.zeros(0, 4)],
+        "strided": torch.arange(20.0)[::2],
+        "half": torch.tensor([0.5, -2.0], dtype=torch.bfloat16),
+    }
+
+sent, broadcast_object_list = [], dist.broadcast_object_list
+def noting(objects, **options):
+    sent.append(len(pickle.dumps(objects)))
+    broadcast_object_list(objects, **options)
+dist.broadcast_object_list = noting
+received, expected = broadcast_state(current_processes(torch.device("cpu")), state), make_state()
+dist.broadcast_object_list = broadcast_object_list
+assert len(sent) == 1 and sent[0] < 10_000, sent  # without the 90 kB of weights
+flat, spec = torch.utils._pytree.tree_flatten(received)
+others, other_spec = torch.utils._pytree.tree_flatten(expected)
+assert spec == other_spec
+for own, other in zip(flat, others):
+    if isinstance(other, torch.Tensor):
+        assert own.dtype == other.dtype and own.shape == other.shape and torch.equal(own, other), (own, other)
+    else:
+        assert own == other
+weight = received["network"]["0.weight"]
+assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+assert received["network"]._metadata == expected["network"]._metadata
+
 compare()  # a function: DDP holds the group, and a group that lives on at exit may abort the process
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_give_the_gradients_of_one() -> None:
+def test_two_processes_give_the_gradients_of_one_and_share_its_state() -> None:
     run_two_processes("-c", CODE)
 
 

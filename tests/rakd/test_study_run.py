@@ -242,12 +242,12 @@ def test_more_seeds_join_those_that_are_there(
         trained.append(self.name)
         return original(self, batch)
 
-    def make(config: DetectorConfig, seed: int) -> Detector:
+    def make(config: DetectorConfig, seed: int = 0) -> Detector:
         seeds.append(seed)
         return Detector(config, seed)
 
     seeds: list[int] = []
-    monkeypatch.setattr(runner, "Detector", make)
+    monkeypatch.setattr(DetectorConfig, "build", make)
     monkeypatch.setattr(Trainer, "_step", noted)
     result = Experiment(settings(seeds=(0, 1), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
     assert trained == ["none-seed1"] * 2

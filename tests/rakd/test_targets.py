@@ -69,7 +69,7 @@ def test_least_height_goes_with_the_image():
     objects = make_objects(("Car", 0, 45)).resized(0.5, 0.5)
     half = CALIBRATION.resized(0.5, 0.5)
     assert len(make_targets(objects, half, (621, 188))) == 0
-    assert len(make_targets(objects, half, (621, 188), min_height=11)) == 1
+    assert len(make_targets(objects, half, (621, 188), scale=0.5)) == 1
 
 
 def test_no_objects():

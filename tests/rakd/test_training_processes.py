@@ -1,4 +1,4 @@
-"""Two processes started by ``torchrun`` train as one does."""
+"""Two processes train as one does, and end together; ``torchrun`` starts them, or sets what it would set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_two_processes
 from toy_learner import ToyLearner, assert_same_bits, make_trainer
 
 from rakd.checkpoints import load_checkpoint
@@ -36,15 +37,7 @@ class Outcome:
         self.rows = halfway.run()
         self.learner = halfway.learner
         self.state = load_checkpoint(out / "half" / "checkpoint.pt")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run(
-            [*command, str(SCRIPT), str(scenes), str(out)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
+        run_two_processes(str(SCRIPT), str(scenes), str(out))
         self.reports: list[dict[str, Any]] = [json.loads((out / f"report-{rank}.json").read_text()) for rank in (0, 1)]
 
 
