@@ -49,6 +49,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|torchvision|numpy|np|npt|nn|matplotlib|PIL|pathlib|collections|tqdm|Image)\..*"),
     ("py:class", r"rakd_ops\._inputs\.(Boxes|Maps)"),  # Sphinx finds type aliases from 8.2 on
     ("py:class", r"NDArray|u?int\d+|float\d+"),
+    ("py:class", r"rakd\.distributed\.T"),  # a type variable
     ("py:class", r"Keywords"),  # the keywords of SoftRoIDistillLoss, which its docstring lists
 ]
 
