@@ -1,6 +1,6 @@
 """Runs Python code in processes of its own, one or a torch.distributed group; conftest.py makes it importable.
 
-The processes are forked from one that has imported torch and torchvision: that takes longer than what most tests do.
+The processes are forked from one that has imported torch: that takes longer than what most tests do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Nothing of this project, which a process must find as the test that starts it does, and load with its environment.
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torchvision"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo"])
 
 
 def run_process(*arguments: str, **environment: str | None) -> str:

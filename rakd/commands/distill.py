@@ -13,10 +13,8 @@ from rakd.distill import MethodName, Regions
 from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
-from rakd.study.settings import PAPER_METHODS, STUDIES, StudyName
+from rakd.study.settings import STUDIES, StudyName
 from rakd.training.settings import Precision
-
-_SCENES = 200  # frames rendered where no data are given
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,15 @@ class Distill:
     """
 
     study: StudyName = "tiny"
-    """Settings to start from. tiny: MobileNetV3 learns from ResNet-18 on images 128 px high. kitti: the paper's,
-    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs.
+    """Settings to start from. scenes: MobileNetV3-small learns from EfficientNet-Lite0 on images 128 px high, where the
+    expert starts from packaged ImageNet weights (extra pretrained). tiny: MobileNetV3-small learns from ResNet-18, both
+    from random weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on images 512 px high.
+    waymo: the same on images 768 x 512, for 30 epochs.
     monodetr-tiny and monodetr-kitti: the same backbones as MonoDETRs, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
-    scenes are rendered into the run's folder (studies tiny and monodetr-tiny)."""
+    scenes are rendered into the run's folder, for the studies scenes, tiny and monodetr-tiny."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""
@@ -45,8 +45,8 @@ class Distill:
     splits: Annotated[tuple[str, str], arg(metavar="TRAIN VAL")] = ("train", "val")
     """Names of the frame lists in ImageSets to learn from and to evaluate on."""
 
-    methods: Annotated[tuple[MethodName, ...], arg(metavar="METHOD...")] = PAPER_METHODS
-    """Methods to train apprentices with; none: alone."""
+    methods: Annotated[tuple[MethodName, ...] | None, arg(metavar="METHOD...")] = None
+    """Methods to train apprentices with instead of the study's; none: alone."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
     """Each method is run with each seed; tables give mean and standard deviation."""
@@ -126,7 +126,7 @@ class Distill:
         expert_training: dict[str, Any] = {**changed, **expert_steps}
         settings = replace(
             base,
-            methods=tuple(self.methods),
+            methods=base.methods if self.methods is None else tuple(self.methods),
             seeds=tuple(self.seeds),
             regions=self.regions or base.regions,
             weights=_weights(base.weights, self.weight),
@@ -136,10 +136,11 @@ class Distill:
         )
         if self.expert is not None and not self.expert.is_file():
             raise UserError(f"--expert: {self.expert} is not there")
-        if self.data is None and not self.study.endswith("tiny"):
+        if self.data is None and not base.scenes:
+            rendered = ", ".join(name for name, study in STUDIES.items() if study.scenes)
             raise UserError(
                 f"--data: --study {self.study} needs a folder in KITTI's layout or of Waymo's parquet files; scenes "
-                "are rendered for tiny and monodetr-tiny only"
+                f"are rendered for {rendered} only"
             )
         if not (0 <= self.feature_cache < inf):
             raise UserError(f"--feature-cache: expected 0 or a number of GiB, got {self.feature_cache}")
@@ -149,8 +150,8 @@ class Distill:
             if data is None:
                 data = self.out / "scenes"
                 if processes.is_main:
-                    print(f"no data given: learning from {_SCENES} rendered street scenes in {data}", flush=True)
-                    make_scenes(data, _SCENES, 0, workers=os.cpu_count() or 1, progress=True)
+                    print(f"no data given: learning from {base.scenes} rendered street scenes in {data}", flush=True)
+                    make_scenes(data, base.scenes, 0, workers=os.cpu_count() or 1, progress=True)
                 barrier(processes)
             data = kitti_layout(data, self.out / "data", processes)
             experiment = Experiment(

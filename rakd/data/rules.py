@@ -1,4 +1,4 @@
-"""Which labelled objects a detector learns from, and how far its training images are zoomed. Imports no torch."""
+"""Rules of training data: labelled objects that a detector learns from, zoom of its images. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ MIN_VISIBLE = 0.3
 
 @dataclass(frozen=True)
 class DataRules:
-    """Which objects are learned. All others are ignored; so are those whose 3D centre lies outside the image.
+    """Conditions for objects to be learned. All others are ignored, and those whose 3D centre lies outside the image.
 
     Attributes:
         min_height: Lower boxes are left out, pixels of the original image.

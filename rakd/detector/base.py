@@ -20,7 +20,7 @@ class BaseDetector(nn.Module):
     Boxes and points are in pixels of the images given; the centre of the first pixel is (0, 0), as in KITTI.
 
     Attributes:
-        config: What it is made of.
+        config: Its settings.
         pyramid: Backbone and feature maps, the bulk of the work.
         strides: Pixels per cell of each map that distillation compares.
         channels: Channels of each of them.
@@ -35,7 +35,7 @@ class BaseDetector(nn.Module):
 
     @property
     def loaded(self) -> str:
-        """What the backbone started from, for people."""
+        """Weights that the backbone started from, for people."""
         return self.pyramid.loaded
 
     @property
@@ -66,9 +66,9 @@ class BaseDetector(nn.Module):
         """Losses of a batch. With several processes, averaged gradients are those of the whole batch.
 
         Args:
-            features: What `extract_features` gave for the images.
+            features: Result of `extract_features` for the images.
             sizes: (width, height) of each image without padding.
-            targets: What to find in each.
+            targets: Objects to find in each.
             seeds: A seed for each image, for all that is drawn at random; >= 0.
 
         Returns:
@@ -107,7 +107,7 @@ class BaseDetector(nn.Module):
         """The boxes of the queries that stand for an image's objects, such as an expert's for distillation.
 
         Args:
-            features: What `extract_features` gave for the images.
+            features: Result of `extract_features` for the images.
             targets: The objects of each.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What the settings of all families of detectors share. Imports no torch."""
+"""Settings that all families of detectors share. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 Weights = Literal["pretrained", "random"]
-"""What backbones start from."""
+"""Weights that backbones start from."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class BaseConfig:
 
     @property
     def rules(self) -> DataRules:
-        """Which objects of a frame the detector learns."""
+        """Rules for the objects of a frame that the detector learns."""
         return DataRules()
 
     def without_download(self) -> "Self":

@@ -72,7 +72,7 @@ class DetectorConfig(BaseConfig):
     Attributes:
         backbone: Backbone and feature pyramid.
         proposals: Region proposal network.
-        heads: What stands behind the pooling.
+        heads: The heads behind the pooling.
         height: Height that images are resized to, pixels.
         width: Width that images are padded to, pixels; wider ones are an error. None: whatever they need.
     """
@@ -101,11 +101,13 @@ class DetectorConfig(BaseConfig):
         return Detector(self, seed)
 
 
-def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: int, hidden: int) -> DetectorConfig:
+def _scaled(
+    height: int, width: int, backbone: str, channels: int, *, sampled: int, hidden: int, weights: Weights = "random"
+) -> DetectorConfig:
     """A lighter detector for smaller images, with everything that is measured in pixels made smaller with them."""
     scale = height / 512
     return DetectorConfig(
-        BackboneConfig(backbone, channels, weights="random", frozen_norm=False),
+        BackboneConfig(backbone, channels, weights=weights, frozen_norm=False),
         ProposalConfig(
             anchor_sizes=tuple(round(size * scale) for size in (32, 64, 128, 256)),
             sampled=2 * sampled,
@@ -121,6 +123,7 @@ def _scaled(height: int, width: int, backbone: str, channels: int, *, sampled: i
 DETECTORS: dict[str, BaseConfig] = {
     "tiny": _scaled(128, 448, "mobilenet_v3_small", 64, sampled=64, hidden=256),
     "tiny-expert": _scaled(128, 448, "resnet18", 64, sampled=64, hidden=256),
+    "tiny-lite0": _scaled(128, 448, "tf_efficientnet_lite0", 64, sampled=64, hidden=256, weights="pretrained"),
     "small": _scaled(192, 640, "resnet18", 64, sampled=128, hidden=512),
     "kitti-r18": DetectorConfig(BackboneConfig("resnet18")),
     "kitti-r50": DetectorConfig(BackboneConfig("resnet50")),
@@ -130,7 +133,8 @@ DETECTORS: dict[str, BaseConfig] = {
 }
 """Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings, ``waymo-r18`` and
 ``waymo-r50`` the same on images 768 x 512; ``tiny``, ``tiny-expert`` and ``small`` are for a processor and minutes:
-they start from random weights. Those named ``monodetr-...``: see `rakd.detector.monodetr.configs.MONODETRS`."""
+they start from random weights. ``tiny-lite0`` starts from ImageNet weights out of a package (extra ``pretrained``).
+Those named ``monodetr-...``: see `rakd.detector.monodetr.configs.MONODETRS`."""
 
 if TYPE_CHECKING:
     DetectorName = str

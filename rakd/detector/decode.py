@@ -15,7 +15,7 @@ from rakd.geometry import Calibration
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What a detector found in B images, D rows each.
+    """Detections in B images, D rows each.
 
     Attributes:
         valid: ``[B, D]`` bool; the other rows only fill up.

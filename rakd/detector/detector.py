@@ -38,11 +38,11 @@ class Detector(BaseDetector):
     Boxes and points are in pixels of the images given; the centre of the first pixel is (0, 0), as in KITTI.
 
     Args:
-        config: What it is made of.
+        config: Its settings.
         seed: Seed of the random weights; the global generator is left alone.
 
     Attributes:
-        config: What it is made of.
+        config: Its settings.
         strides: Pixels per cell of each feature map.
         channels: Channels of each feature map.
     """

@@ -38,7 +38,7 @@ def start_from(path: Path, config: BaseConfig) -> BaseDetector:
     """A detector with the weights of a file, to be trained on: of these settings, which may differ from the file's.
 
     Args:
-        path: What `save_detector` wrote.
+        path: A file that `save_detector` wrote.
         config: Settings under which each of the file's tensors has its place and shape.
 
     Raises:

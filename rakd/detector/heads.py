@@ -20,7 +20,7 @@ _UNCERTAINTY = 3.0  # bound of log-uncertainties: sure predictions must not drow
 
 @dataclass(frozen=True, eq=False)
 class Attributes:
-    """What the attribute and distance heads say of N boxes, for one class each.
+    """Predictions of the attribute and distance heads for N boxes, for one class each.
 
     Attributes:
         dimensions: ``[N, 3]`` height, width, length, metres.

@@ -19,7 +19,7 @@ _BATCH = 8  # frames at a time on a GPU; a CPU gains nothing from more than one
 
 
 class Predictor(Protocol):
-    """What finds objects: a `rakd.detector.base.BaseDetector`, or `rakd.detector.onnx_model.OnnxDetector`."""
+    """Finds objects: a `rakd.detector.base.BaseDetector`, or `rakd.detector.onnx_model.OnnxDetector`."""
 
     @property
     def config(self) -> BaseConfig:
@@ -62,7 +62,7 @@ def detect_all(
         detector: In evaluation mode, on ``device``.
         dataset: Frames, resized to the detector's image height.
         device: Where to compute.
-        indices: Which frames, in their order; None: all.
+        indices: Frames to take, in their order; None: all.
         progress: Show a progress bar.
     """
     chosen = range(len(dataset)) if indices is None else indices

@@ -33,7 +33,7 @@ _POSITIVE_SHARE = 0.5  # most of the drawn anchors that may be positive
 
 
 def covered(boxes: Tensor, regions: Tensor) -> Tensor:
-    """Which boxes lie by half or more of their area in one of some regions.
+    """Mask of the boxes that lie by half or more of their area in one of some regions.
 
     Args:
         boxes: ``[N, 4]`` (x1, y1, x2, y2).
@@ -134,7 +134,7 @@ class ProposalNetwork(nn.Module):
         Args:
             maps: ``[B, C, H, W]`` for each size of anchors, fine to coarse.
             extents: ``[B, 2]`` width and height of each image without padding.
-            targets: What to find in each image.
+            targets: Objects to find in each image.
             seeds: One an image, from which anchors are drawn.
 
         Returns:

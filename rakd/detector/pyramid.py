@@ -31,7 +31,7 @@ class Pyramid(nn.Module):
 
     Attributes:
         channels: Channels of every map.
-        loaded: What the backbone started from, for people: "ImageNet weights", or "random weights" and why.
+        loaded: Weights that the backbone started from, for people: "ImageNet weights", or "random weights" and why.
 
     Raises:
         ValueError: There is no such network, or it has no maps of strides 4 to 32.

@@ -14,7 +14,7 @@ _GOLDEN, _MIX_1, _MIX_2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF5
 
 
 class Draw(NamedTuple):
-    """What was drawn of each image: positives first, then negatives, then rows that only fill up.
+    """Rows drawn of each image: positives first, then negatives, then rows that only fill up.
 
     Attributes:
         rows: ``[B, S]`` int64, places among the candidates.

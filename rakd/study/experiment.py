@@ -1,6 +1,6 @@
 """An experiment: a plan of runs (`rakd.study.plan`), each done by a runner (`rakd.study.runner`), and a report.
 
-Each run has a folder of its own in the experiment's folder. What is finished there is not done again, so that an
+Each run has a folder of its own in the experiment's folder. Finished work is not done again, so that an
 interrupted experiment is continued by starting it again.
 """
 
@@ -35,7 +35,7 @@ class Experiment:
     """A comparison of distillation methods in a folder.
 
     Args:
-        settings: What to do.
+        settings: Of the experiment.
         data: Folder in KITTI's layout, with the lists ``train`` and ``val``.
         out: The experiment's folder.
         processes: Where to compute, see `rakd.distributed.start_processes`.

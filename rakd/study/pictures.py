@@ -82,7 +82,7 @@ def draw_training(study: StudyResult, logs: Sequence[TrainingLog]) -> Figure:
     Lines are running means over a twenty-fifth of the steps.
 
     Args:
-        study: What the logs belong to, for the title.
+        study: Of the logs, for the title.
         logs: At least one, with at least one loss.
 
     Raises:

@@ -17,7 +17,7 @@ class Run:
         detector: Name in `rakd.detector.configs.DETECTORS`.
         model_seed: Of the detector's weights.
         training: How it is trained; its seed is the run's.
-        weight: What the method's loss is multiplied with.
+        weight: Factor of the method's loss.
         init: File of the detector whose weights it starts from; None: it starts as ``model_seed`` says.
     """
 

@@ -85,7 +85,7 @@ def _bullets(sentences: Sequence[str]) -> str:
 
 
 def _provenance(study: StudyResult) -> str:
-    """What the figures come from, in one paragraph; what the study does not tell is left out."""
+    """The origin of the figures, in one paragraph; facts that the study lacks are left out."""
     config = study.config
     regions = config.get("regions")
     machine = {name: study.versions[name] for name in ("device", "threads") if name in study.versions}

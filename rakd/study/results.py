@@ -26,7 +26,7 @@ Precisions = dict[str, dict[str, dict[str, tuple[float, ...]]]]
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """What a model costs. None stands for what was not measured.
+    """Cost of a model. None: not measured.
 
     Attributes:
         name: "expert" or "apprentice".
@@ -47,7 +47,7 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one training run came to.
+    """Results of one training run.
 
     Attributes:
         method: One of `METHODS`.
@@ -90,7 +90,7 @@ class StudyResult:
         config: Settings of the study; anything that JSON can hold.
         versions: Version of each package and device that mattered, by name.
         seeds: The seeds planned; runs may be missing.
-        data: What was trained and evaluated on, in a few words.
+        data: Description of the training and validation frames, in a few words.
 
     Raises:
         ValueError: There are two runs of one method and seed, or two models of one name.
@@ -169,7 +169,7 @@ def precisions_of(**results: Result) -> Precisions:
     """Gather what tables need from evaluations: ``precisions_of(official=..., loose=...)``.
 
     Args:
-        results: What `rakd.evaluation.kitti.evaluate` gave for each kind of overlaps.
+        results: Of `rakd.evaluation.kitti.evaluate`, for each kind of overlaps.
 
     Returns:
         R40 in 3D and from above. A class without objects at a level is NaN: nothing was to be found. A class

@@ -11,7 +11,7 @@ from rakd.errors import UserError
 from rakd.training.settings import TrainSettings
 
 ALL_METHODS: tuple[MethodName, ...] = ("none", *METHODS)
-"""What an apprentice is trained with: without distillation, or with a method of the registry."""
+"""Ways to train an apprentice: without distillation, or with a method of the registry."""
 
 PAPER_METHODS: tuple[MethodName, ...] = ("none", *IN_PAPER)
 """Those of the paper's tables: alone, the methods it compares with, RAKD and its ablations."""
@@ -19,21 +19,22 @@ PAPER_METHODS: tuple[MethodName, ...] = ("none", *IN_PAPER)
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What to train, and how.
+    """Settings of an experiment.
 
     Attributes:
         expert: Name of the expert's detector, one of `rakd.detector.configs.DETECTORS`.
         apprentice: Name of the apprentice's.
-        methods: What apprentices are trained with, in this order.
+        methods: To train apprentices with, in this order.
         seeds: Each method is run with each of these; a seed is that of the apprentice's weights and of its training.
             There is one expert for all.
         expert_seed: Of the expert's weights and training.
         expert_training: How the expert is trained; its seed is replaced.
         training: How apprentices are trained; its seed is replaced.
-        weights: What each method's loss is multiplied with.
+        weights: Factor of each method's loss.
         regions: Where RAKD and its ablations compare features.
         flip: Probability of mirroring a training image.
         photometric: Probability of each distortion of light and colour.
+        scenes: Street scenes to render where no data are given; 0: data are needed.
 
     Raises:
         ValueError: A name is not known, or nothing is to be done.
@@ -50,6 +51,7 @@ class StudySettings:
     regions: Regions = "proposals"
     flip: float = 0.5
     photometric: float = 0.5
+    scenes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("expert", "apprentice"):
@@ -115,6 +117,17 @@ STUDIES: dict[str, StudySettings] = {
         training=_TINY,
         weights=_WEIGHTS,
         photometric=0.0,
+        scenes=200,
+    ),
+    "scenes": StudySettings(
+        expert="tiny-lite0",
+        apprentice="tiny",
+        expert_training=replace(_TINY, steps=1000, checkpoint_every=200),
+        training=replace(_TINY, steps=800, checkpoint_every=200),
+        weights=_WEIGHTS,
+        methods=("none", "pkd", "rakd"),
+        photometric=0.0,
+        scenes=500,
     ),
     "kitti": StudySettings(
         expert="kitti-r50",
@@ -138,6 +151,7 @@ STUDIES: dict[str, StudySettings] = {
         weights=_WEIGHTS,
         regions="objects",
         photometric=0.0,
+        scenes=200,
     ),
     "monodetr-kitti": StudySettings(
         expert="monodetr-r50",
@@ -148,8 +162,8 @@ STUDIES: dict[str, StudySettings] = {
         regions="objects",
     ),
 }
-"""Comparisons by name: ``tiny`` and ``monodetr-tiny`` run on two processor cores; ``kitti`` has the paper's settings;
-``waymo`` those of monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and
+"""Comparisons by name: ``scenes``, ``tiny`` and ``monodetr-tiny`` run on two processor cores; ``kitti`` has the paper's
+settings; ``waymo`` those of monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and
 ``monodetr-kitti`` have not been run on those data here."""
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ class CarValidation:
     """Measures average precision of cars in 3D (R40, moderate, IoU 0.7); keeps the best detector. For the trainer.
 
     Attributes:
-        detector: What is trained.
+        detector: The one in training.
         dataset: Frames to measure on.
         out: The run's folder. Gets ``best.pt``, and in ``validation`` the last validation's detections.
         processes: That train together; all of them detect.

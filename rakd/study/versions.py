@@ -1,4 +1,4 @@
-"""What figures depend on besides settings and data: versions and the machine."""
+"""Versions and the machine, on which figures depend besides settings and data."""
 
 import platform
 from pathlib import Path

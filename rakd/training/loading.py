@@ -27,7 +27,7 @@ def make_loader(
 
     Args:
         dataset: The frames.
-        sampler: Which of them make up each batch.
+        sampler: Gives the frames of each batch.
         image_size: (width, height) that images are padded to; None: as `rakd.data.kitti.collate` sees fit.
         workers: Processes that load; 0: this one does.
         pin: Give batches in pinned memory.

@@ -1,4 +1,4 @@
-"""What the trainer trains: a detector, and with it, where an expert teaches, the distillation term."""
+"""The module that the trainer trains: a detector, with the distillation term where there is an expert."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ class DistillationModel(nn.Module):
     Args:
         detector: The apprentice, or whatever is trained.
         distiller: Brings the expert; None: no distillation.
-        regions: Where features are compared.
+        regions: Regions in which features are compared.
     """
 
     cached = False

@@ -1,4 +1,4 @@
-"""Which frame is trained on when, and the seeds of a step: pure functions of the run's seed and the position.
+"""The order of frames, and the seeds of a step: pure functions of the run's seed and the position.
 
 Nothing here has a state, so a resumed run goes on exactly where it stopped, and the number of processes changes
 who works on a frame but not which frames make up a step.
@@ -46,7 +46,7 @@ class EndlessOrder:
         self._shuffled: Sequence[int] = ()
 
     def draw(self, position: int) -> Draw:
-        """What stands at a position, >= 0."""
+        """The frame at a position, >= 0."""
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             rng = np.random.default_rng([_ORDER, self.seed, epoch])

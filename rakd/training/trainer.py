@@ -82,7 +82,7 @@ class Trainer:
     gradients after the first step, and a sum of more than two numbers depends on their order.
 
     Args:
-        learner: What is trained; it is moved to ``device``. What ``state_dict`` gives is in the checkpoints.
+        learner: The module to train; it is moved to ``device``. Its ``state_dict`` is in the checkpoints.
         dataset: Frames to learn from.
         settings: How.
         out: The run's folder. Processes on other machines need not see it.

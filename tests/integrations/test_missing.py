@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import run_process
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("ultralytics", "transformers", "torchvision", "lightning", "timm")
@@ -20,8 +21,7 @@ def test_a_missing_framework_is_named_with_its_extra(name: str) -> None:
         f"try:\n    import rakd.integrations.{name}\n"
         "except ImportError as error:\n    print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == f"{name} is not installed; run: pip install 'rakd[{name}]'", done.stderr
+    assert run_process("-c", code).strip() == f"{name} is not installed; run: pip install 'rakd[{name}]'"
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f"\n{name} = [" in pyproject
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from toy_learner import ToyLearner, make_trainer
+from toy_learner import Scripted, ToyLearner, make_trainer
 
 from rakd.data.kitti import Batch
 from rakd.distributed import Processes, start_processes
@@ -83,7 +83,16 @@ def main(processes: Processes) -> None:
     make_trainer(SCENES, OUT / "one_to_two", ToyLearner(torch.float64)).run()
     uneven = Uneven()
     make_trainer(SCENES, OUT / "uneven", uneven, steps=3).run()
+    # The second process measures something else, which does not count.
+    validation = Scripted(*((1.0, 3.0, 2.0, 2.5) if processes.is_main else (9.0, 8.0, 7.0, 6.0)))
+    validated = make_trainer(
+        SCENES, OUT / "validated", ToyLearner(torch.float64), validation=validation, validate_every=3
+    )
+    validation.trainer = validated
+    validated.run()
     report = {
+        "validations": [row["figure"] for row in validated.log.validations],
+        "kept": validation.kept,
         "count": processes.count,
         "rows": rows,
         "seen": learner.seen,

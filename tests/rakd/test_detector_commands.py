@@ -324,7 +324,7 @@ def test_distill_without_options_is_the_named_study(asked: type[FakeExperiment],
 def test_distill_renders_what_it_learns_from(
     asked: type[FakeExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distill_module, "_SCENES", 2)
+    monkeypatch.setitem(distill_module.STUDIES, "tiny", replace(STUDIES["tiny"], scenes=2))
     assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert "learning from 2 rendered street scenes" in capsys.readouterr().out
     assert asked.asked[1] == tmp_path / "scenes"

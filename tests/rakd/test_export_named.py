@@ -4,11 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from rakd.commands.export import MOST_ALONE, Export
-from rakd.commands.models import find_model
 from rakd.data.frames import Frame, find_frames
 from rakd.data.kitti import Sample, make_sample
 from rakd.detector.configs import DETECTORS
@@ -38,9 +36,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'rakd[export]'")
     if request.param == "monodetr-small":
         pytest.importorskip("timm", reason="timm is not installed: pip install 'rakd[timm]'")
-    detector = find_model(request.param, torch.device("cpu"))
-    if isinstance(detector.config, MonoDETRConfig):  # whose classes all have a probability of 0.01 at the start
-        detector.config = replace(detector.config, score_limit=0.0, detections=3 * detector.config.transformer.queries)
+    config = DETECTORS[request.param].without_download()
+    if isinstance(config, MonoDETRConfig):  # untrained, no query reaches its limit
+        config = replace(config, score_limit=0.0)
+    detector = config.build().eval()
     path = tmp_path_factory.mktemp("onnx") / "detector.onnx"
     export_onnx(detector, path)
     return detector, OnnxDetector(path, threads=1)

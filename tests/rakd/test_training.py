@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_learner import CPU, ToyLearner, assert_same_bits, make_trainer, settings, weights
+from toy_learner import CPU, Scripted, ToyLearner, assert_same_bits, make_trainer, settings, weights
 
 from rakd.checkpoints import load_checkpoint
 from rakd.data.frames import find_frames
@@ -148,28 +148,6 @@ def test_a_finished_run_can_be_extended(scenes: Path, tmp_path: Path) -> None:
     assert_same_bits(weights(again), weights(whole))
     with pytest.raises(ValueError, match=r"steps is 8 there and 6 here; choose another folder$"):
         make_trainer(scenes, out, steps=6, extend=True, **options)
-
-
-class Scripted:
-    """A validation that measures what it is told, and notes the step that it keeps."""
-
-    metric = "figure"
-
-    def __init__(self, *values: float) -> None:
-        self.values = list(values)
-        self.trainer: Trainer | None = None
-        self.kept: list[int] = []
-        self.training: set[bool] = set()
-
-    def measure(self) -> float:
-        assert self.trainer is not None
-        self.training.add(self.trainer.learner.training)
-        torch.rand(3)
-        return self.values.pop(0)
-
-    def keep(self) -> None:
-        assert self.trainer is not None
-        self.kept.append(self.trainer.step)
 
 
 def validated(scenes: Path, out: Path, validation: Scripted, learner: nn.Module | None = None) -> Trainer:

@@ -85,6 +85,13 @@ def test_two_processes_resume_to_the_same_bits(outcome: Outcome) -> None:
     assert_same_bits(resumed["learner"], whole["learner"])
 
 
+def test_the_main_process_validates_for_all(outcome: Outcome) -> None:
+    assert [report["validations"] for report in outcome.reports] == [[1.0, 3.0, 2.0, 2.5]] * 2
+    assert [report["kept"] for report in outcome.reports] == [[3, 6], []]
+    validated, plain = (load_checkpoint(outcome.out / name / "checkpoint.pt") for name in ("validated", "two"))
+    assert_same_bits(validated["learner"], plain["learner"])
+
+
 def test_all_processes_say_what_is_not_finite_in_one(outcome: Outcome) -> None:
     messages = {report["not_finite"] for report in outcome.reports}
     assert len(messages) == 1

@@ -48,6 +48,28 @@ class ToyLearner(nn.Module):
         }
 
 
+class Scripted:
+    """A validation that measures what it is told, and notes the step that it keeps."""
+
+    metric = "figure"
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+        self.trainer: Trainer | None = None
+        self.kept: list[int] = []
+        self.training: set[bool] = set()
+
+    def measure(self) -> float:
+        assert self.trainer is not None
+        self.training.add(self.trainer.learner.training)
+        torch.rand(3)
+        return self.values.pop(0)
+
+    def keep(self) -> None:
+        assert self.trainer is not None
+        self.kept.append(self.trainer.step)
+
+
 def settings(**options: Any) -> TrainSettings:
     small = {"steps": 10, "batch_size": 4, "learning_rate": 0.02, "warm_up": 2, "checkpoint_every": 3, "log_every": 2}
     return TrainSettings(**{**small, **options})

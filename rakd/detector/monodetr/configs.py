@@ -97,7 +97,7 @@ class MonoDETRConfig(BaseConfig):
         depth: The map of distances.
         transformer: Encoders and decoder.
         losses: Weights of the loss terms.
-        rules: Which objects it learns, and how images are zoomed.
+        rules: For objects to learn and for the zoom of images.
         frozen_stem: Keep a pretrained ResNet's first convolution and first stage as they are loaded.
         score_limit: Detections whose class has a smaller probability are dropped.
         detections: Most an image.

@@ -75,7 +75,7 @@ class DepthPredictor(nn.Module):
         """Predict.
 
         Args:
-            mixed: What `mix` made.
+            mixed: Result of `mix`.
             positions: ``[1, h * w, C]`` of p4's cells.
 
         Returns:

@@ -33,7 +33,7 @@ class MonoDETR(BaseDetector):
     generator.
 
     Args:
-        config: What it is made of.
+        config: Its settings.
         seed: Seed of the random weights; the global generator is left alone.
     """
 
@@ -160,7 +160,7 @@ class MonoDETR(BaseDetector):
         """Run all that follows the maps.
 
         Args:
-            features: What `extract_features` gave.
+            features: Result of `extract_features`.
             focal: ``[B]`` vertical focal length, pixels.
 
         Returns:

@@ -21,7 +21,7 @@ _EDGE = 1e-5  # shares are kept this far from 0 and 1 before their logit is take
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What one decoder layer says of N queries of B images; all float32 (float64 in a network of float64).
+    """Predictions of one decoder layer for N queries of B images; all float32 (float64 in a network of float64).
 
     Attributes:
         logits: ``[B, N, classes]``.

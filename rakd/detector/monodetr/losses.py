@@ -32,13 +32,13 @@ def query_losses(
     valid = targets.valid[:, None].expand(images, groups, most).flatten(1)
 
     def own(values: Tensor) -> Tensor:
-        """What the matched queries say, ``[L, B, groups * T, ...]``."""
+        """Predictions of the matched queries, ``[L, B, groups * T, ...]``."""
         if values.dim() == 3:
             return values.gather(2, rows)
         return values.gather(2, rows[..., None].expand(*rows.shape, values.shape[3]))
 
     def wanted(values: Tensor) -> Tensor:
-        """What they should say, ``[B, groups * T, ...]``."""
+        """Their targets, ``[B, groups * T, ...]``."""
         return values.repeat(1, groups, *(1,) * (values.dim() - 2))
 
     count = groups * shared_mean_count(sum(targets.counts), depth.device).to(depth.dtype)

@@ -1,4 +1,4 @@
-"""Which query stands for which object: the cheapest one-to-one assignment in each image, group and decoder layer."""
+"""Matching of queries and objects: the cheapest one-to-one assignment in each image, group and decoder layer."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What MonoDETR's queries and its map of distances shall say, from the objects of a batch."""
+"""Targets of MonoDETR's queries and of its map of distances, from the objects of a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
