@@ -34,6 +34,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A detector with random weights, and the model that was made of it."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'rakd[export]'")
+    if request.param == "monodetr-small":
+        pytest.importorskip("timm", reason="timm is not installed: pip install 'rakd[timm]'")
     config = DETECTORS[request.param].without_download()
     if isinstance(config, MonoDETRConfig):  # untrained, no query reaches its limit
         config = replace(config, score_limit=0.0)
