@@ -393,4 +393,4 @@ def test_trained_detectors_can_be_compared(run: Path, capsys: pytest.CaptureFixt
     assert main(["compare", str(run)]) == 0
     text = capsys.readouterr().out
     assert text.split()[0] == "run"
-    assert "AP 3D Car, official" in text and "AP BEV Car, loose" in text and "found all, %" in text
+    assert "AP 3D Car, IoU 0.7/0.5" in text and "AP BEV Car, IoU 0.5/0.25" in text and "recall all, %" in text
