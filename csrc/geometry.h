@@ -112,7 +112,7 @@ RAKD_HD void sample_range(const AxisSamples& axis, int64_t bin, int64_t size, in
 
 enum class Assignment : int64_t { kSoft = 0, kHard = 1, kUniform = 2 };
 
-// How the levels of a box are weighted (DESIGN: FPN equation 1 without the floor, Gaussian over the levels).
+// The level rule: how the levels of a box are weighted (FPN equation 1 without the floor, Gaussian over the levels).
 struct LevelRule {
   Assignment assignment;
   double sigma;            // in levels
