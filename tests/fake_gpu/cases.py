@@ -91,9 +91,9 @@ def make_trainer(
     wide: Any = replace(config, backbone=replace(config.backbone, channels=24))  # type: ignore[type-var]
     detector, expert = config.build(1), wide.build(2)
     term = make_method(method, strides=detector.strides, expert_channels=24, apprentice_channels=16, batch_size=batch)
-    settings = TrainSettings(
-        **{"steps": 2, "batch_size": batch, "learning_rate": 1e-3, "warm_up": 0, "log_every": 1, **options}
-    )
+    defaults = {"steps": 2, "batch_size": batch, "learning_rate": 1e-3, "warm_up": 0, "log_every": 1}
+    # Without mixed precision a GPU rounds as the CPU does; by itself it takes bfloat16.
+    settings = TrainSettings(**{"amp": "off", **defaults, **options})
     learner = make_distillation_model(detector, expert, term, 1.0, "proposals")
     data = KittiDataset(scenes, "train", height=64, rules=config.rules)
     return Trainer(learner, data, settings, out, device, image_size=config.image_size, quiet=True)

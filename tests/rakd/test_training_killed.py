@@ -31,9 +31,9 @@ def test_a_killed_run_resumes_to_the_same_bits(scenes: Path, tmp_path: Path) -> 
     # The kills came where they should: nothing yet, half a file, none left of it, a whole file not yet in place.
     assert ends["first_step"][1:] == []
     assert ends["half_a_checkpoint"][1:] == ["checkpoint.pt", "temporary"]
-    assert ends["between_forward_and_update"][1:] == ["checkpoint.pt", "log.csv"]
-    assert ends["before_the_new_checkpoint_stands"][1:] == ["checkpoint.pt", "log.csv", "temporary"]
-    assert ends["after_the_last_checkpoint"][1:] == ["checkpoint.pt", "log.csv"]
+    assert ends["between_forward_and_update"][1:] == ["checkpoint.pt", "log.csv", "log.jsonl"]
+    assert ends["before_the_new_checkpoint_stands"][1:] == ["checkpoint.pt", "log.csv", "log.jsonl", "temporary"]
+    assert ends["after_the_last_checkpoint"][1:] == ["checkpoint.pt", "log.csv", "log.jsonl"]
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the killed ones had: torch's convolutions round differently with more
@@ -46,7 +46,7 @@ def test_a_killed_run_resumes_to_the_same_bits(scenes: Path, tmp_path: Path) -> 
     finally:
         torch.set_num_threads(threads)
     assert_same_bits(weights(killed), weights(whole))
-    assert sorted(file.name for file in out.iterdir()) == ["checkpoint.pt", "log.csv"]
+    assert sorted(file.name for file in out.iterdir()) == ["checkpoint.pt", "log.csv", "log.jsonl"]
     ours, expected = (list(csv.DictReader((folder / "log.csv").open())) for folder in (out, tmp_path / "whole"))
     assert [row["step"] for row in ours] == ["4", "8", "12", "16", "20", "24"]
     for row, other in zip(ours, expected, strict=True):
