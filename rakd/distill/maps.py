@@ -77,32 +77,6 @@ def check_pairs(expert: Any, apprentice: Any) -> tuple[list[Tensor], list[Tensor
     return check_both(expert, apprentice)
 
 
-def name_maps(argument: str, maps: Any, names: Sequence[str] | None = None) -> Mapping[str, Tensor]:
-    """Give a sequence of maps names; a dict has its own.
-
-    Args:
-        argument: Name of the argument, for errors.
-        maps: A dict or sequence of maps, fine to coarse.
-        names: The names a sequence gets; default "0", "1", ...
-
-    Raises:
-        ValueError: There are more or fewer maps than names.
-        TypeError: This is neither a dict nor a sequence of tensors.
-    """
-    if isinstance(maps, Mapping):
-        return maps
-    if isinstance(maps, Tensor) or not isinstance(maps, Sequence):
-        raise TypeError(f"{argument}: expected a dict or sequence of maps, got {type(maps).__name__}")
-    for i, feature in enumerate(maps):
-        if not isinstance(feature, Tensor):
-            raise TypeError(f"{argument}[{i}]: expected a tensor, got {type(feature).__name__}")
-    if names is None:
-        names = [str(i) for i in range(len(maps))]
-    if len(maps) != len(names):
-        raise ValueError(f"{argument}: expected {len(names)} maps for the levels {list(names)}, got {len(maps)}")
-    return dict(zip(names, maps, strict=True))
-
-
 def check_channels(argument: str, channels: Any) -> tuple[int, ...]:
     """Check the numbers of channels of a network's levels.
 
