@@ -183,11 +183,6 @@ class Expert:
         for parameter in self._parameters:
             parameter.requires_grad_(False)
 
-    def shares_with(self, module: nn.Module) -> bool:
-        """Whether a network has parameters of the expert."""
-        own = {id(parameter) for parameter in self._parameters}
-        return any(id(parameter) in own for parameter in module.parameters())
-
     def move(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         """Take part in ``to``, ``cuda`` and the like; a dtype of its own stays."""
         for root in self.roots:
