@@ -41,7 +41,7 @@ from rakd.detector.detector import Detector
 from rakd.distill.distiller import Distiller
 from rakd.distill.methods import RegionDistillation
 from rakd.scenes import make_scenes
-from rakd.training.optimizing import make_optimizer
+from rakd.training.optim import make_optimizer
 from rakd.training.settings import Optimizer, TrainSettings
 
 ALONE, EXPERT, TORCHVISION = "alone", "expert", "torchvision"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rakd.errors import MissingFileError, UserError
-from rakd.files import check_file, replacing
+from rakd.files import atomic_write, check_file
 
 _CHECKPOINT, _WEIGHTS = "rakd checkpoint 1", "rakd weights 1"
 
@@ -34,8 +34,8 @@ def save_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, o
     """
     # Cloned, since a file holds the whole storage of a tensor that is a part of one.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-    with replacing(Path(path)) as temporary:
-        torch.save({"format": _WEIGHTS, "config": plain(config, "config"), "state": tensors}, temporary)
+    with atomic_write(Path(path)) as temporary:
+        torch.save({"format": _WEIGHTS, "config": to_jsonable(config, "config"), "state": tensors}, temporary)
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,7 +59,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         path: The file.
         content: Tensors of any device, numbers, text, None, and lists and dicts of them.
     """
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         torch.save({"format": _CHECKPOINT, **content}, temporary)
 
 
@@ -89,7 +89,7 @@ def remove_leftovers(path: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def plain(values: Mapping[str, object], name: str) -> dict[str, Any]:
+def to_jsonable(values: Mapping[str, object], name: str) -> dict[str, Any]:
     """Values as they come back from a file: tuples become lists.
 
     Args:
@@ -109,7 +109,7 @@ def plain(values: Mapping[str, object], name: str) -> dict[str, Any]:
     return result
 
 
-def differences(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
+def config_diff(there: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
     """Say in which entries two nested dicts of plain values differ.
 
     Returns:

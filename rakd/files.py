@@ -10,7 +10,7 @@ from rakd.errors import MissingFileError, NotAFolderError, UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` that takes its place when the block ends well.
 
     The parent folder is made if it is not there. When the block raises, the temporary file is removed
@@ -91,7 +91,7 @@ def read_text(path: Path, expected: str) -> str:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 

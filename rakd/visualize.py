@@ -17,7 +17,7 @@ from matplotlib.patheffects import withStroke
 
 from rakd.data.labels import Objects
 from rakd.errors import UserError
-from rakd.files import check_folder, replacing
+from rakd.files import atomic_write, check_folder
 from rakd.geometry import BOX_EDGES, NEAR, Calibration, FloatArray, box_corners
 
 TRUTH_COLOR = "#19e08f"
@@ -113,7 +113,7 @@ def draw_frame(
     draw_from_above(axis, calibration, width, layers, reach, inches=above_width)
     figure.suptitle(title, color=_LIGHT, fontsize=13, x=0.01, ha="left")
     _add_legend(figure, layers, regions=any(layer.objects.is_type("DontCare").any() for layer in layers))
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
 
 
@@ -150,7 +150,7 @@ def draw_sheet(
         show_image(axis, image, name)
         drawn = min(inches, inches * tallest * image.shape[1] / image.shape[0])
         draw_boxes_3d(axis, calibration, [truth_layer(objects)], inches=drawn)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
 
 
@@ -209,7 +209,7 @@ def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", r
             draw_from_above(above, frame.calibration, width, layers, reach, side=side, inches=column)
     figure.suptitle(title, color=_LIGHT, fontsize=14, x=0.01, ha="left")
     _add_legend(figure, layers)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
 
 

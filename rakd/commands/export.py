@@ -49,7 +49,7 @@ class Export:
         from rakd.detector.base import BaseDetector
         from rakd.detector.export import check_onnx, export_onnx
         from rakd.detector.onnx_model import OnnxDetector
-        from rakd.files import replacing
+        from rakd.files import atomic_write
         from rakd.scenes import make_scenes
 
         if self.out.suffix != ".onnx":
@@ -67,7 +67,7 @@ class Export:
             dataset = KittiDataset(self.data or Path(folder), height=detector.config.height)
             chosen = range(0, len(dataset), max(1, len(dataset) // self.frames))[: self.frames]
             samples = [dataset[i] for i in chosen]
-        with replacing(self.out) as temporary:
+        with atomic_write(self.out) as temporary:
             export_onnx(detector, temporary)
             found = check_onnx(detector, OnnxDetector(temporary), samples)
             size = temporary.stat().st_size / 1e6

@@ -43,7 +43,7 @@ class Latency:
 
         from rakd.commands.models import find_model, scene_size
         from rakd.data.frames import find_frames
-        from rakd.detector.latency import Model, compiled, measure
+        from rakd.detector.latency import Model, benchmark, compiled
         from rakd.detector.onnx_model import OnnxDetector
         from rakd.distributed import choose_device
         from rakd.files import write_text
@@ -76,7 +76,7 @@ class Latency:
             scenes = Path(folder) / "scenes"
             every = [model for _, model in models]
             make_scenes(scenes, 2, 0, size=scene_size(every), workers=1, progress=False)
-            costs = measure(every, find_frames(scenes)[0], device, repeats=self.repeats)
+            costs = benchmark(every, find_frames(scenes)[0], device, repeats=self.repeats)
         width = max(len(name) for name in (*self.detectors, "detector"))
         print(
             f"{'detector':<{width}}  {'runs':<11}  {'image':>10}  {'median ms':>9}  {'p90 ms':>8}  {'GFLOPs':>8}  "

@@ -126,7 +126,7 @@ class Train:
             val = KittiDataset(data, self.splits[1], height=config.height)
             detector = config.build(self.seed) if self.init is None else start_from(self.init, config)
             if processes.is_main:
-                start = detector.loaded if self.init is None else f"starts from {self.init}"
+                start = detector.init_source if self.init is None else f"starts from {self.init}"
                 print(f"{self.detector}: {start}", flush=True)
             init = {} if self.init is None else {"init": file_digest(self.init)}
             trainer = Trainer(

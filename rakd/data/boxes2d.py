@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rakd.data.frames import Frame, find_frames
 from rakd.data.labels import Objects
-from rakd.files import replacing, write_text
+from rakd.files import atomic_write, write_text
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 """Names of the classes, by number."""
@@ -73,7 +73,7 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
     out = Path(out).absolute()
     for split in ("train", "val"):
         for frame in find_frames(Path(data), split):
-            with replacing(out / "images" / split / frame.image.name) as temporary:
+            with atomic_write(out / "images" / split / frame.image.name) as temporary:
                 shutil.copyfile(frame.image, temporary)
             height, width = frame.read_image().shape[:2]
             classes, objects = _classes(frame.read_labels())

@@ -17,7 +17,7 @@ def make_detector(name: str, pretrained: bool = True, seed: int = 0) -> "BaseDet
     Args:
         name: One of `rakd.detector.configs.DETECTORS`.
         pretrained: Take ImageNet weights for the backbone where the named settings want them and they can be loaded
-            (``loaded`` of the result tells); False: random ones.
+            (``init_source`` of the result tells); False: random ones.
         seed: Seed of the random weights; the global generator is left alone.
 
     Raises:

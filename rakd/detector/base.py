@@ -34,9 +34,9 @@ class BaseDetector(nn.Module):
     has_queries: ClassVar[bool] = False
 
     @property
-    def loaded(self) -> str:
+    def init_source(self) -> str:
         """Weights that the backbone started from, for people."""
-        return self.pyramid.loaded
+        return self.pyramid.init_source
 
     @property
     def canonical_size(self) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rakd.data.labels import Objects
 from rakd.data.targets import CLASSES
-from rakd.detector.heads import Attributes
+from rakd.detector.heads import Box3DPrediction
 from rakd.detector.losses import PAPER_HEIGHT, RECIPROCAL_SCALE, absolute_points, box_heights
 from rakd.geometry import Calibration
 
@@ -29,7 +29,7 @@ class Detections:
     boxes: Tensor
     classes: Tensor
     scores: Tensor
-    pred: Attributes
+    pred: Box3DPrediction
 
     def to_host(self) -> "Detections":
         """The same in main memory, by one transfer."""
@@ -39,13 +39,13 @@ class Detections:
         flat = [values.reshape(self.valid.numel(), -1).to(self.pred.height.dtype) for values in parts]
         columns = torch.cat(flat, dim=1).cpu().split_with_sizes([values.shape[1] for values in flat], dim=1)
         host = [values.reshape(part.shape).to(part.dtype) for values, part in zip(columns, parts, strict=True)]
-        pred = Attributes(**dict(zip(vars(self.pred), host[4:], strict=True)))
+        pred = Box3DPrediction(**dict(zip(vars(self.pred), host[4:], strict=True)))
         return Detections(host[0], host[1], host[2], host[3], pred)
 
     def of_image(self, image: int) -> "Detections":
         """The valid rows of one image, as a batch of one."""
         rows, count = self.valid[image].nonzero()[:, 0], self.valid.shape[1]
-        own = Attributes(**{name: values[image * count + rows] for name, values in vars(self.pred).items()})
+        own = Box3DPrediction(**{name: values[image * count + rows] for name, values in vars(self.pred).items()})
         valid, boxes, classes, scores = (
             values[image, rows][None] for values in (self.valid, self.boxes, self.classes, self.scores)
         )
@@ -151,7 +151,7 @@ def to_objects(found: Boxes3D) -> Objects:
     )
 
 
-def distance_scale(pred: Attributes, reciprocal: Tensor, fy: Tensor | float, image_height: float) -> Tensor:
+def distance_scale(pred: Box3DPrediction, reciprocal: Tensor, fy: Tensor | float, image_height: float) -> Tensor:
     """Scale ``[N]`` of the distance's error in metres, by the first order of ``z = fy · height · reciprocal``.
 
     With the gradient ``g`` of z with respect to height and scaled reciprocal it is ``|L⁻¹ g|``. The errors' density

@@ -18,8 +18,8 @@ from rakd.detector.base import BaseDetector
 from rakd.detector.boxes import clip_boxes, decode_deltas, encode_deltas, image_extents, suppress
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.decode import Boxes3D, Detections, decode, decode_boxes
-from rakd.detector.heads import BoxHead, SpaceHead
-from rakd.detector.losses import box_losses, space_losses
+from rakd.detector.heads import Box3DHead, BoxHead
+from rakd.detector.losses import box3d_losses, box_losses
 from rakd.detector.proposals import ProposalNetwork, best_boxes, covered, match_boxes
 from rakd.detector.pyramid import STRIDES, Pyramid
 from rakd.detector.sampling import IGNORED, draw
@@ -68,7 +68,7 @@ class Detector(BaseDetector):
         with seeded_modules(seed + 1):
             self.proposals = ProposalNetwork(self.channels, config.proposals)
             self.box_head = BoxHead(self.channels, _OUTPUT_SIZE, heads.width)
-            self.space_head = SpaceHead(self.channels, _OUTPUT_SIZE, heads.width)
+            self.space_head = Box3DHead(self.channels, _OUTPUT_SIZE, heads.width)
 
     @property
     def canonical_size(self) -> float:
@@ -90,8 +90,8 @@ class Detector(BaseDetector):
         logits, deltas = self.box_head(self._pool(features, boxes.unbind()))
         objects = _join(targets)
         matches = target_rows(objects, matched.flatten())
-        wanted_deltas = encode_deltas(matches.boxes, boxes.flatten(0, 1), _BOX_SCALES)
-        class_loss, box_loss = box_losses(logits, deltas, labels.flatten(), wanted_deltas)
+        target_deltas = encode_deltas(matches.boxes, boxes.flatten(0, 1), _BOX_SCALES)
+        class_loss, box_loss = box_losses(logits, deltas, labels.flatten(), target_deltas)
         count = len(boxes) * self.config.heads.sampled
         result = {
             "objectness": losses["objectness"],
@@ -104,9 +104,9 @@ class Detector(BaseDetector):
         foreground = [rows[:n] for rows, n in zip(boxes, counts, strict=True)]
         classes = torch.cat([rows[:n] for rows, n in zip(labels, counts, strict=True)]) - 1
         own = target_rows(objects, torch.cat([rows[:n] for rows, n in zip(matched, counts, strict=True)]))
-        said = self.space_head(self._pool(features, foreground), classes)
+        pred = self.space_head(self._pool(features, foreground), classes)
         positives = shared_mean_count(sum(counts), logits.device).to(logits.dtype)
-        for name, values in space_losses(said, torch.cat(foreground), own, self.config.height).items():
+        for name, values in box3d_losses(pred, torch.cat(foreground), own, self.config.height).items():
             weight = self.config.heads.corner_weight if name == "corners" else 1.0
             result[name] = weight * values.sum() / positives
         return result, foreground

@@ -21,7 +21,7 @@ from rakd.data.kitti import Sample
 from rakd.detector.base import BaseDetector
 from rakd.detector.onnx_model import INPUTS, METADATA, OUTPUTS, OnnxDetector, model_inputs
 from rakd.errors import UserError
-from rakd.files import replacing
+from rakd.files import atomic_write
 
 OPSET = 18
 """Version of ONNX's operators, which onnxruntime knows from 1.14 on."""
@@ -99,7 +99,7 @@ def export_onnx(detector: BaseDetector, path: Path) -> None:
     onnx.helper.set_model_props(model, {METADATA: json.dumps(detector.config.to_plain())})
     _name_rows(model)
     onnx.checker.check_model(model)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rakd.checkpoints import differences, load_weights, save_weights
+from rakd.checkpoints import config_diff, load_weights, save_weights
 from rakd.detector.base import BaseDetector
 from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import read_config
@@ -11,7 +11,9 @@ from rakd.errors import UserError
 
 def save_detector(path: Path, detector: BaseDetector) -> None:
     """Write a detector, atomically."""
-    save_weights(path, detector.state_dict(), {"detector": detector.config.to_plain(), "started_from": detector.loaded})
+    save_weights(
+        path, detector.state_dict(), {"detector": detector.config.to_plain(), "started_from": detector.init_source}
+    )
 
 
 def load_detector(path: Path) -> BaseDetector:
@@ -50,10 +52,10 @@ def start_from(path: Path, config: BaseConfig) -> BaseDetector:
     detector.config = config
     there, here = (each.state_dict() for each in (trained, detector))
     shapes = [{name: list(tensor.shape) for name, tensor in state.items()} for state in (there, here)]
-    other = differences(*shapes)
+    other = config_diff(*shapes)
     if other:
         more = f" and {len(other) - 3} more" if len(other) > 3 else ""
         raise UserError(f"{path}: does not fit the detector: shape of {', of '.join(other[:3])}{more}")
     detector.load_state_dict(there)
-    detector.pyramid.take_over_start(trained.loaded)
+    detector.pyramid.take_over_start(trained.init_source)
     return detector

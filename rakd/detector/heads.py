@@ -13,13 +13,13 @@ KEYPOINTS = 9
 MEAN_DIMENSIONS = ((1.53, 1.63, 3.88), (1.76, 0.66, 0.84), (1.74, 0.60, 1.76))
 """Height, width and length in metres that predictions start from, by class: rounded means of KITTI's labels."""
 
-_LEAST_RATIO = 0.05  # of proposal height to projected height; keeps distances positive
-_LEAST_HEIGHT = 0.1  # metres
+MIN_RATIO = 0.05  # of proposal height to projected height; keeps distances positive
+MIN_HEIGHT = 0.1  # metres
 _UNCERTAINTY = 3.0  # bound of log-uncertainties: sure predictions must not drown the other terms' gradients
 
 
 @dataclass(frozen=True, eq=False)
-class Attributes:
+class Box3DPrediction:
     """Predictions of the attribute and distance heads for N boxes, for one class each.
 
     Attributes:
@@ -84,8 +84,8 @@ class BoxHead(nn.Module):
         return self.scores(hidden).float(), self.deltas(hidden).float().view(-1, len(CLASSES), 4)
 
 
-class SpaceHead(nn.Module):
-    """Attributes and distance of the 3D box, two heads with hidden layers of their own (MonoRCNN++).
+class Box3DHead(nn.Module):
+    """Dimensions, angle, keypoints and distance of the 3D box, two heads with hidden layers of their own (MonoRCNN++).
 
     Args:
         channels: Channels of the pooled features.
@@ -103,7 +103,7 @@ class SpaceHead(nn.Module):
         self.distance = _predictor(width, 5 * len(CLASSES), 0.01)
         self.register_buffer("mean_dimensions", torch.tensor(MEAN_DIMENSIONS), persistent=False)
 
-    def forward(self, pooled: Tensor, classes: Tensor) -> Attributes:
+    def forward(self, pooled: Tensor, classes: Tensor) -> Box3DPrediction:
         """Predict for one class of each box.
 
         Args:
@@ -114,15 +114,15 @@ class SpaceHead(nn.Module):
         distance = _of_class(self.distance(self.distance_trunk(pooled)), classes)
         mean = self.mean_dimensions[classes]
         factors = distance[:, 2:]
-        return Attributes(
-            dimensions=(mean + attributes[:, :3]).clamp(min=_LEAST_HEIGHT),
+        return Box3DPrediction(
+            dimensions=(mean + attributes[:, :3]).clamp(min=MIN_HEIGHT),
             dimensions_log=_bounded(attributes[:, 3]),
             angle=attributes[:, 4:6],
             angle_log=_bounded(attributes[:, 6]),
             keypoints=attributes[:, 7 : 7 + 2 * KEYPOINTS].reshape(-1, KEYPOINTS, 2),
             center_log=_bounded(attributes[:, -1]),
-            height=(mean[:, 0] + distance[:, 0]).clamp(min=_LEAST_HEIGHT),
-            reciprocal=(1 + distance[:, 1]).clamp(min=_LEAST_RATIO),
+            height=(mean[:, 0] + distance[:, 0]).clamp(min=MIN_HEIGHT),
+            reciprocal=(1 + distance[:, 1]).clamp(min=MIN_RATIO),
             factors=torch.stack([_bounded(factors[:, 0]), _bounded(factors[:, 1]), factors[:, 2]], dim=1),
         )
 

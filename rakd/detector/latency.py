@@ -23,7 +23,7 @@ Model = BaseDetector | OnnxDetector
 
 
 @dataclass(frozen=True)
-class Cost:
+class LatencyResult:
     """Cost of a detector on one image.
 
     Attributes:
@@ -45,7 +45,7 @@ class Cost:
     parameters: int | None
 
 
-def measure(
+def benchmark(
     detectors: Sequence[Model],
     frame: Frame,
     device: torch.device,
@@ -53,7 +53,7 @@ def measure(
     repeats: int = 30,
     warm_up: int = 5,
     progress: bool = True,
-) -> list[Cost]:
+) -> list[LatencyResult]:
     """Measure detectors side by side: they take turns on one image, batch 1, in evaluation mode.
 
     The stages of heads see the same number of boxes in every image, see `rakd.detector.detector.Detector.detect`.
@@ -83,7 +83,7 @@ def measure(
             if turn >= warm_up:
                 row.append(1000 * seconds)
     return [
-        Cost(
+        LatencyResult(
             size=(batch.images.shape[3], batch.images.shape[2]),
             median_ms=float(np.median(row)),
             p90_ms=float(np.quantile(row, 0.9)),

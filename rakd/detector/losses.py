@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rakd.data.targets import Targets
-from rakd.detector.heads import Attributes
+from rakd.detector.heads import Box3DPrediction
 from rakd.detector.sampling import IGNORED
 
 RECIPROCAL_SCALE = 700.0
@@ -23,11 +23,11 @@ PAPER_HEIGHT = 512.0
 _SMOOTH = 1e-6  # keeps the square root differentiable at no error
 
 
-def space_losses(said: Attributes, boxes: Tensor, targets: Targets, image_height: float) -> dict[str, Tensor]:
+def box3d_losses(pred: Box3DPrediction, boxes: Tensor, targets: Targets, image_height: float) -> dict[str, Tensor]:
     """The five losses of each box.
 
     Args:
-        said: Predictions for N boxes.
+        pred: Predictions for N boxes.
         boxes: ``[N, 4]`` the boxes (proposals), pixels.
         targets: The object of each box, N rows.
         image_height: Height that images are resized to, pixels.
@@ -37,11 +37,11 @@ def space_losses(said: Attributes, boxes: Tensor, targets: Targets, image_height
     """
     angle = torch.stack([targets.alpha.sin(), targets.alpha.cos()], dim=1)
     return {
-        "dimensions": laplace(said.dimensions - targets.dimensions, said.dimensions_log),
-        "angle": laplace(said.angle - angle, said.angle_log),
-        "corners": corner_loss(said, boxes, targets),
-        "center": laplace(said.keypoints[:, 8] - relative_points(targets.keypoints[:, 8], boxes), said.center_log),
-        "distance": distance_loss(said, boxes, targets, image_height),
+        "dimensions": laplace(pred.dimensions - targets.dimensions, pred.dimensions_log),
+        "angle": laplace(pred.angle - angle, pred.angle_log),
+        "corners": corner_loss(pred, boxes, targets),
+        "center": laplace(pred.keypoints[:, 8] - relative_points(targets.keypoints[:, 8], boxes), pred.center_log),
+        "distance": distance_loss(pred, boxes, targets, image_height),
     }
 
 
@@ -55,21 +55,21 @@ def laplace(error: Tensor, log_uncertainty: Tensor) -> Tensor:
     return error.abs().mean(dim=1) * (-log_uncertainty).exp() + log_uncertainty
 
 
-def corner_loss(said: Attributes, boxes: Tensor, targets: Targets) -> Tensor:
+def corner_loss(pred: Box3DPrediction, boxes: Tensor, targets: Targets) -> Tensor:
     """L1 of the projected corners, mean over those in front of the camera, ``[N]``, in units of the boxes' sizes."""
-    error = (said.keypoints[:, :8] - relative_points(targets.keypoints[:, :8], boxes)).abs().mean(dim=2)
+    error = (pred.keypoints[:, :8] - relative_points(targets.keypoints[:, :8], boxes)).abs().mean(dim=2)
     seen = targets.keypoints_seen[:, :8]
     return (error * seen).sum(dim=1) / seen.sum(dim=1).clamp(min=1)
 
 
-def distance_loss(said: Attributes, boxes: Tensor, targets: Targets, image_height: float) -> Tensor:
+def distance_loss(pred: Box3DPrediction, boxes: Tensor, targets: Targets, image_height: float) -> Tensor:
     """Bivariate Laplace negative log-likelihood of physical height and scaled reciprocal height, ``[N]``."""
     scale = RECIPROCAL_SCALE * image_height / PAPER_HEIGHT
-    reciprocal = said.reciprocal / box_heights(boxes)
+    reciprocal = pred.reciprocal / box_heights(boxes)
     error = torch.stack(
-        [said.height - targets.dimensions[:, 0], scale * (reciprocal - 1 / targets.projected_height)], dim=1
+        [pred.height - targets.dimensions[:, 0], scale * (reciprocal - 1 / targets.projected_height)], dim=1
     )
-    a, b, c = said.factors.unbind(dim=1)
+    a, b, c = pred.factors.unbind(dim=1)
     turned = torch.stack([a.exp() * error[:, 0] + c * error[:, 1], b.exp() * error[:, 1]], dim=1)
     return (turned.square().sum(dim=1) + _SMOOTH).sqrt() - a - b
 
@@ -99,14 +99,14 @@ def _frames(boxes: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
     return center, size
 
 
-def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted_deltas: Tensor) -> tuple[Tensor, Tensor]:
+def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, target_deltas: Tensor) -> tuple[Tensor, Tensor]:
     """Losses of the box head: cross entropy of each box, and smooth L1 of the positives' boxes.
 
     Args:
         logits: ``[N, 1 + classes]``, background first.
         deltas: ``[N, classes, 4]``.
         labels: ``[N]`` int64, 0 background, ``IGNORED``, else class + 1.
-        wanted_deltas: ``[N, 4]``, of no account where the label is not positive.
+        target_deltas: ``[N, 4]``, of no account where the label is not positive.
 
     Returns:
         ``[N]`` each; the first is 0 where the label is ``IGNORED``, the second where it is not positive.
@@ -114,7 +114,7 @@ def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted_deltas: Te
     positive = (labels > 0)[:, None]
     own = deltas.gather(1, (labels - 1).clamp(min=0)[:, None, None].expand(-1, 1, 4))[:, 0]
     # Before the loss, so that whatever stands there gives no gradient that is not finite.
-    wanted = torch.where(positive, wanted_deltas, 0.0).to(own.dtype)
+    wanted = torch.where(positive, target_deltas, 0.0).to(own.dtype)
     box = F.smooth_l1_loss(own, wanted, beta=1 / 9, reduction="none")
     classes = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
     return classes, torch.where(positive, box, 0.0).sum(dim=1)

@@ -21,7 +21,7 @@ class Pyramid(nn.Module):
     Args:
         name: Name of the backbone in torchvision or timm, see `rakd.detector.backbones.Backbone`.
         weights: "pretrained" takes ImageNet weights for the backbone where they can be loaded, and random ones where
-            not; `loaded` tells which. The pyramid network itself always starts random.
+            not; `init_source` tells which. The pyramid network itself always starts random.
         seed: Seed of the random weights.
         channels: Channels of every map.
         deformable: Make the second convolution (3x3) of each block of a ResNet's stages 3 to 5 deformable (modulated,
@@ -31,7 +31,8 @@ class Pyramid(nn.Module):
 
     Attributes:
         channels: Channels of every map.
-        loaded: Weights that the backbone started from, for people: "ImageNet weights", or "random weights" and why.
+        init_source: Weights that the backbone started from, for people: "ImageNet weights", or "random weights" and
+            why.
 
     Raises:
         ValueError: There is no such network, or it has no maps of strides 4 to 32.
@@ -54,8 +55,8 @@ class Pyramid(nn.Module):
             if deformable:
                 _make_deformable(self.body.body, name)
             self.fpn = self._make_neck(self.body.widths, channels)
-        self.loaded = self.body.init_source
-        loaded = self.loaded == IMAGENET
+        self.init_source = self.body.init_source
+        loaded = self.init_source == IMAGENET
         self._keeps_norm = frozen_norm
         self._frozen_norm = frozen_norm and loaded
         if not loaded:
@@ -92,14 +93,14 @@ class Pyramid(nn.Module):
                 norm.eval().requires_grad_(False)
         return self
 
-    def take_over_start(self, loaded: str) -> None:
+    def take_over_start(self, init_source: str) -> None:
         """Take over what a trained pyramid started from, once its weights have been loaded here.
 
         Args:
-            loaded: Its `loaded`.
+            init_source: Its `init_source`.
         """
-        self.loaded = loaded
-        self._frozen_norm = self._keeps_norm and loaded == IMAGENET
+        self.init_source = init_source
+        self._frozen_norm = self._keeps_norm and init_source == IMAGENET
         self.train(self.training)
 
     @torch.no_grad()

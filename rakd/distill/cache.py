@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rakd.files import replacing
+from rakd.files import atomic_write
 
 Features = tuple[dict[str, Tensor], list[Tensor] | None]
 """Maps by name, and class logits where they were asked for."""
@@ -148,7 +148,7 @@ class FeatureCache:
                 _, (freed, _) = self._memory.popitem(last=False)
                 self._bytes -= freed
             return
-        with replacing(self.folder / f"{name}.pt") as temporary:
+        with atomic_write(self.folder / f"{name}.pt") as temporary:
             torch.save(
                 {"maps": {k: m.cpu() for k, m in maps.items()}, "scores": scores and [s.cpu() for s in scores]},
                 temporary,

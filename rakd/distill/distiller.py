@@ -14,7 +14,7 @@ from rakd.distill.hooks import Names
 from rakd.distill.hooks import tap as tap
 from rakd.distill.lifecycle import Lifecycle
 from rakd.distill.methods import check_options
-from rakd.distill.optimizing import TrainingWatch
+from rakd.distill.optim import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
 from rakd.distill.scale import RunningEnergy, TaskShare, number_on, parse_weight

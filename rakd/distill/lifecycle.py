@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rakd.distill.expert import Expert, find_modules
 from rakd.distill.hooks import FeatureHooks, check_function, unwrap
-from rakd.distill.optimizing import add_parameters
+from rakd.distill.optim import add_parameters
 from rakd.distill.outputs import Layout
 from rakd.distill.scale import RunningEnergy, TaskShare
 from rakd.distill.step import Facts, needed_setup

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rakd.evaluation.kitti import CLASSES, DIFFICULTIES, LEVELS, LIMITS, Overlaps, Result
-from rakd.files import replacing, write_text
+from rakd.files import atomic_write, write_text
 
 _TITLES = {"3d": "3D", "bev": "Bird's-eye view", "bbox": "2D box", "aos": "Orientation (AOS)"}
 _LEVEL_COLORS = {"easy": "#1b9e77", "moderate": "#d95f02", "hard": "#7570b3"}
@@ -137,5 +137,5 @@ def write_curves(path: Path, result: Result, overlaps: Overlaps = "official") ->
         row[0].set_ylabel("precision (AOS: similarity)")
     for axis in axes[-1]:
         axis.set_xlabel("recall")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from rakd.distill.distiller import Distiller
-from rakd.distill.optimizing import add_parameters
+from rakd.distill.optim import add_parameters
 
 _KEY = "rakd"
 

@@ -14,7 +14,7 @@ from PIL import Image
 from rakd.data.frames import read_split, write_calibration
 from rakd.data.labels import Objects, write_objects
 from rakd.errors import UserError
-from rakd.files import replacing, write_text
+from rakd.files import atomic_write, write_text
 from rakd.geometry import Calibration
 from rakd.progress import bar
 from rakd.scenes.draws import Draws
@@ -155,7 +155,7 @@ def _write_frame(out: Path, seed: int, camera: Camera, calibration: Calibration,
     world = make_world(draws)
     image, drawn, seen = render(world, camera, draws)
     image_path, label_path, calib_path = _paths(out, index)
-    with replacing(image_path) as temporary:
+    with atomic_write(image_path) as temporary:
         # The fastest level, at two thirds of the size of plain pixels.
         Image.fromarray(image).save(temporary, compress_level=1)
     write_calibration(calib_path, calibration)

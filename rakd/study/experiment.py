@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from rakd.checkpoints import differences, file_digest
+from rakd.checkpoints import config_diff, file_digest
 from rakd.data.frames import digest, find_frames
 from rakd.detector.base import BaseDetector
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
-from rakd.detector.latency import measure
+from rakd.detector.latency import benchmark
 from rakd.distill import registry
 from rakd.distributed import Processes, barrier, broadcast_object
 from rakd.errors import MissingFileError, UserError
@@ -160,7 +160,7 @@ class Experiment:
         there = broadcast_object(
             self.processes, lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
         )
-        other = differences(there, here)
+        other = config_diff(there, here)
         if other:
             raise UserError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
         if self.processes.is_main:
@@ -212,11 +212,11 @@ class Experiment:
         """Note what a backbone started from; apprentices that started differently cannot be compared."""
         start = backbone_start(detector)
         if name not in self.started_from:
-            self._say(f"{name}: {detector.config.backbone.name}, {detector.loaded}")
+            self._say(f"{name}: {detector.config.backbone.name}, {detector.init_source}")
         elif self.started_from[name] != start:
             raise UserError(
                 f"backbones of all apprentices must start alike: {self.started_from[name]} before, now "
-                f"{detector.loaded}; repeat the command when the weights can be loaded again"
+                f"{detector.init_source}; repeat the command when the weights can be loaded again"
             )
         self.started_from[name] = start
 
@@ -237,7 +237,7 @@ class Experiment:
 
     def _models(self, expert: BaseDetector) -> tuple[ModelFigures, ...]:
         apprentice = load_detector(self._folder(self.settings.methods[0]) / "detector.pt")
-        costs = measure([expert, apprentice], self._val_frames[0], self.processes.device, progress=not self.quiet)
+        costs = benchmark([expert, apprentice], self._val_frames[0], self.processes.device, progress=not self.quiet)
         return tuple(
             ModelFigures(
                 name=name,

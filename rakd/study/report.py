@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rakd.detector.configs import DETECTORS
-from rakd.files import replacing, write_text
+from rakd.files import atomic_write, write_text
 from rakd.study.metrics import METHOD_NAMES
 from rakd.study.results import METHODS, StudyResult, TrainingLog, write_study
 from rakd.study.tables import format_csv, format_lines, format_markdown, make_tables
@@ -63,7 +63,7 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
     if logs:
         pictures["training.png"] = draw_training(study, logs)
     for name, figure in pictures.items():
-        with replacing(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             figure.savefig(temporary, dpi=130, facecolor="white")
     sections = [
         "# Distillation methods\n",

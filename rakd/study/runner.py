@@ -191,7 +191,7 @@ def losses_of(row: Row, *others: str) -> Row:
 
 def backbone_start(detector: BaseDetector) -> str:
     """Weights that the backbone started from, without the reason."""
-    return detector.loaded.partition(" (")[0]
+    return detector.init_source.partition(" (")[0]
 
 
 def _last_losses(rows: Sequence[Row]) -> dict[str, float]:

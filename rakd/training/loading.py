@@ -7,16 +7,16 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from rakd.data.kitti import Batch, KittiDataset, Sample, collate
-from rakd.training.order import Draw, StepSampler
+from rakd.training.order import SampleIndex, StepSampler
 
 
-class _Drawn(Dataset[Sample]):
+class _ByIndex(Dataset[Sample]):
     """A data set indexed by frame and epoch, since one batch may hold frames of two epochs."""
 
     def __init__(self, dataset: KittiDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, draw: Draw) -> Sample:
+    def __getitem__(self, draw: SampleIndex) -> Sample:
         return self.dataset.load(draw.frame, draw.epoch)
 
 
@@ -33,7 +33,7 @@ def make_loader(
         pin: Give batches in pinned memory.
     """
     return DataLoader(
-        _Drawn(dataset),  # type: ignore[arg-type]  # batches of Draw make batches of Sample, which collate makes a Batch
+        _ByIndex(dataset),  # type: ignore[arg-type]  # batches of SampleIndex make batches of Sample, which collate makes a Batch
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=partial(_collate, image_size=image_size),

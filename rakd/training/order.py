@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 _ORDER, _IMAGE, _STEP = 1, 2, 3
 
 
-class Draw(NamedTuple):
+class SampleIndex(NamedTuple):
     """A frame at one point of the training.
 
     Attributes:
@@ -26,7 +26,7 @@ class Draw(NamedTuple):
     frame: int
 
 
-class EndlessOrder:
+class InfiniteShuffle:
     """The data set over and over, shuffled anew every epoch.
 
     Args:
@@ -45,55 +45,55 @@ class EndlessOrder:
         self._epoch = -1
         self._shuffled: Sequence[int] = ()
 
-    def draw(self, position: int) -> Draw:
+    def draw(self, position: int) -> SampleIndex:
         """The frame at a position, >= 0."""
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
             rng = np.random.default_rng([_ORDER, self.seed, epoch])
             self._epoch, self._shuffled = epoch, rng.permutation(self.count).tolist()
-        return Draw(epoch, self._shuffled[place])
+        return SampleIndex(epoch, self._shuffled[place])
 
-    def step(self, step: int, batch_size: int, places: range | None = None) -> list[Draw]:
-        """The frames of a step, or those at some places of its batch."""
-        places = range(batch_size) if places is None else places
-        return [self.draw(step * batch_size + place) for place in places]
+    def step(self, step: int, batch_size: int, batch_indices: range | None = None) -> list[SampleIndex]:
+        """The frames of a step, or those at some indices of its batch."""
+        batch_indices = range(batch_size) if batch_indices is None else batch_indices
+        return [self.draw(step * batch_size + place) for place in batch_indices]
 
 
-class StepSampler(Sampler[list[Draw]]):
+class StepSampler(Sampler[list[SampleIndex]]):
     """Batches of one process, step by step, for `torch.utils.data.DataLoader`'s ``batch_sampler``.
 
     Args:
         order: Of all frames.
         steps: The steps to do.
         batch_size: Frames a step over all processes.
-        places: This process's places in a step's batch.
+        batch_indices: This process's indices in a step's batch.
     """
 
-    def __init__(self, order: EndlessOrder, steps: range, batch_size: int, places: range) -> None:
+    def __init__(self, order: InfiniteShuffle, steps: range, batch_size: int, batch_indices: range) -> None:
         self.order = order
         self.steps = steps
         self.batch_size = batch_size
-        self.places = places
+        self.batch_indices = batch_indices
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return (self.order.step(step, self.batch_size, self.places) for step in self.steps)
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
+        return (self.order.step(step, self.batch_size, self.batch_indices) for step in self.steps)
 
 
-def image_seeds(seed: int, step: int, places: range) -> list[int]:
+def image_seeds(seed: int, step: int, batch_indices: range) -> list[int]:
     """One seed for each image of a step, whichever process works on it.
 
     Args:
         seed: The run's.
         step: From 0.
-        places: Places in the step's whole batch.
+        batch_indices: Indices in the step's whole batch.
 
     Returns:
         Integers in 0..2⁶³-1, as `torch.Generator.manual_seed` takes them.
     """
-    return [_derive(_IMAGE, seed, step, place) for place in places]
+    return [_derive(_IMAGE, seed, step, place) for place in batch_indices]
 
 
 def process_seed(seed: int, step: int, rank: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from rakd.checkpoints import differences, load_checkpoint, plain, remove_leftovers, save_checkpoint
+from rakd.checkpoints import config_diff, load_checkpoint, remove_leftovers, save_checkpoint, to_jsonable
 from rakd.data.frames import digest
 from rakd.data.kitti import Batch, KittiDataset
 from rakd.distributed import (
@@ -29,8 +29,8 @@ from rakd.errors import UserError
 from rakd.progress import bar
 from rakd.training.loading import make_loader
 from rakd.training.log import RESERVED, Log, Row
-from rakd.training.optimizing import learning_rate, make_optimizer
-from rakd.training.order import EndlessOrder, StepSampler, image_seeds, process_seed
+from rakd.training.optim import learning_rate, make_optimizer
+from rakd.training.order import InfiniteShuffle, StepSampler, image_seeds, process_seed
 from rakd.training.settings import TrainSettings
 
 # Whether DistributedDataParallel copies the main process's buffers to all in each step; torch 2.14 renamed it.
@@ -65,7 +65,7 @@ class Trainer:
     A learner is a module whose ``forward(batch, seeds)`` takes a `rakd.data.kitti.Batch` on the CPU and one integer
     for each of its images, and gives a dict of loss terms: scalars, the same names in every step. Their sum is
     minimised. The learner moves what it needs to its device. It draws random numbers for an image from a generator
-    seeded with that image's integer, which depends on the run's seed, the step and the image's place in the batch
+    seeded with that image's integer, which depends on the run's seed, the step and the image's index in the batch
     only. Draws from torch's global generators are repeated on resuming, too, but differ with the number of
     processes. ``train()`` is called on the learner before the first step and after each validation. With several
     processes every parameter must get a gradient in every step, if of zeros, unless the learner has a true
@@ -145,8 +145,8 @@ class Trainer:
         self.image_size = image_size
         self.validation = validation if settings.validate_every else None
         self.extend = extend
-        self.order = EndlessOrder(len(dataset), settings.seed)
-        self.places = range(self.processes.rank * share, (self.processes.rank + 1) * share)
+        self.order = InfiniteShuffle(len(dataset), settings.seed)
+        self.batch_indices = range(self.processes.rank * share, (self.processes.rank + 1) * share)
         self.optimizer = make_optimizer(learner, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         self.log = Log(settings.log_every, settings.batch_size)
@@ -168,7 +168,7 @@ class Trainer:
                 The last checkpoint stays.
         """
         steps = range(self.step, self.settings.steps)
-        sampler = StepSampler(self.order, steps, self.settings.batch_size, self.places)
+        sampler = StepSampler(self.order, steps, self.settings.batch_size, self.batch_indices)
         cuda = self.device.type == "cuda"
         loader = make_loader(self.dataset, sampler, image_size=self.image_size, workers=self.settings.workers, pin=cuda)
         self.learner.train()
@@ -207,7 +207,7 @@ class Trainer:
             group["lr"] = learning_rate(settings, self.step)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, _AMP[settings.amp], enabled=settings.amp != "off"):
-            losses = self._model(batch, image_seeds(settings.seed, self.step, self.places))
+            losses = self._model(batch, image_seeds(settings.seed, self.step, self.batch_indices))
         self._check_terms(losses)
         stacked = torch.stack(tuple(losses.values()))
         self.scaler.scale(stacked.sum()).backward()  # type: ignore[no-untyped-call]
@@ -294,7 +294,7 @@ class Trainer:
             "image_size": self.image_size,
         }
         settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
-        return plain({"settings": settings, "data": data, **given}, "fingerprint")
+        return to_jsonable({"settings": settings, "data": data, **given}, "fingerprint")
 
     @property
     def _checkpoint(self) -> Path:
@@ -320,7 +320,7 @@ class Trainer:
         # Each process reads its own copy of the data. All look at all, so that none waits for one that has given up.
         first, *others = all_gather_object(self.processes, self._fingerprint)
         for rank, fingerprint in enumerate(others, start=1):
-            other = differences(first, fingerprint)
+            other = config_diff(first, fingerprint)
             if other:
                 raise UserError(f"process {rank} (here) differs from the first one (there): {'; '.join(other)}")
 
@@ -330,7 +330,7 @@ class Trainer:
         if state is None:
             return
         there = self._extended(state) if self.extend else state["fingerprint"]
-        other = differences(there, self._fingerprint)
+        other = config_diff(there, self._fingerprint)
         if other:
             only = not self.extend and len(other) == 1 and other[0].startswith(("settings.steps ", "extended_from "))
             instead = " or extend it" if only else ""

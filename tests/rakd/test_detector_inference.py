@@ -13,7 +13,7 @@ from rakd.data.kitti import KittiDataset
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.detector.inference import detect, detect_all
-from rakd.detector.latency import measure
+from rakd.detector.latency import benchmark
 from rakd.geometry import Calibration
 
 SIZE = (128, 64)
@@ -91,10 +91,10 @@ def test_cost(small_config: DetectorConfig, scenes: Path) -> None:
     frame = find_frames(scenes)[0]
     detector = Detector(replace(small_config, width=256))
     wide = Detector(replace(small_config, width=None, backbone=replace(small_config.backbone, name="resnet18")))
-    small, large = measure([detector, wide], frame, torch.device("cpu"), repeats=2, warm_up=0, progress=False)
+    small, large = benchmark([detector, wide], frame, torch.device("cpu"), repeats=2, warm_up=0, progress=False)
     assert small.size == (256, 64) and large.size == (224, 64)
     assert small.parameters == sum(p.numel() for p in detector.parameters()) < large.parameters
     assert 0 < small.gflops < large.gflops
     assert 0 < small.median_ms <= small.p90_ms
     with pytest.raises(ValueError, match="repeats must be 1 or more, got 0"):
-        measure([detector], frame, torch.device("cpu"), repeats=0)
+        benchmark([detector], frame, torch.device("cpu"), repeats=0)

@@ -14,16 +14,16 @@ from rakd.data.labels import Objects
 from rakd.data.rules import DataRules
 from rakd.data.targets import CLASSES, Targets, make_targets
 from rakd.detector.decode import Detections, decode, distance_scale
-from rakd.detector.heads import KEYPOINTS, MEAN_DIMENSIONS, Attributes, SpaceHead
+from rakd.detector.heads import KEYPOINTS, MEAN_DIMENSIONS, Box3DHead, Box3DPrediction
 from rakd.detector.losses import (
     absolute_points,
+    box3d_losses,
     box_heights,
     box_losses,
     corner_loss,
     distance_loss,
     laplace,
     relative_points,
-    space_losses,
 )
 from rakd.detector.proposals import covered
 from rakd.detector.sampling import IGNORED
@@ -33,7 +33,7 @@ SIZE = (1242, 375)
 DOUBLE = torch.float64
 
 
-def attributes(count: int = 2, seed: int = 0, **given_values: Tensor) -> Attributes:
+def attributes(count: int = 2, seed: int = 0, **given_values: Tensor) -> Box3DPrediction:
     """Random predictions in float64, but for those given."""
     rng = torch.Generator().manual_seed(seed)
     shapes = {
@@ -50,7 +50,7 @@ def attributes(count: int = 2, seed: int = 0, **given_values: Tensor) -> Attribu
     values = {name: torch.randn(shape, generator=rng, dtype=DOUBLE) for name, shape in shapes.items()}
     for name in ("dimensions", "height", "reciprocal"):
         values[name] = values[name].abs() + 0.5
-    return Attributes(**{**values, **given_values})
+    return Box3DPrediction(**{**values, **given_values})
 
 
 def targets_of(objects: Objects, calibration: Calibration, size: tuple[int, int]) -> Targets:
@@ -65,7 +65,7 @@ def targets_of(objects: Objects, calibration: Calibration, size: tuple[int, int]
     )
 
 
-def perfect(targets: Targets, boxes: Tensor, stretch: Tensor) -> Attributes:
+def perfect(targets: Targets, boxes: Tensor, stretch: Tensor) -> Box3DPrediction:
     """What heads that know the truth say of boxes; sine and cosine are stretched, as heads may give them."""
     count = len(targets)
     return attributes(
@@ -78,9 +78,9 @@ def perfect(targets: Targets, boxes: Tensor, stretch: Tensor) -> Attributes:
     )
 
 
-def detections(said: Attributes, boxes: Tensor, classes: Tensor, scores: Tensor) -> Detections:
+def detections(pred: Box3DPrediction, boxes: Tensor, classes: Tensor, scores: Tensor) -> Detections:
     """Detections of one image, all valid."""
-    return Detections(torch.ones(1, len(boxes), dtype=torch.bool), boxes[None], classes[None], scores[None], said)
+    return Detections(torch.ones(1, len(boxes), dtype=torch.bool), boxes[None], classes[None], scores[None], pred)
 
 
 @st.composite
@@ -127,8 +127,8 @@ def test_decoding_reverses_encoding(scene, jitter, stretch):
     assume(len(targets) == 1)
     size = (targets.boxes[:, 2:] - targets.boxes[:, :2]).repeat(1, 2)
     boxes = targets.boxes + size * torch.tensor(jitter, dtype=DOUBLE)
-    said = perfect(targets, boxes, torch.full((1,), stretch, dtype=DOUBLE))
-    found = decode(detections(said, boxes, targets.classes, torch.ones(1, dtype=DOUBLE)), calibration, 512)
+    pred = perfect(targets, boxes, torch.full((1,), stretch, dtype=DOUBLE))
+    found = decode(detections(pred, boxes, targets.classes, torch.ones(1, dtype=DOUBLE)), calibration, 512)
     assert found.types.tolist() == objects.types.tolist()
     np.testing.assert_allclose(found.dimensions, objects.dimensions, atol=1e-4)
     # The targets themselves are float32: a ten-thousandth of a pixel, which is more far away.
@@ -143,27 +143,27 @@ def test_decoding_sorts_by_score_and_keeps_rows_together():
     certain = torch.tensor([[3.0, 3.0, 0.0], [-3.0, -3.0, 0.0], [3.0, 3.0, 0.0]], dtype=DOUBLE)
     boxes = torch.tensor([[0.0, 0, 40, 50], [100, 0, 160, 80], [300, 50, 330, 90]], dtype=DOUBLE)
     classes, scores = torch.tensor([0, 1, 2]), torch.tensor([0.5, 0.9, 0.8], dtype=DOUBLE)
-    said = attributes(3, factors=certain)
-    found = decode(detections(said, boxes, classes, scores), calibration, 512)
+    pred = attributes(3, factors=certain)
+    found = decode(detections(pred, boxes, classes, scores), calibration, 512)
     assert found.types.tolist() == ["Cyclist", "Car", "Pedestrian"]
     np.testing.assert_array_equal(found.boxes, boxes[[2, 0, 1]])
-    np.testing.assert_array_equal(found.dimensions, said.dimensions[[2, 0, 1]])
-    deviation = distance_scale(said, said.reciprocal / box_heights(boxes), 700.0, 512).numpy()
+    np.testing.assert_array_equal(found.dimensions, pred.dimensions[[2, 0, 1]])
+    deviation = distance_scale(pred, pred.reciprocal / box_heights(boxes), 700.0, 512).numpy()
     np.testing.assert_allclose(found.scores, (scores.numpy() / (1 + deviation))[[2, 0, 1]])
     assert (np.diff(found.scores) <= 0).all()
 
 
 @pytest.mark.parametrize("image_height", [128.0, 512.0])
 def test_distance_scale_is_that_of_the_density(image_height):
-    said = attributes(6, seed=3)
+    pred = attributes(6, seed=3)
     reciprocal, fy = torch.rand(6, dtype=DOUBLE) / 50, 650.0
-    got = distance_scale(said, reciprocal, fy, image_height)
+    got = distance_scale(pred, reciprocal, fy, image_height)
     for i in range(6):
-        a, b, c = said.factors[i].tolist()
+        a, b, c = pred.factors[i].tolist()
         factor = np.array([[math.exp(a), 0], [c, math.exp(b)]])
         covariance = np.linalg.inv(factor @ factor.T)
         # z = fy · height · (scaled reciprocal / scale)
-        gradient = fy * np.array([reciprocal[i], said.height[i] / (700 * image_height / 512)])
+        gradient = fy * np.array([reciprocal[i], pred.height[i] / (700 * image_height / 512)])
         assert got[i].item() == pytest.approx(math.sqrt(gradient @ covariance @ gradient), rel=1e-10)
 
 
@@ -199,20 +199,20 @@ def truth() -> tuple[Targets, Tensor]:
 @pytest.mark.parametrize("image_height", [128.0, 512.0])
 def test_distance_loss_is_the_bivariate_laplace(truth, image_height):
     targets, boxes = truth
-    said = attributes(2, seed=5)
-    got = distance_loss(said, boxes, targets, image_height)
+    pred = attributes(2, seed=5)
+    got = distance_loss(pred, boxes, targets, image_height)
     for i in range(2):
-        a, b, c = said.factors[i].tolist()
+        a, b, c = pred.factors[i].tolist()
         factor = np.array([[math.exp(a), 0], [c, math.exp(b)]])
         precision = factor @ factor.T
         pixels = (boxes[i, 3] - boxes[i, 1]).item()
         error = np.array(
             [
-                said.height[i].item() - targets.dimensions[i, 0].item(),
+                pred.height[i].item() - targets.dimensions[i, 0].item(),
                 700
                 * image_height
                 / 512
-                * (said.reciprocal[i].item() / pixels - 1 / targets.projected_height[i].item()),
+                * (pred.reciprocal[i].item() / pixels - 1 / targets.projected_height[i].item()),
             ]
         )
         expected = math.sqrt(error @ precision @ error) - 0.5 * math.log(np.linalg.det(precision))
@@ -221,12 +221,12 @@ def test_distance_loss_is_the_bivariate_laplace(truth, image_height):
 
 def test_losses_are_least_at_the_truth(truth):
     targets, boxes = truth
-    said = perfect(targets, boxes, torch.ones(2, dtype=DOUBLE))
-    least = space_losses(said, boxes, targets, 512)
+    pred = perfect(targets, boxes, torch.ones(2, dtype=DOUBLE))
+    least = box3d_losses(pred, boxes, targets, 512)
     assert set(least) == {"dimensions", "angle", "corners", "center", "distance"}
     np.testing.assert_allclose(least["corners"], 0, atol=1e-12)
-    np.testing.assert_allclose(least["angle"], said.angle_log)
-    np.testing.assert_allclose(least["distance"], 1e-3 - said.factors[:, :2].sum(dim=1), atol=1e-9)
+    np.testing.assert_allclose(least["angle"], pred.angle_log)
+    np.testing.assert_allclose(least["distance"], 1e-3 - pred.factors[:, :2].sum(dim=1), atol=1e-9)
     reads = {
         "dimensions": ["dimensions"],
         "angle": ["angle"],
@@ -236,32 +236,32 @@ def test_losses_are_least_at_the_truth(truth):
     }
     for name, losses in reads.items():
         for change in (-0.1, 0.1):
-            other = space_losses(replace(said, **{name: getattr(said, name) + change}), boxes, targets, 512)
+            other = box3d_losses(replace(pred, **{name: getattr(pred, name) + change}), boxes, targets, 512)
             for loss, values in other.items():
                 assert (values > least[loss]).all() if loss in losses else torch.equal(values, least[loss])
 
 
 def test_gradients_of_the_losses_agree_with_differences(truth):
     targets, boxes = truth
-    names = [field.name for field in fields(Attributes)]
-    said = attributes(2, seed=7)
+    names = [field.name for field in fields(Box3DPrediction)]
+    pred = attributes(2, seed=7)
 
     def total(*values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(space_losses(Attributes(*values), boxes, targets, 512).values())
+        return tuple(box3d_losses(Box3DPrediction(*values), boxes, targets, 512).values())
 
-    assert torch.autograd.gradcheck(total, [getattr(said, name).clone().requires_grad_() for name in names])
+    assert torch.autograd.gradcheck(total, [getattr(pred, name).clone().requires_grad_() for name in names])
 
 
 def test_corners_behind_the_camera_do_not_count(truth):
     targets, boxes = truth
-    said = attributes(2, seed=9)
+    pred = attributes(2, seed=9)
     seen = targets.keypoints_seen.clone()
     seen[0, 2:8] = False
     hidden = replace(targets, keypoints_seen=seen, keypoints=targets.keypoints * seen[..., None])
-    error = (said.keypoints - relative_points(targets.keypoints, boxes)).abs().mean(dim=2)
-    np.testing.assert_allclose(corner_loss(said, boxes, hidden), [error[0, :2].mean(), error[1, :8].mean()])
+    error = (pred.keypoints - relative_points(targets.keypoints, boxes)).abs().mean(dim=2)
+    np.testing.assert_allclose(corner_loss(pred, boxes, hidden), [error[0, :2].mean(), error[1, :8].mean()])
     nothing = replace(targets, keypoints_seen=torch.zeros_like(seen))
-    assert corner_loss(said, boxes, nothing).tolist() == [0, 0]
+    assert corner_loss(pred, boxes, nothing).tolist() == [0, 0]
 
 
 coordinates = st.floats(-500, 500)
@@ -305,28 +305,28 @@ def test_box_losses_look_at_the_own_class_only():
 
 
 def test_space_head_starts_at_the_mean_object_and_keeps_its_bounds():
-    head = SpaceHead(2, 7, 8)
+    head = Box3DHead(2, 7, 8)
     classes = torch.tensor([0, 1, 2, 0])
-    said = head(torch.zeros(4, 2, 7, 7), classes)
+    pred = head(torch.zeros(4, 2, 7, 7), classes)
     means = torch.tensor(MEAN_DIMENSIONS)[classes]
-    np.testing.assert_allclose(said.dimensions.detach(), means, atol=0.1)
-    np.testing.assert_allclose(said.height.detach(), means[:, 0], atol=0.1)
-    np.testing.assert_allclose(said.reciprocal.detach(), 1, atol=0.1)
+    np.testing.assert_allclose(pred.dimensions.detach(), means, atol=0.1)
+    np.testing.assert_allclose(pred.height.detach(), means[:, 0], atol=0.1)
+    np.testing.assert_allclose(pred.reciprocal.detach(), 1, atol=0.1)
     for layer in (head.attributes, head.distance):
         torch.nn.init.normal_(layer.weight, std=1000)
-    said = head(torch.randn(4, 2, 7, 7), classes)
-    logs = torch.cat([said.dimensions_log, said.angle_log, said.center_log, said.factors[:, :2].flatten()])
+    pred = head(torch.randn(4, 2, 7, 7), classes)
+    logs = torch.cat([pred.dimensions_log, pred.angle_log, pred.center_log, pred.factors[:, :2].flatten()])
     assert logs.abs().max() <= 3
-    assert min(said.dimensions.min(), said.height.min(), said.reciprocal.min()) > 0
+    assert min(pred.dimensions.min(), pred.height.min(), pred.reciprocal.min()) > 0
 
 
 def test_space_head_answers_for_the_class_asked():
-    head = SpaceHead(2, 7, 8)
+    head = Box3DHead(2, 7, 8)
     pooled = torch.randn(1, 2, 7, 7).expand(3, -1, -1, -1)
     together = head(pooled, torch.tensor([2, 0, 1]))
     for row, kind in enumerate((2, 0, 1)):
         alone = head(pooled[:1], torch.tensor([kind]))
-        for field in fields(Attributes):
+        for field in fields(Box3DPrediction):
             torch.testing.assert_close(getattr(together, field.name)[row], getattr(alone, field.name)[0])
     assert not torch.equal(together.angle[0], together.angle[1])
 

@@ -22,7 +22,7 @@ from rakd.detector.configs import DETECTORS, DetectorConfig, read_config
 from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import detect, detect_all
-from rakd.detector.latency import compiled, measure
+from rakd.detector.latency import benchmark, compiled
 from rakd.detector.monodetr.attention import DeformableAttention
 from rakd.detector.monodetr.configs import MonoDETRConfig, TransformerConfig
 from rakd.detector.monodetr.detector import MonoDETR
@@ -283,7 +283,7 @@ def test_frames(scenes: Path, detector: MonoDETR) -> None:
 def test_cost(scenes: Path, detector: MonoDETR) -> None:
     detector.config = replace(CONFIG, width=256)
     frame = KittiDataset(scenes, "train").frames[0]
-    (cost,) = measure([detector], frame, torch.device("cpu"), repeats=1, warm_up=0, progress=False)
+    (cost,) = benchmark([detector], frame, torch.device("cpu"), repeats=1, warm_up=0, progress=False)
     assert cost.size == (256, 64) and cost.runs == "eager"
     assert cost.gflops is not None and cost.gflops > 0
     assert cost.parameters == sum(p.numel() for p in detector.parameters())

@@ -29,7 +29,7 @@ def test_backbones(name: str) -> None:
     assert pyramid.training
     shapes = {level: tuple(feature.shape) for level, feature in pyramid(images()).items()}
     assert shapes == {"p2": (2, 8, 16, 32), "p3": (2, 8, 8, 16), "p4": (2, 8, 4, 8), "p5": (2, 8, 2, 4)}
-    assert pyramid.loaded == "random weights"
+    assert pyramid.init_source == "random weights"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_frozen_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "get_model_weights", lambda name: Weights)
     pyramid = Pyramid("resnet18", "pretrained", 0, channels=8, frozen_norm=True).train()
-    assert pyramid.loaded == "ImageNet weights"
+    assert pyramid.init_source == "ImageNet weights"
     before = {name: value.clone() for name, value in pyramid.named_buffers()}
     assert before
     sum(feature.sum() for feature in pyramid(images()).values()).backward()
@@ -104,7 +104,7 @@ def test_weights_that_cannot_be_loaded_are_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "get_model_weights", offline)
     before = socket.getdefaulttimeout()
     pyramid = Pyramid("resnet18", "pretrained", 0, channels=8, frozen_norm=True)
-    assert pyramid.loaded == "random weights (ImageNet's cannot be loaded: no route to host)"
+    assert pyramid.init_source == "random weights (ImageNet's cannot be loaded: no route to host)"
     assert socket.getdefaulttimeout() == before
     random = Pyramid("resnet18", "random", 0, channels=8).state_dict()
     assert all(torch.equal(value, random[name]) for name, value in pyramid.state_dict().items())
@@ -144,7 +144,7 @@ def test_a_network_of_timm_without_timm(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_weights_of_a_package() -> None:
     pyramid = Pyramid("tf_efficientnet_lite0", "pretrained", 0, channels=8, frozen_norm=True)
-    assert pyramid.loaded == "ImageNet weights"
+    assert pyramid.init_source == "ImageNet weights"
     assert not any(norm.training for norm in norms(pyramid))
     assert pyramid.body._mean == (127 / 255,) * 3  # the preprocessing that these weights expect, not torchvision's
     weights = dict(pyramid.body.body.named_parameters())

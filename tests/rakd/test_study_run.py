@@ -285,7 +285,7 @@ def test_apprentices_that_start_differently_are_refused(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = iter(["random weights", "ImageNet weights", "random weights (ImageNet's cannot be loaded: no network)"])
-    monkeypatch.setattr(Detector, "loaded", property(lambda self: self._start))
+    monkeypatch.setattr(Detector, "init_source", property(lambda self: self._start))
     original = Detector.__init__
 
     def started(self: Detector, *arguments: Any, **options: Any) -> None:

@@ -21,7 +21,7 @@ from rakd.checkpoints import load_checkpoint
 from rakd.data.frames import find_frames
 from rakd.data.kitti import Batch, KittiDataset, Sample
 from rakd.training.log import Row
-from rakd.training.optimizing import learning_rate
+from rakd.training.optim import learning_rate
 from rakd.training.trainer import Trainer
 
 

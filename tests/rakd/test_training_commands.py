@@ -105,7 +105,7 @@ def test_training_starts_from_a_file(
     assert main(options(scenes, tuned, steps=1, init=file)) == 0
     assert f"starts from {file}" in capsys.readouterr().out
     assert log(tuned)[0]["total"] != log(plain)[0]["total"]  # of the same frames
-    assert load_detector(tuned / "detector.pt").loaded == load_detector(file).loaded
+    assert load_detector(tuned / "detector.pt").init_source == load_detector(file).init_source
     # Nothing but the start differs: with a rate of next to nothing the weights stay the file's.
     still = tmp_path / "still"
     assert main(options(scenes, still, steps=1, init=file, learning_rate=1e-12)) == 0

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rakd.checkpoints import differences, load_checkpoint, load_weights, save_checkpoint, save_weights
+from rakd.checkpoints import config_diff, load_checkpoint, load_weights, save_checkpoint, save_weights
 from rakd.distributed import start_processes
 from rakd.training.log import Log
-from rakd.training.optimizing import learning_rate, make_optimizer
-from rakd.training.order import EndlessOrder, StepSampler, image_seeds, process_seed
+from rakd.training.optim import learning_rate, make_optimizer
+from rakd.training.order import InfiniteShuffle, StepSampler, image_seeds, process_seed
 from rakd.training.settings import TrainSettings
 
 
@@ -49,7 +49,7 @@ def test_settings_are_checked(name: str, value: Any) -> None:
 
 @given(st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 5))
 def test_every_epoch_holds_every_frame_once(count: int, seed: int, epoch: int) -> None:
-    order = EndlessOrder(count, seed)
+    order = InfiniteShuffle(count, seed)
     draws = [order.draw(position) for position in range(epoch * count, (epoch + 1) * count)]
     assert sorted(draw.frame for draw in draws) == list(range(count))
     assert {draw.epoch for draw in draws} == {epoch}
@@ -57,21 +57,21 @@ def test_every_epoch_holds_every_frame_once(count: int, seed: int, epoch: int) -
 
 def test_order_is_shuffled_by_epoch_and_seed() -> None:
     def epoch(number: int, seed: int) -> list[int]:
-        order = EndlessOrder(50, seed)
+        order = InfiniteShuffle(50, seed)
         return [order.draw(position).frame for position in range(50 * number, 50 * number + 50)]
 
     assert len({tuple(epoch(number, seed)) for number in range(3) for seed in range(3)}) == 9
     assert epoch(2, 1) == epoch(2, 1) != list(range(50))
     with pytest.raises(ValueError, match="count must be 1 or more, got 0"):
-        EndlessOrder(0, 0)
+        InfiniteShuffle(0, 0)
 
 
 @given(st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 10))
 def test_processes_share_the_batches_of_one(count: int, processes: int, start: int) -> None:
     batch, steps, share = 12, range(start, start + 3), 12 // processes
-    whole = list(StepSampler(EndlessOrder(count, 7), steps, batch, range(batch)))
+    whole = list(StepSampler(InfiniteShuffle(count, 7), steps, batch, range(batch)))
     parts = [
-        list(StepSampler(EndlessOrder(count, 7), steps, batch, range(rank * share, (rank + 1) * share)))
+        list(StepSampler(InfiniteShuffle(count, 7), steps, batch, range(rank * share, (rank + 1) * share)))
         for rank in range(processes)
     ]
     assert [list(chain(*rows)) for rows in zip(*parts, strict=True)] == whole
@@ -195,8 +195,8 @@ def test_a_file_cut_short_is_told(tmp_path: Path) -> None:
 def test_differences() -> None:
     there = {"settings": {"steps": 4, "clip": None}, "data": {}, "old": 1}
     here = {"settings": {"steps": 8, "clip": None}, "data": {"digest": "a"}, "old": 1}
-    assert differences(there, there) == []
-    assert differences(there, here) == [
+    assert config_diff(there, there) == []
+    assert config_diff(there, here) == [
         "data.digest is absent there and 'a' here",
         "settings.steps is 4 there and 8 here",
     ]

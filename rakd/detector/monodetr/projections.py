@@ -65,7 +65,7 @@ class ProjectedPyramid(Pyramid):
     def train(self, mode: bool = True) -> "ProjectedPyramid":
         """See `rakd.detector.pyramid.Pyramid.train`; a frozen stem wants no gradient."""
         super().train(mode)
-        frozen = self._keeps_stem and self.loaded == IMAGENET
+        frozen = self._keeps_stem and self.init_source == IMAGENET
         for name, parameter in self.body.body.named_parameters():
             if frozen and name.startswith(_STEM):
                 parameter.requires_grad_(False)

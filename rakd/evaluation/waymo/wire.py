@@ -15,7 +15,7 @@ import numpy as np
 
 from rakd.errors import UserError
 from rakd.evaluation.waymo.objects import FrameKey, WaymoObjects
-from rakd.files import replacing
+from rakd.files import atomic_write
 
 # A Box with all seven doubles in the order of their numbers, as every writer leaves it: tag, value, tag, value ...
 _BOX = struct.Struct("<" + "Bd" * 7)
@@ -91,7 +91,7 @@ def write_bin(path: Path, objects: WaymoObjects) -> None:
         objects.difficulty.tolist(),
         strict=True,
     )
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+    with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
         for frame, type_, box, score, zone, points, difficulty in columns:
             label = _tagged(1, _BOX.pack(*(part for pair in zip(_BOX_TAGS, box, strict=True) for part in pair)))
             label += b"\x18" + _varint(type_)
