@@ -34,7 +34,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A detector with random weights, and the model that was made of it."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'rakd[export]'")
-    if request.param == "monodetr-small":
+    if DETECTORS[request.param].backbone.name.startswith("tf_"):
         pytest.importorskip("timm", reason="timm is not installed: pip install 'rakd[timm]'")
     config = DETECTORS[request.param].without_download()
     if isinstance(config, MonoDETRConfig):  # untrained, no query reaches its limit
