@@ -201,11 +201,11 @@ def broadcast_tensors(processes: Processes, tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def all_reduce_mean(processes: Processes, values: Tensor) -> Tensor:
+def all_reduce_mean(values: Tensor) -> Tensor:
     """The mean of a tensor over the processes, in place; what is not finite in one is not finite in the mean."""
-    if processes.count > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
-        values /= processes.count
+        values /= world_size()
     return values
 
 
@@ -260,23 +260,8 @@ def shared_mean_count(count: Tensor | int, device: torch.device) -> Tensor:
         mean = torch.full((), count, dtype=torch.float64, device=device)
     else:
         raise TypeError(f"count: expected an integer or a tensor, got {type(count).__name__}")
-    if world_size() > 1:
-        dist.all_reduce(mean)
-        mean = mean / world_size()
+    all_reduce_mean(mean)
     return torch.where(mean == 0, torch.ones_like(mean), mean)
-
-
-def shared_mean(values: Tensor) -> Tensor:
-    """Average numbers over all processes; with one process they are as they were.
-
-    A collective: every process must call it, equally often, with equal shapes. No gradient flows.
-    """
-    mean = values.detach()
-    if world_size() > 1:
-        mean = mean.clone()
-        dist.all_reduce(mean)
-        mean = mean / world_size()
-    return mean
 
 
 class GradientAverage:
@@ -321,9 +306,7 @@ class GradientAverage:
                 parameter.grad = torch.zeros_like(parameter)
             groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for gradients in groups.values():
-            flat = torch.cat([g.reshape(-1) for g in gradients])
-            dist.all_reduce(flat)
-            flat /= world_size()
+            flat = all_reduce_mean(torch.cat([g.reshape(-1) for g in gradients]))
             parts = torch.split(flat, [g.numel() for g in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))

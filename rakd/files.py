@@ -1,10 +1,12 @@
-"""Files: text as people's editors leave it; atomic writing, so that a reader never sees half of a file."""
+"""Files: text as people's editors leave it; values as JSON takes them; atomic writing, never half a file."""
 
 import codecs
+import math
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rakd.errors import MissingFileError, NotAFolderError, UserError
 
@@ -98,3 +100,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8, with the same line ends on every system."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def without_nan(value: Any) -> Any:
+    """Nested dicts, lists and tuples with None for every float that is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Small helpers that detectors and distillation share: seeded weights, and sums in float32."""
+"""Small helpers that detectors and distillation share: seeded weights, sums in float32, copies without a wait."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +22,10 @@ def seeded_modules(seed: int) -> Iterator[None]:
 def widen(tensor: Tensor) -> Tensor:
     """Bring half types to float32, where sums over whole maps neither overflow nor lose what is small."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from main memory to a device; the host does not wait for a GPU to take it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

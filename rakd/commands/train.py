@@ -154,10 +154,8 @@ class Train:
         from rakd.commands.waymo_data import format_waymo_tables, is_converted
         from rakd.detector.files import save_detector
         from rakd.detector.inference import write_detections
-        from rakd.evaluation.depth import depth_errors
-        from rakd.evaluation.kitti import evaluate
         from rakd.evaluation.report import format_ceilings, format_table
-        from rakd.study.results import RunResult, precisions_of, write_run
+        from rakd.study.results import evaluate_run, write_run
 
         if processes.is_main:
             save_detector(self.out / "detector.pt", detector)
@@ -166,11 +164,8 @@ class Train:
             return
         frames = [frame.id for frame in val.frames]
         folders = data / "training" / "label_2", self.out / "detections"
-        result = evaluate(*folders, frames=frames)
-        loose = evaluate(*folders, frames=frames, overlaps="loose", progress=False)
-        depth = depth_errors(*folders, frames=frames, progress=False)
-        precisions = precisions_of(official=result, loose=loose)
-        write_run(self.out / "result.json", RunResult("none", self.seed, precisions, depth))
+        figures, result = evaluate_run("none", self.seed, *folders, frames, progress=True)
+        write_run(self.out / "result.json", figures)
         texts = [format_table(result, "R40"), format_table(result, "R11"), format_ceilings(result)]
         if is_converted(data):
             texts = [format_waymo_tables(data, self.out / "detections", frames)]

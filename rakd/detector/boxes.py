@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from rakd.nn import send
+
 Scales = tuple[float, float, float, float]
 
 _MAX_LOG_SCALE = math.log(1000 / 16)  # torchvision's and Detectron's bound of the logarithm of a size's change
@@ -69,8 +71,7 @@ def decode_deltas(deltas: Tensor, anchors: Tensor, scales: Scales) -> Tensor:
 
 def image_extents(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """Sizes (width, height) as ``[B, 2]`` float32 on a device, copied without waiting for it."""
-    extents = torch.tensor(sizes, dtype=torch.float32, pin_memory=device.type == "cuda")
-    return extents.to(device, non_blocking=True)
+    return send(torch.tensor(sizes, dtype=torch.float32), device)
 
 
 def clip_boxes(boxes: Tensor, extents: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rakd.nn import send
+
 IGNORED = -1
 """Label of an anchor or proposal that no loss looks at; 0 is background, more is an object."""
 
@@ -38,7 +40,7 @@ def random_keys(seeds: Sequence[int], count: int, device: torch.device) -> Tenso
     Returns:
         ``[B, count]`` int64 >= 0.
     """
-    start = torch.tensor(seeds, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    start = send(torch.tensor(seeds, dtype=torch.int64), device)
     # int64 wraps around, as the algorithm wants it; `&` takes off the sign that `>>` shifts in.
     z = start[:, None] + torch.arange(1, count + 1, device=device) * _GOLDEN
     z = (z ^ ((z >> 30) & (2**34 - 1))) * _MIX_1

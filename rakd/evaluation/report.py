@@ -1,12 +1,10 @@
 """Evaluation results for readers: a table as in papers, JSON, precision-recall curves."""
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 from rakd.evaluation.kitti import CLASSES, DIFFICULTIES, LEVELS, LIMITS, Overlaps, Result
-from rakd.files import atomic_write, write_text
+from rakd.files import atomic_write, without_nan, write_text
 
 _TITLES = {"3d": "3D", "bev": "Bird's-eye view", "bbox": "2D box", "aos": "Orientation (AOS)"}
 _LEVEL_COLORS = {"easy": "#1b9e77", "moderate": "#d95f02", "hard": "#7570b3"}
@@ -94,15 +92,6 @@ def to_json(result: Result) -> str:
 def write_json(path: Path, result: Result) -> None:
     """Write all figures and curves as JSON, atomically."""
     write_text(path, to_json(result))
-
-
-def without_nan(value: Any) -> Any:
-    """Nested dicts, lists and tuples with None for every float that is not finite, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_curves(path: Path, result: Result, overlaps: Overlaps = "official") -> None:

@@ -39,8 +39,8 @@ def run_side_by_side(
             for slot in [slot for slot in range(jobs) if slot not in running][: len(waiting)]:
                 name = waiting.pop(0)
                 process = context.Process(target=_run, args=(work, name, (slot, *tasks[name]), threads), name=name)
+                running[slot] = name, process  # before the start: an interruption may come right after it
                 process.start()
-                running[slot] = name, process
                 say(f"{name}: begins ({len(waiting)} more wait)")
             wait([process.sentinel for _, process in running.values()])
             for slot, (name, process) in list(running.items()):
@@ -51,7 +51,8 @@ def run_side_by_side(
                     say(f"{name}: {f'failed (exit code {process.exitcode})' if process.exitcode else 'done'}")
     finally:
         for _, process in running.values():
-            process.terminate()
+            if process.pid is not None:
+                process.terminate()
     if failed:
         names = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
         raise UserError(f"{len(failed)} of {len(tasks)} runs failed: {names}; the others are finished")

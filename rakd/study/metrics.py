@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rakd.distill.registry import METHODS
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES, LEVELS
+from rakd.extras import require
 from rakd.study.results import RunResult, StudyResult
 
 MEAN = "mean"
@@ -109,29 +110,8 @@ def half_width(summary: Summary) -> float:
     """Half the width of Student's 95 % confidence interval of a mean; NaN for fewer than two values."""
     if summary.count < 2:
         return math.nan
-    return _t_quantile(summary.count - 1) * summary.std / math.sqrt(summary.count)
-
-
-def _t_quantile(degrees: int) -> float:
-    """Where Student's t distribution leaves 2.5 % on each side, by bisection."""
-    low, high = 0.0, 13.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, degrees) < 0.95 else (low, middle)
-    return low
-
-
-def _t_within(t: float, degrees: int) -> float:
-    """The probability that Student's t lies within ±t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    odd = degrees % 2
-    total, term = 0.0, math.cos(angle) if odd else 1.0
-    for k in range(1 + odd, degrees, 2):
-        total += term
-        term *= k / (k + 1) * math.cos(angle) ** 2
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    quantile = require("scipy.special", "train").stdtrit(summary.count - 1, 0.975)
+    return float(quantile) * summary.std / math.sqrt(summary.count)
 
 
 def _value(study: StudyResult, run: RunResult, metric: Metric) -> float:

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from rakd.errors import UserError
-from rakd.evaluation.depth import DepthFigures
-from rakd.evaluation.kitti import CLASSES, LEVELS, Result
-from rakd.evaluation.report import without_nan
-from rakd.files import write_text
+from rakd.evaluation.depth import DepthFigures, depth_errors
+from rakd.evaluation.kitti import CLASSES, LEVELS, Result, evaluate
+from rakd.files import without_nan, write_text
 from rakd.geometry import FloatArray
 from rakd.study.settings import ALL_METHODS
 
@@ -188,6 +187,39 @@ def precisions_of(**results: Result) -> Precisions:
         }
         for overlaps, result in results.items()
     }
+
+
+def evaluate_run(
+    method: str,
+    seed: int,
+    truth: Path,
+    detections: Path,
+    frames: Sequence[str],
+    *,
+    seconds: float | None = None,
+    losses: Mapping[str, float] | None = None,
+    progress: bool = False,
+) -> tuple[RunResult, Result]:
+    """Evaluate a run's detections.
+
+    Args:
+        method: See `RunResult`.
+        seed: Same.
+        truth: Folder of label files.
+        detections: Folder of result files.
+        frames: Names of the frames to evaluate on.
+        seconds: See `RunResult`.
+        losses: Same.
+        progress: Show a progress bar.
+
+    Returns:
+        The figures, and the evaluation at the official overlaps.
+    """
+    official = evaluate(truth, detections, frames=frames, progress=progress)
+    loose = evaluate(truth, detections, frames=frames, overlaps="loose", progress=False)
+    precisions = precisions_of(official=official, loose=loose)
+    depth = depth_errors(truth, detections, frames=frames, progress=False)
+    return RunResult(method, seed, precisions, depth, seconds, dict(losses or {})), official
 
 
 def write_study(path: Path, study: StudyResult) -> None:

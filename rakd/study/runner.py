@@ -14,10 +14,8 @@ from rakd.distill.cache import FeatureCache
 from rakd.distill.methods import make_method
 from rakd.distributed import Processes, broadcast_object
 from rakd.errors import UserError
-from rakd.evaluation.depth import depth_errors
-from rakd.evaluation.kitti import evaluate
 from rakd.study.plan import Run
-from rakd.study.results import RunResult, precisions_of, read_run, write_run
+from rakd.study.results import RunResult, evaluate_run, read_run, write_run
 from rakd.study.settings import StudySettings
 from rakd.study.validation import CarValidation
 from rakd.training.log import RESERVED, Row
@@ -114,6 +112,9 @@ class Runner:
         options: dict[str, object] = {} if run.init is None else {"init": file_digest(run.init)}
         if self.cache is not None and term is not None:
             options["feature_cache"] = True  # the expert sees images one by one, which rounds otherwise
+        validation = None
+        if run.training.validate_every:
+            validation = CarValidation(detector, self._validation_frames(detector), folder, self.processes)
         trainer = Trainer(
             make_distillation_model(detector, expert, term, run.weight, settings.regions, self.cache),
             dataset,
@@ -131,7 +132,7 @@ class Runner:
             },
             image_size=config.image_size,
             quiet=self.quiet,
-            validation=CarValidation(detector, self._validation_frames(detector), folder, self.processes),
+            validation=validation,
             extend=self.extend and expert is not None,
         )
         if trainer.step < run.training.steps and self.processes.is_main:
@@ -166,16 +167,14 @@ class Runner:
             return None
         truth = self.data / "training" / "label_2"
         frames = [frame.id for frame in dataset.frames]
-        figures = RunResult(
-            method=run.method,
-            seed=run.seed,
-            precisions=precisions_of(
-                official=evaluate(truth, detections, frames=frames, progress=False),
-                loose=evaluate(truth, detections, frames=frames, overlaps="loose", progress=False),
-            ),
-            depth=depth_errors(truth, detections, frames=frames, progress=False),
+        figures, _ = evaluate_run(
+            run.method,
+            run.seed,
+            truth,
+            detections,
+            frames,
             seconds=rows[-1]["seconds"] if rows else None,
-            losses=_last_losses(rows) if rows else {},
+            losses=_last_losses(rows) if rows else None,
         )
         write_run(result, figures)
         return figures

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-from rakd.files import write_text
+from rakd.files import without_nan, write_text
 
 Row = dict[str, float]
 """A row of the log by column."""
@@ -99,5 +99,4 @@ class Log:
             )
             write_text(path, text.getvalue())
             lines = sorted([*self.rows, *self.validations], key=lambda row: row["step"])
-            finite = ({name: value if isfinite(value) else None for name, value in row.items()} for row in lines)
-            write_text(path.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in finite))
+            write_text(path.with_suffix(".jsonl"), "".join(json.dumps(without_nan(row)) + "\n" for row in lines))

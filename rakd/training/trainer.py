@@ -215,7 +215,7 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         # One transfer from the device for all that is wanted of a step.
-        shared = all_reduce_mean(self.processes, stacked.detach().double())
+        shared = all_reduce_mean(stacked.detach().double())
         *values, grad_norm = torch.cat([shared, norm.to(shared).reshape(1)]).tolist()
         terms = dict(zip(losses, values, strict=True))
         self._check_finite(terms, grad_norm)

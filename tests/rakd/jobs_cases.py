@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,4 +39,6 @@ def stay(slot: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Background jobs of a shell without job control inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_side_by_side(stay, {"stay": (Path(sys.argv[1]),)}, 1, print)

@@ -17,7 +17,7 @@ import torch
 
 from rakd.checkpoints import load_weights
 from rakd.distributed import Processes
-from rakd.evaluation.report import without_nan
+from rakd.files import without_nan
 from rakd.study import experiment as module
 from rakd.study.experiment import Experiment
 from rakd.study.jobs import run_side_by_side

@@ -13,7 +13,7 @@ from rakd.checkpoints import load_weights
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.distributed import Processes
-from rakd.evaluation.report import without_nan
+from rakd.files import without_nan
 from rakd.study import experiment as module
 from rakd.study import runner
 from rakd.study.experiment import Experiment

@@ -23,7 +23,7 @@ from rakd.detector.monodetr.projections import STRIDES, ProjectedPyramid
 from rakd.detector.monodetr.targets import QueryTargets, query_targets
 from rakd.detector.monodetr.transformer import Decoder, Encoder
 from rakd.geometry import Calibration
-from rakd.nn import seeded_modules, widen
+from rakd.nn import seeded_modules, send, widen
 
 
 class MonoDETR(BaseDetector):
@@ -118,7 +118,7 @@ class MonoDETR(BaseDetector):
             raise ValueError("matched_boxes needs the detector in evaluation mode, call eval() first")
         wanted = query_targets(targets, _image(features))
         found, _, _ = self._run(features, wanted.focal)
-        last = Predictions(*(getattr(found, field.name)[-1:] for field in fields(found)))
+        last = found.map(lambda values: values[-1:])
         matches = match(last.logits, last.boxes, wanted, 1, self.config.losses)
         return _matched(last, matches, wanted, _image(features))
 
@@ -129,10 +129,8 @@ class MonoDETR(BaseDetector):
         """See `rakd.detector.base.BaseDetector.predict`."""
         self.check_predict(images, sizes, calibrations)
         cameras = torch.from_numpy(np.stack([calibration.projection for calibration in calibrations]))
-        focal = cameras[:, 1, 1].to(torch.float32)
-        if images.device.type == "cuda":
-            focal = focal.pin_memory()
-        found, depth = _to_host(*self._last(images, focal.to(images.device, non_blocking=True)))
+        focal = send(cameras[:, 1, 1].to(torch.float32), images.device)
+        found, depth = _to_host(*self._last(images, focal))
         image = (images.shape[3], images.shape[2])
         return [
             to_objects(self._decode(_of_image(found, i), depth[i : i + 1], camera, image, torch.tensor(size)))
@@ -148,7 +146,7 @@ class MonoDETR(BaseDetector):
     def _last(self, images: Tensor, focal: Tensor) -> tuple[Predictions, Tensor]:
         """Predictions of the last layer, and distances."""
         found, depth, _ = self._run(self.extract_features(images), focal)
-        return Predictions(*(getattr(found, field.name)[-1] for field in fields(found))), depth[-1]
+        return found.map(lambda values: values[-1]), depth[-1]
 
     def _decode(
         self, found: Predictions, depth: Tensor, camera: Tensor, image: tuple[int, int], size: Tensor
@@ -205,7 +203,7 @@ def _matched(found: Predictions, matches: Tensor, targets: QueryTargets, image: 
 
 
 def _of_image(found: Predictions, image: int) -> Predictions:
-    return Predictions(*(getattr(found, field.name)[image : image + 1] for field in fields(found)))
+    return found.map(lambda values: values[image : image + 1])
 
 
 def _to_host(found: Predictions, depth: Tensor) -> tuple[Predictions, Tensor]:

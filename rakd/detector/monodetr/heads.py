@@ -1,7 +1,8 @@
 """Heads on the decoder's queries: class, box, dimensions, angle and distance of each; and the three-way distance."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ class Predictions:
     dimensions: Tensor
     angles: Tensor
     depth: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Predictions":
+        """Apply a function to each field."""
+        return Predictions(*(function(getattr(self, field.name)) for field in fields(self)))
 
 
 class Heads(nn.Module):

@@ -5,12 +5,13 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from rakd.detector.monodetr.configs import DepthConfig, LossConfig
 from rakd.detector.monodetr.heads import Predictions, boxes_2d
 from rakd.detector.monodetr.matching import ALPHA, GAMMA, generalized_iou
 from rakd.detector.monodetr.targets import QueryTargets, depth_map_targets
-from rakd.distributed import shared_mean, shared_mean_count
+from rakd.distributed import all_reduce_mean, shared_mean_count
 
 _FOREGROUND = 13.0  # weight of an object's cell in the depth map; the background's is 1
 
@@ -75,10 +76,8 @@ def class_loss(logits: Tensor, targets: QueryTargets, rows: Tensor, valid: Tenso
     # Added, since rows that only fill up all have the same place: they add nothing to it.
     marks = valid.to(logits.dtype).expand_as(places)
     wanted = logits.new_zeros(logits.shape).flatten(2).scatter_add(2, places, marks).view_as(logits)
-    probability = logits.sigmoid()
-    missed = (probability - wanted).abs() ** GAMMA
-    share = ALPHA * wanted + (1 - ALPHA) * (1 - wanted)
-    return (share * missed * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")).sum()
+    loss: Tensor = sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA, reduction="sum")
+    return loss
 
 
 def dimension_loss(pred: Tensor, goal: Tensor, valid: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ def dimension_loss(pred: Tensor, goal: Tensor, valid: Tensor) -> Tensor:
     relative = (plain / goal).sum(dim=(1, 2, 3))
     with torch.no_grad():
         # Over all processes, so that their averaged gradients are those of one with the whole batch.
-        sums = shared_mean(torch.stack([plain.sum(dim=(1, 2, 3)), relative]))
+        sums = all_reduce_mean(torch.stack([plain.sum(dim=(1, 2, 3)), relative]))
         scale = sums[0] / sums[1].clamp(min=1e-12)
     return relative * scale
 

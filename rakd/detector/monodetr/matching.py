@@ -8,6 +8,7 @@ from rakd.detector.monodetr.configs import LossConfig
 from rakd.detector.monodetr.heads import boxes_2d
 from rakd.detector.monodetr.targets import QueryTargets
 from rakd.extras import require
+from rakd.nn import send
 
 ALPHA, GAMMA = 0.25, 2.0
 """Of the focal losses (arXiv 1708.02002)."""
@@ -46,10 +47,7 @@ def match(logits: Tensor, boxes: Tensor, targets: QueryTargets, groups: int, wei
             for group in range(groups):
                 rows, columns = assign(table[layer, image, group, :, :count])
                 found[layer, image, group, columns] = rows + group * size
-    result = torch.from_numpy(found)
-    if cost.device.type == "cuda":
-        result = result.pin_memory()
-    return result.to(cost.device, non_blocking=True)
+    return send(torch.from_numpy(found), cost.device)
 
 
 def matching_costs(logits: Tensor, boxes: Tensor, targets: QueryTargets, weights: LossConfig) -> Tensor:

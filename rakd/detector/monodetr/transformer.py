@@ -78,14 +78,16 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, channels: int, levels: int, config: TransformerConfig) -> None:
         super().__init__()
-        self.depth, self.seen_depth = Attention(channels, config.heads, config.dropout), _residual(channels, config)
+        self.depth = Attention(channels, config.heads, config.dropout)
+        self.seen_depth = Residual(channels, config.dropout)
         self.own = nn.ModuleDict({name: nn.Linear(channels, channels) for name in ("q", "q_place", "k", "k_place")})
         for layer in self.own.values():
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
-        self.attention, self.attended = Attention(channels, config.heads, config.dropout), _residual(channels, config)
+        self.attention = Attention(channels, config.heads, config.dropout)
+        self.attended = Residual(channels, config.dropout)
         self.maps = DeformableAttention(channels, config.heads, levels, config.points)
-        self.seen_maps = _residual(channels, config)
+        self.seen_maps = Residual(channels, config.dropout)
         self.feed_forward = FeedForward(channels, config.hidden, config.dropout)
 
     def forward(
@@ -154,10 +156,6 @@ class Decoder(nn.Module):
             references = found.boxes.detach()
             predictions.append(found)
         return predictions
-
-
-def _residual(channels: int, config: TransformerConfig) -> Residual:
-    return Residual(channels, config.dropout)
 
 
 def _cell_centers(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
