@@ -19,12 +19,12 @@ from fake_cuda import GPU, DeviceMismatch, FakeCuda
 
 from rakd.cli import main
 from rakd.data.kitti import KittiDataset, collate
+from rakd.data.labels import Objects
 from rakd.data.targets import pooling_boxes
 from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.detector.detector import Detector, target_rows
 from rakd.detector.files import save_detector
-from rakd.detector.monodetr.detector import MonoDETR
 from rakd.distill.methods import make_method
 from rakd.scenes import make_scenes
 from rakd.training.model import make_distillation_model
@@ -113,10 +113,14 @@ def waits_of_the_last_step(trainer: Trainer, gpu: FakeCuda) -> dict[str, int]:
     return dict(Counter(wait.place for wait in gpu.waits[begun[-1] :] if "checkpoint" not in wait.place))
 
 
-@pytest.mark.parametrize("method", ["rakd", "pkd", "semckd"])
-def test_training_is_that_of_the_cpu(method: str, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
-    rows = make_trainer(scenes, tmp_path / "gpu", GPU, method).run()
-    expected = make_trainer(scenes, tmp_path / "cpu", torch.device("cpu"), method).run()
+@pytest.mark.parametrize(
+    ("method", "options"), [("rakd", {}), ("pkd", {}), ("semckd", {}), ("rakd", {"config": QUERIES, "steps": 1})]
+)
+def test_training_is_that_of_the_cpu(
+    method: str, options: dict[str, Any], scenes: Path, tmp_path: Path, gpu: FakeCuda
+) -> None:
+    rows = make_trainer(scenes, tmp_path / "gpu", GPU, method, **options).run()
+    expected = make_trainer(scenes, tmp_path / "cpu", torch.device("cpu"), method, **options).run()
     for row, other in zip(rows, expected, strict=True):
         for name in row.keys() - {"seconds", "images_per_second"}:
             # Compiled loops of the CPU and operation by operation round otherwise; two steps add to it.
@@ -143,25 +147,23 @@ def test_waits_of_a_step_of_queries(batch: int, scenes: Path, tmp_path: Path, gp
     assert waits_of_the_last_step(trainer, gpu) == STEP_OF_QUERIES
 
 
-def test_training_of_queries_is_that_of_the_cpu(scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
-    rows = make_trainer(scenes, tmp_path / "gpu", GPU, config=QUERIES, steps=1).run()
-    expected = make_trainer(scenes, tmp_path / "cpu", torch.device("cpu"), config=QUERIES, steps=1).run()
-    for row, other in zip(rows, expected, strict=True):
-        for name in row.keys() - {"seconds", "images_per_second"}:
-            assert row[name] == pytest.approx(other[name], rel=2e-3, abs=2e-3), name
-
-
-def test_objects_of_queries_are_those_of_the_cpu(scenes: Path, gpu: FakeCuda) -> None:
+def detect(config: BaseConfig, scenes: Path, gpu: FakeCuda) -> tuple[list[tuple[Objects, Objects]], dict[str, int]]:
+    """Objects of three frames on the GPU and on the CPU, and what the host waited for, once all is warm."""
     data = KittiDataset(scenes, "train", height=64)
-    batch = collate([data[0], data[1], data[2]], size=QUERIES.image_size)
+    batch = collate([data[0], data[1], data[2]], size=config.image_size)
     cameras = [sample.calibration for sample in batch.samples]
-    expected = MonoDETR(QUERIES, 1).eval().predict(batch.images, batch.sizes, cameras)
-    detector, images = MonoDETR(QUERIES, 1).to(GPU).eval(), batch.images.to(GPU)
+    expected = config.build(1).eval().predict(batch.images, batch.sizes, cameras)
+    detector, images = config.build(1).to(GPU).eval(), batch.images.to(GPU)
     detector.predict(images, batch.sizes, cameras)
     gpu.waits.clear()
     found = detector.predict(images, batch.sizes, cameras)
-    assert dict(Counter(wait.place for wait in gpu.waits)) == PREDICTION_OF_QUERIES
-    for own, other in zip(found, expected, strict=True):
+    return list(zip(found, expected, strict=True)), dict(Counter(wait.place for wait in gpu.waits))
+
+
+def test_objects_of_queries_are_those_of_the_cpu(scenes: Path, gpu: FakeCuda) -> None:
+    pairs, waits = detect(QUERIES, scenes, gpu)
+    assert waits == PREDICTION_OF_QUERIES
+    for own, other in pairs:
         assert len(own) == 12
         np.testing.assert_allclose(own.scores, other.scores, rtol=1e-4)
         np.testing.assert_allclose(own.location, other.location, rtol=1e-3, atol=1e-3)
@@ -197,17 +199,10 @@ def test_the_expert_runs_before_the_host_waits(scenes: Path, tmp_path: Path, gpu
 
 
 def test_detections_are_those_of_the_cpu(scenes: Path, gpu: FakeCuda) -> None:
-    data = KittiDataset(scenes, "train", height=64)
-    batch = collate([data[0], data[1], data[2]], size=CONFIG.image_size)
-    cameras = [sample.calibration for sample in batch.samples]
-    expected = Detector(CONFIG, 1).eval().predict(batch.images, batch.sizes, cameras)
-    detector, images = Detector(CONFIG, 1).to(GPU).eval(), batch.images.to(GPU)
-    detector.predict(images, batch.sizes, cameras)
-    gpu.waits.clear()
-    found = detector.predict(images, batch.sizes, cameras)
-    assert dict(Counter(wait.place for wait in gpu.waits)) == PREDICTION
+    pairs, waits = detect(CONFIG, scenes, gpu)
+    assert waits == PREDICTION
     assert sum(PREDICTION.values()) <= 6
-    for own, other in zip(found, expected, strict=True):
+    for own, other in pairs:
         assert len(own) > 0
         assert own.types.tolist() == other.types.tolist()
         np.testing.assert_allclose(own.scores, other.scores, atol=1e-5)
