@@ -268,8 +268,8 @@ class GradientAverage:
     """Averages the gradients of a module's parameters over processes at the end of every backward.
 
     One collective for all of them, before gradients are clipped or looked at. An average of averages is the average:
-    where DistributedDataParallel wraps the module after all, or gradients are accumulated over several backwards, the
-    result is the same.
+    where gradients are accumulated over several backwards, or DistributedDataParallel wraps the module after all, the
+    result is the same. That one may send gradients from where they lie, so it must be done before they are read here.
     """
 
     def __init__(self) -> None:
@@ -295,8 +295,11 @@ class GradientAverage:
     def _note(self, parameter: Tensor) -> None:
         if not self._queued:
             self._queued = True
-            # Runs once the whole graph is done, in all processes alike, whatever order their gradients came in.
-            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+            # Runs once the whole graph is done, in all processes alike, whatever order their gradients came in; and
+            # from there once more, after what others queued during backward: DistributedDataParallel's wait for its
+            # own collectives is among it.
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._average))
 
     def _average(self) -> None:
         self._queued = False

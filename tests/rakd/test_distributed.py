@@ -3,8 +3,10 @@
 import pytest
 import torch
 from processes import run_two_processes
+from torch import nn
 
-from rakd.distributed import shared_mean_count
+from rakd import distributed
+from rakd.distributed import GradientAverage, shared_mean_count
 
 CPU = torch.device("cpu")
 
@@ -103,6 +105,22 @@ dist.destroy_process_group()
 
 def test_two_processes_give_the_gradients_of_one_and_share_its_state() -> None:
     run_two_processes("-c", CODE)
+
+
+def test_gradients_are_averaged_after_what_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As DistributedDataParallel waits for its collectives: a callback that is queued when its last gradient is there.
+    order: list[str] = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda *_: None)
+    monkeypatch.setattr(distributed, "all_reduce_mean", lambda values: order.append("averaged") or values)
+    first, last = nn.Linear(3, 4), nn.Linear(4, 2)
+    average = GradientAverage()
+    average.attach(last)
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    first.weight.register_post_accumulate_grad_hook(lambda _: queue(lambda: order.append("waited for")))
+    for _ in range(2):
+        last(first(torch.ones(1, 3))).sum().backward()
+    assert order == ["waited for", "averaged"] * 2
 
 
 def test_alone_it_is_the_count() -> None:
