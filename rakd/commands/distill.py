@@ -23,9 +23,9 @@ class Distill:
 
     Without arguments it renders street scenes and runs on two processor cores in minutes. Writes tables (Markdown,
     CSV, JSON), training curves, pictures of detections and all weights to the run's folder, and prints the tables.
-    An interrupted run is continued by repeating the command. Once the expert is trained, methods and seeds can be
-    shared out over commands with one folder; repeat it with all of them in the end for the tables. On several GPUs or
-    machines start it with torchrun: torchrun --nproc-per-node 4 -m rakd distill --study kitti --data KITTI
+    An interrupted run is continued by repeating the command. Seeds, and methods once the seed's expert is trained, can
+    be shared out over commands with one folder; repeat it with all of them in the end for the tables. On several GPUs
+    or machines start it with torchrun: torchrun --nproc-per-node 4 -m rakd distill --study kitti --data KITTI
     """
 
     study: StudyName = "tiny"
@@ -49,10 +49,10 @@ class Distill:
     """Methods to train apprentices with instead of the study's; none: alone."""
 
     seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
-    """Each method is run with each seed; tables give mean and standard deviation."""
+    """Each seed has an expert of its own, and apprentices by each method; tables give mean and standard deviation."""
 
     expert: Annotated[Path | None, arg(metavar="FILE")] = None
-    """File of a trained expert (detector.pt of a run); without it one is trained."""
+    """File of a trained expert (detector.pt of a run), which teaches in all seeds; without it each seed trains one."""
 
     expert_steps: Annotated[int | None, arg(metavar="N")] = None
     """Training steps of the expert instead of the study's."""
@@ -102,8 +102,8 @@ class Distill:
     stages and objects for MonoDETR."""
 
     jobs: int = 1
-    """Apprentices trained at a time, each in a process of its own with its share of the cores (or, in turn, of the
-    GPUs). With the same number of threads each (OMP_NUM_THREADS) results are those of one after the other."""
+    """Trainings at a time, each in a process of its own with its share of the cores (or, in turn, of the GPUs). With
+    the same number of threads each (OMP_NUM_THREADS) results are those of one after the other."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; auto takes GPUs if there are any."""

@@ -39,10 +39,10 @@ class Experiment:
         data: Folder in KITTI's layout, with the lists ``train`` and ``val``.
         out: The experiment's folder.
         processes: Where to compute, see `rakd.distributed.start_processes`.
-        expert: File of a trained expert (`rakd.detector.files.save_detector`); None: one is trained.
+        expert: File of a trained expert (`rakd.detector.files.save_detector`); None: one is trained for each seed.
         splits: Names of the lists to train on and to evaluate on.
         quiet: Show no progress bars.
-        jobs: How many apprentices are trained at a time, see `rakd.study.jobs`.
+        jobs: How many runs are done at a time, see `rakd.study.jobs`.
         init: See `rakd.study.plan.make_plan`.
         extend: See `rakd.study.runner.Runner`.
         cache_bytes: Same.
@@ -75,12 +75,11 @@ class Experiment:
         self.data = data
         self.out = out
         self.processes = processes
-        self.expert_file = expert
         self.splits = splits
         self.quiet = quiet or not processes.is_main
         self.jobs = jobs
         self.extend = extend
-        self.plan = make_plan(settings, init)
+        self.plan = make_plan(settings, init, expert)
         self.runner = Runner(
             settings, data, out, processes, splits=splits, quiet=self.quiet, extend=extend, cache_bytes=cache_bytes
         )
@@ -90,7 +89,7 @@ class Experiment:
         self._train_frames, self._val_frames = (find_frames(data, split) for split in splits)
         if expert is not None and not expert.is_file():
             raise MissingFileError(f"expert: {expert} is not there")
-        for run in self.plan if expert is None else self.plan[1:]:
+        for run in self.plan:
             if run.init is not None:
                 check_file(run.init, "a detector to start from (init)")
 
@@ -100,24 +99,22 @@ class Experiment:
         Returns:
             All figures; in the main process only are they complete.
         """
-        plan = self.plan
-        expert = self._build_expert(plan[0])
+        self._check_heights()
         self._claim()
-        if not any(map(self._is_open, plan)):
+        if not any(map(self._is_open, self.plan)):
             self._say("all runs are finished already: only tables and pictures are made anew")
-        runs = [self._do(plan[0], expert, None)]
         self._train_side_by_side()
-        for run in plan[1:]:
-            apprentice = self.runner.build(run)
-            self._note_start("apprentice", apprentice)
-            runs.append(self._do(run, apprentice, expert))
-        models: tuple[ModelFigures, ...] = ()
-        if self.processes.is_main:
-            models = self._models(expert)
+        runs, expert = [], None
+        for run in self.plan:
+            detector = self.runner.build(run)
+            self._note_start("expert" if run.method == "expert" else "apprentice", detector)
+            runs.append(self._do(run, detector, expert if run.taught_by else None))
+            if run.method == "expert":
+                expert = detector
         study = StudyResult(
             runs=tuple(run for run in runs if run is not None),
-            models=models,
-            config=self._config(expert),
+            models=self._models() if self.processes.is_main else (),
+            config=self._config(),
             versions=versions(self.processes.device),
             seeds=self.settings.seeds,
             data=self._describe_data(),
@@ -133,27 +130,30 @@ class Experiment:
         return self.extend or not (self.out / run.name / "result.json").exists()
 
     def _train_side_by_side(self) -> None:
-        """With several jobs, do the runs of the apprentices; what follows then finds them finished."""
-        tasks = {run.name: (run,) for run in self.plan[1:] if self._is_open(run)}
+        """With several jobs, do the runs; what follows then finds them finished."""
+        tasks = {run.name: (run,) for run in self.plan if self._is_open(run)}
+        after = {run.name: run.taught_by for run in self.plan if run.taught_by}
         if self.jobs > 1 and tasks:
-            run_side_by_side(self._train_alone, tasks, self.jobs, self._say)
+            run_side_by_side(self._train_alone, tasks, self.jobs, self._say, after)
 
     def _train_alone(self, slot: int, run: Run) -> None:
-        """Train one apprentice in a process of its own."""
+        """Do one run in a process of its own."""
         device = self.processes.device
         if device.type == "cuda":
             device = torch.device("cuda", slot % torch.cuda.device_count())
             torch.cuda.set_device(device)
         self.runner.processes = replace(self.processes, device=device)
         self.runner.quiet = self.quiet = True
-        # Not by the expert's trainer: all processes would write its log.
-        expert = load_detector(self._folder("expert") / "detector.pt").to(device)
+        expert = None
+        if run.taught_by:
+            # Not by the expert's trainer: all processes would write its log.
+            expert = load_detector(self.out / run.taught_by / "detector.pt").to(device)
         self._do(run, self.runner.build(run), expert)
 
     def _claim(self) -> None:
         """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
         here = {
-            "expert": "trained here" if self.expert_file is None else file_digest(self.expert_file),
+            "expert": "trained here" if self.plan[0].trained is None else file_digest(self.plan[0].trained),
             "evaluated frames": digest(self._val_frames),
         }
         path = self.out / "basis.json"
@@ -184,50 +184,42 @@ class Experiment:
                 f"got a batch_size of {settings.training.batch_size}: make it larger or leave semckd out"
             )
 
-    def _build_expert(self, run: Run) -> BaseDetector:
-        """The expert as it is before training, or as its file has it."""
-        if self.expert_file is not None:
-            expert = load_detector(self.expert_file).to(self.processes.device)
-        else:
-            expert = self.runner.build(run)
-        self._note_start("expert", expert)
-        # Both get the same images, and a network sees only objects of the sizes that it was trained on.
+    def _check_heights(self) -> None:
+        """Both get the same images, and a network sees only objects of the sizes that it was trained on."""
+        file = self.plan[0].trained
+        expert = DETECTORS[self.settings.expert] if file is None else load_detector(file).config
         wanted = DETECTORS[self.settings.apprentice].height
-        if expert.config.height != wanted:
+        if expert.height != wanted:
             raise UserError(
-                f"expert must be for images {wanted} pixels high as the apprentice is, got one for "
-                f"{expert.config.height}"
+                f"expert must be for images {wanted} pixels high as the apprentice is, got one for {expert.height}"
             )
-        return expert
 
     def _do(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> RunResult | None:
-        """Train, unless this is an expert from a file, and evaluate."""
-        if expert is None and self.expert_file is not None:
+        """Train, unless it is trained already, and evaluate."""
+        if run.trained is not None:
             return self.runner.evaluate(run, detector)
         rows = self.runner.train(run, detector, expert)
         self.logs.append(TrainingLog(run.method, run.seed, [losses_of(row, "step", "total") for row in rows]))
         return self.runner.evaluate(run, detector, rows)
 
     def _note_start(self, name: str, detector: BaseDetector) -> None:
-        """Note what a backbone started from; apprentices that started differently cannot be compared."""
+        """Note what a backbone started from; networks that started differently cannot be compared."""
         start = backbone_start(detector)
         if name not in self.started_from:
             self._say(f"{name}: {detector.config.backbone.name}, {detector.init_source}")
         elif self.started_from[name] != start:
             raise UserError(
-                f"backbones of all apprentices must start alike: {self.started_from[name]} before, now "
+                f"{name}: backbones of all runs must start alike: {self.started_from[name]} before, now "
                 f"{detector.init_source}; repeat the command when the weights can be loaded again"
             )
         self.started_from[name] = start
 
-    def _config(self, expert: BaseDetector) -> dict[str, Any]:
+    def _config(self) -> dict[str, Any]:
         config = {**asdict(self.settings), "started_from": self.started_from, "expert_file": None}
-        if self.expert_file is not None:
-            config |= {
-                "expert": expert.config.to_plain(),
-                "expert_training": None,
-                "expert_file": self.expert_file.name,
-            }
+        file = self.plan[0].trained
+        if file is not None:
+            expert = load_detector(file).config.to_plain()
+            config |= {"expert": expert, "expert_training": None, "expert_file": file.name}
         return config
 
     def _describe_data(self) -> str:
@@ -235,8 +227,9 @@ class Experiment:
         name = self.data.name
         return f"{name}: {train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
 
-    def _models(self, expert: BaseDetector) -> tuple[ModelFigures, ...]:
-        apprentice = load_detector(self._folder(self.settings.methods[0]) / "detector.pt")
+    def _models(self) -> tuple[ModelFigures, ...]:
+        folders = (self.plan[0].name, run_name(self.settings.methods[0], self.settings.seeds[0]))
+        expert, apprentice = (load_detector(self.out / folder / "detector.pt") for folder in folders)
         costs = benchmark([expert, apprentice], self._val_frames[0], self.processes.device, progress=not self.quiet)
         return tuple(
             ModelFigures(
@@ -250,13 +243,11 @@ class Experiment:
             for name, detector, cost in zip(("expert", "apprentice"), (expert, apprentice), costs, strict=True)
         )
 
-    def _folder(self, method: str) -> Path:
-        return self.out / ("expert" if method == "expert" else run_name(method, self.settings.seeds[0]))
-
     def _draw_frames(self) -> None:
         titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}
-        models = {title: self._folder(method) / "detections" for method, title in titles.items()}
-        models = {title: folder for title, folder in models.items() if (folder.parent / "result.json").exists()}
+        seed = self.settings.seeds[0]
+        runs = {run.method: self.out / run.name for run in self.plan if run.seed == seed}
+        models = {title: runs[method] / "detections" for method, title in titles.items() if method in runs}
         draw_frames(self.out / "frames.png", self._val_frames, models)
 
     def _say(self, text: str) -> None:

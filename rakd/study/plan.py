@@ -12,13 +12,15 @@ class Run:
     """One detector to train and to evaluate.
 
     Attributes:
-        name: Of its folder: "expert", or such as "rakd-seed0".
+        name: Of its folder, such as "expert-seed0" or "rakd-seed0"; "expert" for one from a file.
         method: One of `rakd.study.results.METHODS`.
         detector: Name in `rakd.detector.configs.DETECTORS`.
         model_seed: Of the detector's weights.
         training: How it is trained; its seed is the run's.
         weight: Factor of the method's loss.
         init: File of the detector whose weights it starts from; None: it starts as ``model_seed`` says.
+        trained: File of a detector that is evaluated as it is; None: it is trained.
+        taught_by: Name of the run whose detector teaches it; None: nobody does.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Run:
     training: TrainSettings
     weight: float = 0.0
     init: Path | None = None
+    trained: Path | None = None
+    taught_by: str | None = None
 
     @property
     def seed(self) -> int:
@@ -35,35 +39,46 @@ class Run:
         return self.training.seed
 
 
-def make_plan(settings: StudySettings, init: Path | None = None) -> list[Run]:
-    """List the runs of an experiment: the expert, then each method with each seed, which need the expert only.
+def make_plan(settings: StudySettings, init: Path | None = None, expert: Path | None = None) -> list[Run]:
+    """List the runs of an experiment: for each seed the expert and each method. Who teaches comes before who is taught.
 
     Args:
         settings: Of the experiment.
         init: File of a detector that all apprentices start from, or folder of another experiment: each run, the
             expert's too, starts from the run of its name there.
+        expert: File of a trained expert, which teaches in all seeds; None: each seed trains its own.
     """
-    seed = settings.expert_seed
-    expert = Run("expert", "expert", settings.expert, 1000 + seed, replace(settings.expert_training, seed=seed))
-    apprentices = [
-        Run(
-            run_name(method, seed),
-            method,
-            settings.apprentice,
-            2000 + seed,
-            replace(settings.training, seed=seed),
-            settings.weights.get(method, 0.0),
-        )
-        for seed in settings.seeds
-        for method in settings.methods
-    ]
-    if init is None:
-        return [expert, *apprentices]
-    if not init.is_dir():
-        return [expert, *(replace(run, init=init) for run in apprentices)]
-    return [replace(run, init=init / run.name / "detector.pt") for run in (expert, *apprentices)]
+    from_folder = init is not None and init.is_dir()
+
+    def start(name: str) -> Path | None:
+        return init / name / "detector.pt" if init is not None and from_folder else init
+
+    plan = []
+    if expert is not None:
+        training = replace(settings.expert_training, seed=settings.seeds[0])
+        plan.append(Run("expert", "expert", settings.expert, 0, training, trained=expert))
+    for seed in settings.seeds:
+        teacher = "expert" if expert is not None else run_name("expert", seed)
+        if expert is None:
+            own = start(teacher) if from_folder else None
+            training = replace(settings.expert_training, seed=seed)
+            plan.append(Run(teacher, "expert", settings.expert, 1000 + seed, training, init=own))
+        plan += [
+            Run(
+                run_name(method, seed),
+                method,
+                settings.apprentice,
+                2000 + seed,
+                replace(settings.training, seed=seed),
+                settings.weights.get(method, 0.0),
+                init=start(run_name(method, seed)),
+                taught_by=None if method == "none" else teacher,
+            )
+            for method in settings.methods
+        ]
+    return plan
 
 
 def run_name(method: str, seed: int) -> str:
-    """Name of the folder of an apprentice's run."""
+    """Name of a run's folder."""
     return f"{method}-seed{seed}"

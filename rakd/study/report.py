@@ -14,8 +14,9 @@ _MARKS = (
     "Marks go by the means alone: they ignore the standard deviation, and a second best may be no worse than the best."
 )
 _NOTES = (
-    "Figures are means over the apprentice's seeds ± the sample standard deviation. One expert teaches all, and all "
-    "are evaluated on the same frames: what another expert or other frames would change is not in the deviation.",
+    "Figures are means over seeds ± the sample standard deviation. A seed is that of the expert and of the apprentices "
+    "that it teaches (an expert from a file teaches in all seeds). All are evaluated on the same frames: what other "
+    "frames would change is not in the deviation.",
     "Average precision in percent, 40 recall positions; averages are over classes and levels. IoU is "
     "that of cars and of the other classes; 0.5/0.25 holds in 3D and BEV.",
     "Recall: an object is found when a detection of its class has a 2D IoU of 0.5 or more with it. Scores have no "

@@ -8,7 +8,7 @@ from rakd.data.augment import Augmentation
 from rakd.data.kitti import KittiDataset
 from rakd.detector.base import BaseDetector
 from rakd.detector.configs import DETECTORS
-from rakd.detector.files import save_detector, start_from
+from rakd.detector.files import load_detector, save_detector, start_from
 from rakd.detector.inference import write_detections
 from rakd.distill.cache import FeatureCache
 from rakd.distill.methods import make_method
@@ -74,7 +74,9 @@ class Runner:
         self.cache = FeatureCache(out / "features", max_bytes=cache_bytes) if cache_bytes else None
 
     def build(self, run: Run) -> BaseDetector:
-        """A run's detector before training."""
+        """A run's detector before training, or as its file has it."""
+        if run.trained is not None:
+            return load_detector(run.trained).to(self.processes.device)
         config = DETECTORS[run.detector]
         return config.build(run.model_seed) if run.init is None else start_from(run.init, config)
 
@@ -133,7 +135,7 @@ class Runner:
             image_size=config.image_size,
             quiet=self.quiet,
             validation=validation,
-            extend=self.extend and expert is not None,
+            extend=self.extend and run.method != "expert",
         )
         if trainer.step < run.training.steps and self.processes.is_main:
             (folder / "result.json").unlink(missing_ok=True)  # of a run that is extended

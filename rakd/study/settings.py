@@ -25,9 +25,8 @@ class StudySettings:
         expert: Name of the expert's detector, one of `rakd.detector.configs.DETECTORS`.
         apprentice: Name of the apprentice's.
         methods: To train apprentices with, in this order.
-        seeds: Each method is run with each of these; a seed is that of the apprentice's weights and of its training.
-            There is one expert for all.
-        expert_seed: Of the expert's weights and training.
+        seeds: Each method is run with each of these; a seed is that of the weights and the training, of the expert and
+            of the apprentices that it teaches.
         expert_training: How the expert is trained; its seed is replaced.
         training: How apprentices are trained; its seed is replaced.
         weights: Factor of each method's loss.
@@ -47,7 +46,6 @@ class StudySettings:
     weights: dict[str, float] = field(default_factory=dict)
     methods: tuple[MethodName, ...] = PAPER_METHODS
     seeds: tuple[int, ...] = (0,)
-    expert_seed: int = 0
     regions: Regions = "proposals"
     flip: float = 0.5
     photometric: float = 0.5
@@ -63,8 +61,8 @@ class StudySettings:
                 raise UserError(f"{name} must hold at least one and none twice, got {values}")
             if known is not None and not set(values) <= set(known):
                 raise UserError(f"{name} must be of {', '.join(known)}, got {', '.join(values)}")
-        if min(*self.seeds, self.expert_seed) < 0:
-            raise UserError(f"seeds and expert_seed must be 0 or more, got {self.seeds} and {self.expert_seed}")
+        if min(self.seeds) < 0:
+            raise UserError(f"seeds must be 0 or more, got {self.seeds}")
         for name, weight in self.weights.items():
             if not (isfinite(weight) and weight > 0):
                 raise UserError(f"weights must be positive, got {weight} for {name}")

@@ -96,7 +96,7 @@ def test_help_lists_the_commands(capsys):
         (["show", "--data", "nowhere", "--part", "moon"], "moon"),
         (["distill", "--methods", "magic"], "magic"),
         (["distill", "--methods", "none", "none"], "methods must hold at least one and none twice"),
-        (["distill", "--seeds", "1", "-1"], "seeds and expert_seed must be 0 or more, got (1, -1)"),
+        (["distill", "--seeds", "1", "-1"], "seeds must be 0 or more, got (1, -1)"),
         (["distill", "--steps", "0"], "steps must be 1 or more, got 0"),
         (["distill", "--data", "nowhere"], "expected a KITTI folder"),
         (["distill", "--study", "kitti"], "--data: --study kitti needs a folder in KITTI's layout"),

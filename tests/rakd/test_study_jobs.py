@@ -34,25 +34,29 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_tasks_share_slots_and_threads_and_fail_alone(
+def test_tasks_share_slots_and_threads_and_wait_and_fail_with_those_that_wait_for_them(
     two_threads: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    tasks = {name: (tmp_path, name) for name in ("user", "fine", "program", "killed", "well")}
-    with pytest.raises(ValueError, match="3 of 5 runs failed: ") as caught:
-        run_side_by_side(jobs_cases.fail, tasks, 2, said.append)
-    for part in ("user (exit code 2)", "program (exit code 1)", "killed (exit code -9)", "the others are finished"):
+    tasks = {name: (tmp_path, name) for name in ("user", "late", "never", "fine", "program", "killed")}
+    after = {"late": "fine", "never": "user", "fine": "no task"}
+    with pytest.raises(ValueError, match="4 of 6 runs failed: ") as caught:
+        run_side_by_side(jobs_cases.fail, tasks, 2, said.append, after)
+    for part in ("user (exit code 2)", "program (exit code 1)", "killed (exit code -9)", "never (waited for user)"):
         assert part in str(caught.value)
+    assert str(caught.value).endswith("; the others are finished")
     errors = capfd.readouterr().err
     assert "rakd: error: user: the folder is full" in errors
     assert "RuntimeError: an error of the program" in errors
-    assert {path.name for path in tmp_path.glob("*.done")} == {"fine.done", "well.done"}
+    assert {path.name for path in tmp_path.glob("*.done")} == {"fine.done", "late.done"}
     notes = [[int(word) for word in path.read_text().split()] for path in tmp_path.glob("*.begun")]
     assert all(slot in (0, 1) and threads == 1 for slot, threads, _ in notes)
     assert len({process for _, _, process in notes} | {os.getpid()}) == 3
-    assert said[:2] == ["user: begins (4 more wait)", "fine: begins (3 more wait)"]
-    assert {"fine: done", "well: done", "user: failed (exit code 2)"} <= set(said)
-    # Never are there more than two, and two as long as some wait.
+    assert said[:2] == ["user: begins (5 more wait)", "fine: begins (4 more wait)"]
+    assert {"fine: done", "late: done", "user: failed (exit code 2)"} <= set(said)
+    places = {line.partition(" (")[0]: place for place, line in enumerate(said)}
+    assert places["fine: done"] < places["late: begins"] and "never: begins" not in places
+    # Never are there more than two, and two as long as some can begin.
     there = [0]
     for line in said:
         there.append(there[-1] + (1 if "begins" in line else -1))
@@ -90,7 +94,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out pictures and timing."""
     monkeypatch.setattr(module, "write_report", lambda *arguments: None)
     monkeypatch.setattr(Experiment, "_draw_frames", lambda self: None)
-    monkeypatch.setattr(Experiment, "_models", lambda self, expert: ())
+    monkeypatch.setattr(Experiment, "_models", lambda self: ())
 
 
 def test_side_by_side_is_as_one_after_the_other(two_threads: None, bare: None, scenes: Path, tmp_path: Path) -> None:
@@ -99,16 +103,15 @@ def test_side_by_side_is_as_one_after_the_other(two_threads: None, bare: None, s
     settings = replace(base, methods=("none", "rakd"), expert_training=training, training=training)
     alone, beside = tmp_path / "alone", tmp_path / "beside"
     at_once = Experiment(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
-    expert = beside / "expert" / "detector.pt"
     torch.set_num_threads(1)  # as each of the two has
-    in_turn = Experiment(settings, scenes, alone, CPU, quiet=True, expert=expert).run()
+    in_turn = Experiment(settings, scenes, alone, CPU, quiet=True).run()
 
     def figures(runs: Any) -> list[Any]:
-        return [{**without_nan(asdict(run)), "seconds": 0} for run in runs if run.method != "expert"]
+        return [{**without_nan(asdict(run)), "seconds": 0} for run in runs]
 
     assert figures(at_once.runs) == figures(in_turn.runs)
     assert [run.method for run in at_once.runs] == ["expert", "none", "rakd"]
-    for name in ("none-seed0", "rakd-seed0"):
+    for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         ours, theirs = (load_weights(out / name / "detector.pt")[0] for out in (beside, alone))
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     # What is missing is made again, and only that.

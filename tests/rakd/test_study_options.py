@@ -50,42 +50,42 @@ def test_apprentices_are_extended_and_their_expert_is_not(finished: Finished, sc
         now, before = (read_run(folder / name / "result.json") for folder in (out, finished.out))
         assert now.seconds is not None and before.seconds is not None and now.seconds > before.seconds
         assert now.losses != before.losses
-    assert same(out / "expert", finished.out / "expert") and steps_of(out / "expert") == [1, 2, 3]
+    assert same(out / "expert-seed0", finished.out / "expert-seed0") and steps_of(out / "expert-seed0") == [1, 2, 3]
     assert [each.method for each in result.runs] == ["expert", "none", "rakd"]
-    with pytest.raises(ValueError, match=r"expert holds .*settings\.steps is 3 there and 5 here"):
+    with pytest.raises(ValueError, match=r"expert-seed0 holds .*settings\.steps is 3 there and 5 here"):
         run(scenes, out, {**longer, "expert_training": replace(TRAINING, steps=5)}, extend=True)
 
 
 def test_runs_of_a_plan_start_from_a_file_or_from_the_runs_of_their_names(tmp_path: Path) -> None:
     file = tmp_path / "detector.pt"
     assert [each.init for each in make_plan(settings(), file)] == [None, file, file]
-    names = ["expert", "none-seed0", "rakd-seed0"]
+    names = ["expert-seed0", "none-seed0", "rakd-seed0"]
     assert [each.init for each in make_plan(settings(), tmp_path)] == [tmp_path / n / "detector.pt" for n in names]
     assert [each.init for each in make_plan(settings())] == [None] * 3
 
 
 def test_apprentices_start_from_a_file(finished: Finished, scenes: Path, tmp_path: Path) -> None:  # noqa: F811
     file = finished.out / "none-seed0" / "detector.pt"
-    run(scenes, tmp_path, init=file, expert=finished.out / "expert" / "detector.pt")
+    run(scenes, tmp_path, init=file, expert=finished.out / "expert-seed0" / "detector.pt")
     logs = [(out / "none-seed0" / "log.csv").read_text().splitlines() for out in (tmp_path, finished.out)]
     assert logs[0][0] == logs[1][0] and logs[0][1].split(",")[2:5] != logs[1][1].split(",")[2:5]
     with pytest.raises(ValueError, match=r"init is .* there and absent here"):
-        run(scenes, tmp_path, expert=finished.out / "expert" / "detector.pt")
+        run(scenes, tmp_path, expert=finished.out / "expert-seed0" / "detector.pt")
     # A detector of other channels does not fit.
     wrong = r"does not fit the detector: shape of .*bbox_pred\.weight is \[12, 24, .* and \d+ more"
     with pytest.raises(ValueError, match=wrong):
-        run(scenes, tmp_path / "wrong", init=finished.out / "expert" / "detector.pt")
+        run(scenes, tmp_path / "wrong", init=finished.out / "expert-seed0" / "detector.pt")
 
 
 def test_each_run_starts_from_the_run_of_its_name(finished: Finished, scenes: Path, tmp_path: Path) -> None:  # noqa: F811
     still = replace(TRAINING, steps=1, learning_rate=1e-12)
     run(scenes, tmp_path, {"training": still, "expert_training": still}, init=finished.out)
-    for name in ("expert", "none-seed0", "rakd-seed0"):
+    for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         ours, theirs = (load_weights(out / name / "detector.pt")[0] for out in (tmp_path, finished.out))
         for key, value in theirs.items():
             if "running" not in key and "num_batches" not in key:
                 torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-8)
-    with pytest.raises(FileNotFoundError, match=r"none-seed7.detector\.pt is not there: expected a detector to start"):
+    with pytest.raises(FileNotFoundError, match=r"expert-seed7.detector\.pt is not there: expected a detector"):
         run(scenes, tmp_path / "more", {"seeds": (7,)}, init=finished.out)
 
 
@@ -124,7 +124,7 @@ def test_kept_features_change_nothing_but_rounding(
 
     monkeypatch.setattr(Distiller, "expert_features", noted)
     monkeypatch.setattr(FeatureCache, "get", counted)
-    expert = finished.out / "expert" / "detector.pt"
+    expert = finished.out / "expert-seed0" / "detector.pt"
     plain, kept = tmp_path / "plain", tmp_path / "kept"
     changes = {"methods": ("rakd",), "photometric": 0.0, "training": replace(TRAINING, steps=6)}
     run(scenes, plain, changes, expert=expert)

@@ -41,6 +41,6 @@ def test_two_processes_make_one_study(scenes: Path, tmp_path: Path, small_config
     assert list(first["weights"]) == first["runs"]
     assert len(set(first["weights"].values())) == 3
     assert second["weights"] == first["weights"]
-    for name in ("expert", "none-seed0", "rakd-seed0"):
+    for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         inside = {path.name for path in (tmp_path / "study" / name).iterdir()}
         assert inside == {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json"}

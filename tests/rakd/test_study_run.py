@@ -75,8 +75,8 @@ def finished(detectors: None, scenes: Path, tmp_path_factory: pytest.TempPathFac
 
         patch.setattr(Runner, "train", noted)
         result = Experiment(settings(), scenes, out, CPU, quiet=True).run()
-    assert experts[0] is experts[1]
-    return Finished(result, out, experts[0].state_dict())
+    (expert,) = experts  # of RAKD; nobody teaches the apprentice alone
+    return Finished(result, out, expert.state_dict())
 
 
 def figures(result: StudyResult) -> Any:
@@ -97,7 +97,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of the time: pictures and timing."""
     monkeypatch.setattr(module, "write_report", lambda *arguments: None)
     monkeypatch.setattr(Experiment, "_draw_frames", lambda self: None)
-    monkeypatch.setattr(Experiment, "_models", lambda self, expert: ())
+    monkeypatch.setattr(Experiment, "_models", lambda self: ())
 
 
 def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
@@ -116,8 +116,8 @@ def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
     assert expert.parameters > apprentice.parameters
     assert read_study(out / "study.json").to_json() == result.to_json()
     files = {"basis.json", "study.json", "tables.md", "tables.csv", "bars.png", "training.png", "frames.png"}
-    assert {path.name for path in out.iterdir()} == files | {"expert", "none-seed0", "rakd-seed0"}
-    for name in ("expert", "none-seed0", "rakd-seed0"):
+    assert {path.name for path in out.iterdir()} == files | {"expert-seed0", "none-seed0", "rakd-seed0"}
+    for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         inside = {path.name for path in (out / name).iterdir()}
         assert inside == {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json"}
         frames = sorted(path.stem for path in (out / name / "detections").iterdir())
@@ -125,19 +125,25 @@ def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
 
 
 def test_the_plan_is_a_list_of_runs() -> None:
-    plan = make_plan(settings(seeds=(3, 1), methods=("none", "pkd"), expert_seed=7))
-    names = ["expert", "none-seed3", "pkd-seed3", "none-seed1", "pkd-seed1"]
+    plan = make_plan(settings(seeds=(3, 1), methods=("none", "pkd")))
+    names = ["expert-seed3", "none-seed3", "pkd-seed3", "expert-seed1", "none-seed1", "pkd-seed1"]
     assert [run.name for run in plan] == names
     assert [(run.method, run.seed, run.model_seed) for run in plan[:3]] == [
-        *(("expert", 7, 1007), ("none", 3, 2003), ("pkd", 3, 2003))
+        *(("expert", 3, 1003), ("none", 3, 2003), ("pkd", 3, 2003))
     ]
-    assert [run.detector for run in plan] == ["mini-expert", *["mini"] * 4]
-    assert [run.weight for run in plan] == [0.0, 0.0, 2.0, 0.0, 2.0]
-    assert [run.training.steps for run in plan] == [3, 2, 2, 2, 2]
+    assert [run.detector for run in plan] == ["mini-expert", "mini", "mini"] * 2
+    assert [run.weight for run in plan] == [0.0, 0.0, 2.0] * 2
+    assert [run.training.steps for run in plan] == [3, 2, 2] * 2
+    assert [run.taught_by for run in plan] == [None, None, "expert-seed3", None, None, "expert-seed1"]
+    # One from a file teaches in all seeds.
+    plan = make_plan(settings(seeds=(3, 1), methods=("none", "pkd")), expert=Path("expert.pt"))
+    assert [run.name for run in plan] == ["expert", *names[1:3], *names[4:]]
+    assert [run.taught_by for run in plan] == [None, None, "expert", None, "expert"]
+    assert [run.trained for run in plan] == [Path("expert.pt"), *[None] * 4]
 
 
 def test_the_expert_never_changes(finished: Finished) -> None:
-    state, _ = load_weights(finished.out / "expert" / "detector.pt")  # written before the first apprentice
+    state, _ = load_weights(finished.out / "expert-seed0" / "detector.pt")  # written before the first apprentice
     assert state.keys() == finished.expert.keys()
     assert all(torch.equal(value, finished.expert[name]) for name, value in state.items())
 
@@ -176,7 +182,7 @@ def test_an_interrupted_study_goes_on(
         patch.setattr(runner, "write_detections", killed)
         with pytest.raises(KeyboardInterrupt):
             Experiment(settings(), scenes, tmp_path, CPU, quiet=True).run()
-    assert (tmp_path / "expert" / "result.json").exists()
+    assert (tmp_path / "expert-seed0" / "result.json").exists()
     assert not (tmp_path / "none-seed0" / "result.json").exists()
     result = Experiment(settings(), scenes, tmp_path, CPU, quiet=True).run()
     for ours, theirs in zip(figures(result)[0], figures(finished.result)[0], strict=True):
@@ -209,7 +215,7 @@ def test_other_settings_are_refused(
 def test_other_frames_and_other_experts_are_refused(finished: Finished, scenes: Path) -> None:
     with pytest.raises(ValueError, match="other settings: evaluated frames is"):
         Experiment(settings(), scenes, finished.out, CPU, splits=("train", "train"), quiet=True).run()
-    file = finished.out / "expert" / "detector.pt"
+    file = finished.out / "expert-seed0" / "detector.pt"
     with pytest.raises(ValueError, match="other settings: expert is 'trained here' there and"):
         Experiment(settings(), scenes, finished.out, CPU, expert=file, quiet=True).run()
 
@@ -217,7 +223,7 @@ def test_other_frames_and_other_experts_are_refused(finished: Finished, scenes: 
 def test_an_expert_from_a_file(
     bare: None, finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = finished.out / "expert" / "detector.pt"
+    file = finished.out / "expert-seed0" / "detector.pt"
     result = Experiment(settings(), scenes, tmp_path, CPU, expert=file, quiet=True).run()
     for ours, theirs in zip(figures(result)[0], figures(finished.result)[0], strict=True):
         for name in ("method", "seed", "precisions", "depth"):
@@ -250,17 +256,12 @@ def test_more_seeds_join_those_that_are_there(
     monkeypatch.setattr(DetectorConfig, "build", make)
     monkeypatch.setattr(Trainer, "_step", noted)
     result = Experiment(settings(seeds=(0, 1), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
-    assert trained == ["none-seed1"] * 2
-    assert len(set(seeds)) == 3  # of the expert's weights and the two apprentices'
-    assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 0), ("none", 1)]
+    assert trained == ["expert-seed1"] * 3 + ["none-seed1"] * 2
+    assert len(set(seeds)) == 4  # of the weights of two experts and two apprentices
+    assert [(run.method, run.seed) for run in result.runs] == [(m, s) for s in (0, 1) for m in ("expert", "none")]
     assert without_nan(asdict(result.runs[1])) == without_nan(asdict(finished.result.runs[1]))
     first, second = (load_weights(finished.out / f"none-seed{seed}" / "detector.pt")[0] for seed in (0, 1))
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
-
-
-def test_commands_can_share_seeds(finished: Finished, scenes: Path) -> None:
-    result = Experiment(settings(seeds=(3,), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
-    assert [(run.method, run.seed) for run in result.runs] == [("expert", 0), ("none", 3)]
 
 
 def test_a_missing_expert_leaves_the_folder_alone(scenes: Path, tmp_path: Path) -> None:
@@ -323,7 +324,7 @@ def test_missing_files_are_told_before_anything_is_trained(
         ({"methods": ("hfa", "rakd")}, "weights must hold one for each method, hfa lack one"),
         ({"seeds": ()}, "seeds must hold at least one"),
         ({"seeds": (2, 2)}, "seeds must hold at least one and none twice"),
-        ({"seeds": (0, -1)}, "seeds and expert_seed must be 0 or more"),
+        ({"seeds": (0, -1)}, "seeds must be 0 or more"),
     ],
 )
 def test_settings_are_checked(change: dict[str, Any], message: str) -> None:

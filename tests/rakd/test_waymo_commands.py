@@ -223,7 +223,7 @@ def test_distill_on_waymo(waymo, quick, tmp_path, monkeypatch, capsys):
     words = f"distill --study waymo --data {waymo} --out {tmp_path} --methods none rakd --device cpu"
     assert main(words.split()) == 0
     tables = (tmp_path / "waymo.md").read_text()
-    for run in ("expert", "none-seed0", "rakd-seed0"):
+    for run in ("expert-seed0", "none-seed0", "rakd-seed0"):
         assert f"## {run}\n" in tables
     assert tables.count("AP [official]") == tables.count("AP [pct]") == 3 * 2
     assert "Waymo's metrics of all runs" in capsys.readouterr().out
