@@ -83,8 +83,11 @@ class BaseConfig:
         return cls(**{name: _restored(cls.parts.get(name), value) for name, value in values.items()})
 
 
+_EARLIER_NAMES = {"candidates": "pre_nms_top_n", "kept": "post_nms_top_n"}  # of fields, in files of earlier versions
+
+
 def _restored(part: Any, value: Any) -> Any:
     """A field's value: the dataclass that it was, and tuples that JSON made lists."""
     if part is not None:
-        return part(**{name: _restored(None, entry) for name, entry in value.items()})
+        return part(**{_EARLIER_NAMES.get(name, name): _restored(None, entry) for name, entry in value.items()})
     return tuple(value) if isinstance(value, list) else value

@@ -23,8 +23,8 @@ class ProposalConfig:
         positive_iou: An anchor that overlaps an object this much is positive ...
         negative_iou: ... and one that overlaps none more than this is negative.
         sampled: Anchors an image that the loss looks at, half of them positive where there are enough.
-        candidates: Best anchors of each level that enter suppression, in training and evaluation.
-        kept: Proposals an image that leave it, in training and evaluation.
+        pre_nms_top_n: Best anchors of each level that enter suppression, in training and evaluation.
+        post_nms_top_n: Proposals an image that leave it, in training and evaluation.
         nms_iou: Overlap at which the lesser proposal is suppressed.
     """
 
@@ -33,8 +33,8 @@ class ProposalConfig:
     positive_iou: float = 0.7
     negative_iou: float = 0.3
     sampled: int = 256
-    candidates: tuple[int, int] = (2000, 1000)
-    kept: tuple[int, int] = (2000, 1000)
+    pre_nms_top_n: tuple[int, int] = (2000, 1000)
+    post_nms_top_n: tuple[int, int] = (2000, 1000)
     nms_iou: float = 0.7
 
 
@@ -111,8 +111,8 @@ def _scaled(
         ProposalConfig(
             anchor_sizes=tuple(round(size * scale) for size in (32, 64, 128, 256)),
             sampled=2 * sampled,
-            candidates=(500, 300),
-            kept=(300, 100),
+            pre_nms_top_n=(500, 300),
+            post_nms_top_n=(300, 100),
         ),
         HeadConfig(sampled=sampled, width=hidden, canonical_size=224.0 * scale, detections=30),
         height=height,

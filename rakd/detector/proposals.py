@@ -158,7 +158,7 @@ class ProposalNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The best proposals of each level, without overlaps within it; of those the best over all levels."""
         config, mode = self.config, 0 if self.training else 1
-        most = min(config.candidates[mode], max(score.shape[1] for score in scores))
+        most = min(config.pre_nms_top_n[mode], max(score.shape[1] for score in scores))
         all_boxes, all_scores, all_valid = [], [], []
         for score, delta, anchor in zip(scores, deltas, anchors, strict=True):
             logits, rows = score.topk(min(most, score.shape[1]), dim=1)
@@ -175,7 +175,7 @@ class ProposalNetwork(nn.Module):
         boxes, best, valid = (torch.stack(values, dim=1) for values in (all_boxes, all_scores, all_valid))
         kept = suppress(boxes.flatten(0, 1), best.flatten(0, 1), valid.flatten(0, 1), config.nms_iou)
         kept = kept.view(images, levels * most)
-        return best_boxes(boxes.flatten(1, 2), best.flatten(1, 2), kept, config.kept[mode])[:2]
+        return best_boxes(boxes.flatten(1, 2), best.flatten(1, 2), kept, config.post_nms_top_n[mode])[:2]
 
     def _losses(
         self, scores: Tensor, deltas: Tensor, anchors: Tensor, targets: Sequence[Targets], seeds: Sequence[int]

@@ -58,11 +58,11 @@ def make_plan(settings: StudySettings, init: Path | None = None, expert: Path | 
         training = replace(settings.expert_training, seed=settings.seeds[0])
         plan.append(Run("expert", "expert", settings.expert, 0, training, trained=expert))
     for seed in settings.seeds:
-        teacher = "expert" if expert is not None else run_name("expert", seed)
+        taught_by = "expert" if expert is not None else run_name("expert", seed)
         if expert is None:
-            own = start(teacher) if from_folder else None
+            own = start(taught_by) if from_folder else None
             training = replace(settings.expert_training, seed=seed)
-            plan.append(Run(teacher, "expert", settings.expert, 1000 + seed, training, init=own))
+            plan.append(Run(taught_by, "expert", settings.expert, 1000 + seed, training, init=own))
         plan += [
             Run(
                 run_name(method, seed),
@@ -72,7 +72,7 @@ def make_plan(settings: StudySettings, init: Path | None = None, expert: Path | 
                 replace(settings.training, seed=seed),
                 settings.weights.get(method, 0.0),
                 init=start(run_name(method, seed)),
-                taught_by=None if method == "none" else teacher,
+                taught_by=None if method == "none" else taught_by,
             )
             for method in settings.methods
         ]

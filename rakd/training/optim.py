@@ -11,7 +11,7 @@ MOMENTUM = 0.9
 """Of SGD."""
 
 
-def make_optimizer(learner: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """Make the optimiser of all parameters that want a gradient.
 
     Weight decay pulls on parameters with two or more dimensions only: scales and shifts of norms, and biases,
@@ -20,9 +20,9 @@ def make_optimizer(learner: nn.Module, settings: TrainSettings) -> torch.optim.O
     Raises:
         ValueError: No parameter wants a gradient.
     """
-    parameters = [p for p in learner.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("learner must have a parameter with requires_grad, it has none")
+        raise ValueError("model must have a parameter with requires_grad, it has none")
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

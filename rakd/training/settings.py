@@ -26,7 +26,7 @@ class TrainSettings:
         schedule: "steps": the rate falls to a tenth at each milestone. "cosine": it falls along a half cosine to 0.
         milestones: Shares of ``steps``, rising, each in 0..1 without the ends; read by the schedule "steps" only.
         clip: Gradients are scaled down to this norm over all parameters; None: they are taken as they are.
-        amp: Autocast dtype of the learner's forward; "float16" scales the loss as well. "auto": bfloat16 on CUDA, off
+        amp: Autocast dtype of the model's forward; "float16" scales the loss as well. "auto": bfloat16 on CUDA, off
             on a CPU.
         workers: Processes that load frames for each training process; 0: it loads them itself.
         seed: Of the order of frames and of all draws within steps.

@@ -1,4 +1,4 @@
-"""The trainer: steps, mixed precision, checkpoints and logs for any learner, in one process or many."""
+"""The trainer: steps, mixed precision, checkpoints and logs for any model, in one process or many."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -53,22 +53,22 @@ class Validation(Protocol):
     """Name of what is measured; more is better."""
 
     def measure(self) -> float:
-        """Measure the learner as it is, in evaluation mode. All processes do; the first one's value counts."""
+        """Measure the model as it is, in evaluation mode. All processes do; the first one's value counts."""
 
     def keep(self) -> None:
-        """Keep the learner as it is as the best so far; the first process does."""
+        """Keep the model as it is as the best so far; the first process does."""
 
 
 class Trainer:
-    """Trains a learner in a folder, from the start or from the last checkpoint there.
+    """Trains a model in a folder, from the start or from the last checkpoint there.
 
-    A learner is a module whose ``forward(batch, seeds)`` takes a `rakd.data.kitti.Batch` on the CPU and one integer
+    The model is a module whose ``forward(batch, seeds)`` takes a `rakd.data.kitti.Batch` on the CPU and one integer
     for each of its images, and gives a dict of loss terms: scalars, the same names in every step. Their sum is
-    minimised. The learner moves what it needs to its device. It draws random numbers for an image from a generator
+    minimised. The model moves what it needs to its device. It draws random numbers for an image from a generator
     seeded with that image's integer, which depends on the run's seed, the step and the image's index in the batch
     only. Draws from torch's global generators are repeated on resuming, too, but differ with the number of
-    processes. ``train()`` is called on the learner before the first step and after each validation. With several
-    processes every parameter must get a gradient in every step, if of zeros, unless the learner has a true
+    processes. ``train()`` is called on the model before the first step and after each validation. With several
+    processes every parameter must get a gradient in every step, if of zeros, unless the model has a true
     ``may_leave_parameters_unused``.
 
     Under ``torch.distributed`` (see `rakd.distributed`) each process takes its share of every batch and
@@ -76,13 +76,13 @@ class Trainer:
     the trainer and run it; the first one writes. Batch normalisation sees the local images only.
 
     Writes ``checkpoint.pt``, ``log.csv`` and ``log.jsonl``. A run that was killed at any moment goes on to the same
-    bits where the learner's own operations give the same bits (on CUDA see `torch.use_deterministic_algorithms`), and
+    bits where the model's own operations give the same bits (on CUDA see `torch.use_deterministic_algorithms`), and
     can go on with another number of processes or on another device (with ``amp`` told), to the same result up to
     rounding. Of three and more processes only the same up to rounding is promised: DistributedDataParallel regroups
     gradients after the first step, and a sum of more than two numbers depends on their order.
 
     Args:
-        learner: The module to train; it is moved to ``device``. Its ``state_dict`` is in the checkpoints.
+        model: The module to train; it is moved to ``device``. Its ``state_dict`` is in the checkpoints.
         dataset: Frames to learn from.
         settings: How.
         out: The run's folder. Processes on other machines need not see it.
@@ -93,7 +93,7 @@ class Trainer:
         image_size: (width, height) that all images are padded to. None: each process's batch to the next multiple
             of 32 of its largest image, which makes padding depend on the number of processes.
         quiet: Show no progress bar.
-        validation: Measures the learner from time to time, which changes nothing that is learned, and keeps the best;
+        validation: Measures the model from time to time, which changes nothing that is learned, and keeps the best;
             of equals, the last.
         extend: Go on with a run that was made for fewer steps. The learning rate follows the schedule of the new
             number of steps from the step that the run stands at: where it had fallen it rises again, without a
@@ -112,7 +112,7 @@ class Trainer:
 
     def __init__(
         self,
-        learner: nn.Module,
+        model: nn.Module,
         dataset: KittiDataset,
         settings: TrainSettings,
         out: Path,
@@ -140,14 +140,14 @@ class Trainer:
         self.device = device
         self.name = name
         self.quiet = quiet or not self.processes.is_main
-        self.learner = learner.to(device)
+        self.model = model.to(device)
         self.dataset = dataset
         self.image_size = image_size
         self.validation = validation if settings.validate_every else None
         self.extend = extend
         self.order = InfiniteShuffle(len(dataset), settings.seed)
         self.batch_indices = range(self.processes.rank * share, (self.processes.rank + 1) * share)
-        self.optimizer = make_optimizer(learner, settings)
+        self.optimizer = make_optimizer(model, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         self.log = Log(settings.log_every, settings.batch_size)
         self.step = 0
@@ -155,7 +155,7 @@ class Trainer:
         self._fingerprint = self._make_fingerprint(fingerprint or {})
         self._agree()
         self._resume()
-        self._model = self._parallel()
+        self._wrapped = self._parallel()
 
     def run(self) -> list[Row]:
         """Train to the end.
@@ -164,14 +164,14 @@ class Trainer:
             The rows of the log, see `rakd.training.log.Log`; in every process.
 
         Raises:
-            ValueError: The loss or its gradient is not finite, or the learner gives something else than loss terms.
+            ValueError: The loss or its gradient is not finite, or the model gives something else than loss terms.
                 The last checkpoint stays.
         """
         steps = range(self.step, self.settings.steps)
         sampler = StepSampler(self.order, steps, self.settings.batch_size, self.batch_indices)
         cuda = self.device.type == "cuda"
         loader = make_loader(self.dataset, sampler, image_size=self.image_size, workers=self.settings.workers, pin=cuda)
-        self.learner.train()
+        self.model.train()
         progress = bar(initial=self.step, total=self.settings.steps, desc=self.name, unit="step", disable=self.quiet)
         with torch.random.fork_rng(devices=[self.device] if cuda else []), progress:
             last = perf_counter()
@@ -192,7 +192,7 @@ class Trainer:
                     self._save()
                 last = perf_counter() if validates else now
         # Running means of batch normalisation: each process has its own of the last step. The checkpoint has these.
-        broadcast_tensors(self.processes, self.learner.buffers())
+        broadcast_tensors(self.processes, self.model.buffers())
         if self.processes.is_main:
             self.log.write(self.out / "log.csv")
         barrier(self.processes)
@@ -207,7 +207,7 @@ class Trainer:
             group["lr"] = learning_rate(settings, self.step)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, _AMP[settings.amp], enabled=settings.amp != "off"):
-            losses = self._model(batch, image_seeds(settings.seed, self.step, self.batch_indices))
+            losses = self._wrapped(batch, image_seeds(settings.seed, self.step, self.batch_indices))
         self._check_terms(losses)
         stacked = torch.stack(tuple(losses.values()))
         self.scaler.scale(stacked.sum()).backward()  # type: ignore[no-untyped-call]
@@ -228,10 +228,10 @@ class Trainer:
     def _validate(self) -> None:
         assert self.validation is not None
         # Running means of batch normalisation: all processes detect with those that the checkpoint has.
-        broadcast_tensors(self.processes, self.learner.buffers())
-        self.learner.eval()
+        broadcast_tensors(self.processes, self.model.buffers())
+        self.model.eval()
         measured = self.validation.measure()
-        self.learner.train()
+        self.model.train()
         value = broadcast_object(self.processes, lambda: measured)
         best = self.log.add_validation(self.step, self.validation.metric, value)
         if best and self.processes.is_main:
@@ -239,17 +239,17 @@ class Trainer:
 
     def _check_terms(self, losses: Mapping[str, Tensor]) -> None:
         if not isinstance(losses, dict) or not losses:
-            raise TypeError(f"learner must give a dict of loss terms, got {losses!r}")
+            raise TypeError(f"model must give a dict of loss terms, got {losses!r}")
         for name, loss in losses.items():
             if not isinstance(loss, Tensor) or loss.ndim:
                 what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r}"
-                raise TypeError(f"learner must give scalar tensors as loss terms, got {what} for {name!r}")
+                raise TypeError(f"model must give scalar tensors as loss terms, got {what} for {name!r}")
             if name in RESERVED:
-                raise ValueError(f"learner must not name a loss term {name!r}, a column of the log")
+                raise ValueError(f"model must not name a loss term {name!r}, a column of the log")
         if self._terms is None:
             self._terms = tuple(losses)
         elif self._terms != tuple(losses):
-            raise ValueError(f"learner must give the same terms in every step, {self._terms}, got {tuple(losses)}")
+            raise ValueError(f"model must give the same terms in every step, {self._terms}, got {tuple(losses)}")
 
     def _check_finite(self, terms: Mapping[str, float], grad_norm: float) -> None:
         what = None
@@ -268,13 +268,13 @@ class Trainer:
 
     def _parallel(self) -> Callable[[Batch, Sequence[int]], dict[str, Tensor]]:
         if self.processes.count == 1:
-            return self.learner
+            return self.model
         # Running means of normalisation: nobody reads them in training, and a checkpoint has the main process's.
         unsynchronised: dict[str, Any] = {_SYNC_BUFFERS: False}
         return DistributedDataParallel(
-            self.learner,
+            self.model,
             # Looking for them goes through the whole graph in each step.
-            find_unused_parameters=bool(getattr(self.learner, "may_leave_parameters_unused", False)),
+            find_unused_parameters=bool(getattr(self.model, "may_leave_parameters_unused", False)),
             # Gradients lie where they are sent from, in their parameters' memory layout: none is copied back.
             gradient_as_bucket_view=True,
             **unsynchronised,
@@ -307,7 +307,7 @@ class Trainer:
                 {
                     "fingerprint": self._fingerprint,
                     "step": self.step,
-                    "learner": self.learner.state_dict(),
+                    "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
                     "log": self.log.state_dict(),
@@ -341,7 +341,7 @@ class Trainer:
         if state["optimizer"] is None and state["step"] < self.settings.steps:
             raise UserError(f"{self._checkpoint} has no state of the optimizer: this run cannot be extended")
         try:
-            self.learner.load_state_dict(state["learner"])
+            self.model.load_state_dict(state["model"])
             if state["optimizer"] is not None:
                 self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
@@ -367,4 +367,7 @@ class Trainer:
         remove_leftovers(self._checkpoint)
         remove_leftovers(self.out / "log.csv")
         remove_leftovers(self.out / "log.jsonl")
-        return load_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
+        state = load_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
+        if state is not None and "learner" in state:
+            state["model"] = state.pop("learner")  # its name in earlier versions
+        return state

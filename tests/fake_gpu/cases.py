@@ -38,7 +38,7 @@ for attention in ("flash", "mem_efficient", "cudnn"):  # nor have these; what is
 
 CONFIG = DetectorConfig(
     BackboneConfig("mobilenet_v3_small", 16, weights="random"),
-    ProposalConfig(anchor_sizes=(8, 16, 32, 64), sampled=64, candidates=(60, 40), kept=(60, 30)),
+    ProposalConfig(anchor_sizes=(8, 16, 32, 64), sampled=64, pre_nms_top_n=(60, 40), post_nms_top_n=(60, 30)),
     HeadConfig(sampled=32, width=16, canonical_size=28.0, detections=12),
     height=64,
     width=224,
@@ -94,9 +94,9 @@ def make_trainer(
     defaults = {"steps": 2, "batch_size": batch, "learning_rate": 1e-3, "warm_up": 0, "log_every": 1}
     # Without mixed precision a GPU rounds as the CPU does; by itself it takes bfloat16.
     settings = TrainSettings(**{"amp": "off", **defaults, **options})
-    learner = make_distillation_model(detector, expert, term, 1.0, "proposals")
+    model = make_distillation_model(detector, expert, term, 1.0, "proposals")
     data = KittiDataset(scenes, "train", height=64, rules=config.rules)
-    return Trainer(learner, data, settings, out, device, image_size=config.image_size, quiet=True)
+    return Trainer(model, data, settings, out, device, image_size=config.image_size, quiet=True)
 
 
 def waits_of_the_last_step(trainer: Trainer, gpu: FakeCuda) -> dict[str, int]:
@@ -183,7 +183,7 @@ def test_a_wait_more_is_seen(scenes: Path, tmp_path: Path, gpu: FakeCuda, monkey
 
 def test_the_expert_runs_before_the_host_waits(scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
     trainer = make_trainer(scenes, tmp_path, GPU)
-    step, expert = trainer._step, trainer.learner.distiller.expert  # type: ignore[union-attr]
+    step, expert = trainer._step, trainer.model.distiller.expert  # type: ignore[union-attr]
     begun, done = [], []
 
     def noting(batch: Any) -> Any:

@@ -39,7 +39,7 @@ def small_config() -> DetectorConfig:
     """A detector for images of 128 x 64 pixels that runs in milliseconds."""
     return DetectorConfig(
         BackboneConfig("mobilenet_v3_small", 16, weights="random"),
-        ProposalConfig(anchor_sizes=(8, 16, 32, 64), sampled=64, candidates=(60, 40), kept=(60, 30)),
+        ProposalConfig(anchor_sizes=(8, 16, 32, 64), sampled=64, pre_nms_top_n=(60, 40), post_nms_top_n=(60, 30)),
         HeadConfig(sampled=32, width=16, canonical_size=28.0, detections=12),
         height=64,
         width=128,

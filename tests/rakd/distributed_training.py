@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from toy_learner import Scripted, ToyLearner, make_trainer
+from toy_model import Scripted, ToyModel, make_trainer
 
 from rakd.data.kitti import Batch
 from rakd.distributed import Processes, start_processes
@@ -22,7 +22,7 @@ from rakd.distributed import Processes, start_processes
 SCENES, OUT = Path(sys.argv[1]), Path(sys.argv[2])
 
 
-class Copying(ToyLearner):
+class Copying(ToyModel):
     """Keeps the checkpoint that stands before its 6th step."""
 
     def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ class Copying(ToyLearner):
         return super().forward(batch, seeds)
 
 
-class Unlucky(ToyLearner):
+class Unlucky(ToyModel):
     """Loses its way in the second process alone."""
 
     def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ class Unlucky(ToyLearner):
         return losses
 
 
-class Uneven(ToyLearner):
+class Uneven(ToyModel):
     """Has a part that the second process never uses, as a head is not used in images without objects."""
 
     may_leave_parameters_unused = True
@@ -66,27 +66,27 @@ def changed_scenes() -> Path:
     return copy
 
 
-def failure(learner: nn.Module, name: str, scenes: Path = SCENES, **options: int) -> str:
+def failure(model: nn.Module, name: str, scenes: Path = SCENES, **options: int) -> str:
     try:
-        make_trainer(scenes, OUT / name, learner, **options).run()
+        make_trainer(scenes, OUT / name, model, **options).run()
     except ValueError as error:
         return str(error)
     return "none"
 
 
 def main(processes: Processes) -> None:
-    learner = Copying(torch.float64)
-    rows = make_trainer(SCENES, OUT / "two", learner).run()
-    resumed = make_trainer(SCENES, OUT / "two_to_two", ToyLearner(torch.float64))
+    model = Copying(torch.float64)
+    rows = make_trainer(SCENES, OUT / "two", model).run()
+    resumed = make_trainer(SCENES, OUT / "two_to_two", ToyModel(torch.float64))
     at = resumed.step
     resumed.run()
-    make_trainer(SCENES, OUT / "one_to_two", ToyLearner(torch.float64)).run()
+    make_trainer(SCENES, OUT / "one_to_two", ToyModel(torch.float64)).run()
     uneven = Uneven()
     make_trainer(SCENES, OUT / "uneven", uneven, steps=3).run()
     # The second process measures something else, which does not count.
     validation = Scripted(*((1.0, 3.0, 2.0, 2.5) if processes.is_main else (9.0, 8.0, 7.0, 6.0)))
     validated = make_trainer(
-        SCENES, OUT / "validated", ToyLearner(torch.float64), validation=validation, validate_every=3
+        SCENES, OUT / "validated", ToyModel(torch.float64), validation=validation, validate_every=3
     )
     validation.trainer = validated
     validated.run()
@@ -95,12 +95,12 @@ def main(processes: Processes) -> None:
         "kept": validation.kept,
         "count": processes.count,
         "rows": rows,
-        "seen": learner.seen,
+        "seen": model.seen,
         "resumed_at": at,
         "not_finite": failure(Unlucky(), "unlucky"),
-        "odd": failure(ToyLearner(), "odd", batch_size=3),
-        "unlike": failure(ToyLearner(), "unlike", scenes=SCENES if processes.is_main else changed_scenes()),
-        "other": failure(ToyLearner(torch.float64), "two", steps=11),
+        "odd": failure(ToyModel(), "odd", batch_size=3),
+        "unlike": failure(ToyModel(), "unlike", scenes=SCENES if processes.is_main else changed_scenes()),
+        "other": failure(ToyModel(torch.float64), "two", steps=11),
         "extra": uneven.extra.tolist(),
     }
     (OUT / f"report-{processes.rank}.json").write_text(json.dumps(report))

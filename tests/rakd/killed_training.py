@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy_learner import ToyLearner, make_trainer
+from toy_model import ToyModel, make_trainer
 
 import rakd.training.log
 from rakd.training.trainer import Trainer
@@ -44,7 +44,7 @@ def half_a_checkpoint() -> None:
 
 
 def first_step() -> None:
-    ToyLearner.forward = on_call(1, ToyLearner.forward, die)  # type: ignore[method-assign]
+    ToyModel.forward = on_call(1, ToyModel.forward, die)  # type: ignore[method-assign]
 
 
 def between_forward_and_update() -> None:

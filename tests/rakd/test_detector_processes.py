@@ -34,18 +34,18 @@ class Learner(nn.Module):
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=2)
-learner = Learner()
-parallel = nn.parallel.DistributedDataParallel(learner)
+model = Learner()
+parallel = nn.parallel.DistributedDataParallel(model)
 
 def gradients(network, rows, targets):
-    learner.zero_grad()
+    model.zero_grad()
     terms, foreground = network(rows, targets)
     torch.stack(list(terms.values())).sum().backward()
-    return {name: p.grad.clone() for name, p in learner.named_parameters()}, [len(boxes) for boxes in foreground]
+    return {name: p.grad.clone() for name, p in model.named_parameters()}, [len(boxes) for boxes in foreground]
 
 for targets in batches:
     shared, (own,) = gradients(parallel, [rank], targets)
-    whole, counts = gradients(learner, [0, 1], targets)
+    whole, counts = gradients(model, [0, 1], targets)
     assert counts[0] != counts[1] and counts[rank] == own, (counts, own)
     for name, gradient in whole.items():
         # The heads' answers are float32, so that sums in another order differ in the seventh digit. What a key's bias

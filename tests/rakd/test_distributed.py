@@ -36,17 +36,17 @@ class Learner(nn.Module):
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-learner = Learner().double()
+model = Learner().double()
 images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
 three = torch.tensor([[4.0, 4.0, 40.0, 30.0], [30.0, 8.0, 45.0, 30.0], [0.0, 0.0, 20.0, 20.0]])
 
 def gradients(network, images, boxes):
-    learner.zero_grad()
+    model.zero_grad()
     network(images, boxes).backward()
-    return [p.grad.clone() for p in learner.parameters()]
+    return [p.grad.clone() for p in model.parameters()]
 
 cases = [[three, three[:1]], [three, three[:0]], [three[:0], three[:0]]]
-alone = [gradients(learner, images, boxes) for boxes in cases]
+alone = [gradients(model, images, boxes) for boxes in cases]
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=2)
 assert shared_mean_count(3 * rank, torch.device("cpu")) == 1.5
@@ -54,7 +54,7 @@ assert shared_mean_count(torch.tensor(0.5 * rank), torch.device("cpu")) == 0.25
 assert shared_mean_count(0, torch.device("cpu")) == 1
 
 def compare():
-    parallel = nn.parallel.DistributedDataParallel(learner)
+    parallel = nn.parallel.DistributedDataParallel(model)
     for boxes, expected in zip(cases, alone):
         shared = gradients(parallel, images[rank : rank + 1], boxes[rank : rank + 1])
         assert len(shared) == len(expected) == 8

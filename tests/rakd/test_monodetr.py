@@ -415,5 +415,5 @@ def test_training_goes_on_to_the_same_bits(scenes: Path, tmp_path: Path) -> None
     again = trainer("cut")
     assert again.step == 2
     again.run()
-    other = again.learner.state_dict()
-    assert all(torch.equal(value, other[name]) for name, value in whole.learner.state_dict().items())
+    other = again.model.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in whole.model.state_dict().items())

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_learner import CPU, Scripted, ToyLearner, assert_same_bits, make_trainer, settings, weights
+from toy_model import CPU, Scripted, ToyModel, assert_same_bits, make_trainer, settings, weights
 
-from rakd.checkpoints import load_checkpoint
+from rakd.checkpoints import load_checkpoint, save_checkpoint
 from rakd.data.frames import find_frames
 from rakd.data.kitti import Batch, KittiDataset, Sample
 from rakd.training.log import Row
@@ -25,7 +25,7 @@ from rakd.training.optim import learning_rate
 from rakd.training.trainer import Trainer
 
 
-class Interrupted(ToyLearner):
+class Interrupted(ToyModel):
     """Stops in one step."""
 
     def __init__(self, step: int) -> None:
@@ -39,7 +39,7 @@ class Interrupted(ToyLearner):
         return super().forward(batch, seeds)
 
 
-class Spoiled(ToyLearner):
+class Spoiled(ToyModel):
     """Multiplies the first loss of one step by a factor, in the value or in the gradient alone."""
 
     def __init__(self, step: int, factor: float, *, gradient_only: bool = False) -> None:
@@ -83,12 +83,12 @@ def test_the_loss_falls(scenes: Path, tmp_path: Path, optimizer: str) -> None:
 
 
 def test_each_step_has_its_frames_and_seeds(scenes: Path, tmp_path: Path) -> None:
-    learner = ToyLearner()
-    make_trainer(scenes, tmp_path, learner, batch_size=6).run()
-    ids = list(chain(*learner.seen))
+    model = ToyModel()
+    make_trainer(scenes, tmp_path, model, batch_size=6).run()
+    ids = list(chain(*model.seen))
     for epoch in range(len(ids) // 8):
         assert len(set(ids[8 * epoch : 8 * epoch + 8])) == 8
-    seeds = list(chain(*learner.seeds))
+    seeds = list(chain(*model.seeds))
     assert len(set(seeds)) == len(seeds) == 60
 
 
@@ -122,6 +122,9 @@ def test_a_finished_run_can_be_extended(scenes: Path, tmp_path: Path) -> None:
     first = make_trainer(scenes, tmp_path, steps=4, **options).run()
     with pytest.raises(ValueError, match=r"settings\.steps is 4 there and 8 here; choose another folder or extend it"):
         make_trainer(scenes, tmp_path, steps=8, **options)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    state["learner"] = state.pop("model")  # as earlier versions had it
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
     shutil.copytree(tmp_path, tmp_path / "again")
     whole = make_trainer(scenes, tmp_path, steps=8, extend=True, **options)
     assert whole.step == 4
@@ -150,8 +153,8 @@ def test_a_finished_run_can_be_extended(scenes: Path, tmp_path: Path) -> None:
         make_trainer(scenes, out, steps=6, extend=True, **options)
 
 
-def validated(scenes: Path, out: Path, validation: Scripted, learner: nn.Module | None = None) -> Trainer:
-    trainer = make_trainer(scenes, out, learner, validation=validation, validate_every=3)
+def validated(scenes: Path, out: Path, validation: Scripted, model: nn.Module | None = None) -> Trainer:
+    trainer = make_trainer(scenes, out, model, validation=validation, validate_every=3)
     validation.trainer = trainer
     return trainer
 
@@ -163,7 +166,7 @@ def test_validation_keeps_the_best_and_changes_nothing(scenes: Path, tmp_path: P
     trainer = validated(scenes, tmp_path / "run", validation)
     trainer.run()
     assert validation.kept == [3, 6, 10]  # of equals the last
-    assert validation.training == {False} and trainer.learner.training
+    assert validation.training == {False} and trainer.model.training
     assert_same_bits(weights(trainer), weights(plain))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6, 8, 9, 10, 10]
@@ -230,7 +233,7 @@ def test_checkpoints_run_no_code_on_loading(scenes: Path, tmp_path: Path) -> Non
     trainer = make_trainer(scenes, tmp_path, amp="float16", optimizer="adamw")
     trainer.run()
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert_same_bits(state["learner"], weights(trainer))
+    assert_same_bits(state["model"], weights(trainer))
     assert state["step"] == 10
     assert state["fingerprint"]["model"] == {"name": "toy"}
 
@@ -255,7 +258,7 @@ def test_other_settings_are_refused(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"data\.augmentation is .* data\.digest is .* data\.frames is 8 there and 2 here"
     ):
-        Trainer(ToyLearner(), dataset, settings(steps=3), tmp_path, CPU)
+        Trainer(ToyModel(), dataset, settings(steps=3), tmp_path, CPU)
     make_trainer(scenes, tmp_path, steps=3, workers=1, checkpoint_every=1)  # these change nothing that is learned
 
 
@@ -282,9 +285,9 @@ def test_another_model_is_refused(scenes: Path, tmp_path: Path) -> None:
 def test_fingerprint_is_checked(scenes: Path, tmp_path: Path) -> None:
     dataset = KittiDataset(scenes, "train")
     with pytest.raises(TypeError, match="fingerprint must hold numbers, text"):
-        Trainer(ToyLearner(), dataset, settings(), tmp_path, CPU, fingerprint={"model": ToyLearner()})
+        Trainer(ToyModel(), dataset, settings(), tmp_path, CPU, fingerprint={"model": ToyModel()})
     with pytest.raises(ValueError, match="fingerprint must not have the key 'data'"):
-        Trainer(ToyLearner(), dataset, settings(), tmp_path, CPU, fingerprint={"data": 1})
+        Trainer(ToyModel(), dataset, settings(), tmp_path, CPU, fingerprint={"data": 1})
 
 
 def test_clipping(scenes: Path, tmp_path: Path) -> None:
@@ -304,30 +307,30 @@ def test_clipping(scenes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("amp", ["off", "float16"])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops(scenes: Path, tmp_path: Path, factor: float, amp: str) -> None:
-    learner = Spoiled(4, factor)
+    model = Spoiled(4, factor)
     with pytest.raises(
         ValueError, match=r"the loss of step 5 is not finite: count (nan|inf), height [\d.]+; "
     ) as caught:
-        make_trainer(scenes, tmp_path, learner, amp=amp).run()
-    assert str(caught.value).endswith("frames " + ", ".join(learner.seen[-1]))
+        make_trainer(scenes, tmp_path, model, amp=amp).run()
+    assert str(caught.value).endswith("frames " + ", ".join(model.seen[-1]))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 3
-    assert all(value.isfinite().all() for value in state["learner"].values())
+    assert all(value.isfinite().all() for value in state["model"].values())
     again = make_trainer(scenes, tmp_path, amp=amp)
     assert again.step == 3
     again.run()
 
 
 def test_a_gradient_that_is_not_finite_stops(scenes: Path, tmp_path: Path) -> None:
-    learner = Spoiled(4, float("inf"), gradient_only=True)
+    model = Spoiled(4, float("inf"), gradient_only=True)
     with pytest.raises(ValueError, match=r"the gradient of step 5 is not finite: count .* gradient norm (nan|inf)"):
-        make_trainer(scenes, tmp_path, learner).run()
-    assert all(value.isfinite().all() for value in learner.state_dict().values())
+        make_trainer(scenes, tmp_path, model).run()
+    assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 def test_float16_gradients_that_overflow_are_skipped(scenes: Path, tmp_path: Path) -> None:
-    learner = Spoiled(4, float("inf"), gradient_only=True)
-    trainer = make_trainer(scenes, tmp_path, learner, amp="float16", log_every=1, checkpoint_every=1, clip=None)
+    model = Spoiled(4, float("inf"), gradient_only=True)
+    trainer = make_trainer(scenes, tmp_path, model, amp="float16", log_every=1, checkpoint_every=1, clip=None)
     scales = []
     update = trainer.scaler.update
     trainer.scaler.update = lambda: (update(), scales.append(trainer.scaler.get_scale()))
@@ -336,11 +339,11 @@ def test_float16_gradients_that_overflow_are_skipped(scenes: Path, tmp_path: Pat
     skipped = [row["step"] for row in rows if row["grad_norm"] == float("inf")]
     assert 5 in skipped and len(skipped) < 6
     assert scales[4] == scales[3] / 2
-    assert all(value.isfinite().all() for value in learner.state_dict().values())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 def test_float16_gradients_that_never_become_finite_stop(scenes: Path, tmp_path: Path) -> None:
-    class Endless(ToyLearner):
+    class Endless(ToyModel):
         def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
             losses = super().forward(batch, seeds)
             losses["count"].register_hook(lambda gradient: gradient * float("nan"))
@@ -353,11 +356,11 @@ def test_float16_gradients_that_never_become_finite_stop(scenes: Path, tmp_path:
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_forward_runs_in_the_dtype_asked_for(scenes: Path, tmp_path: Path, amp: str) -> None:
     dtypes = set()
-    learner = ToyLearner()
-    learner.conv.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
-    (row,) = make_trainer(scenes, tmp_path, learner, amp=amp, steps=1).run()
+    model = ToyModel()
+    model.conv.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    (row,) = make_trainer(scenes, tmp_path, model, amp=amp, steps=1).run()
     assert dtypes == {getattr(torch, amp)}
-    assert all(value.dtype == torch.float32 for value in learner.state_dict().values())
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
     (full,) = make_trainer(scenes, tmp_path / "full", steps=1).run()
     assert row["total"] == pytest.approx(full["total"], rel=0.02)
     assert row["total"] != full["total"]
@@ -373,19 +376,19 @@ def test_forward_runs_in_the_dtype_asked_for(scenes: Path, tmp_path: Path, amp: 
         ({"total": torch.ones(())}, ValueError, "not name a loss term 'total'"),
     ],
 )
-def test_what_learners_give_is_checked(
+def test_what_models_give_is_checked(
     scenes: Path, tmp_path: Path, losses: Any, error: type[Exception], message: str
 ) -> None:
-    class Wrong(ToyLearner):
+    class Wrong(ToyModel):
         def forward(self, batch: Batch, seeds: Sequence[int]) -> Any:
             return losses
 
-    with pytest.raises(error, match=f"learner must .*{message}"):
+    with pytest.raises(error, match=f"model must .*{message}"):
         make_trainer(scenes, tmp_path, Wrong()).run()
 
 
 def test_terms_must_stay_the_same(scenes: Path, tmp_path: Path) -> None:
-    class Changing(ToyLearner):
+    class Changing(ToyModel):
         def forward(self, batch: Batch, seeds: Sequence[int]) -> dict[str, Tensor]:
             losses = super().forward(batch, seeds)
             return losses if len(self.seen) < 3 else {"count": losses["count"]}
@@ -408,7 +411,7 @@ def test_the_bar_can_be_silent_and_nothing_warns(
         make_trainer(scenes, tmp_path / "quiet", steps=2).run()
     assert capfd.readouterr() == ("", "")
     dataset = KittiDataset(scenes, "train", height=64)
-    Trainer(ToyLearner(), dataset, settings(steps=2), tmp_path / "loud", CPU, name="teaching").run()
+    Trainer(ToyModel(), dataset, settings(steps=2), tmp_path / "loud", CPU, name="teaching").run()
     shown = capfd.readouterr().err
     assert "teaching" in shown and "2/2" in shown and "count=" in shown
 

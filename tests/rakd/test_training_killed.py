@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from toy_learner import assert_same_bits, make_trainer, weights
+from toy_model import assert_same_bits, make_trainer, weights
 
 SCRIPT = Path(__file__).with_name("killed_training.py")
 

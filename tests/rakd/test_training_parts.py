@@ -110,7 +110,7 @@ def test_optimizer_decays_weights_but_neither_norms_nor_biases() -> None:
     assert {id(p) for p in others["params"]} == expected
     assert optimizer.defaults["momentum"] == 0.9
     assert isinstance(make_optimizer(network, TrainSettings(optimizer="adamw")), torch.optim.AdamW)
-    with pytest.raises(ValueError, match="learner must have a parameter with requires_grad"):
+    with pytest.raises(ValueError, match="model must have a parameter with requires_grad"):
         make_optimizer(network.requires_grad_(False), TrainSettings())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_two_processes
-from toy_learner import ToyLearner, assert_same_bits, make_trainer
+from toy_model import ToyModel, assert_same_bits, make_trainer
 
 from rakd.checkpoints import load_checkpoint
 
@@ -25,7 +25,7 @@ class Outcome:
 
     def __init__(self, scenes: Path, out: Path) -> None:
         self.out = out
-        halfway = make_trainer(scenes, out / "half", ToyLearner(torch.float64), checkpoint_every=5)
+        halfway = make_trainer(scenes, out / "half", ToyModel(torch.float64), checkpoint_every=5)
         save = halfway._save
 
         def save_and_copy() -> None:
@@ -35,7 +35,7 @@ class Outcome:
 
         halfway._save = save_and_copy
         self.rows = halfway.run()
-        self.learner = halfway.learner
+        self.model = halfway.model
         self.state = load_checkpoint(out / "half" / "checkpoint.pt")
         run_two_processes(str(SCRIPT), str(scenes), str(out))
         self.reports: list[dict[str, Any]] = [json.loads((out / f"report-{rank}.json").read_text()) for rank in (0, 1)]
@@ -48,9 +48,9 @@ def outcome(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Equal to the rounding of float64, which ten steps multiply a little; each step moves weights by the momentum."""
-    assert a["learner"].keys() == b["learner"].keys()
-    for name, value in a["learner"].items():
-        torch.testing.assert_close(value, b["learner"][name], rtol=1e-11, atol=1e-13)
+    assert a["model"].keys() == b["model"].keys()
+    for name, value in a["model"].items():
+        torch.testing.assert_close(value, b["model"][name], rtol=1e-11, atol=1e-13)
 
 
 def test_two_processes_train_as_one(outcome: Outcome) -> None:
@@ -68,12 +68,12 @@ def test_two_processes_train_as_one(outcome: Outcome) -> None:
 
 def test_the_processes_share_each_batch(outcome: Outcome) -> None:
     first, second = (report["seen"] for report in outcome.reports)
-    assert [[*a, *b] for a, b in zip(first, second, strict=True)] == outcome.learner.seen
+    assert [[*a, *b] for a, b in zip(first, second, strict=True)] == outcome.model.seen
 
 
 def test_runs_go_on_with_another_number_of_processes(outcome: Outcome, scenes: Path) -> None:
     assert_close(load_checkpoint(outcome.out / "one_to_two" / "checkpoint.pt"), outcome.state)
-    trainer = make_trainer(scenes, outcome.out / "two_to_one", ToyLearner(torch.float64))
+    trainer = make_trainer(scenes, outcome.out / "two_to_one", ToyModel(torch.float64))
     assert trainer.step == 3
     trainer.run()
     assert_close(load_checkpoint(outcome.out / "two_to_one" / "checkpoint.pt"), outcome.state)
@@ -82,14 +82,14 @@ def test_runs_go_on_with_another_number_of_processes(outcome: Outcome, scenes: P
 def test_two_processes_resume_to_the_same_bits(outcome: Outcome) -> None:
     assert [report["resumed_at"] for report in outcome.reports] == [3, 3]
     whole, resumed = (load_checkpoint(outcome.out / name / "checkpoint.pt") for name in ("two", "two_to_two"))
-    assert_same_bits(resumed["learner"], whole["learner"])
+    assert_same_bits(resumed["model"], whole["model"])
 
 
 def test_the_main_process_validates_for_all(outcome: Outcome) -> None:
     assert [report["validations"] for report in outcome.reports] == [[1.0, 3.0, 2.0, 2.5]] * 2
     assert [report["kept"] for report in outcome.reports] == [[3, 6], []]
     validated, plain = (load_checkpoint(outcome.out / name / "checkpoint.pt") for name in ("validated", "two"))
-    assert_same_bits(validated["learner"], plain["learner"])
+    assert_same_bits(validated["model"], plain["model"])
 
 
 def test_all_processes_say_what_is_not_finite_in_one(outcome: Outcome) -> None:
@@ -98,7 +98,7 @@ def test_all_processes_say_what_is_not_finite_in_one(outcome: Outcome) -> None:
     (message,) = messages
     assert message.startswith("the loss of step 3 is not finite: count ")
     assert "height nan" in message
-    assert message.endswith("frames " + ", ".join(outcome.learner.seen[2]))
+    assert message.endswith("frames " + ", ".join(outcome.model.seen[2]))
 
 
 def test_a_part_unused_in_one_process_learns_from_the_others(outcome: Outcome) -> None:

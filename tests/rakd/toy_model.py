@@ -1,4 +1,4 @@
-"""A learner so small that a step takes milliseconds, and a trainer for it; imported by tests and by what they start."""
+"""A model so small that a step takes milliseconds, and a trainer for it; imported by tests and by what they start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rakd.training.trainer import Trainer, Validation
 CPU = torch.device("cpu")
 
 
-class ToyLearner(nn.Module):
+class ToyModel(nn.Module):
     """Guesses how many objects an image has, and how high they are on average; both losses are means over images."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -61,7 +61,7 @@ class Scripted:
 
     def measure(self) -> float:
         assert self.trainer is not None
-        self.training.add(self.trainer.learner.training)
+        self.training.add(self.trainer.model.training)
         torch.rand(3)
         return self.values.pop(0)
 
@@ -78,7 +78,7 @@ def settings(**options: Any) -> TrainSettings:
 def make_trainer(
     scenes: Path | str,
     out: Path | str,
-    learner: nn.Module | None = None,
+    model: nn.Module | None = None,
     device: torch.device = CPU,
     *,
     validation: Validation | None = None,
@@ -88,7 +88,7 @@ def make_trainer(
     """A trainer on the 8 training frames, with augmentation."""
     dataset = KittiDataset(scenes, "train", height=64, augmentation=Augmentation())
     return Trainer(
-        ToyLearner() if learner is None else learner,
+        ToyModel() if model is None else model,
         dataset,
         settings(**options),
         Path(out),
@@ -102,7 +102,7 @@ def make_trainer(
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in trainer.learner.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
