@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 .PHONY: run test lint docs clean env
 
 run: env
-	$(BIN)/rakd distill
+	$(BIN)/rakd distill --study scenes --jobs 2
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
@@ -33,7 +33,7 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools numpy
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,waymo,bench,dev,docs]'
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[train,pretrained,waymo,bench,dev,docs]'
 	$(BIN)/python -m rakd_ops
 	touch $@
 

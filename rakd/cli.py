@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("rakd", "rakd_ops"):
             raise
+        if "pip install" in str(error):
+            return _fail(str(error))
         name = str(error.name)
         extra = "waymo" if name in ("pyarrow", "scipy") else "export" if name.startswith("onnx") else "train"
         return _fail(f"{error.name} is not installed; run: pip install '.[{extra}]'")

@@ -120,8 +120,8 @@ STUDIES: dict[str, StudySettings] = {
     "scenes": StudySettings(
         expert="tiny-lite0",
         apprentice="tiny",
-        expert_training=replace(_TINY, steps=600, checkpoint_every=200),
-        training=replace(_TINY, steps=500, checkpoint_every=200),
+        expert_training=replace(_TINY, steps=480, checkpoint_every=200),
+        training=replace(_TINY, steps=650, checkpoint_every=200),
         weights=_WEIGHTS,
         methods=("none", "pkd", "rakd"),
         photometric=0.0,

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -253,7 +254,7 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
     }
     assert main(["distill", *(word for name, words in options.items() for word in (name, *words))]) == 0
     settings, data, out, others = asked.asked
-    base = STUDIES["tiny"]
+    base = STUDIES["scenes"]
     assert (data, out) == (Path("d"), tmp_path)
     assert others == {
         "expert": expert,
@@ -325,16 +326,26 @@ def test_distill_renders_what_it_learns_from(
     asked: type[FakeExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(distill_module.STUDIES, "tiny", replace(STUDIES["tiny"], scenes=2))
-    assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    words = ["distill", "--study", "tiny", "--out", str(tmp_path), "--device", "cpu"]
+    assert main(words) == 0
     assert "learning from 2 rendered street scenes" in capsys.readouterr().out
     assert asked.asked[1] == tmp_path / "scenes"
     assert len(find_frames(tmp_path / "scenes", "train")) == 1
     manifest = json.loads((tmp_path / "scenes" / "scenes.json").read_text())
     # Again: nothing is rendered over.
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "scenes" / "training").rglob("*.png")}
-    assert main(["distill", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert main(words) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert json.loads((tmp_path / "scenes" / "scenes.json").read_text()) == manifest
+
+
+def test_distill_tells_of_a_missing_package_before_it_renders(
+    asked: type[FakeExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["distill", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert "timm is not installed; run: pip install 'rakd[pretrained]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
