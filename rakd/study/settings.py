@@ -105,7 +105,7 @@ _MONODETR = TrainSettings(
     workers=4,
 )
 
-_MONODETR_TINY = replace(_TINY, steps=500, learning_rate=5e-4, clip=1.0)
+_MONODETR_TINY = replace(_TINY, steps=1200, learning_rate=5e-4, clip=1.0, checkpoint_every=200)
 
 STUDIES: dict[str, StudySettings] = {
     "tiny": StudySettings(
@@ -142,14 +142,15 @@ STUDIES: dict[str, StudySettings] = {
         weights=_WEIGHTS,
     ),
     "monodetr-tiny": StudySettings(
-        expert="monodetr-tiny-expert",
+        expert="monodetr-small",
         apprentice="monodetr-tiny",
-        expert_training=replace(_MONODETR_TINY, steps=800),
+        expert_training=replace(_MONODETR_TINY, steps=1500, learning_rate=3e-4),
         training=_MONODETR_TINY,
         weights=_WEIGHTS,
+        methods=("none", "pkd", "rakd"),
         regions="objects",
         photometric=0.0,
-        scenes=200,
+        scenes=500,
     ),
     "monodetr-kitti": StudySettings(
         expert="monodetr-r50",
