@@ -9,9 +9,9 @@ import io
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, cast
 
-from rakd.errors import UserError
+from rakd.errors import UserError, show_warning
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(command, str):
             return _fail(command)
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = show_warning
             command.run()
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] in ("rakd", "rakd_ops"):
@@ -162,18 +162,6 @@ _DESCRIPTION = (
 def _fail(message: str) -> int:
     print(f"rakd: error: {' '.join(message.split())}", file=sys.stderr)
     return USER_ERROR
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning as one line for the user, without the source line that raised it."""
-    print(f"rakd: warning: {message}", file=file or sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Errors that users can mend, apart from the program's own."""
+"""Errors that users can mend, apart from the program's own, and warnings in one line."""
+
+import sys
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -14,3 +17,15 @@ class MissingFileError(UserError, FileNotFoundError):
 
 class NotAFolderError(UserError, NotADirectoryError):
     """A file stands in the place of a folder."""
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as one line, without the source line that raised it: commands' `warnings.showwarning`."""
+    print(f"rakd: warning: {message}", file=file or sys.stderr)

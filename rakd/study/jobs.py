@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from threading import Thread
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rakd.errors import UserError
+from rakd.errors import UserError, show_warning
 
 
 def run_side_by_side(
@@ -74,6 +75,7 @@ def run_side_by_side(
 def _run(work: Callable[..., object], name: str, arguments: tuple[Any, ...], threads: int) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    warnings.showwarning = show_warning
     try:
         work(*arguments)
     except KeyboardInterrupt:

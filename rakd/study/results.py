@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -216,7 +217,9 @@ def evaluate_run(
         The figures, and the evaluation at the official overlaps.
     """
     official = evaluate(truth, detections, frames=frames, progress=progress)
-    loose = evaluate(truth, detections, frames=frames, overlaps="loose", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same detections have been warned about
+        loose = evaluate(truth, detections, frames=frames, overlaps="loose", progress=False)
     precisions = precisions_of(official=official, loose=loose)
     depth = depth_errors(truth, detections, frames=frames, progress=False)
     return RunResult(method, seed, precisions, depth, seconds, dict(losses or {})), official

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from rakd.study.jobs import run_side_by_side
 def note(slot: int, folder: Path, name: str) -> None:
     """Write down slot, threads and process, and stay for a moment."""
     (folder / f"{name}.begun").write_text(f"{slot} {torch.get_num_threads()} {os.getpid()}")
+    warnings.warn(f"{name} takes a moment", stacklevel=1)
     time.sleep(0.3)
     (folder / f"{name}.done").touch()
 

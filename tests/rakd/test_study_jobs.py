@@ -48,6 +48,7 @@ def test_tasks_share_slots_and_threads_and_wait_and_fail_with_those_that_wait_fo
     errors = capfd.readouterr().err
     assert "rakd: error: user: the folder is full" in errors
     assert "RuntimeError: an error of the program" in errors
+    assert "rakd: warning: fine takes a moment\n" in errors and "warnings.warn(" not in errors
     assert {path.name for path in tmp_path.glob("*.done")} == {"fine.done", "late.done"}
     notes = [[int(word) for word in path.read_text().split()] for path in tmp_path.glob("*.begun")]
     assert all(slot in (0, 1) and threads == 1 for slot, threads, _ in notes)
