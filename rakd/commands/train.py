@@ -155,7 +155,8 @@ class Train:
         from rakd.detector.files import save_detector
         from rakd.detector.inference import write_detections
         from rakd.evaluation.report import format_ceilings, format_table
-        from rakd.study.results import evaluate_run, write_run
+        from rakd.study.evaluation import evaluate_run
+        from rakd.study.results import write_run
 
         if processes.is_main:
             save_detector(self.out / "detector.pt", detector)

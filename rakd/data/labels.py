@@ -100,8 +100,8 @@ class Objects:
 
     def is_type(self, *names: str) -> npt.NDArray[np.bool_]:
         """Mask ``[N]`` of the objects of one of these types; case does not matter, as in the official kit."""
-        wanted = [name.lower() for name in names]
-        return np.asarray(np.isin(np.char.lower(self.types), wanted))
+        wanted = {name.lower() for name in names}
+        return np.isin(self.types, [own for own in set(self.types.tolist()) if own.lower() in wanted])
 
     @property
     def has_box_3d(self) -> npt.NDArray[np.bool_]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rakd.data.labels import Objects, concatenate
 from rakd.evaluation.kitti import CLASSES, LEVELS, read_folders, truth_flags
 from rakd.evaluation.matching import DROPPED, VALID
-from rakd.evaluation.overlaps import find_pairs
+from rakd.evaluation.overlaps import Indices, find_pairs
 from rakd.geometry import FloatArray
 
 MIN_IOU = 0.5
@@ -63,25 +63,62 @@ def depth_errors(
     Returns:
         Figures of Car, Pedestrian, Cyclist, and of all their objects together as "all".
     """
-    truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
-    truth, detection = concatenate(truths), concatenate(detections)
+    found = find_depth_errors(*read_folders(gt_dir, pred_dir, frames=frames, progress=progress))
+    return found.figures()
+
+
+@dataclass(frozen=True, eq=False)
+class DepthErrors:
+    """Relative depth errors of the objects found, and the objects to be found, of each class.
+
+    Attributes:
+        errors: By class: ``[n]``, in the order of the scores that found them.
+        frames: By class: ``[n]``, the frame of each.
+        objects: By class: ``[F]``, how many are to be found in each frame.
+    """
+
+    errors: dict[str, FloatArray]
+    frames: dict[str, Indices]
+    objects: dict[str, Indices]
+
+    def figures(self, times: Indices | None = None) -> dict[str, DepthFigures]:
+        """Figures of each class and of "all".
+
+        Args:
+            times: ``[F]`` how often each frame counts; None: once.
+        """
+        sums = np.zeros(3)
+        result = {}
+        for name in CLASSES:
+            errors, found, objects = self.errors[name], np.ones(len(self.errors[name])), self.objects[name]
+            if times is not None:
+                found, objects = times[self.frames[name]].astype(float), objects * times
+            own = np.array([(errors * found).sum(), found.sum(), objects.sum()])
+            result[name] = _figures(own)
+            sums += own
+        result[ALL] = _figures(sums)
+        return result
+
+
+def find_depth_errors(truths: Sequence[Objects], detections: Sequence[Objects]) -> DepthErrors:
+    """Match detections and labels, given frame by frame, as `depth_errors` says."""
+    truth, detection = concatenate(list(truths)), concatenate(list(detections))
     truth_frames = np.repeat(np.arange(len(truths)), [len(objects) for objects in truths])
     detection_frames = np.repeat(np.arange(len(detections)), [len(objects) for objects in detections])
     placed = (detection.location[:, [0, 2]] != _NO_PLACE).all(axis=1)
-    errors, counts = {}, {}
+    found = DepthErrors({}, {}, {})
     for name in CLASSES:
         flags = truth_flags(truth, name, _HARDEST)
         # Relative to a depth that is not positive, nothing can be said.
         flags[truth.location[:, 2] <= 0] = DROPPED
         rows, own = np.flatnonzero(flags != DROPPED), np.flatnonzero(detection.is_type(name) & placed)
-        errors[name] = _errors(
+        found.errors[name], objects = _errors(
             *(truth.select(rows), truth_frames[rows], flags[rows] == VALID),
             *(detection.select(own), detection_frames[own]),
         )
-        counts[name] = int(np.count_nonzero(flags == VALID))
-    result = {name: _figures(errors[name], counts[name]) for name in CLASSES}
-    result[ALL] = _figures(np.concatenate(list(errors.values())), sum(counts.values()))
-    return result
+        found.frames[name] = truth_frames[rows][objects]
+        found.objects[name] = np.bincount(truth_frames[flags == VALID], minlength=len(truths))
+    return found
 
 
 def _errors(
@@ -90,8 +127,8 @@ def _errors(
     valid: npt.NDArray[np.bool_],
     detections: Objects,
     detection_frames: npt.NDArray[np.int64],
-) -> FloatArray:
-    """Relative errors of the valid objects found, in the order of the scores that found them."""
+) -> tuple[FloatArray, list[int]]:
+    """Relative errors of the valid objects found, in the order of the scores that found them, and the objects."""
     pairs = find_pairs(truth, truth_frames, detections, detection_frames, 0.0, over="union")
     overlap = pairs.overlap["bbox"]
     if detections.scores is None:
@@ -111,12 +148,14 @@ def _errors(
             found.append(g)
             meant.append(d)
     depth = truth.location[found, 2]
-    return np.asarray(np.abs(detections.location[meant, 2] - depth) / depth)
+    return np.asarray(np.abs(detections.location[meant, 2] - depth) / depth), found
 
 
-def _figures(errors: FloatArray, objects: int) -> DepthFigures:
+def _figures(sums: FloatArray) -> DepthFigures:
+    """Figures from the sum of the errors, the number of objects found, and the number of objects to be found."""
+    error, found, objects = sums.tolist()
     return DepthFigures(
-        abs_rel=float(errors.mean()) if len(errors) else math.nan,
-        recall=len(errors) / objects if objects else math.nan,
-        objects=objects,
+        abs_rel=error / found if found else math.nan,
+        recall=found / objects if objects else math.nan,
+        objects=int(objects),
     )

@@ -66,8 +66,18 @@ Result = dict[str, dict[str, MetricResult]]
 
 
 @dataclass(frozen=True, eq=False)
-class _Data:
-    """All rows of all frames, and the pairs that may matter."""
+class Prepared:
+    """All rows of all frames, and the pairs that may matter.
+
+    Attributes:
+        truth: Labels, by frame.
+        truth_frames: ``[G]`` frame of each, ascending.
+        detections: Detections, by frame.
+        detection_frames: ``[D]`` frame of each, ascending.
+        pairs: Labels and detections of a frame that overlap.
+        regions: DontCare regions, as labels, and the detections in them.
+        limits: ``[metric][class]``, see `LIMITS`.
+    """
 
     truth: Objects
     truth_frames: Indices
@@ -116,12 +126,12 @@ def evaluate(
     if overlaps not in LIMITS:
         raise ValueError(f"overlaps must be one of {', '.join(LIMITS)}, got {overlaps!r}")
     truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
-    data = _prepare(truths, detections, LIMITS[overlaps])
+    data = prepare(truths, detections, LIMITS[overlaps])
     _check_heights(data, pred_dir)
     result: Result = {}
     steps = [(name, metric) for name in CLASSES for metric in METRICS]
     for name, metric in bar(steps, desc="matching", delay=_BAR_DELAY, disable=not progress):
-        result.setdefault(name, {}).update(_evaluate_metric(data, name, metric))
+        result.setdefault(name, {}).update(evaluate_metric(data, name, metric))
     return {name: {metric: result[name][metric] for metric in ("bbox", "aos", "bev", "3d")} for name in CLASSES}
 
 
@@ -170,7 +180,8 @@ def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> 
     return names
 
 
-def _prepare(truths: list[Objects], detections: list[Objects], limits: dict[str, dict[str, float]]) -> _Data:
+def prepare(truths: list[Objects], detections: list[Objects], limits: dict[str, dict[str, float]]) -> Prepared:
+    """Find the pairs of labels and detections that may matter, in the frames that `read_folders` gave."""
     truth, detection = concatenate(truths), concatenate(detections)
     truth_frames = np.repeat(np.arange(len(truths)), [len(objects) for objects in truths])
     detection_frames = np.repeat(np.arange(len(detections)), [len(objects) for objects in detections])
@@ -182,10 +193,10 @@ def _prepare(truths: list[Objects], detections: list[Objects], limits: dict[str,
     rows = np.flatnonzero(truth.is_type("DontCare"))
     found = find_pairs(truth.select(rows), truth_frames[rows], detection, detection_frames, least, over="detection")
     regions = Pairs(rows[found.truth], found.detection, found.overlap)
-    return _Data(truth, truth_frames, detection, detection_frames, pairs, regions, limits)
+    return Prepared(truth, truth_frames, detection, detection_frames, pairs, regions, limits)
 
 
-def _evaluate_metric(data: _Data, name: str, metric: str) -> dict[str, MetricResult]:
+def evaluate_metric(data: Prepared, name: str, metric: str) -> dict[str, MetricResult]:
     """Figures of one class in one metric; "bbox" brings "aos" along, which uses its matches."""
     own = data.detections.select(data.detections.is_type(name))
     is_evaluated = _has_data(own, metric)
@@ -210,7 +221,7 @@ def _evaluate_metric(data: _Data, name: str, metric: str) -> dict[str, MetricRes
     return results
 
 
-def _check_heights(data: _Data, pred_dir: Path | str) -> None:
+def _check_heights(data: Prepared, pred_dir: Path | str) -> None:
     """Say when objects count, but all detections of their class are too low in the image to count.
 
     Results of 3D boxes alone, whose 2D boxes are -1, would score 0 without a word.
@@ -243,7 +254,7 @@ def _empty_result(evaluated: bool) -> MetricResult:
     return MetricResult(evaluated=evaluated, R40=[], R11=[], precision=[], objects=[])
 
 
-def _problem(data: _Data, name: str, metric: str, level: int) -> Problem:
+def _problem(data: Prepared, name: str, metric: str, level: int) -> Problem:
     """Detections and objects to match for one class, metric and level."""
     limit = data.limits[metric][name]
     pairs, regions = data.pairs, data.regions

@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rakd.distill.registry import METHODS
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES, LEVELS
-from rakd.extras import require
 from rakd.study.results import RunResult, StudyResult
 
 MEAN = "mean"
@@ -45,6 +46,11 @@ class Metric:
     overlaps: str = ""
 
     @property
+    def key(self) -> str:
+        """The metric in a word or four, for files."""
+        return " ".join(part for part in (self.kind, self.name, self.level, self.overlaps) if part)
+
+    @property
     def lower_is_better(self) -> bool:
         """True of errors."""
         return self.kind == "abs_rel"
@@ -60,6 +66,7 @@ class Metric:
 
 PRIMARY = (
     Metric("3d", "Car", "moderate", "official"),
+    Metric("3d", "Car", "moderate", "loose"),
     Metric("3d", MEAN, MEAN, "official"),
     Metric("3d", MEAN, MEAN, "loose"),
     Metric("abs_rel", ALL),
@@ -106,12 +113,42 @@ def paired_differences(study: StudyResult, method: str, baseline: str, metric: M
     return [ones[seed] - others[seed] for seed in ones if seed in others]
 
 
-def half_width(summary: Summary) -> float:
-    """Half the width of Student's 95 % confidence interval of a mean; NaN for fewer than two values."""
-    if summary.count < 2:
-        return math.nan
-    quantile = require("scipy.special", "train").stdtrit(summary.count - 1, 0.975)
-    return float(quantile) * summary.std / math.sqrt(summary.count)
+def difference_interval(
+    study: StudyResult, method: str, baseline: str, metric: Metric, comparisons: int = 1
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean paired difference, over seeds and evaluated frames.
+
+    Frames are drawn as in `RunResult.drawn`, the same for both methods; for each draw of frames, seeds are drawn 50
+    times. With one seed the interval tells of the frames alone.
+
+    Args:
+        study: The runs.
+        method: See `paired_differences`, and so are baseline and metric.
+        baseline: See there.
+        metric: One of `PRIMARY`.
+        comparisons: Intervals that are to hold together, at 95 %, by Bonferroni's correction.
+
+    Returns:
+        Its ends; NaN where no seed has both on drawn frames.
+    """
+    ones, others = (
+        {run.seed: run.drawn[metric.key] for run in study.runs if run.method == name and metric.key in run.drawn}
+        for name in (method, baseline)
+    )
+    seeds = sorted(seed for seed in ones if seed in others and len(ones[seed]) == len(others[seed]))
+    differences = [np.subtract(ones[seed], others[seed]) for seed in seeds]
+    if not seeds or len({len(values) for values in differences}) > 1:
+        return math.nan, math.nan
+    table = np.stack(differences)
+    table = table[:, np.isfinite(table).all(axis=0)]
+    draws = table.shape[1]
+    if not draws:
+        return math.nan, math.nan
+    chosen = np.random.default_rng(0).integers(len(seeds), size=(len(seeds), 50, draws))
+    means = table[chosen, np.arange(draws)].mean(axis=0)
+    tail = 2.5 / comparisons
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def _value(study: StudyResult, run: RunResult, metric: Metric) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from rakd.errors import UserError
-from rakd.evaluation.depth import DepthFigures, depth_errors
-from rakd.evaluation.kitti import CLASSES, LEVELS, Result, evaluate
+from rakd.evaluation.depth import DepthFigures
+from rakd.evaluation.kitti import LEVELS
 from rakd.files import without_nan, write_text
 from rakd.geometry import FloatArray
 from rakd.study.settings import ALL_METHODS
@@ -57,6 +56,8 @@ class RunResult:
         depth: By class and for "all", as `rakd.evaluation.depth.depth_errors` gives it.
         seconds: Training time; None if unknown.
         losses: Last values of the losses, by name.
+        drawn: Primary metrics on frames drawn with replacement, by `rakd.study.metrics.Metric.key`; the same draws
+            for all runs that were evaluated on the same frames. Runs of earlier versions have none.
 
     Raises:
         ValueError: The method is not known, or a class does not have three levels.
@@ -68,6 +69,7 @@ class RunResult:
     depth: dict[str, DepthFigures] = field(default_factory=dict)
     seconds: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    drawn: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -165,66 +167,6 @@ class TrainingLog:
         return table[:, 0], table[:, 1]
 
 
-def precisions_of(**results: Result) -> Precisions:
-    """Gather what tables need from evaluations: ``precisions_of(official=..., loose=...)``.
-
-    Args:
-        results: Of `rakd.evaluation.kitti.evaluate`, for each kind of overlaps.
-
-    Returns:
-        R40 in 3D and from above. A class without objects at a level is NaN: nothing was to be found. A class
-        with objects but without detections is 0.
-    """
-    return {
-        overlaps: {
-            metric: {
-                name: tuple(
-                    value if objects else math.nan
-                    for value, objects in zip(result[name][metric]["R40"], result[name][metric]["objects"], strict=True)
-                )
-                for name in CLASSES
-            }
-            for metric in ("3d", "bev")
-        }
-        for overlaps, result in results.items()
-    }
-
-
-def evaluate_run(
-    method: str,
-    seed: int,
-    truth: Path,
-    detections: Path,
-    frames: Sequence[str],
-    *,
-    seconds: float | None = None,
-    losses: Mapping[str, float] | None = None,
-    progress: bool = False,
-) -> tuple[RunResult, Result]:
-    """Evaluate a run's detections.
-
-    Args:
-        method: See `RunResult`.
-        seed: Same.
-        truth: Folder of label files.
-        detections: Folder of result files.
-        frames: Names of the frames to evaluate on.
-        seconds: See `RunResult`.
-        losses: Same.
-        progress: Show a progress bar.
-
-    Returns:
-        The figures, and the evaluation at the official overlaps.
-    """
-    official = evaluate(truth, detections, frames=frames, progress=progress)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the same detections have been warned about
-        loose = evaluate(truth, detections, frames=frames, overlaps="loose", progress=False)
-    precisions = precisions_of(official=official, loose=loose)
-    depth = depth_errors(truth, detections, frames=frames, progress=False)
-    return RunResult(method, seed, precisions, depth, seconds, dict(losses or {})), official
-
-
 def write_study(path: Path, study: StudyResult) -> None:
     """Write a study as JSON, atomically."""
     write_text(path, study.to_json())
@@ -305,4 +247,5 @@ def _run(content: Any, where: str) -> Any:
         depth[name] = DepthFigures(_number(by_name["abs_rel"]), _number(by_name["recall"]), by_name["objects"])
     content["depth"] = depth
     content["losses"] = {name: _number(value) for name, value in content.get("losses", {}).items()}
+    content["drawn"] = {name: tuple(map(_number, values)) for name, values in content.get("drawn", {}).items()}
     return _construct(RunResult, content, where)

@@ -14,8 +14,9 @@ from rakd.distill.cache import FeatureCache
 from rakd.distill.methods import make_method
 from rakd.distributed import Processes, broadcast_object
 from rakd.errors import UserError
+from rakd.study.evaluation import DRAWS, evaluate_run
 from rakd.study.plan import Run
-from rakd.study.results import RunResult, evaluate_run, read_run, write_run
+from rakd.study.results import RunResult, read_run, write_run
 from rakd.study.settings import StudySettings
 from rakd.study.validation import CarValidation
 from rakd.training.log import RESERVED, Row
@@ -177,6 +178,8 @@ class Runner:
             frames,
             seconds=rows[-1]["seconds"] if rows else None,
             losses=_last_losses(rows) if rows else None,
+            draws=DRAWS,
+            progress=not self.quiet,
         )
         write_run(result, figures)
         return figures

@@ -19,7 +19,7 @@ from rakd.study.metrics import (
     PRIMARY,
     Metric,
     Summary,
-    half_width,
+    difference_interval,
     paired_differences,
     summarise,
     values_by_seed,
@@ -78,23 +78,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Difference(Cell):
-    """A mean of paired differences, with Student's 95 % confidence interval from two seeds on."""
+    """A mean of paired differences, and the ends of its interval, NaN where there is none."""
+
+    interval: tuple[float, float] = (math.nan, math.nan)
 
     def text(self, runs: int) -> str:
-        """Mean, standard deviation and interval; a dash where no seed has both."""
+        """Mean, standard deviation over several seeds, and interval; a dash where no seed has both."""
         if not self.summary.count:
             return _DASH
         text = f"{self.summary.mean:+.{self.digits}f}"
         if self.summary.count > 1:
+            text += f" ± {self.summary.std:.{self.digits}f}"
+        if all(map(math.isfinite, self.interval)):
             low, high = self.interval
-            text += f" ± {self.summary.std:.{self.digits}f} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
+            text += f" [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
         return text.replace("-", "−")
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Its ends; NaN with one seed."""
-        half = half_width(self.summary)
-        return self.summary.mean - half, self.summary.mean + half
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,10 @@ def _differences(study: StudyResult) -> list[Table]:
         rows = []
         for name, pair in pairs.items():
             found = [paired_differences(study, *pair, metric) for metric in PRIMARY]
-            cells = [Difference(m, summarise(values), 2) for m, values in zip(PRIMARY, found, strict=True)]
+            cells = [
+                Difference(m, summarise(values), 2, interval=difference_interval(study, *pair, m, len(pairs)))
+                for m, values in zip(PRIMARY, found, strict=True)
+            ]
             rows.append(Row(name, METHOD_NAMES[name], max(map(len, found)), tuple(cells)))
         heads = tuple(metric.title for metric in PRIMARY)
         tables.append(Table(key, f"Paired differences: {title}", heads, tuple(rows)))

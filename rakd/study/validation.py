@@ -11,7 +11,7 @@ from rakd.detector.inference import write_detections
 from rakd.distributed import Processes
 from rakd.errors import UserError
 from rakd.evaluation.kitti import LEVELS, evaluate
-from rakd.study.results import precisions_of
+from rakd.study.evaluation import precisions_of
 
 
 @dataclass

@@ -1,0 +1,100 @@
+"""The evaluation of a run's detections: the figures of a study, and the primary ones on drawn frames."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from rakd.evaluation.bootstrap import draw_frames, make_resampler
+from rakd.evaluation.depth import depth_errors
+from rakd.evaluation.kitti import CLASSES, Result, evaluate
+from rakd.progress import bar
+from rakd.study.metrics import PRIMARY, values_by_seed
+from rakd.study.results import Precisions, RunResult, StudyResult
+
+DRAWS = 300
+"""Draws of the frames in a study, from which intervals are made."""
+
+
+def precisions_of(**results: Result) -> Precisions:
+    """Gather what tables need from evaluations: ``precisions_of(official=..., loose=...)``.
+
+    Args:
+        results: Of `rakd.evaluation.kitti.evaluate`, for each kind of overlaps.
+
+    Returns:
+        R40 in 3D and from above. A class without objects at a level is NaN: nothing was to be found. A class
+        with objects but without detections is 0.
+    """
+    return {
+        overlaps: {
+            metric: {
+                name: tuple(
+                    value if objects else math.nan
+                    for value, objects in zip(result[name][metric]["R40"], result[name][metric]["objects"], strict=True)
+                )
+                for name in CLASSES
+            }
+            for metric in ("3d", "bev")
+        }
+        for overlaps, result in results.items()
+    }
+
+
+def evaluate_run(
+    method: str,
+    seed: int,
+    truth: Path,
+    detections: Path,
+    frames: Sequence[str],
+    *,
+    seconds: float | None = None,
+    losses: Mapping[str, float] | None = None,
+    draws: int = 0,
+    progress: bool = False,
+) -> tuple[RunResult, Result]:
+    """Evaluate a run's detections.
+
+    Args:
+        method: See `RunResult`.
+        seed: Same.
+        truth: Folder of label files.
+        detections: Folder of result files.
+        frames: Names of the frames to evaluate on.
+        seconds: See `RunResult`.
+        losses: Same.
+        draws: Draws of the frames for `RunResult.drawn`.
+        progress: Show a progress bar.
+
+    Returns:
+        The figures, and the evaluation at the official overlaps.
+    """
+    official = evaluate(truth, detections, frames=frames, progress=progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same detections have been warned about
+        loose = evaluate(truth, detections, frames=frames, overlaps="loose", progress=False)
+    precisions = precisions_of(official=official, loose=loose)
+    depth = depth_errors(truth, detections, frames=frames, progress=False)
+    drawn = _draw(RunResult(method, seed, precisions, depth), truth, detections, frames, draws, progress)
+    return RunResult(method, seed, precisions, depth, seconds, dict(losses or {}), drawn), official
+
+
+def _draw(
+    run: RunResult, truth: Path, detections: Path, frames: Sequence[str], draws: int, progress: bool
+) -> dict[str, tuple[float, ...]]:
+    """The primary metrics on draws of the frames."""
+    if not draws:
+        return {}
+    resampler = make_resampler(truth, detections, frames)
+    drawn: dict[str, list[float]] = {metric.key: [] for metric in PRIMARY}
+    for draw in bar(draw_frames(len(frames), draws), desc="drawing frames", delay=2.0, disable=not progress):
+        precisions: Precisions = {name: {"3d": found} for name, found in resampler.precisions(draw).items()}
+        depth = resampler.depth.figures(np.bincount(draw, minlength=len(frames)))
+        there = StudyResult((replace(run, precisions=precisions, depth=depth),))
+        for metric in PRIMARY:
+            values = values_by_seed(there, run.method, metric)
+            drawn[metric.key].append(round(values.get(run.seed, math.nan), 4))
+    return {key: tuple(values) for key, values in drawn.items()}
