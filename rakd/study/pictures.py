@@ -1,4 +1,4 @@
-"""A study as pictures: bars of methods with their seeds as dots, curves of training losses."""
+"""A study as pictures: bars of methods with their seeds as dots, AP against latency, curves of training losses."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -74,6 +74,37 @@ def _draw_bar_panel(axis: Axes, study: StudyResult, metric: Metric, methods: Seq
     axis.margins(x=0.25)
     _clean(axis, "x")
     axis.tick_params(axis="y", labelsize=9.5, labelcolor=INK)
+
+
+def draw_tradeoff(study: StudyResult) -> Figure:
+    """Draw AP 3D of cars (moderate) against latency, a point for each method, at both IoU: what distilling is for.
+
+    Args:
+        study: With runs, and the latency of both models.
+    """
+    figure = Figure(figsize=(10.5, 4.6))
+    for axis, overlaps in zip(figure.subplots(1, 2), ("official", "loose"), strict=True):
+        metric = Metric("3d", "Car", "moderate", overlaps)
+        for method in METHODS:
+            summary = summarise(values_by_seed(study, method, metric).values())
+            model = study.model("expert" if method == "expert" else "apprentice")
+            if not summary.count or model is None or model.latency_ms is None:
+                continue
+            error = 0.0 if summary.count < 2 else summary.std
+            axis.errorbar(
+                model.latency_ms, summary.mean, yerr=error, fmt="o", ms=8, color=COLORS[method], capsize=3,
+                label=METHOD_NAMES[method],
+            )  # fmt: skip
+        axis.set_title(metric.title, loc="left", size=10, color=INK)
+        axis.set_xlabel("latency of one image, ms (median)", size=9, color=MUTED)
+        axis.margins(x=0.25, y=0.15)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        _clean(axis, "both")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9, labelcolor=INK)
+    figure.subplots_adjust(left=0.06, right=0.84, top=0.8, bottom=0.12, wspace=0.2)
+    _write_title(figure, "Accuracy against latency (bars: standard deviation over seeds)", study)
+    return figure
 
 
 def draw_training(study: StudyResult, logs: Sequence[TrainingLog]) -> Figure:

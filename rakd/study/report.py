@@ -1,5 +1,6 @@
 """An experiment written down: tables, figures for other programs, pictures."""
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from rakd.detector.configs import DETECTORS
 from rakd.files import atomic_write, write_text
 from rakd.study.metrics import METHOD_NAMES
 from rakd.study.results import METHODS, StudyResult, TrainingLog, write_study
-from rakd.study.tables import format_csv, format_lines, format_markdown, make_tables
+from rakd.study.tables import format_csv, format_html, format_lines, format_markdown, make_tables
 
 _MARKS = (
     "Marks go by the means alone: they ignore the standard deviation, and a second best may be no worse than the best."
@@ -28,6 +29,12 @@ _NOTES = (
     "a column hold together (Bonferroni). With one seed it tells what other frames would change, and nothing of other "
     "trainings.",
     "Distillation losses of different methods are different quantities; they cannot be compared.",
+)
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;color:#22272e;margin:2em auto;max-width:90em;padding:0 1em}"
+    "h2{font-size:1.1em;margin-top:2em}table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
+    "th,td{text-align:right;padding:.2em .7em;border-bottom:1px solid #e4e7eb}th{border-bottom-color:#22272e}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
 )
 _REGIONS = {
     "proposals": "the apprentice's proposals on objects",
@@ -53,15 +60,17 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
         logs: Losses of the runs, for the picture of training; without any there is none.
 
     Returns:
-        The files written: ``study.json``, ``tables.md``, ``tables.csv``, ``bars.png`` (if there are runs) and
-        ``training.png``.
+        The files written: ``study.json``, ``tables.md``, ``tables.csv``, ``bars.png`` (if there are runs),
+        ``tradeoff.png`` (if the models' latency was measured), ``training.png`` and ``report.html``.
     """
-    from rakd.study.pictures import draw_bars, draw_training
+    from rakd.study.pictures import draw_bars, draw_tradeoff, draw_training
 
     tables = make_tables(study)
     write_study(folder / "study.json", study)
     write_text(folder / "tables.csv", format_csv(tables))
     pictures = {"bars.png": draw_bars(study)} if study.runs else {}
+    if study.runs and all(model.latency_ms is not None for model in study.models) and study.models:
+        pictures["tradeoff.png"] = draw_tradeoff(study)
     if logs:
         pictures["training.png"] = draw_training(study, logs)
     for name, figure in pictures.items():
@@ -79,7 +88,26 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
         *(f"![{name.partition('.')[0]}]({name})\n" for name in pictures),
     ]
     write_text(folder / "tables.md", "\n".join(sections))
-    return [folder / name for name in ("study.json", "tables.md", "tables.csv", *pictures)]
+    write_text(folder / "report.html", _format_page(study, [*pictures, "frames.png"]))
+    return [folder / name for name in ("study.json", "tables.md", "tables.csv", *pictures, "report.html")]
+
+
+def _format_page(study: StudyResult, pictures: Sequence[str]) -> str:
+    """Tables, notes and pictures as one page that lies beside the pictures."""
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _NOTES)
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><meta charset="utf-8"><title>Distillation methods</title>',
+            f"<style>{_STYLE}</style><h1>Distillation methods</h1>",
+            f"<p>{html.escape(_provenance(study))}</p>",
+            f"<p>Best <b>bold</b>, second <u>underlined</u>. {_MARKS}</p>",
+            *map(format_html, make_tables(study)),
+            f"<h2>Notes</h2><ul>{notes}</ul><h2>Pictures</h2>",
+            # Frames are drawn after the report, and where there are none nothing shows.
+            *(f'<p><img src="{name}" alt="" onerror="this.remove()"></p>' for name in pictures),
+            "</html>\n",
+        ]
+    )
 
 
 def _bullets(sentences: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The paper's tables from a study's figures, and their forms: Markdown, CSV, lines for a terminal."""
 
 import csv
+import html
 import io
 import math
 from collections.abc import Sequence
@@ -263,6 +264,18 @@ def format_markdown(table: Table) -> str:
         texts = [wrap[cell.mark].format(cell.text(row.runs)) for cell in row.cells]
         lines.append(f"| {row.name} | {row.runs or _DASH} | " + " | ".join(texts) + " |")
     return "\n".join(lines) + "\n"
+
+
+def format_html(table: Table) -> str:
+    """An HTML table under its title; best bold, second underlined."""
+    wrap = {"": "{}", "best": "<b>{}</b>", "second": "<u>{}</u>"}
+    heads = "".join(f"<th>{html.escape(head)}</th>" for head in ("Method", "Seeds", *table.heads))
+    lines = [f"<h2>{html.escape(table.title)}</h2>", f"<table><tr>{heads}</tr>"]
+    for row in table.rows:
+        texts = [wrap[cell.mark].format(cell.text(row.runs)) for cell in row.cells]
+        cells = "".join(f"<td>{text}</td>" for text in (html.escape(row.name), row.runs or _DASH, *texts))
+        lines.append(f"<tr>{cells}</tr>")
+    return "\n".join([*lines, "</table>"])
 
 
 def format_lines(table: Table) -> str:

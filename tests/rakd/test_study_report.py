@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES
 from rakd.study.evaluation import precisions_of
 from rakd.study.metrics import MEAN, Metric, difference_interval, summarise, values_by_seed
-from rakd.study.pictures import COLORS, draw_bars, draw_training, running_mean
+from rakd.study.pictures import COLORS, draw_bars, draw_tradeoff, draw_training, running_mean
 from rakd.study.report import format_tables, write_report
 from rakd.study.results import (
     METHODS,
@@ -461,7 +462,62 @@ def test_notes_warn_of_what_figures_do_not_say(study, tmp_path):
             assert words in text
 
 
+class Page(HTMLParser):
+    """The rows of a page's tables, its pictures, and whether each mark that is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.pictures: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        elif tag != "meta":
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+def test_the_page_has_the_figures_of_the_tables(study, tmp_path):
+    study = dataclasses.replace(study, data="made <by> hand & eye")
+    write_report(study, tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.open == [] and "made &lt;by&gt; hand &amp; eye" in text
+    assert page.pictures == ["bars.png", "tradeoff.png", "frames.png"]
+    wanted = []
+    for one in make_tables(study):
+        wanted.append(["Method", "Seeds", *one.heads])
+        wanted += [[r.name, str(r.runs or "–"), *(cell.text(r.runs) for cell in r.cells)] for r in one.rows]
+    assert page.rows == wanted
+
+
+def test_points_stand_at_latency_and_mean_ap(study):
+    left, right = draw_tradeoff(study).axes
+    for axis in (left, right):
+        points = {c.get_label(): c.lines[0].get_xydata()[0].tolist() for c in axis.containers}
+        assert points == {
+            "Expert": [38.21, 30.0],
+            "No distillation": [17.0, 11.0],
+            "PKD": [17.0, 10.5],
+            "RAKD": [17.0, 13.0],
+        }
+
+
 def test_report_of_an_empty_study(tmp_path):
     paths = write_report(study_of(), tmp_path)
-    assert [path.name for path in paths] == ["study.json", "tables.md", "tables.csv"]
+    assert [path.name for path in paths] == ["study.json", "tables.md", "tables.csv", "report.html"]
     assert "Table 3" in format_tables(study_of())
