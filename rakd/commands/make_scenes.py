@@ -15,7 +15,7 @@ from rakd.scenes import make_scenes
 class MakeScenes:
     """Render street scenes in KITTI's layout, to train and test without a download.
 
-    Writes training/{image_2,label_2,calib} and ImageSets/{train,val,trainval}.txt. The same seed gives the
+    Writes training/{image_2,label_2,calib} and ImageSets/{train,val,trainval,fit,tune}.txt. The same seed gives the
     same files on any machine. An interrupted run is completed by repeating the command.
     """
 

@@ -28,6 +28,7 @@ _MANIFEST = "scenes.json"
 
 _MIN_HEIGHT = 14  # pixels; what is lower becomes a DontCare region, as in KITTI
 _VAL_EVERY = 5
+_TUNE_EVERY = 8
 
 
 def make_scenes(
@@ -41,10 +42,11 @@ def make_scenes(
 ) -> None:
     """Render street scenes with cars, vans, pedestrians and cyclists, in KITTI's layout.
 
-    Writes ``training/{image_2,label_2,calib}`` and ``ImageSets/{train,val,trainval}.txt``; every fifth frame
-    is for validation. The pixels of a frame depend on the seed, its number and the size only, not on the number of
-    frames or workers. Files appear whole or not at all, and an interrupted run is
-    completed by the same call; frames that are there already are kept.
+    Writes ``training/{image_2,label_2,calib}`` and ``ImageSets/{train,val,trainval,fit,tune}.txt``; every fifth frame
+    is for validation. ``fit`` and ``tune`` share out ``train``, seven to one, to choose settings by: nothing need be
+    chosen on ``val``. Of fewer than two frames for training they are not written. The pixels of a frame depend on the
+    seed, its number and the size only, not on the number of frames or workers. Files appear whole or not at all, and
+    an interrupted run is completed by the same call; frames that are there already are kept.
 
     Labels follow from the rendering: truncation is the share of the object's outline outside the image;
     occlusion is 0, 1, 2 or 3 where at least 80 %, 45 %, 15 % or less of its pixels in the image are seen.
@@ -202,11 +204,15 @@ def _occlusion(visible: float) -> int:
 
 
 def _write_splits(out: Path, frames: int) -> None:
-    splits: dict[str, list[int]] = {"train": [], "val": [], "trainval": list(range(frames))}
+    splits: dict[str, list[int]] = {"train": [], "val": [], "trainval": list(range(frames)), "fit": [], "tune": []}
     # With few frames the last one validates, so that neither list is ever empty.
     for i in range(frames):
         held_out = i % _VAL_EVERY == _VAL_EVERY - 1 or (frames < _VAL_EVERY and i == frames - 1)
         splits["val" if held_out else "train"].append(i)
+        if not held_out:
+            splits["tune" if i % _TUNE_EVERY == 0 else "fit"].append(i)
+    if len(splits["train"]) < 2:
+        del splits["fit"], splits["tune"]
     for name, indices in splits.items():
         text = "".join(f"{i:06d}\n" for i in indices)
         write_text(out / "ImageSets" / f"{name}.txt", text)

@@ -113,6 +113,9 @@ def test_bad_arguments(tmp_path, arguments, error, message):
 def test_splits(scenes, tmp_path):
     lists = {name: read_split(scenes / "ImageSets" / f"{name}.txt") for name in ("train", "val", "trainval")}
     assert sorted(lists["train"] + lists["val"]) == lists["trainval"]
+    chosen = {name: read_split(scenes / "ImageSets" / f"{name}.txt") for name in ("fit", "tune")}
+    assert chosen["tune"] == [name for name in lists["train"] if int(name) % 8 == 0] != []
+    assert sorted(chosen["fit"] + chosen["tune"]) == lists["train"]
     make_scenes(tmp_path / "two", 2, size=SIZE)
     assert read_split(tmp_path / "two" / "ImageSets" / "val.txt") == ["000001"]
     assert json.loads((tmp_path / "two" / "scenes.json").read_text())["seed"] == 0
