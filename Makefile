@@ -8,7 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch torchvision
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml Makefile
 
 .PHONY: run test lint docs clean env
 

@@ -59,14 +59,14 @@ def evaluate_run(
     """Evaluate a run's detections.
 
     Args:
-        method: See `RunResult`.
+        method: See `rakd.study.results.RunResult`.
         seed: Same.
         truth: Folder of label files.
         detections: Folder of result files.
         frames: Names of the frames to evaluate on.
-        seconds: See `RunResult`.
+        seconds: See `rakd.study.results.RunResult`.
         losses: Same.
-        draws: Draws of the frames for `RunResult.drawn`.
+        draws: Draws of the frames for `rakd.study.results.RunResult.drawn`.
         progress: Show a progress bar.
 
     Returns:

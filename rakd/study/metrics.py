@@ -118,8 +118,8 @@ def difference_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean paired difference, over seeds and evaluated frames.
 
-    Frames are drawn as in `RunResult.drawn`, the same for both methods; for each draw of frames, seeds are drawn 50
-    times. With one seed the interval tells of the frames alone.
+    Draws of frames are those of `rakd.study.results.RunResult.drawn`, the same for both methods; for each of them,
+    seeds are drawn 50 times. With one seed the interval tells of the frames alone.
 
     Args:
         study: The runs.
