@@ -27,5 +27,5 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning as one line, without the source line that raised it: commands' `warnings.showwarning`."""
+    """Print a warning as one line, without the source line that raised it: commands' ``warnings.showwarning``."""
     print(f"rakd: warning: {message}", file=file or sys.stderr)
