@@ -20,6 +20,9 @@ from rakd.geometry import FloatArray
 MIN_IOU = 0.5
 """Intersection over union of 2D boxes from which on a detection belongs to an object."""
 
+SIZES = (0.0, 24.0, 34.0, 48.0, 68.0, 96.0, 136.0, math.inf)
+"""Ends of the groups of objects by size, the root of the area of the 2D box in pixels: half a pyramid level each."""
+
 ALL = "all"
 _NO_PLACE = -1000.0
 _HARDEST = len(LEVELS) - 1
@@ -75,11 +78,15 @@ class DepthErrors:
         errors: By class: ``[n]``, in the order of the scores that found them.
         frames: By class: ``[n]``, the frame of each.
         objects: By class: ``[F]``, how many are to be found in each frame.
+        found_sizes: By class: ``[n]``, roots of the areas of the 2D boxes, pixels.
+        sizes: By class: the same of all objects to be found.
     """
 
     errors: dict[str, FloatArray]
     frames: dict[str, Indices]
     objects: dict[str, Indices]
+    found_sizes: dict[str, FloatArray]
+    sizes: dict[str, FloatArray]
 
     def figures(self, times: Indices | None = None) -> dict[str, DepthFigures]:
         """Figures of each class and of "all".
@@ -99,6 +106,16 @@ class DepthErrors:
         result[ALL] = _figures(sums)
         return result
 
+    def by_size(self) -> tuple[DepthFigures, ...]:
+        """Figures of the objects of all classes in each group of `SIZES`."""
+        errors, found, all_ = (
+            np.concatenate([of[name] for name in CLASSES]) for of in (self.errors, self.found_sizes, self.sizes)
+        )
+        group, groups = np.digitize(found, SIZES[1:]), len(SIZES) - 1
+        error, count = np.bincount(group, errors, groups), np.bincount(group, minlength=groups)
+        objects = np.bincount(np.digitize(all_, SIZES[1:]), minlength=groups)
+        return tuple(_figures(sums) for sums in np.stack([error, count, objects], axis=1))
+
 
 def find_depth_errors(truths: Sequence[Objects], detections: Sequence[Objects]) -> DepthErrors:
     """Match detections and labels, given frame by frame, as `depth_errors` says."""
@@ -106,7 +123,8 @@ def find_depth_errors(truths: Sequence[Objects], detections: Sequence[Objects]) 
     truth_frames = np.repeat(np.arange(len(truths)), [len(objects) for objects in truths])
     detection_frames = np.repeat(np.arange(len(detections)), [len(objects) for objects in detections])
     placed = (detection.location[:, [0, 2]] != _NO_PLACE).all(axis=1)
-    found = DepthErrors({}, {}, {})
+    found = DepthErrors({}, {}, {}, {}, {})
+    sizes = np.sqrt(np.prod((truth.boxes[:, 2:] - truth.boxes[:, :2]).clip(min=0), axis=1))
     for name in CLASSES:
         flags = truth_flags(truth, name, _HARDEST)
         # Relative to a depth that is not positive, nothing can be said.
@@ -118,6 +136,7 @@ def find_depth_errors(truths: Sequence[Objects], detections: Sequence[Objects]) 
         )
         found.frames[name] = truth_frames[rows][objects]
         found.objects[name] = np.bincount(truth_frames[flags == VALID], minlength=len(truths))
+        found.found_sizes[name], found.sizes[name] = sizes[rows][objects], sizes[flags == VALID]
     return found
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rakd.evaluation.bootstrap import draw_frames, make_resampler
-from rakd.evaluation.depth import depth_errors
+from rakd.evaluation.bootstrap import Resampler, draw_frames, make_resampler
 from rakd.evaluation.kitti import CLASSES, Result, evaluate
 from rakd.progress import bar
 from rakd.study.metrics import PRIMARY, values_by_seed
@@ -77,22 +76,22 @@ def evaluate_run(
         warnings.simplefilter("ignore")  # the same detections have been warned about
         loose = evaluate(truth, detections, frames=frames, overlaps="loose", progress=False)
     precisions = precisions_of(official=official, loose=loose)
-    depth = depth_errors(truth, detections, frames=frames, progress=False)
-    drawn = _draw(RunResult(method, seed, precisions, depth), truth, detections, frames, draws, progress)
-    return RunResult(method, seed, precisions, depth, seconds, dict(losses or {}), drawn), official
+    resampler = make_resampler(truth, detections, frames)
+    depth, by_size = resampler.depth.figures(), resampler.depth.by_size()
+    run = RunResult(method, seed, precisions, depth, seconds, dict(losses or {}), by_size=by_size)
+    return replace(run, drawn=_draw(run, resampler, len(frames), draws, progress)), official
 
 
 def _draw(
-    run: RunResult, truth: Path, detections: Path, frames: Sequence[str], draws: int, progress: bool
+    run: RunResult, resampler: Resampler, frames: int, draws: int, progress: bool
 ) -> dict[str, tuple[float, ...]]:
     """The primary metrics on draws of the frames."""
     if not draws:
         return {}
-    resampler = make_resampler(truth, detections, frames)
     drawn: dict[str, list[float]] = {metric.key: [] for metric in PRIMARY}
-    for draw in bar(draw_frames(len(frames), draws), desc="drawing frames", delay=2.0, disable=not progress):
+    for draw in bar(draw_frames(frames, draws), desc="drawing frames", delay=2.0, disable=not progress):
         precisions: Precisions = {name: {"3d": found} for name, found in resampler.precisions(draw).items()}
-        depth = resampler.depth.figures(np.bincount(draw, minlength=len(frames)))
+        depth = resampler.depth.figures(np.bincount(draw, minlength=frames))
         there = StudyResult((replace(run, precisions=precisions, depth=depth),))
         for metric in PRIMARY:
             values = values_by_seed(there, run.method, metric)

@@ -1,6 +1,7 @@
-"""A study as pictures: bars of methods with their seeds as dots, AP against latency, curves of training losses."""
+"""A study as pictures: bars of methods with their seeds as dots, AP against latency, objects by size, losses."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rakd.distill import registry
-from rakd.evaluation.depth import ALL
+from rakd.evaluation.depth import ALL, SIZES
 from rakd.evaluation.kitti import CLASSES
 from rakd.geometry import FloatArray
 from rakd.study.metrics import MEAN, METHOD_NAMES, Metric, summarise, values_by_seed
@@ -104,6 +105,42 @@ def draw_tradeoff(study: StudyResult) -> Figure:
     axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9, labelcolor=INK)
     figure.subplots_adjust(left=0.06, right=0.84, top=0.8, bottom=0.12, wspace=0.2)
     _write_title(figure, "Accuracy against latency (bars: standard deviation over seeds)", study)
+    return figure
+
+
+def draw_sizes(study: StudyResult) -> Figure:
+    """Draw recall and AbsRel by the size of objects, a line for each method: the mean over seeds ± its deviation.
+
+    Args:
+        study: Runs that lack these figures are left out; one at least has them.
+    """
+    figure = Figure(figsize=(11.5, 4.8))
+    runs = [run for run in study.runs if run.by_size]
+    counts = [group.objects for group in runs[0].by_size]
+    places = np.arange(len(counts))
+    names = [f"{low:g} to {high:g}" for low, high in pairwise(SIZES)]
+    names[0], names[-1] = f"< {SIZES[1]:g}", f"> {SIZES[-2]:g}"
+    methods = [method for method in METHODS if any(run.method == method for run in runs)]
+    kinds = (("recall", "Recall at 2D IoU 0.5, %"), ("abs_rel", "AbsRel of depth of the objects found, %"))
+    for axis, (kind, title) in zip(figure.subplots(1, 2), kinds, strict=True):
+        for number, method in enumerate(methods):
+            own = [run for run in runs if run.method == method]
+            table = 100 * np.array([[getattr(group, kind) for group in run.by_size] for run in own])
+            spread = table.std(axis=0, ddof=1) if len(own) > 1 else np.zeros(len(counts))
+            shift = 0.5 * (number / max(1, len(methods) - 1) - 0.5)
+            axis.errorbar(
+                places + shift, table.mean(axis=0), yerr=spread, fmt="o-", ms=4, lw=1.2, capsize=2,
+                color=COLORS[method], label=METHOD_NAMES[method],
+            )  # fmt: skip
+        labels = [f"{name}\n{count}" for name, count in zip(names, counts, strict=True)]
+        axis.set_xticks(places, labels)
+        axis.set_title(title, loc="left", size=10, color=INK)
+        axis.set_xlabel("root of the area of the 2D box, pixels of the image; objects", size=9, color=MUTED)
+        axis.set_ylim(bottom=0)
+        _clean(axis, "both")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9, labelcolor=INK)
+    figure.subplots_adjust(left=0.05, right=0.84, top=0.8, bottom=0.17, wspace=0.16)
+    _write_title(figure, "Objects by size (bars: standard deviation over seeds)", study)
     return figure
 
 

@@ -61,9 +61,10 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
 
     Returns:
         The files written: ``study.json``, ``tables.md``, ``tables.csv``, ``bars.png`` (if there are runs),
-        ``tradeoff.png`` (if the models' latency was measured), ``training.png`` and ``report.html``.
+        ``tradeoff.png`` (if the models' latency was measured), ``sizes.png`` (if runs have figures by size),
+        ``training.png`` and ``report.html``.
     """
-    from rakd.study.pictures import draw_bars, draw_tradeoff, draw_training
+    from rakd.study.pictures import draw_bars, draw_sizes, draw_tradeoff, draw_training
 
     tables = make_tables(study)
     write_study(folder / "study.json", study)
@@ -71,6 +72,8 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
     pictures = {"bars.png": draw_bars(study)} if study.runs else {}
     if study.runs and all(model.latency_ms is not None for model in study.models) and study.models:
         pictures["tradeoff.png"] = draw_tradeoff(study)
+    if any(run.by_size for run in study.runs):
+        pictures["sizes.png"] = draw_sizes(study)
     if logs:
         pictures["training.png"] = draw_training(study, logs)
     for name, figure in pictures.items():

@@ -58,6 +58,7 @@ class RunResult:
         losses: Last values of the losses, by name.
         drawn: Primary metrics on frames drawn with replacement, by `rakd.study.metrics.Metric.key`; the same draws
             for all runs that were evaluated on the same frames. Runs of earlier versions have none.
+        by_size: Depth and recall of objects by size, see `rakd.evaluation.depth.SIZES`; empty where not measured.
 
     Raises:
         ValueError: The method is not known, or a class does not have three levels.
@@ -70,6 +71,7 @@ class RunResult:
     seconds: float | None = None
     losses: dict[str, float] = field(default_factory=dict)
     drawn: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    by_size: tuple[DepthFigures, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -232,6 +234,11 @@ def _model(content: Any, where: str) -> Any:
     return _construct(ModelFigures, _record(ModelFigures, content, where), where)
 
 
+def _depth(content: Mapping[str, Any]) -> DepthFigures:
+    by_name = {_EARLIER_NAMES.get(key, key): value for key, value in content.items()}
+    return DepthFigures(_number(by_name["abs_rel"]), _number(by_name["recall"]), by_name["objects"])
+
+
 def _run(content: Any, where: str) -> Any:
     content = _record(RunResult, content, where)
     content["precisions"] = {
@@ -241,11 +248,8 @@ def _run(content: Any, where: str) -> Any:
         }
         for overlaps, metrics in content.get("precisions", {}).items()
     }
-    depth = {}
-    for name, figures in content.get("depth", {}).items():
-        by_name = {_EARLIER_NAMES.get(key, key): value for key, value in figures.items()}
-        depth[name] = DepthFigures(_number(by_name["abs_rel"]), _number(by_name["recall"]), by_name["objects"])
-    content["depth"] = depth
+    content["depth"] = {name: _depth(figures) for name, figures in content.get("depth", {}).items()}
+    content["by_size"] = tuple(map(_depth, content.get("by_size", ())))
     content["losses"] = {name: _number(value) for name, value in content.get("losses", {}).items()}
     content["drawn"] = {name: tuple(map(_number, values)) for name, values in content.get("drawn", {}).items()}
     return _construct(RunResult, content, where)

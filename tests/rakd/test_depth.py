@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rakd.evaluation.depth import depth_errors
+from rakd.evaluation.depth import SIZES, depth_errors, find_depth_errors
+from rakd.evaluation.kitti import read_folders
 
 
 def car(x1=100, z=20.0, *, name="Car", occlusion=0, x=1.0, bottom=200):
@@ -31,6 +32,22 @@ def test_mean_over_the_objects_found(tmp_path):
     assert (result["Pedestrian"].abs_rel, result["Pedestrian"].recall) == pytest.approx((0.1, 1.0))
     assert math.isnan(result["Cyclist"].abs_rel) and math.isnan(result["Cyclist"].recall)
     assert (result["all"].abs_rel, result["all"].recall, result["all"].objects) == pytest.approx((0.1, 0.75, 4))
+
+
+def test_figures_by_size(tmp_path):
+    # Boxes 100 wide: 100 x 100 is in the group of 96 to 136, 100 x 49 (root 70) in that of 68 to 96.
+    truth = [[car(100, 20), car(400, 40)], [car(100, 10, bottom=149), car(300, 30, name="Pedestrian")]]
+    found = [[car(105, 22) + " 0.9"], [car(300, 33, name="Pedestrian") + " 0.2", car(100, 8, bottom=149) + " 0.1"]]
+    errors(tmp_path, truth, found)
+    frames = ["000000", "000001"]
+    groups = find_depth_errors(*read_folders(tmp_path / "gt", tmp_path / "pred", frames=frames)).by_size()
+    assert len(groups) == len(SIZES) - 1 == 7
+    assert [group.objects for group in groups] == [0, 0, 0, 0, 1, 3, 0]
+    assert (groups[4].abs_rel, groups[4].recall) == pytest.approx((0.2, 1.0))
+    assert (groups[5].abs_rel, groups[5].recall) == pytest.approx((0.1, 2 / 3))
+    assert math.isnan(groups[0].abs_rel) and math.isnan(groups[0].recall)
+    # Together they are all that there is.
+    assert sum(group.objects for group in groups) == depth_errors(tmp_path / "gt", tmp_path / "pred")["all"].objects
 
 
 def test_objects_without_any_detection(tmp_path):

@@ -16,7 +16,7 @@ from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES
 from rakd.study.evaluation import precisions_of
 from rakd.study.metrics import MEAN, Metric, difference_interval, summarise, values_by_seed
-from rakd.study.pictures import COLORS, draw_bars, draw_tradeoff, draw_training, running_mean
+from rakd.study.pictures import COLORS, draw_bars, draw_sizes, draw_tradeoff, draw_training, running_mean
 from rakd.study.report import format_tables, write_report
 from rakd.study.results import (
     METHODS,
@@ -503,6 +503,24 @@ def test_the_page_has_the_figures_of_the_tables(study, tmp_path):
         wanted.append(["Method", "Seeds", *one.heads])
         wanted += [[r.name, str(r.runs or "–"), *(cell.text(r.runs) for cell in r.cells)] for r in one.rows]
     assert page.rows == wanted
+
+
+def test_lines_by_size_are_means_over_seeds(tmp_path):
+    def sized(method, seed, recall):
+        groups = tuple(DepthFigures(0.1 if i else math.nan, recall * i / 7, 10 + i) for i in range(7))
+        return dataclasses.replace(run(method, seed, 1.0), by_size=groups)
+
+    study = study_of(run("expert", 0, 9.0), sized("none", 0, 0.7), sized("rakd", 0, 0.7), sized("rakd", 1, 0.9))
+    write_study(tmp_path / "study.json", study)
+    again = read_study(tmp_path / "study.json")
+    assert again.to_json() == study.to_json() and again.runs[1].by_size[1] == study.runs[1].by_size[1]
+    left, right = draw_sizes(study).axes
+    lines = {c.get_label(): c.lines[0].get_ydata() for c in left.containers}
+    assert set(lines) == {"No distillation", "RAKD"}  # of the expert nothing is known
+    np.testing.assert_allclose(lines["RAKD"], [80 * i / 7 for i in range(7)])
+    np.testing.assert_allclose(lines["No distillation"], [70 * i / 7 for i in range(7)])
+    np.testing.assert_allclose(right.containers[1].lines[0].get_ydata()[1:], 10.0)
+    assert [label.get_text() for label in left.get_xticklabels()][1] == "24 to 34\n11"
 
 
 def test_points_stand_at_latency_and_mean_ap(study):
