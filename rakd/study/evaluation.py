@@ -12,10 +12,13 @@ from rakd.evaluation.bootstrap import Resampler, draw_frames, make_resampler
 from rakd.evaluation.kitti import CLASSES, Result, evaluate
 from rakd.progress import bar
 from rakd.study.metrics import PRIMARY, values_by_seed
-from rakd.study.results import Precisions, RunResult, StudyResult
+from rakd.study.results import METHODS, Precisions, RunResult, StudyResult
 
-DRAWS = 300
-"""Draws of the frames in a study, from which intervals are made."""
+DRAWS = 100
+"""Draws of the frames in a study: enough for a variance, whose root then errs by some 7 %."""
+
+MAX_FRAMES = 10_000
+"""Frames beyond which none are drawn: it would take the better part of an hour, and so many frames hardly scatter."""
 
 
 def precisions_of(**results: Result) -> Precisions:
@@ -86,13 +89,25 @@ def _draw(
     run: RunResult, resampler: Resampler, frames: int, draws: int, progress: bool
 ) -> dict[str, tuple[float, ...]]:
     """The primary metrics on draws of the frames."""
-    if not draws:
+    if not draws or frames > MAX_FRAMES:
         return {}
     drawn: dict[str, list[float]] = {metric.key: [] for metric in PRIMARY}
+    # A run beside this one with a figure wherever there are objects: averages are over these classes and levels.
+    other = next(method for method in METHODS if method != run.method)
     for draw in bar(draw_frames(frames, draws), desc="drawing frames", delay=2.0, disable=not progress):
-        precisions: Precisions = {name: {"3d": found} for name, found in resampler.precisions(draw).items()}
+        own: Precisions = {}
+        whole: Precisions = {}
+        for overlaps, results in resampler.evaluate(draw).items():
+            counts = {name: result["objects"] for name, result in results.items()}
+            whole[overlaps] = {"3d": {name: tuple(0.0 if n else math.nan for n in of) for name, of in counts.items()}}
+            own[overlaps] = {
+                "3d": {
+                    name: tuple(ap if n else math.nan for ap, n in zip(result["R40"], counts[name], strict=True))
+                    for name, result in results.items()
+                }
+            }
         depth = resampler.depth.figures(np.bincount(draw, minlength=frames))
-        there = StudyResult((replace(run, precisions=precisions, depth=depth),))
+        there = StudyResult((replace(run, precisions=own, depth=depth), RunResult(other, run.seed, whole)))
         for metric in PRIMARY:
             values = values_by_seed(there, run.method, metric)
             drawn[metric.key].append(round(values.get(run.seed, math.nan), 4))

@@ -104,13 +104,14 @@ class Experiment:
         if not any(map(self._is_open, self.plan)):
             self._say("all runs are finished already: only tables and pictures are made anew")
         self._train_side_by_side()
-        runs, expert = [], None
+        runs: list[RunResult | None] = []
+        experts: dict[str, BaseDetector] = {}
         for run in self.plan:
             detector = self.runner.build(run)
             self._note_start("expert" if run.method == "expert" else "apprentice", detector)
-            runs.append(self._do(run, detector, expert if run.taught_by else None))
+            runs.append(self._do(run, detector, experts[run.taught_by] if run.taught_by else None))
             if run.method == "expert":
-                expert = detector
+                experts = {run.name: detector}  # the next one's apprentices follow it
         study = StudyResult(
             runs=tuple(run for run in runs if run is not None),
             models=self._models() if self.processes.is_main else (),
@@ -134,6 +135,10 @@ class Experiment:
         tasks = {run.name: (run,) for run in self.plan if self._is_open(run)}
         after = {run.name: run.taught_by for run in self.plan if run.taught_by}
         if self.jobs > 1 and tasks:
+            # Tells at once of packages and weights that are missing.
+            roles = {"expert" if run.method == "expert" else "apprentice": run for run in reversed(self.plan)}
+            for role in ("expert", "apprentice"):
+                self._note_start(role, self.runner.build(roles[role]))
             run_side_by_side(self._train_alone, tasks, self.jobs, self._say, after)
 
     def _train_alone(self, slot: int, run: Run) -> None:
@@ -153,7 +158,8 @@ class Experiment:
     def _claim(self) -> None:
         """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
         here = {
-            "expert": "trained here" if self.plan[0].trained is None else file_digest(self.plan[0].trained),
+            # Not in the words of earlier versions, in which one expert taught in all seeds.
+            "expert": "each seed's own" if self.plan[0].trained is None else file_digest(self.plan[0].trained),
             "evaluated frames": digest(self._val_frames),
         }
         path = self.out / "basis.json"

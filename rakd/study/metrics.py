@@ -1,4 +1,4 @@
-"""Single figures of a study: their values in each run, mean and standard deviation over seeds."""
+"""Single figures of a study: their values in each run, mean and deviation over seeds, intervals of differences."""
 
 import math
 import statistics
@@ -10,6 +10,7 @@ import numpy as np
 from rakd.distill.registry import METHODS
 from rakd.evaluation.depth import ALL
 from rakd.evaluation.kitti import CLASSES, LEVELS
+from rakd.extras import require
 from rakd.study.results import RunResult, StudyResult
 
 MEAN = "mean"
@@ -116,39 +117,41 @@ def paired_differences(study: StudyResult, method: str, baseline: str, metric: M
 def difference_interval(
     study: StudyResult, method: str, baseline: str, metric: Metric, comparisons: int = 1
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean paired difference, over seeds and evaluated frames.
+    """95 % confidence interval of a mean paired difference, over trainings (seeds) and evaluated frames.
 
-    Draws of frames are those of `rakd.study.results.RunResult.drawn`, the same for both methods; for each of them,
-    seeds are drawn 50 times. With one seed the interval tells of the frames alone.
+    The variance of the mean is that over seeds, ``s^2 / S``, plus that over draws of the frames, by the bootstrap
+    (`rakd.study.results.RunResult.drawn`, the same draws for both methods). Seeds are few, so the quantile is Student's
+    with ``S - 1`` degrees of freedom. With one seed the interval tells of the frames alone, by the normal quantile. The
+    scatter over seeds has some of that over frames in it, so the interval is rather too wide.
 
     Args:
         study: The runs.
         method: See `paired_differences`, and so are baseline and metric.
         baseline: See there.
         metric: One of `PRIMARY`.
-        comparisons: Intervals that are to hold together, at 95 %, by Bonferroni's correction.
+        comparisons: Intervals that are to hold together, by Bonferroni's correction.
 
     Returns:
-        Its ends; NaN where no seed has both on drawn frames.
+        Its ends; NaN where a seed lacks the metric on drawn frames, or where both are equal on all frames.
     """
-    ones, others = (
-        {run.seed: run.drawn[metric.key] for run in study.runs if run.method == name and metric.key in run.drawn}
-        for name in (method, baseline)
-    )
-    seeds = sorted(seed for seed in ones if seed in others and len(ones[seed]) == len(others[seed]))
-    differences = [np.subtract(ones[seed], others[seed]) for seed in seeds]
-    if not seeds or len({len(values) for values in differences}) > 1:
+    differences = paired_differences(study, method, baseline, metric)
+    runs = {(run.method, run.seed): run.drawn.get(metric.key, ()) for run in study.runs}
+    both = [values_by_seed(study, name, metric) for name in (method, baseline)]
+    seeds = [seed for seed in both[0] if seed in both[1]]
+    drawn = [(runs[method, seed], runs[baseline, seed]) for seed in seeds]
+    if not drawn or any(len(values) != len(drawn[0][0]) or not values for pair in drawn for values in pair):
         return math.nan, math.nan
-    table = np.stack(differences)
-    table = table[:, np.isfinite(table).all(axis=0)]
-    draws = table.shape[1]
-    if not draws:
+    means = np.mean([np.subtract(*pair) for pair in drawn], axis=0)
+    means = means[np.isfinite(means)]
+    variance = float(np.var(means, ddof=1)) if len(means) > 1 else math.nan
+    if len(seeds) > 1:
+        variance += statistics.variance(differences) / len(seeds)
+    if not variance > 0:
         return math.nan, math.nan
-    chosen = np.random.default_rng(0).integers(len(seeds), size=(len(seeds), 50, draws))
-    means = table[chosen, np.arange(draws)].mean(axis=0)
-    tail = 2.5 / comparisons
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
+    share, special = 1 - 0.025 / comparisons, require("scipy.special", "train")
+    quantile = special.stdtrit(len(seeds) - 1, share) if len(seeds) > 1 else special.ndtri(share)
+    mean, half = statistics.fmean(differences), float(quantile) * math.sqrt(variance)
+    return mean - half, mean + half
 
 
 def _value(study: StudyResult, run: RunResult, metric: Metric) -> float:

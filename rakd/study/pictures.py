@@ -102,7 +102,8 @@ def draw_tradeoff(study: StudyResult) -> Figure:
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
         _clean(axis, "both")
-    axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9, labelcolor=INK)
+    if axis.containers:
+        axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9, labelcolor=INK)
     figure.subplots_adjust(left=0.06, right=0.84, top=0.8, bottom=0.12, wspace=0.2)
     _write_title(figure, "Accuracy against latency (bars: standard deviation over seeds)", study)
     return figure

@@ -40,7 +40,7 @@ class Run:
 
 
 def make_plan(settings: StudySettings, init: Path | None = None, expert: Path | None = None) -> list[Run]:
-    """List the runs of an experiment: for each seed the expert and each method. Who teaches comes before who is taught.
+    """List the runs of an experiment: for each seed the expert and each method. An expert comes before its apprentices.
 
     Args:
         settings: Of the experiment.

@@ -25,9 +25,9 @@ _NOTES = (
     "AbsRel, the absolute relative error of depth, is a mean over the objects that each model itself found. Compare it "
     "beside the recall: a model that finds only the easy objects has a small one.",
     "Paired differences are between runs of the same seed: mean ± sample standard deviation over seeds, and in "
-    "brackets a 95 % interval (percentile bootstrap over seeds and evaluated frames), widened so that all intervals of "
-    "a column hold together (Bonferroni). With one seed it tells what other frames would change, and nothing of other "
-    "trainings.",
+    "brackets a 95 % confidence interval over seeds (Student's t) and evaluated frames (bootstrap), widened so that "
+    "all intervals of a column hold together (Bonferroni). With one seed it tells what other frames would change, and "
+    "nothing of other trainings.",
     "Distillation losses of different methods are different quantities; they cannot be compared.",
 )
 _STYLE = (

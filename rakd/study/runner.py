@@ -178,7 +178,7 @@ class Runner:
             frames,
             seconds=rows[-1]["seconds"] if rows else None,
             losses=_last_losses(rows) if rows else None,
-            draws=DRAWS,
+            draws=0 if run.method == "expert" else DRAWS,
             progress=not self.quiet,
         )
         write_run(result, figures)

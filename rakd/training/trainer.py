@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from rakd.checkpoints import config_diff, load_checkpoint, remove_leftovers, save_checkpoint, to_jsonable
 from rakd.data.frames import digest
 from rakd.data.kitti import Batch, KittiDataset
+from rakd.detector.base_config import with_current_names
 from rakd.distributed import (
     all_gather_object,
     all_reduce_mean,
@@ -369,5 +370,7 @@ class Trainer:
         remove_leftovers(self.out / "log.jsonl")
         state = load_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
         if state is not None and "learner" in state:
-            state["model"] = state.pop("learner")  # its name in earlier versions
+            # Names of earlier versions.
+            state["model"] = state.pop("learner")
+            state["fingerprint"] = with_current_names(state["fingerprint"])
         return state

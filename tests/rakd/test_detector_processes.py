@@ -20,7 +20,7 @@ with open(sys.argv[1], "rb") as file:
     config, images, batches = pickle.load(file)
 torch.set_num_threads(1)
 
-class Learner(nn.Module):
+class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         self.detector = config.build().double().train()
@@ -34,7 +34,7 @@ class Learner(nn.Module):
 
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=2)
-model = Learner()
+model = Toy()
 parallel = nn.parallel.DistributedDataParallel(model)
 
 def gradients(network, rows, targets):

@@ -25,7 +25,7 @@ class Network(nn.Module):
     def forward(self, images):
         return {name: layer(images) for name, layer in self.layers.items()}
 
-class Learner(nn.Module):
+class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         self.apprentice = Network(2)
@@ -36,7 +36,7 @@ class Learner(nn.Module):
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-model = Learner().double()
+model = Toy().double()
 images = torch.rand(2, 3, 32, 48, dtype=torch.float64)
 three = torch.tensor([[4.0, 4.0, 40.0, 30.0], [30.0, 8.0, 45.0, 30.0], [0.0, 0.0, 20.0, 20.0]])
 

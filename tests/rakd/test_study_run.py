@@ -217,7 +217,7 @@ def test_other_frames_and_other_experts_are_refused(finished: Finished, scenes: 
     with pytest.raises(ValueError, match="other settings: evaluated frames is"):
         Experiment(settings(), scenes, finished.out, CPU, splits=("train", "train"), quiet=True).run()
     file = finished.out / "expert-seed0" / "detector.pt"
-    with pytest.raises(ValueError, match="other settings: expert is 'trained here' there and"):
+    with pytest.raises(ValueError, match='other settings: expert is "each seed\'s own" there and'):
         Experiment(settings(), scenes, finished.out, CPU, expert=file, quiet=True).run()
 
 
@@ -253,13 +253,26 @@ def test_more_seeds_join_those_that_are_there(
         seeds.append(seed)
         return Detector(config, seed)
 
+    def train(self: Runner, run: Any, detector: Detector, expert: Detector | None) -> Any:
+        detectors[run.name], experts[run.name] = detector, expert
+        return original_train(self, run, detector, expert)
+
     seeds: list[int] = []
+    detectors: dict[str, Detector] = {}
+    experts: dict[str, Detector | None] = {}
+    original_train = Runner.train
+    monkeypatch.setattr(Runner, "train", train)
     monkeypatch.setattr(DetectorConfig, "build", make)
     monkeypatch.setattr(Trainer, "_step", noted)
-    result = Experiment(settings(seeds=(0, 1), methods=("none",)), scenes, finished.out, CPU, quiet=True).run()
-    assert trained == ["expert-seed1"] * 3 + ["none-seed1"] * 2
-    assert len(set(seeds)) == 4  # of the weights of two experts and two apprentices
-    assert [(run.method, run.seed) for run in result.runs] == [(m, s) for s in (0, 1) for m in ("expert", "none")]
+    methods = ("none", "rakd")
+    result = Experiment(settings(seeds=(0, 1), methods=methods), scenes, finished.out, CPU, quiet=True).run()
+    assert trained == ["expert-seed1"] * 3 + ["none-seed1"] * 2 + ["rakd-seed1"] * 2
+    assert len(set(seeds)) == 4  # of the weights of two experts and of the apprentices of two seeds
+    assert [(run.method, run.seed) for run in result.runs] == [(m, s) for s in (0, 1) for m in ("expert", *methods)]
+    # Each seed's own expert teaches.
+    for seed in (0, 1):
+        assert experts[f"none-seed{seed}"] is None
+        assert experts[f"rakd-seed{seed}"] is detectors[f"expert-seed{seed}"]
     assert without_nan(asdict(result.runs[1])) == without_nan(asdict(finished.result.runs[1]))
     first, second = (load_weights(finished.out / f"none-seed{seed}" / "detector.pt")[0] for seed in (0, 1))
     assert any(not torch.equal(value, second[name]) for name, value in first.items())

@@ -123,7 +123,9 @@ def test_a_finished_run_can_be_extended(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"settings\.steps is 4 there and 8 here; choose another folder or extend it"):
         make_trainer(scenes, tmp_path, steps=8, **options)
     state = load_checkpoint(tmp_path / "checkpoint.pt")
-    state["learner"] = state.pop("model")  # as earlier versions had it
+    state["learner"] = state.pop("model")  # as earlier versions had it, and names of a detector's settings
+    settings_ = state["fingerprint"]["model"]
+    settings_["kept"] = settings_.pop("post_nms_top_n")
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     shutil.copytree(tmp_path, tmp_path / "again")
     whole = make_trainer(scenes, tmp_path, steps=8, extend=True, **options)
@@ -235,7 +237,7 @@ def test_checkpoints_run_no_code_on_loading(scenes: Path, tmp_path: Path) -> Non
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert_same_bits(state["model"], weights(trainer))
     assert state["step"] == 10
-    assert state["fingerprint"]["model"] == {"name": "toy"}
+    assert state["fingerprint"]["model"] == {"name": "toy", "post_nms_top_n": 3}
 
 
 def test_a_finished_run_stays_finished(scenes: Path, tmp_path: Path) -> None:

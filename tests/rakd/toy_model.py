@@ -93,7 +93,7 @@ def make_trainer(
         settings(**options),
         Path(out),
         device,
-        fingerprint={"model": {"name": "toy"}},
+        fingerprint={"model": {"name": "toy", "post_nms_top_n": 3}},
         image_size=(224, 64),
         quiet=True,
         validation=validation,
