@@ -94,8 +94,8 @@ class Distill:
     """Probability of each distortion of light and colour instead of the study's."""
 
     feature_cache: Annotated[float, arg(metavar="GIB")] = 0.0
-    """Keep the expert's features in the run's folder, up to this size, for all apprentices; 0: do not. Only where
-    mirroring alone varies the images (--photometric 0)."""
+    """Keep experts' features in the run's folder, up to this size, for the apprentices of their seed; 0: do not. Only
+    where mirroring alone varies the images (--photometric 0)."""
 
     regions: Regions | None = None
     """Regions in which RAKD and its ablations compare features: the apprentice's proposals on objects, the labelled
