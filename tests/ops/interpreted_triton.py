@@ -6,6 +6,7 @@ triton is imported. By hand: ``TRITON_INTERPRET=1 python -m pytest tests/ops/int
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,7 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(scope="module", autouse=True)
 def language_patched_once_a_launch() -> Iterator[None]:
-    """The interpreter patches Triton's language anew in every call inside a kernel, a third of these tests' time."""
+    """The interpreter patches Triton's language anew in every call inside a kernel, a third of these tests' time.
+
+    A tenth goes into a table of dtypes that it makes anew for every constant.
+    """
     if not hasattr(interpreter, "_LangPatchScope"):  # of another Triton, which may patch in another way
         yield
         return
@@ -51,6 +55,7 @@ def language_patched_once_a_launch() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter, "_get_np_dtype", functools.cache(interpreter._get_np_dtype))
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         yield
 
