@@ -119,7 +119,7 @@ def train_and_count(trainer: Trainer, gpu: FakeCuda) -> tuple[list[dict[str, Any
         ("rakd", {}, STEP),
         ("pkd", {}, None),
         ("semckd", {}, None),
-        ("rakd", {"config": QUERIES, "steps": 1}, STEP_OF_QUERIES),
+        ("rakd", {"config": QUERIES, "steps": 1}, None),
     ],
 )
 def test_training_is_that_of_the_cpu(
@@ -162,8 +162,9 @@ def test_waits_of_a_step_do_not_grow_with_the_batch(scenes: Path, tmp_path: Path
     assert done[1] == begun[1]
 
 
-def test_waits_of_a_step_of_queries_do_not_grow_with_the_batch(scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
-    trainer = make_trainer(scenes, tmp_path, GPU, batch=4, config=QUERIES)
+@pytest.mark.parametrize("batch", [2, 4])
+def test_waits_of_a_step_of_queries(batch: int, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
+    trainer = make_trainer(scenes, tmp_path, GPU, batch=batch, config=QUERIES)
     assert train_and_count(trainer, gpu)[1] == STEP_OF_QUERIES
 
 

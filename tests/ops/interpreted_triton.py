@@ -185,8 +185,7 @@ def test_options(changes: dict[str, Any]) -> None:
     check_align(case, DOUBLE, "triton")
 
 
-@pytest.mark.parametrize("expert_scale", [1.0, 0.5])
-@pytest.mark.parametrize("channels", [(1, 5), (4, 2)])
+@pytest.mark.parametrize(("channels", "expert_scale"), [((1, 5), 1.0), ((4, 2), 0.5)])
 def test_channels_per_level(channels: tuple[int, ...], expert_scale: float) -> None:
     maps = maps_of(channels, (DOUBLE,), ("channels_last", "contiguous"))
     expert = maps_of(channels, (DOUBLE,), ("strided",), expert_scale, seed=1)
@@ -262,8 +261,9 @@ def test_more_than_one_block_of_everything(ratio: int, monkeypatch: pytest.Monke
     case = small_case(boxes, strides=(3.0,), batch=1, sampling_ratio=ratio)
     check_distill(case, DOUBLE, "triton")
     check_align(case, DOUBLE, "triton")
-    maps, expert = maps_of((1, 5), (DOUBLE,)), maps_of((1, 5), (DOUBLE,), seed=1)
-    check_pair(maps, expert, boxes, EXACT, sampling_ratio=ratio)
+    if ratio == 0:  # blocks of channels have nothing to do with samples
+        maps, expert = maps_of((1, 5), (DOUBLE,)), maps_of((1, 5), (DOUBLE,), seed=1)
+        check_pair(maps, expert, boxes, EXACT, sampling_ratio=ratio)
 
 
 def test_faulty_boxes_and_weights_of_the_public_functions() -> None:

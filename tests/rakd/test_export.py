@@ -22,7 +22,7 @@ from rakd.detector import export
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.detector.export import Deployed, check_onnx, export_program, translations
-from rakd.detector.files import save_detector
+from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import detect
 from rakd.detector.onnx_model import METADATA, OUTPUTS, OnnxDetector, model_inputs
 from rakd.errors import MissingFileError, UserError
@@ -219,7 +219,7 @@ def test_a_model_that_differs_is_not_kept(
 
 
 def test_predict_and_latency_take_the_model(
-    run_folder: Path, file: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+    run_folder: Path, file: Path, scenes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = run_folder / "small.onnx"
     shutil.copy(file, out)
@@ -230,10 +230,19 @@ def test_predict_and_latency_take_the_model(
     lines = [(run_folder / f"of {name}" / f"{frame.id}.txt").read_text() for name in ("detector.pt", "small.onnx")]
     assert [row.split()[0] for row in lines[0].splitlines()] == [row.split()[0] for row in lines[1].splitlines()]
     capsys.readouterr()
+    written: list[Detector] = []
+
+    def write(own: Detector, path: Path) -> None:
+        """The same detector's model: writing it anew takes seconds."""
+        written.append(own)
+        shutil.copy(file, path)
+
+    monkeypatch.setattr(export, "export_onnx", write)
     table = run_folder / "latency.csv"
     names = [str(run_folder / "detector.pt"), str(out)]
     options = ["--forms", "eager", "onnxruntime", "--repeats", "1", "--device", "cpu", "--out", str(table)]
     assert main(["latency", *names, *options]) == 0
+    assert [own.config for own in written] == [load_detector(run_folder / "detector.pt").config]
     with table.open() as opened:
         rows = list(csv.DictReader(opened))
     assert [row["runs"] for row in rows] == ["eager", "onnxruntime", "onnxruntime"]
