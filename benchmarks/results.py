@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torchvision  # type: ignore[import-untyped, unused-ignore]
 
 import rakd_ops
 
@@ -195,6 +194,9 @@ def git_state(folder: Path) -> tuple[str, bool]:
 
 def describe_machine(device: str) -> Machine:
     """Describe this machine, the versions in use, and the sources."""
+    # Here alone: it imports torch's compiler, which takes processes that only measure longer than all else.
+    import torchvision  # type: ignore[import-untyped, unused-ignore]
+
     commit, dirty = git_state(Path(__file__).parent)
     return Machine(
         device=torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",

@@ -1,13 +1,17 @@
 """Batches for the trainer: the frames of each step, loaded here or by worker processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from traceback import clear_frames
+from typing import TypeVar
 
 import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from rakd.data.kitti import Batch, KittiDataset, Sample, collate
 from rakd.training.order import SampleIndex, StepSampler
+
+T = TypeVar("T")
 
 
 class _ByIndex(Dataset[Sample]):
@@ -40,6 +44,19 @@ def make_loader(
         pin_memory=pin,
         worker_init_fn=_share_by_name if workers else None,
     )
+
+
+def each_of(loader: DataLoader[T]) -> Iterator[T]:
+    """Give a loader's batches; where a worker process fails, end the others at once.
+
+    Left in the error's traceback the loader's iterator is found by the garbage collector, which closes its queues
+    before it asks the workers to end: this process then waits five seconds for each of them.
+    """
+    try:
+        yield from loader
+    except Exception as error:
+        clear_frames(error.__traceback__)
+        raise
 
 
 def _collate(samples: Sequence[Sample], image_size: tuple[int, int] | None) -> Batch:

@@ -28,7 +28,7 @@ from rakd.distributed import (
 )
 from rakd.errors import UserError
 from rakd.progress import bar
-from rakd.training.loading import make_loader
+from rakd.training.loading import each_of, make_loader
 from rakd.training.log import RESERVED, Log, Row
 from rakd.training.optim import learning_rate, make_optimizer
 from rakd.training.order import InfiniteShuffle, StepSampler, image_seeds, process_seed
@@ -177,7 +177,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[self.device] if cuda else []), progress:
             last = perf_counter()
             # Without steps left no worker is to be started.
-            for batch in loader if steps else ():
+            for batch in each_of(loader) if steps else ():
                 terms, grad_norm = self._step(batch)
                 self.step += 1
                 now = perf_counter()

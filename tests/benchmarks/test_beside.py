@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,26 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
+@pytest.fixture(scope="module")
+def one_worker_a_tree() -> Iterator[None]:
+    """A process takes seconds to start: measurements of this file share one of each tree. It ends well at the end."""
+    workers: dict[Path, beside.Worker] = {}
+    start, close = beside.Worker, beside.Worker.close
+
+    def kept(tree: Path) -> beside.Worker:
+        if tree not in workers:
+            workers[tree] = start(tree)
+        return workers[tree]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside, "Worker", kept)
+        patch.setattr(start, "close", lambda worker: None)
+        yield
+    for worker in workers.values():
+        close(worker)
+        assert worker.process.returncode == 0
+
+
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[BesideRow]:
     monkeypatch.setattr(sys, "argv", ["beside", *arguments, *TINY, "--out", str(out)])
     beside.main()
@@ -41,6 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[Bes
 
 
 @needs_library
+@pytest.mark.usefixtures("one_worker_a_tree")
 def test_host_time_of_both_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: Path) -> None:
     cases = [case for case in beside.host_cases() if case.workload.batch == 2]
     monkeypatch.setattr(beside, "host_cases", lambda: cases)
@@ -58,6 +80,7 @@ def test_host_time_of_both_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @needs_library
+@pytest.mark.usefixtures("one_worker_a_tree")
 def test_training_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: Path) -> None:
     monkeypatch.setitem(beside.DISTILL_WORKLOADS, "gt", MICRO)
     rows = run(monkeypatch, tmp_path, "steps", "--beside", str(other), "--workloads", "gt", "--threads", "1")
@@ -68,6 +91,7 @@ def test_training_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other: 
 
 
 @needs_library
+@pytest.mark.usefixtures("one_worker_a_tree")
 def test_without_another_tree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ Environment variables:
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -87,12 +88,17 @@ def _made(name: str, key: str, command: Sequence[str]) -> Path:
     """The file that a compiler's command makes, from the cache if it was made before."""
     stem, suffix = name.split(".")
     path = CACHE / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.{suffix}"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        # Under another name until it is whole: other processes may make the same.
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            _compiler([*command, "-o", str(Path(scratch) / name)])
-            (Path(scratch) / name).replace(path)
+    if path.exists():
+        return path
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # Another process that is making the same is waited for: it takes less of the processor than making it twice.
+    with Path(f"{path}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            # Under another name until it is whole: this process may be killed.
+            with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+                _compiler([*command, "-o", str(Path(scratch) / name)])
+                (Path(scratch) / name).replace(path)
     return path
 
 

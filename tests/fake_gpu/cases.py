@@ -99,8 +99,8 @@ def make_trainer(
     return Trainer(model, data, settings, out, device, image_size=config.image_size, quiet=True)
 
 
-def waits_of_the_last_step(trainer: Trainer, gpu: FakeCuda) -> dict[str, int]:
-    """Train, and count by place what the host waited for in the last step."""
+def train_and_count(trainer: Trainer, gpu: FakeCuda) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Rows of the training, and what the host waited for in the last step, counted by place."""
     step, begun = trainer._step, [0]
 
     def noting(batch: Any) -> Any:
@@ -108,18 +108,26 @@ def waits_of_the_last_step(trainer: Trainer, gpu: FakeCuda) -> dict[str, int]:
         return step(batch)
 
     trainer._step = noting  # type: ignore[method-assign]
-    trainer.run()
+    rows = trainer.run()
     # After the step: buffers and the checkpoint.
-    return dict(Counter(wait.place for wait in gpu.waits[begun[-1] :] if "checkpoint" not in wait.place))
+    return rows, dict(Counter(wait.place for wait in gpu.waits[begun[-1] :] if "checkpoint" not in wait.place))
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("rakd", {}), ("pkd", {}), ("semckd", {}), ("rakd", {"config": QUERIES, "steps": 1})]
+    ("method", "options", "waits"),
+    [
+        ("rakd", {}, STEP),
+        ("pkd", {}, None),
+        ("semckd", {}, None),
+        ("rakd", {"config": QUERIES, "steps": 1}, None),
+    ],
 )
 def test_training_is_that_of_the_cpu(
-    method: str, options: dict[str, Any], scenes: Path, tmp_path: Path, gpu: FakeCuda
+    method: str, options: dict[str, Any], waits: dict[str, int] | None, scenes: Path, tmp_path: Path, gpu: FakeCuda
 ) -> None:
-    rows = make_trainer(scenes, tmp_path / "gpu", GPU, method, **options).run()
+    """With two images a batch; below, the host waits no more often for four."""
+    rows, found = train_and_count(make_trainer(scenes, tmp_path / "gpu", GPU, method, **options), gpu)
+    assert waits is None or found == waits
     expected = make_trainer(scenes, tmp_path / "cpu", torch.device("cpu"), method, **options).run()
     for row, other in zip(rows, expected, strict=True):
         for name in row.keys() - {"seconds", "images_per_second"}:
@@ -135,16 +143,29 @@ def test_mixed_precision_goes_on_from_a_checkpoint(amp: str, scenes: Path, tmp_p
     assert make_trainer(scenes, tmp_path, GPU, **options).step == 3
 
 
-@pytest.mark.parametrize("batch", [2, 4])
-def test_waits_of_a_step_do_not_grow_with_the_batch(batch: int, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
-    assert waits_of_the_last_step(make_trainer(scenes, tmp_path, GPU, batch=batch), gpu) == STEP
+def test_waits_of_a_step_do_not_grow_with_the_batch(scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
+    """And the expert runs before the first of them."""
+    trainer = make_trainer(scenes, tmp_path, GPU, batch=4)
+    step, expert = trainer._step, trainer.model.distiller.expert  # type: ignore[union-attr]
+    begun, done = [], []
+
+    def noting(batch: Any) -> Any:
+        begun.append(len(gpu.waits))
+        return step(batch)
+
+    trainer._step = noting  # type: ignore[method-assign]
+    expert.pyramid.fpn.register_forward_hook(lambda *_: done.append(len(gpu.waits)))
+    assert train_and_count(trainer, gpu)[1] == STEP
     assert sum(STEP.values()) <= 8
+    assert len(begun) == 2
+    # The first step makes anchors.
+    assert done[1] == begun[1]
 
 
 @pytest.mark.parametrize("batch", [2, 4])
 def test_waits_of_a_step_of_queries(batch: int, scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
     trainer = make_trainer(scenes, tmp_path, GPU, batch=batch, config=QUERIES)
-    assert waits_of_the_last_step(trainer, gpu) == STEP_OF_QUERIES
+    assert train_and_count(trainer, gpu)[1] == STEP_OF_QUERIES
 
 
 def detect(config: BaseConfig, scenes: Path, gpu: FakeCuda) -> tuple[list[tuple[Objects, Objects]], dict[str, int]]:
@@ -177,25 +198,8 @@ def test_a_wait_more_is_seen(scenes: Path, tmp_path: Path, gpu: FakeCuda, monkey
         return losses(detector, features, *arguments)
 
     monkeypatch.setattr(Detector, "losses", asking)
-    found = waits_of_the_last_step(make_trainer(scenes, tmp_path, GPU), gpu)
+    _, found = train_and_count(make_trainer(scenes, tmp_path, GPU), gpu)
     assert found == {**STEP, "fake_gpu/cases.py asking": 1}
-
-
-def test_the_expert_runs_before_the_host_waits(scenes: Path, tmp_path: Path, gpu: FakeCuda) -> None:
-    trainer = make_trainer(scenes, tmp_path, GPU)
-    step, expert = trainer._step, trainer.model.distiller.expert  # type: ignore[union-attr]
-    begun, done = [], []
-
-    def noting(batch: Any) -> Any:
-        begun.append(len(gpu.waits))
-        return step(batch)
-
-    trainer._step = noting  # type: ignore[method-assign]
-    expert.pyramid.fpn.register_forward_hook(lambda *_: done.append(len(gpu.waits)))
-    trainer.run()
-    assert len(begun) == 2
-    # The first step makes anchors.
-    assert done[1] == begun[1]
 
 
 def test_detections_are_those_of_the_cpu(scenes: Path, gpu: FakeCuda) -> None:

@@ -6,6 +6,7 @@ triton is imported. By hand: ``TRITON_INTERPRET=1 python -m pytest tests/ops/int
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,7 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(scope="module", autouse=True)
 def language_patched_once_a_launch() -> Iterator[None]:
-    """The interpreter patches Triton's language anew in every call inside a kernel, a third of these tests' time."""
+    """The interpreter patches Triton's language anew in every call inside a kernel, a third of these tests' time.
+
+    A tenth goes into a table of dtypes that it makes anew for every constant.
+    """
     if not hasattr(interpreter, "_LangPatchScope"):  # of another Triton, which may patch in another way
         yield
         return
@@ -51,6 +55,7 @@ def language_patched_once_a_launch() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter, "_get_np_dtype", functools.cache(interpreter._get_np_dtype))
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         yield
 
@@ -180,8 +185,7 @@ def test_options(changes: dict[str, Any]) -> None:
     check_align(case, DOUBLE, "triton")
 
 
-@pytest.mark.parametrize("expert_scale", [1.0, 0.5])
-@pytest.mark.parametrize("channels", [(1, 5), (4, 2)])
+@pytest.mark.parametrize(("channels", "expert_scale"), [((1, 5), 1.0), ((4, 2), 0.5)])
 def test_channels_per_level(channels: tuple[int, ...], expert_scale: float) -> None:
     maps = maps_of(channels, (DOUBLE,), ("channels_last", "contiguous"))
     expert = maps_of(channels, (DOUBLE,), ("strided",), expert_scale, seed=1)
@@ -257,8 +261,9 @@ def test_more_than_one_block_of_everything(ratio: int, monkeypatch: pytest.Monke
     case = small_case(boxes, strides=(3.0,), batch=1, sampling_ratio=ratio)
     check_distill(case, DOUBLE, "triton")
     check_align(case, DOUBLE, "triton")
-    maps, expert = maps_of((1, 5), (DOUBLE,)), maps_of((1, 5), (DOUBLE,), seed=1)
-    check_pair(maps, expert, boxes, EXACT, sampling_ratio=ratio)
+    if ratio == 0:  # blocks of channels have nothing to do with samples
+        maps, expert = maps_of((1, 5), (DOUBLE,)), maps_of((1, 5), (DOUBLE,), seed=1)
+        check_pair(maps, expert, boxes, EXACT, sampling_ratio=ratio)
 
 
 def test_faulty_boxes_and_weights_of_the_public_functions() -> None:

@@ -24,7 +24,10 @@ RULE = (STRIDES, 0, 1.0, 224.0, 4.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+# Inductor runs what the others are the first parts of: they only tell where an error comes from.
+@pytest.mark.parametrize(
+    "compiler", [*(pytest.param(part, marks=pytest.mark.slow) for part in ("eager", "aot_eager")), "inductor"]
+)
 def test_compile_fullgraph(backend: str, compiler: str) -> None:
     device = DEVICE_OF[backend]
     layer = nn.Conv2d(3, 3, 1).to(device)
@@ -51,8 +54,15 @@ def test_compile_fullgraph(backend: str, compiler: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=backend_params("cuda")[0].marks)])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("contiguous", torch.float32),
+        ("contiguous", torch.bfloat16),
+        ("channels_last", torch.bfloat16),
+        ("strided", torch.float32),
+    ],
+)
 def test_opcheck(device: str, layout: str, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"channels": (5, 3, 4, 9), "layout": layout, "device": device}
     apprentice, expert = pyramid(dtype=torch.float32, **options), pyramid(dtype=dtype, **options, seed=1)
@@ -60,9 +70,10 @@ def test_opcheck(device: str, layout: str, dtype: torch.dtype) -> None:
     ops = torch.ops.rakd_ops
     groups = [boxes[:3, 1:].float(), boxes[3:, 1:]]
     weights = (torch.rand(4, device=device), torch.rand(4, 4, device=device).half())
-    for arguments in (([boxes], None, None), (groups, *weights)):
-        torch.library.opcheck(ops.prepare_boxes.default, (*arguments, 2, True, *RULE))
-    torch.library.opcheck(ops.level_weights.default, (groups, *RULE))
+    if layout == "contiguous" and dtype == torch.float32:  # these take no maps
+        for arguments in (([boxes], None, None), (groups, *weights)):
+            torch.library.opcheck(ops.prepare_boxes.default, (*arguments, 2, True, *RULE))
+        torch.library.opcheck(ops.level_weights.default, (groups, *RULE))
     rows, index = ops.prepare_boxes([boxes], *weights, 2, False, *RULE)
     distill = (apprentice, expert, rows, index)
     geometry = (STRIDES, STRIDES, *BINS)
@@ -81,7 +92,7 @@ def test_opcheck(device: str, layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("levels", [1, 2, 4])
+@pytest.mark.parametrize("levels", [1, 4])
 @pytest.mark.parametrize("gradient", [True, False])
 def test_compile_dynamic(backend: str, levels: int, gradient: bool) -> None:
     """Any number of levels; other sizes, numbers of boxes and float options in one process, without a new graph."""

@@ -24,6 +24,7 @@ from rakd.data.labels import write_objects
 from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.depth import DepthFigures
 from rakd.study.results import RunResult, write_run
+from rakd.training.loading import each_of
 
 COMMANDS = (
     "distill",
@@ -490,7 +491,7 @@ def test_errors_of_loading_processes_are_one_line(error, monkeypatch, capsys):
 
     class Command:
         def run(self):
-            list(DataLoader(Broken(), sampler=[7], num_workers=1, multiprocessing_context="fork"))
+            list(each_of(DataLoader(Broken(), sampler=[7], num_workers=1, multiprocessing_context="fork")))
 
     monkeypatch.setattr(cli, "_parse", lambda argv: Command())
     assert main([]) == 2

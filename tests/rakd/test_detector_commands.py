@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import shutil
 import sys
 from collections.abc import Iterator
@@ -381,10 +382,13 @@ def test_broken_files_are_one_line_from_any_process(
         Image.new("RGB", (1000, 100)).save(image)
         message = "frame 000006: too large: resized it is 1280 x 128 pixels, expected at most 448 x 128"
     options = ["--workers", workers, "--batch-size", "8", "--warm-up", "0"]
+    before = set(multiprocessing.active_children())
     assert main([*train(data, tmp_path / "run"), *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rakd: ")]
     assert line.startswith(f"rakd: error: {message}")
     assert len(line) < 400 and "Traceback" not in line
+    # Processes that load have ended with the command: the garbage collector would wait ten seconds for them.
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_train_stops_where_nothing_can_be_learned(

@@ -1,10 +1,13 @@
 """Detectors outside PyTorch: torch.export, ONNX, and the commands that take an ONNX model."""
 
+import contextlib
 import csv
+import io
 import json
 import math
+import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,11 @@ from torch import Tensor, nn
 from rakd.cli import main
 from rakd.data.frames import find_frames
 from rakd.data.kitti import KittiDataset, Sample, collate
+from rakd.detector import export
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
-from rakd.detector.export import Deployed, check_onnx, export_onnx, export_program, translations
-from rakd.detector.files import save_detector
+from rakd.detector.export import Deployed, check_onnx, export_program, translations
+from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import detect
 from rakd.detector.onnx_model import METADATA, OUTPUTS, OnnxDetector, model_inputs
 from rakd.errors import MissingFileError, UserError
@@ -42,22 +46,59 @@ def detector(small_config: DetectorConfig, samples: list[Sample]) -> Detector:
 
 
 @pytest.fixture(scope="module")
-def file(detector: Detector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("onnx", reason="onnx is not installed: pip install 'rakd[export]'")
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'rakd[export]'")
-    path = tmp_path_factory.mktemp("onnx") / "small.onnx"
-    export_onnx(detector, path)
-    return path
+def program(detector: Detector) -> torch.export.ExportedProgram:
+    return export_program(detector)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the command wrote, from a detector's file, and printed."""
+
+    file: Path
+    text: str
+
+
+@pytest.fixture(scope="module")
+def exported(
+    detector: Detector,
+    program: torch.export.ExportedProgram,
+    scenes: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Exported:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'rakd[export]'")
+    folder = tmp_path_factory.mktemp("onnx")
+    save_detector(folder / "detector.pt", detector)
+    out, printed = folder / "small.onnx", io.StringIO()
+    arguments = ["export", str(folder / "detector.pt"), "--out", str(out), "--data", str(scenes), "--frames", "2"]
+
+    def traced(own: Detector) -> torch.export.ExportedProgram:
+        """Of the same detector, rather than traced again: that takes seconds."""
+        assert own.config == detector.config
+        weights = detector.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in own.state_dict().items())
+        return program
+
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        monkeypatch.setattr(export, "export_program", traced)
+        assert main(arguments) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["detector.pt", "small.onnx"]
+    return Exported(out, printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def file(exported: Exported) -> Path:
+    return exported.file
 
 
 @pytest.fixture(scope="module")
 def model(file: Path) -> OnnxDetector:
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'rakd[export]'")
     return OnnxDetector(file)
 
 
-def test_torch_export_gives_the_same_detections(detector: Detector, samples: list[Sample]) -> None:
-    program = export_program(detector)
+def test_torch_export_gives_the_same_detections(
+    detector: Detector, program: torch.export.ExportedProgram, samples: list[Sample]
+) -> None:
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {"rakd_ops.align.default", "rakd_ops.prepare_boxes.default"} <= names
     deployed, counts = program.module(), set()
@@ -154,22 +195,34 @@ def run_folder(detector: Detector, tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def test_the_commands(
-    run_folder: Path, file: Path, model: OnnxDetector, scenes: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = run_folder / "small.onnx"
-    arguments = ["export", str(run_folder / "detector.pt"), "--out", str(out), "--data", str(scenes), "--frames", "2"]
-    assert main(arguments) == 0
-    text = capsys.readouterr().out
+def test_the_command_tells_what_it_compared(exported: Exported) -> None:
     assert (
-        "compared with PyTorch: " in text
-        and "detections in 2 frames, 0 found by one side alone" in text
-        and "largest differences: boxes" in text
+        "compared with PyTorch: " in exported.text
+        and "detections in 2 frames, 0 found by one side alone" in exported.text
+        and "largest differences: boxes" in exported.text
     )
-    before = out.read_bytes()
+
+
+def test_a_model_that_differs_is_not_kept(
+    run_folder: Path, file: Path, scenes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Any model differs by more than this; the one that is there is as good as another.
+    monkeypatch.setattr(export, "export_onnx", lambda detector, path: shutil.copy(file, path))
+    out = run_folder / "small.onnx"
+    out.write_text("an earlier one")
+    arguments = ["export", str(run_folder / "detector.pt"), "--out", str(out), "--data", str(scenes), "--frames", "2"]
     assert main([*arguments, "--tolerance", "1e-12"]) == 2
     assert "differs from PyTorch by more than --tolerance, 1e-12, and is not kept" in capsys.readouterr().err
-    assert out.read_bytes() == before and len(list(run_folder.glob("*.onnx"))) == 1
+    assert out.read_text() == "an earlier one" and len(list(run_folder.glob("*.onnx"))) == 1
+    assert main(arguments) == 0
+    assert out.read_bytes() == file.read_bytes()
+
+
+def test_predict_and_latency_take_the_model(
+    run_folder: Path, file: Path, scenes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run_folder / "small.onnx"
+    shutil.copy(file, out)
     frame = find_frames(scenes)[0]
     for name in ("detector.pt", "small.onnx"):
         options = ["--calib", str(frame.calib), "--checkpoint", str(run_folder / name), "--device", "cpu"]
@@ -177,10 +230,19 @@ def test_the_commands(
     lines = [(run_folder / f"of {name}" / f"{frame.id}.txt").read_text() for name in ("detector.pt", "small.onnx")]
     assert [row.split()[0] for row in lines[0].splitlines()] == [row.split()[0] for row in lines[1].splitlines()]
     capsys.readouterr()
+    written: list[Detector] = []
+
+    def write(own: Detector, path: Path) -> None:
+        """The same detector's model: writing it anew takes seconds."""
+        written.append(own)
+        shutil.copy(file, path)
+
+    monkeypatch.setattr(export, "export_onnx", write)
     table = run_folder / "latency.csv"
     names = [str(run_folder / "detector.pt"), str(out)]
     options = ["--forms", "eager", "onnxruntime", "--repeats", "1", "--device", "cpu", "--out", str(table)]
     assert main(["latency", *names, *options]) == 0
+    assert [own.config for own in written] == [load_detector(run_folder / "detector.pt").config]
     with table.open() as opened:
         rows = list(csv.DictReader(opened))
     assert [row["runs"] for row in rows] == ["eager", "onnxruntime", "onnxruntime"]

@@ -9,6 +9,7 @@ import torch
 from monodetr_cases import CONFIG
 
 from rakd.data.kitti import KittiDataset, Sample, collate
+from rakd.detector import export
 from rakd.detector.export import check_onnx, export_onnx, export_program
 from rakd.detector.monodetr.detector import MonoDETR
 from rakd.detector.onnx_model import OUTPUTS, OnnxDetector, model_inputs
@@ -36,8 +37,15 @@ def detector(samples: list[Sample]) -> MonoDETR:
     return made.eval()
 
 
-def test_torch_export_gives_the_same_objects(detector: MonoDETR, samples: list[Sample]) -> None:
-    deployed, counts = export_program(detector).module(), set()
+@pytest.fixture(scope="module")
+def program(detector: MonoDETR) -> torch.export.ExportedProgram:
+    return export_program(detector)
+
+
+def test_torch_export_gives_the_same_objects(
+    detector: MonoDETR, program: torch.export.ExportedProgram, samples: list[Sample]
+) -> None:
+    deployed, counts = program.module(), set()
     for sample in samples:
         inputs = [torch.from_numpy(value) for value in model_inputs(detector.config, sample).values()]
         with torch.no_grad():
@@ -51,9 +59,16 @@ def test_torch_export_gives_the_same_objects(detector: MonoDETR, samples: list[S
     assert max(counts) > 0
 
 
-def test_onnxruntime_finds_what_pytorch_finds(detector: MonoDETR, samples: list[Sample], tmp_path: Path) -> None:
+def test_onnxruntime_finds_what_pytorch_finds(
+    detector: MonoDETR,
+    program: torch.export.ExportedProgram,
+    samples: list[Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module, reason=f"{module} is not installed: pip install 'rakd[export]'")
+    monkeypatch.setattr(export, "export_program", {detector: program}.get)  # traced once: that takes seconds
     export_onnx(detector, tmp_path / "monodetr.onnx")
     model = OnnxDetector(tmp_path / "monodetr.onnx")
     assert model.config == detector.config
