@@ -16,6 +16,7 @@ import torch
 from cases import Case, as_layout, assert_close, pyramid, random_boxes
 from test_backends import check_align, check_distill, weigh
 from torch import Tensor
+from triton import language
 from triton.runtime import interpreter
 
 from rakd_ops import available_backends, multilevel_roi_align, reference, soft_roi_distill
@@ -43,6 +44,13 @@ def language_patched_once_a_launch() -> Iterator[None]:
         return
     patch, launch_grid, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
+    make_dtype = interpreter._get_np_dtype
+    dtype_of_scalar = functools.cache(make_dtype)
+
+    def np_dtype(kind: Any) -> Any:
+        scalar = kind.element_ty if isinstance(kind, language.block_type) else kind  # a block has no hash
+        return make_dtype(scalar) if isinstance(scalar, language.pointer_type) else dtype_of_scalar(scalar)
+
     def patch_once(fn: Any) -> Any:
         if id(fn.__globals__) in patched:
             return interpreter._LangPatchScope()
@@ -55,7 +63,7 @@ def language_patched_once_a_launch() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        monkeypatch.setattr(interpreter, "_get_np_dtype", functools.cache(interpreter._get_np_dtype))
+        monkeypatch.setattr(interpreter, "_get_np_dtype", np_dtype)
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         yield
 
