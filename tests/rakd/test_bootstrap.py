@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rakd.evaluation.bootstrap import draw_frames, make_resampler
 from rakd.evaluation.depth import depth_errors
 from rakd.evaluation.kitti import CLASSES, evaluate
+from rakd.study import evaluation
 from rakd.study.evaluation import evaluate_run
 from rakd.study.metrics import PRIMARY
 
@@ -82,7 +83,9 @@ def test_draws_are_the_same_for_all_runs_and_as_many_frames_as_there_are() -> No
     assert 1 - left_out == pytest.approx((1 - 1 / 40) ** 40, abs=0.01)
 
 
-def test_a_run_has_its_primary_metrics_on_drawn_frames(folders: tuple[Path, Path]) -> None:
+def test_a_run_has_its_primary_metrics_on_drawn_frames(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, _ = evaluate_run("rakd", 3, *folders, FRAMES, draws=7)
     assert set(run.drawn) == {metric.key for metric in PRIMARY}
     assert {len(values) for values in run.drawn.values()} == {7}
@@ -93,3 +96,5 @@ def test_a_run_has_its_primary_metrics_on_drawn_frames(folders: tuple[Path, Path
     recall = [resampler.depth.figures(np.bincount(draw, minlength=6))["all"].recall for draw in draws]
     np.testing.assert_allclose(run.drawn["recall all"], np.multiply(recall, 100), atol=5e-5)
     assert evaluate_run("rakd", 3, *folders, FRAMES)[0].drawn == {}
+    monkeypatch.setattr(evaluation, "MAX_FRAMES", len(FRAMES) - 1)
+    assert evaluate_run("rakd", 3, *folders, FRAMES, draws=7)[0].drawn == {}
