@@ -16,9 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.results import Machine, describe_machine, exit_with_errors, write_rows
+from benchmarks.timing import summarise
 from rakd.detector.configs import DETECTORS
 from rakd.scenes import make_scenes
 
@@ -122,7 +121,7 @@ def measure(options: argparse.Namespace) -> list[DetectorRow]:
 
 def _row(name: str, times: list[float], added: list[float], options: argparse.Namespace) -> DetectorRow:
     config = DETECTORS[name]
-    low, median, high = np.percentile(times, [20, 50, 80]).tolist()
+    timing = summarise(times)
     return DetectorRow(
         detector=name,
         family="MonoDETR" if name.startswith("monodetr") else "two stages",
@@ -131,11 +130,11 @@ def _row(name: str, times: list[float], added: list[float], options: argparse.Na
         batch=options.batch,
         height=config.height,
         width=config.width or 0,
-        images_per_second=1e3 * options.batch / median,
-        median_ms=median,
-        p20_ms=low,
-        p80_ms=high,
-        steps=len(times),
+        images_per_second=1e3 * options.batch / timing.median,
+        median_ms=timing.median,
+        p20_ms=timing.p20,
+        p80_ms=timing.p80,
+        steps=timing.repeats,
         added_mib=statistics.median(added),
         threads=options.threads,
         **dataclasses.asdict(describe_machine("cpu")),

@@ -66,9 +66,9 @@ class Resampler:
         return found
 
 
-def make_resampler(gt_dir: Path, pred_dir: Path, frames: Sequence[str]) -> Resampler:
+def make_resampler(gt_dir: Path, pred_dir: Path, frames: Sequence[str], *, progress: bool = False) -> Resampler:
     """Read labels and detections of a set of frames; see `rakd.evaluation.kitti.evaluate`."""
-    truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=False)
+    truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
     prepared = {name: _by_frame(prepare(truths, detections, limits)) for name, limits in LIMITS.items()}
     return Resampler(prepared, find_depth_errors(truths, detections))
 

@@ -127,7 +127,12 @@ def evaluate(
         raise ValueError(f"overlaps must be one of {', '.join(LIMITS)}, got {overlaps!r}")
     truths, detections = read_folders(gt_dir, pred_dir, frames=frames, progress=progress)
     data = prepare(truths, detections, LIMITS[overlaps])
-    _check_heights(data, pred_dir)
+    check_heights(data, pred_dir, stacklevel=3)
+    return evaluate_prepared(data, progress=progress)
+
+
+def evaluate_prepared(data: Prepared, *, progress: bool = True) -> Result:
+    """The part of `evaluate` behind reading."""
     result: Result = {}
     steps = [(name, metric) for name in CLASSES for metric in METRICS]
     for name, metric in bar(steps, desc="matching", delay=_BAR_DELAY, disable=not progress):
@@ -221,7 +226,7 @@ def evaluate_metric(data: Prepared, name: str, metric: str) -> dict[str, MetricR
     return results
 
 
-def _check_heights(data: Prepared, pred_dir: Path | str) -> None:
+def check_heights(data: Prepared, pred_dir: Path | str, *, stacklevel: int = 2) -> None:
     """Say when objects count, but all detections of their class are too low in the image to count.
 
     Results of 3D boxes alone, whose 2D boxes are -1, would score 0 without a word.
@@ -234,7 +239,7 @@ def _check_heights(data: Prepared, pred_dir: Path | str) -> None:
             warnings.warn(
                 f"{pred_dir}: none of the {len(own)} detections of {name} counts, in 2D or 3D: the official rule "
                 f"wants 2D boxes {least:g} pixels high or more, the highest is {own.max():g}",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
 

@@ -1,7 +1,6 @@
 """The evaluation of a run's detections: the figures of a study, and the primary ones on drawn frames."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rakd.evaluation.bootstrap import Resampler, draw_frames, make_resampler
-from rakd.evaluation.kitti import CLASSES, Result, evaluate
+from rakd.evaluation.kitti import CLASSES, LEVELS, Result, check_heights, evaluate_prepared
 from rakd.progress import bar
 from rakd.study.metrics import PRIMARY, values_by_seed
 from rakd.study.results import METHODS, Precisions, RunResult, StudyResult
@@ -33,17 +32,16 @@ def precisions_of(**results: Result) -> Precisions:
     """
     return {
         overlaps: {
-            metric: {
-                name: tuple(
-                    value if objects else math.nan
-                    for value, objects in zip(result[name][metric]["R40"], result[name][metric]["objects"], strict=True)
-                )
-                for name in CLASSES
-            }
+            metric: {name: _counted(result[name][metric]["R40"], result[name][metric]["objects"]) for name in CLASSES}
             for metric in ("3d", "bev")
         }
         for overlaps, result in results.items()
     }
+
+
+def _counted(values: Sequence[float], objects: Sequence[int]) -> tuple[float, ...]:
+    """Values of the levels; NaN where there is no object."""
+    return tuple(value if count else math.nan for value, count in zip(values, objects, strict=True))
 
 
 def evaluate_run(
@@ -74,12 +72,11 @@ def evaluate_run(
     Returns:
         The figures, and the evaluation at the official overlaps.
     """
-    official = evaluate(truth, detections, frames=frames, progress=progress)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the same detections have been warned about
-        loose = evaluate(truth, detections, frames=frames, overlaps="loose", progress=False)
+    resampler = make_resampler(truth, detections, frames, progress=progress)
+    check_heights(resampler.prepared["official"], detections)
+    official = evaluate_prepared(resampler.prepared["official"], progress=progress)
+    loose = evaluate_prepared(resampler.prepared["loose"], progress=False)
     precisions = precisions_of(official=official, loose=loose)
-    resampler = make_resampler(truth, detections, frames)
     depth, by_size = resampler.depth.figures(), resampler.depth.by_size()
     run = RunResult(method, seed, precisions, depth, seconds, dict(losses or {}), by_size=by_size)
     return replace(run, drawn=_draw(run, resampler, len(frames), draws, progress)), official
@@ -98,14 +95,9 @@ def _draw(
         own: Precisions = {}
         whole: Precisions = {}
         for overlaps, results in resampler.evaluate(draw).items():
-            counts = {name: result["objects"] for name, result in results.items()}
-            whole[overlaps] = {"3d": {name: tuple(0.0 if n else math.nan for n in of) for name, of in counts.items()}}
-            own[overlaps] = {
-                "3d": {
-                    name: tuple(ap if n else math.nan for ap, n in zip(result["R40"], counts[name], strict=True))
-                    for name, result in results.items()
-                }
-            }
+            zeros = [0.0] * len(LEVELS)
+            own[overlaps] = {"3d": {name: _counted(of["R40"], of["objects"]) for name, of in results.items()}}
+            whole[overlaps] = {"3d": {name: _counted(zeros, of["objects"]) for name, of in results.items()}}
         depth = resampler.depth.figures(np.bincount(draw, minlength=frames))
         there = StudyResult((replace(run, precisions=own, depth=depth), RunResult(other, run.seed, whole)))
         for metric in PRIMARY:

@@ -6,6 +6,7 @@ interrupted experiment is continued by starting it again.
 
 import json
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from rakd.checkpoints import config_diff, file_digest
 from rakd.data.frames import digest, find_frames
 from rakd.detector.base import BaseDetector
+from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
 from rakd.detector.latency import benchmark
@@ -190,11 +192,14 @@ class Experiment:
                 f"got a batch_size of {settings.training.batch_size}: make it larger or leave semckd out"
             )
 
+    @cached_property
+    def _expert_config(self) -> BaseConfig:
+        file = self.plan[0].trained
+        return DETECTORS[self.settings.expert] if file is None else load_detector(file).config
+
     def _check_heights(self) -> None:
         """Both get the same images, and a network sees only objects of the sizes that it was trained on."""
-        file = self.plan[0].trained
-        expert = DETECTORS[self.settings.expert] if file is None else load_detector(file).config
-        wanted = DETECTORS[self.settings.apprentice].height
+        expert, wanted = self._expert_config, DETECTORS[self.settings.apprentice].height
         if expert.height != wanted:
             raise UserError(
                 f"expert must be for images {wanted} pixels high as the apprentice is, got one for {expert.height}"
@@ -224,8 +229,7 @@ class Experiment:
         config = {**asdict(self.settings), "started_from": self.started_from, "expert_file": None}
         file = self.plan[0].trained
         if file is not None:
-            expert = load_detector(file).config.to_plain()
-            config |= {"expert": expert, "expert_training": None, "expert_file": file.name}
+            config |= {"expert": self._expert_config.to_plain(), "expert_training": None, "expert_file": file.name}
         return config
 
     def _describe_data(self) -> str:

@@ -108,10 +108,10 @@ def summarise(values: Iterable[float]) -> Summary:
     )
 
 
-def paired_differences(study: StudyResult, method: str, baseline: str, metric: Metric) -> list[float]:
+def paired_differences(study: StudyResult, method: str, baseline: str, metric: Metric) -> dict[int, float]:
     """The metric of a method minus that of a baseline, for each seed that both have, by seed in ascending order."""
     ones, others = (values_by_seed(study, name, metric) for name in (method, baseline))
-    return [ones[seed] - others[seed] for seed in ones if seed in others]
+    return {seed: ones[seed] - others[seed] for seed in ones if seed in others}
 
 
 def difference_interval(
@@ -136,21 +136,19 @@ def difference_interval(
     """
     differences = paired_differences(study, method, baseline, metric)
     runs = {(run.method, run.seed): run.drawn.get(metric.key, ()) for run in study.runs}
-    both = [values_by_seed(study, name, metric) for name in (method, baseline)]
-    seeds = [seed for seed in both[0] if seed in both[1]]
-    drawn = [(runs[method, seed], runs[baseline, seed]) for seed in seeds]
+    drawn = [(runs[method, seed], runs[baseline, seed]) for seed in differences]
     if not drawn or any(len(values) != len(drawn[0][0]) or not values for pair in drawn for values in pair):
         return math.nan, math.nan
     means = np.mean([np.subtract(*pair) for pair in drawn], axis=0)
     means = means[np.isfinite(means)]
     variance = float(np.var(means, ddof=1)) if len(means) > 1 else math.nan
-    if len(seeds) > 1:
-        variance += statistics.variance(differences) / len(seeds)
+    if len(differences) > 1:
+        variance += statistics.variance(differences.values()) / len(differences)
     if not variance > 0:
         return math.nan, math.nan
     share, special = 1 - 0.025 / comparisons, require("scipy.special", "train")
-    quantile = special.stdtrit(len(seeds) - 1, share) if len(seeds) > 1 else special.ndtri(share)
-    mean, half = statistics.fmean(differences), float(quantile) * math.sqrt(variance)
+    quantile = special.stdtrit(len(differences) - 1, share) if len(differences) > 1 else special.ndtri(share)
+    mean, half = statistics.fmean(differences.values()), float(quantile) * math.sqrt(variance)
     return mean - half, mean + half
 
 

@@ -202,7 +202,7 @@ def _differences(study: StudyResult) -> list[Table]:
     ):
         rows = []
         for name, pair in pairs.items():
-            found = [paired_differences(study, *pair, metric) for metric in PRIMARY]
+            found = [list(paired_differences(study, *pair, metric).values()) for metric in PRIMARY]
             cells = [
                 Difference(m, summarise(values), 2, interval=difference_interval(study, *pair, m, len(pairs)))
                 for m, values in zip(PRIMARY, found, strict=True)

@@ -9,24 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_study_report import LOOSE
+from test_study_report import run as make_run
 
-from rakd.evaluation.depth import DepthFigures
-from rakd.evaluation.kitti import CLASSES
 from rakd.geometry import FloatArray
 from rakd.study.evaluation import DRAWS
-from rakd.study.metrics import MEAN, Metric, difference_interval
+from rakd.study.metrics import MEAN, difference_interval
 from rakd.study.results import RunResult, StudyResult, read_study, write_study
 from rakd.study.tables import format_csv, make_tables
-
-LOOSE = Metric("3d", MEAN, MEAN, "loose")
 
 
 def run(method: str, seed: int, ap: float, drawn: Iterable[float] | None = None) -> RunResult:
     """A run with one AP throughout, and values of the loose average on drawn frames."""
-    by_class = dict.fromkeys(CLASSES, (ap,) * 3)
-    precisions = {overlaps: dict.fromkeys(("3d", "bev"), by_class) for overlaps in ("official", "loose")}
-    depth = {name: DepthFigures(0.1, 0.5, 8) for name in (*CLASSES, "all")}
-    return RunResult(method, seed, precisions, depth, drawn={} if drawn is None else {LOOSE.key: tuple(drawn)})
+    return make_run(method, seed, ap, drawn={} if drawn is None else {LOOSE.key: tuple(drawn)})
 
 
 def pairs(gains: Iterable[float], draws: FloatArray) -> StudyResult:
