@@ -19,6 +19,9 @@ from rakd.data.targets import CLASSES, PackedTargets, Targets, make_targets
 from rakd.errors import UserError
 from rakd.geometry import Calibration
 
+CACHE_BYTES = 1 << 30
+"""Images that a training keeps in memory, over all of its loader's processes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -93,8 +96,8 @@ class KittiDataset(Dataset[Sample]):
         height: Height that images are resized to, keeping their proportions; None: as they are.
         augmentation: Random changes of images; None: none.
         seed: Seed of the augmentation, >= 0.
-        cache: Keep the decoded images of all frames seen so far in memory, before augmentation and resizing: about
-            1.4 MB for each of KITTI's, in every worker process of a loader.
+        cache_bytes: Images kept in memory, in every worker process of a loader: as they were read (1.4 MB for each of
+            KITTI's), or resized where mirroring alone varies them. Those that do not fit are read again.
         rules: Which objects are learned, and how augmentation zooms; see `rakd.detector.base_config.BaseConfig.rules`.
 
     Raises:
@@ -112,7 +115,7 @@ class KittiDataset(Dataset[Sample]):
         height: int | None = None,
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        cache: bool = False,
+        cache_bytes: int = 0,
         rules: DataRules | None = None,
     ) -> None:
         if height is not None and height < 1:
@@ -123,9 +126,12 @@ class KittiDataset(Dataset[Sample]):
         self.height = height
         self.augmentation = augmentation
         self.seed = seed
-        self.cache = cache
+        self.cache_bytes = cache_bytes
         self.rules = DataRules() if rules is None else rules
-        self._images: dict[int, Image.Image] = {}
+        varies = augmentation is not None and (augmentation.photometric > 0 or self.rules.zoom > 0)
+        self._resize_first = height is not None and not varies
+        self._images: dict[tuple[int, bool], tuple[Image.Image, tuple[int, int]]] = {}
+        self._image_bytes = 0
         # In shared memory, so that workers that live through epochs see it change.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -175,31 +181,50 @@ class KittiDataset(Dataset[Sample]):
             epoch: Augmentation depends on it besides the frame, >= 0; `set_epoch` is ignored here.
         """
         frame = self.frames[index]
-        image = self._read_image(index % len(self))
-        original = image.size
-        calibration = frame.read_calibration()
-        objects = None if frame.label is None else frame.read_labels()
         mirror = False
         if self.augmentation is not None:
             rng = np.random.default_rng([self.seed, epoch, index % len(self)])
             mirror = bool(rng.random() < self.augmentation.flip)
+        image, original = self._image(index % len(self), mirror)
+        calibration = frame.read_calibration()
+        objects = None if frame.label is None else frame.read_labels()
+        if mirror:
+            calibration = calibration.flipped(original[0])
+            objects = None if objects is None else objects.flipped(original[0])
+        if self.augmentation is not None:
             image = distort(image, self.augmentation, rng)
-            if mirror:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-                calibration = calibration.flipped(original[0])
-                objects = None if objects is None else objects.flipped(original[0])
             image, calibration, objects = zoom(image, calibration, objects, self.rules, rng)
-        sample = make_sample(frame.id, image, calibration, objects, self.height, self.rules)
+        sample = make_sample(frame.id, image, calibration, objects, self.height, self.rules, original=original)
         return replace(sample, mirrored=mirror)
 
-    def _read_image(self, index: int) -> Image.Image:
-        # Nothing that follows changes an image in place, so that a kept one stays as it was read.
-        image = self._images.get(index)
-        if image is None:
+    def _image(self, index: int, mirror: bool) -> tuple[Image.Image, tuple[int, int]]:
+        """An image, mirrored or not, and its size in the file; resized already where nothing comes before that."""
+        key = (index, mirror and self._resize_first)
+        kept = self._images.get(key)
+        if kept is None:
             image = Image.fromarray(self.frames[index].read_image())
-            if self.cache:
-                self._images[index] = image
+            original = image.size
+            if self._resize_first:
+                image = _mirrored(image) if mirror else image
+                image = _resized(image, self.height)
+            kept = image, original
+            size = 3 * image.width * image.height
+            if self._image_bytes + size <= self.cache_bytes:
+                # Nothing that follows changes an image in place, so that a kept one stays as it is.
+                self._images[key] = kept
+                self._image_bytes += size
+        image, original = kept
+        return _mirrored(image) if mirror and not self._resize_first else image, original
+
+
+def _mirrored(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def _resized(image: Image.Image, height: int | None) -> Image.Image:
+    if height is None:
         return image
+    return image.resize((resized_width(image.size, height), height), Image.Resampling.BILINEAR)
 
 
 def resized_width(size: tuple[int, int], height: int) -> int:
@@ -214,23 +239,26 @@ def make_sample(
     objects: Objects | None,
     height: int | None,
     rules: DataRules | None = None,
+    *,
+    original: tuple[int, int] | None = None,
 ) -> Sample:
     """Make a sample of an image and what is known of it.
 
     Args:
         name: Name of the frame.
         image: RGB.
-        calibration: Camera of the image.
-        objects: Labels, in the image's pixels; None: no targets.
+        calibration: Camera of the image in its original size.
+        objects: Labels, in pixels of that size; None: no targets.
         height: Height in pixels to resize to, keeping the proportions; None: as it is.
         rules: Which objects are learned; None: the default ones.
+        original: The image's (width, height) before it was resized to ``height``; None: it is as it was.
     """
-    original = image.size
+    if original is None:
+        original = image.size
     scale_y = 1.0
     if height is not None:
-        width = resized_width(original, height)
-        scale_x, scale_y = width / original[0], height / original[1]
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = _resized(image, height)
+        scale_x, scale_y = image.width / original[0], height / original[1]
         calibration = calibration.resized(scale_x, scale_y)
         objects = None if objects is None else objects.resized(scale_x, scale_y)
     targets = None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rakd.checkpoints import file_digest
 from rakd.data.augment import Augmentation
-from rakd.data.kitti import KittiDataset
+from rakd.data.kitti import CACHE_BYTES, KittiDataset
 from rakd.detector.base import BaseDetector
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector, save_detector, start_from
@@ -22,8 +22,6 @@ from rakd.study.validation import CarValidation
 from rakd.training.log import RESERVED, Row
 from rakd.training.model import make_distillation_model
 from rakd.training.trainer import Trainer
-
-_KEPT_IN_MEMORY = 400  # frames; of KITTI's size they take 560 MB
 
 
 class Runner:
@@ -107,9 +105,9 @@ class Runner:
             height=config.height,
             augmentation=Augmentation(flip=settings.flip, photometric=settings.photometric),
             seed=run.seed,
+            cache_bytes=CACHE_BYTES // max(1, run.training.workers),
             rules=config.rules,
         )
-        dataset.cache = len(dataset) <= _KEPT_IN_MEMORY
         folder = self.out / run.name
         # What changes nothing by being absent is absent, so that runs of earlier versions go on.
         options: dict[str, object] = {} if run.init is None else {"init": file_digest(run.init)}

@@ -98,15 +98,40 @@ def test_load_takes_the_epoch_it_is_told(scenes):
     assert not torch.equal(dataset.load(3, 1).image, second)
 
 
-def test_cached_frames_are_the_same(scenes, monkeypatch):
-    options = {"height": 64, "augmentation": Augmentation(photometric=1)}
-    plain, cached = KittiDataset(scenes, "train", **options), KittiDataset(scenes, "train", cache=True, **options)
+@pytest.mark.parametrize(
+    ("photometric", "read"),
+    [
+        pytest.param(1.0, 1, id="distorted: the image as it was read is kept"),
+        pytest.param(0.0, 2, id="mirrored alone: both resized images are kept"),
+    ],
+)
+def test_cached_frames_are_the_same(scenes, monkeypatch, photometric, read):
+    options = {"height": 64, "augmentation": Augmentation(photometric=photometric)}
+    plain, cached = (KittiDataset(scenes, "train", cache_bytes=size, **options) for size in (0, 10**7))
     reads = []
     monkeypatch.setattr(Frame, "read_image", lambda frame: (reads.append(frame.id), read_image(frame.image))[1])
-    for epoch in range(6):
-        assert torch.equal(cached.load(1, epoch).image, plain.load(1, epoch).image)
+    samples = [(cached.load(1, epoch), plain.load(1, epoch)) for epoch in range(6)]
+    for sample, other in samples:
+        assert torch.equal(sample.image, other.image)
+        assert torch.equal(sample.targets.boxes, other.targets.boxes)
+        assert sample.original_size == other.original_size == (414, 125)
+        np.testing.assert_array_equal(sample.calibration.projection, other.calibration.projection)
+    assert {sample.mirrored for sample, _ in samples} == {False, True}
     assert torch.equal(cached.load(-7, 1).image, plain.load(1, 1).image)
-    assert len(reads) == 1 + 7  # the cached one's, and the other's
+    assert len(reads) == read + 7  # the cached one's, and the other's
+
+
+def test_images_beyond_the_bound_are_read_again(scenes, monkeypatch):
+    augmentation = Augmentation(flip=0, photometric=0)
+    dataset = KittiDataset(scenes, "train", height=64, augmentation=augmentation, cache_bytes=2 * 3 * 64 * 212)
+    assert dataset[0].image.shape == (3, 64, 212)
+    reads = []
+    monkeypatch.setattr(Frame, "read_image", lambda frame: (reads.append(frame.id), read_image(frame.image))[1])
+    for _ in range(2):
+        for index in range(3):
+            dataset[index]
+    second, third = (frame.id for frame in dataset.frames[1:3])
+    assert reads == [second, third, third]
 
 
 def test_distortion_changes_with_the_draws(plain):
