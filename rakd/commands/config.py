@@ -62,7 +62,7 @@ def _read(path: Path, name: str, command: type) -> list[str]:
         flag = option.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list) and option == "weight":  # each has an option of its own
+        elif isinstance(value, list) and option in ("weight", "option"):  # each has an option of its own
             words += [word for entry in value for word in (f"--{flag}", str(entry))]
         elif value is not None:
             words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]

@@ -1,5 +1,6 @@
 """``rakd distill``: trains an expert, and apprentices with several distillation methods, and compares them."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import UseAppendAction, arg
 
 from rakd.distill import MethodName, Regions
+from rakd.distill.registry import METHODS
 from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
@@ -90,6 +92,10 @@ class Distill:
     """Weight of the distillation loss instead of the study's: of one method (--weight rakd=2), or of all without a
     name. May be repeated; the last counts."""
 
+    option: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="METHOD.NAME=VALUE")]] = ()
+    """An argument of a method's class (rakd.distill.METHODS; its documentation lists them) instead of its own value:
+    --option rakd.sigma=0.5 --option rakd.output_size=19. May be repeated; the last counts."""
+
     photometric: Annotated[float | None, arg(metavar="P")] = None
     """Probability of each distortion of light and colour instead of the study's."""
 
@@ -132,6 +138,7 @@ class Distill:
             seeds=tuple(self.seeds),
             regions=self.regions or base.regions,
             weights=_weights(base.weights, self.weight),
+            options=method_options(self.option),
             photometric=base.photometric if self.photometric is None else self.photometric,
             training=replace(base.training, **training),
             expert_training=replace(base.expert_training, **expert_training),
@@ -202,3 +209,18 @@ def _weights(base: Mapping[str, float], given: Sequence[str]) -> dict[str, float
             raise UserError(f"--weight: expected one of {', '.join(weights)}, got {name!r}")
         weights.update({name: weight} if name else dict.fromkeys(weights, weight))
     return weights
+
+
+def method_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Arguments of methods' classes that ``--option`` tells, by the method's name."""
+    options: dict[str, dict[str, Any]] = {}
+    for text in given:
+        key, _, value = text.partition("=")
+        method, _, name = key.partition(".")
+        if method not in METHODS or not name or not value:
+            raise UserError(f"--option: expected METHOD.NAME=VALUE with one of {', '.join(METHODS)}, got {text!r}")
+        try:
+            options.setdefault(method, {})[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options.setdefault(method, {})[name] = value
+    return options

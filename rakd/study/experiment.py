@@ -20,6 +20,7 @@ from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
 from rakd.detector.latency import benchmark
 from rakd.distill import registry
+from rakd.distill.methods import make_method
 from rakd.distributed import Processes, barrier, broadcast_object
 from rakd.errors import MissingFileError, UserError
 from rakd.files import check_file, write_text
@@ -87,7 +88,7 @@ class Experiment:
         )
         self.logs: list[TrainingLog] = []
         self.started_from: dict[str, str] = {}
-        self._check_batches()
+        self._check_settings()
         self._train_frames, self._val_frames = (find_frames(data, split) for split in splits)
         if expert is not None and not expert.is_file():
             raise MissingFileError(f"expert: {expert} is not there")
@@ -174,9 +175,14 @@ class Experiment:
         if self.processes.is_main:
             write_text(path, json.dumps(here, indent=1) + "\n")
 
-    def _check_batches(self) -> None:
+    def _check_settings(self) -> None:
         """Say before anything is trained what would only fail hours later."""
         settings, count = self.settings, self.processes.count
+        for method, options in settings.options.items():
+            try:
+                make_method(method, strides=(4, 8), expert_channels=8, apprentice_channels=8, batch_size=2, **options)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"options of {method}: {error}") from None
         for name, training in (("expert_training", settings.expert_training), ("training", settings.training)):
             if training.batch_size % count:
                 raise UserError(

@@ -97,7 +97,7 @@ class Runner:
                 apprentice_channels=detector.channels,
                 batch_size=run.training.batch_size // self.processes.count,
                 seed=run.seed,
-                canonical_size=detector.canonical_size,
+                **{"canonical_size": detector.canonical_size, **settings.options.get(run.method, {})},
             )
         dataset = KittiDataset(
             self.data,
@@ -111,6 +111,8 @@ class Runner:
         folder = self.out / run.name
         # What changes nothing by being absent is absent, so that runs of earlier versions go on.
         options: dict[str, object] = {} if run.init is None else {"init": file_digest(run.init)}
+        if term is not None and settings.options.get(run.method):
+            options["method_options"] = settings.options[run.method]
         if self.cache is not None and term is not None:
             options["feature_cache"] = True  # the expert sees images one by one, which rounds otherwise
         validation = None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rakd.detector.configs import DETECTORS
 from rakd.distill import MethodName, Regions
@@ -30,6 +30,7 @@ class StudySettings:
         expert_training: How the expert is trained; its seed is replaced.
         training: How apprentices are trained; its seed is replaced.
         weights: Factor of each method's loss.
+        options: Arguments of methods' classes by the method's name, such as ``{"rakd": {"sigma": 0.5}}``.
         regions: Where RAKD and its ablations compare features.
         flip: Probability of mirroring a training image.
         photometric: Probability of each distortion of light and colour.
@@ -44,6 +45,7 @@ class StudySettings:
     expert_training: TrainSettings
     training: TrainSettings
     weights: dict[str, float] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: tuple[MethodName, ...] = PAPER_METHODS
     seeds: tuple[int, ...] = (0,)
     regions: Regions = "proposals"

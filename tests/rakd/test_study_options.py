@@ -14,6 +14,7 @@ import torch
 from test_study_run import CPU, TRAINING, Finished, bare, detectors, finished, settings  # noqa: F401
 
 from rakd.checkpoints import load_checkpoint, load_weights
+from rakd.commands.distill import method_options
 from rakd.distill.cache import FeatureCache
 from rakd.distill.distiller import Distiller
 from rakd.study.experiment import Experiment
@@ -147,3 +148,44 @@ def test_kept_features_change_nothing_but_rounding(
         run(scenes, kept, changes, expert=expert)
     with pytest.raises(ValueError, match=r"mirroring alone varies \(photometric 0\).*got photometric 0\.5"):
         run(scenes, tmp_path / "not", {"methods": ("rakd",)}, expert=expert, cache_bytes=2**26)
+
+
+def test_arguments_of_a_method_change_its_training_alone(finished: Finished, scenes: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = shutil.copytree(finished.out, tmp_path / "run")
+    options = {"rakd": {"sigma": 0.5, "output_size": [3, 5]}}
+    with pytest.raises(ValueError, match=r"rakd-seed0 holds .*method_options\.sigma is absent there and 0\.5 here"):
+        run(scenes, out, {"options": options})
+    shutil.rmtree(out / "rakd-seed0")
+    result = run(scenes, out, {"options": options})
+    assert same(out / "none-seed0", finished.out / "none-seed0")
+    assert not same(out / "rakd-seed0", finished.out / "rakd-seed0")
+    assert result.config["options"] == options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rakd": {"sigm": 1.0}}, "options of rakd: sigm: RAKD takes no such option; it takes .*sigma"),
+        ({"rakd": {"sigma": -1.0}}, "options of rakd: sigma: expected"),
+        ({"rakd": {"assignment": "hard"}}, "options of rakd: assignment: RAKD takes no such option"),
+        ({"rkad": {"sigma": 1.0}}, "options of rkad: name: expected one of 'pkd'"),
+    ],
+)
+def test_wrong_arguments_of_methods_are_refused_first(
+    options: dict[str, Any], message: str, scenes: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(scenes, tmp_path, {"options": options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_reads_arguments_of_methods() -> None:
+    given = ("rakd.sigma=1", "rakd.sigma=0.5", "hfa.output_size=[7, 19]", "mgd.backend=auto")
+    assert method_options(given) == {
+        "rakd": {"sigma": 0.5},
+        "hfa": {"output_size": [7, 19]},
+        "mgd": {"backend": "auto"},
+    }
+    for text in ("rakd", "rakd.sigma", "rakd.=1", "none.sigma=1", "sigma=1", "rakd.sigma="):
+        with pytest.raises(ValueError, match=r"--option: expected METHOD\.NAME=VALUE with one of pkd, "):
+            method_options((text,))
