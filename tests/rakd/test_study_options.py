@@ -17,6 +17,7 @@ from rakd.checkpoints import load_checkpoint, load_weights
 from rakd.commands.distill import method_options
 from rakd.distill.cache import FeatureCache
 from rakd.distill.distiller import Distiller
+from rakd.study import experiment
 from rakd.study.experiment import Experiment
 from rakd.study.plan import make_plan
 from rakd.study.results import read_run
@@ -189,3 +190,31 @@ def test_the_command_reads_arguments_of_methods() -> None:
     for text in ("rakd", "rakd.sigma", "rakd.=1", "none.sigma=1", "sigma=1", "rakd.sigma="):
         with pytest.raises(ValueError, match=r"--option: expected METHOD\.NAME=VALUE with one of pkd, "):
             method_options((text,))
+
+
+def test_jobs_of_several_seeds_learn_from_one_expert(
+    finished: Finished,  # noqa: F811
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: dict[str, Any] = {"expert": finished.out / "expert-seed0" / "detector.pt"}
+    changes = {"seeds": (0, 1), "methods": ("rakd",)}
+    in_turn = run(scenes, tmp_path / "in turn", changes, **options)
+    asked: dict[str, str | None] = {}
+
+    def do_here(work: Any, tasks: dict[str, Any], jobs: int, say: Any, after: dict[str, str]) -> None:
+        asked.update({name: after.get(name) for name in tasks})
+        for arguments in tasks.values():
+            work(0, *arguments)
+
+    monkeypatch.setattr(experiment, "run_side_by_side", do_here)  # processes would take seconds to start
+    at_once = run(scenes, tmp_path / "at once", changes, jobs=2, **options)
+    assert asked == {"expert": None, "rakd-seed0": "expert", "rakd-seed1": "expert"}
+    assert [(each.method, each.seed) for each in at_once.runs] == [("expert", 0), ("rakd", 0), ("rakd", 1)]
+    for name in ("expert", "rakd-seed0", "rakd-seed1"):
+        assert same(tmp_path / "at once" / name, tmp_path / "in turn" / name)
+    assert same(tmp_path / "at once" / "expert", finished.out / "expert-seed0")
+    assert same(tmp_path / "at once" / "rakd-seed0", finished.out / "rakd-seed0")
+    for ours, theirs in zip(at_once.runs, in_turn.runs, strict=True):
+        assert ours.precisions == theirs.precisions and ours.losses == theirs.losses
