@@ -131,6 +131,7 @@ def _provenance(study: StudyResult) -> str:
         "Runs": str(len(study.runs)),
         "Regions that RAKD and its ablations compare": _REGIONS.get(str(regions), regions),
         "Loss weights": _weights(config),
+        "Options of methods": _options(config),
         "Backbones started from": _starts(config),
         "Versions": ", ".join(f"{name} {text}" for name, text in study.versions.items() if name not in machine),
         "Device": ", ".join(text if name == "device" else f"{name} {text}" for name, text in machine.items()),
@@ -174,6 +175,11 @@ def _weights(config: Mapping[str, Any]) -> str:
         weight = next(iter(used.values()))
         return f"one loss weight ({weight:g}) for every method, not tuned: methods' losses have different scales"
     return ", ".join(f"{METHOD_NAMES[method]} {weight:g}" for method, weight in used.items())
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    options = config.get("options") or {}
+    return ", ".join(f"{METHOD_NAMES[m]} {name} {value}" for m, own in options.items() for name, value in own.items())
 
 
 def _starts(config: Mapping[str, Any]) -> str:

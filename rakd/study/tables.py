@@ -126,7 +126,14 @@ class Table:
 def make_tables(study: StudyResult) -> list[Table]:
     """All tables of a study: expert and apprentice, methods compared, terms ablated, differences seed by seed."""
     ways, terms = "Distillation methods", "Terms of the loss"
-    compared = _compared(study)
+    others = [name for name, spec in registry.METHODS.items() if not spec.role]
+    compared = {name: METHOD_NAMES[name] for name in ("none", *registry.COMPARED, *others) if _is_shown(study, name)}
+    ablated = {name: term for name, term in _ABLATED.items() if _is_shown(study, name)}
+    ablation = [
+        _precisions(study, "ablation", f"Ablation. {terms}", ablated, "3d", "official"),
+        _precisions(study, "ablation_loose", f"Ablation. {terms}", ablated, "3d", "loose"),
+        _depths(study, "ablation_depth", f"Ablation. {terms}", ablated),
+    ]
     return [
         _overview(study, "table2", "Table 2. Expert and apprentice", "official"),
         _overview(study, "table2_loose", "Table 2. Expert and apprentice", "loose"),
@@ -134,22 +141,16 @@ def make_tables(study: StudyResult) -> list[Table]:
         _precisions(study, "table3_loose", f"Table 3. {ways}", compared, "3d", "loose"),
         _precisions(study, "table3_bev_loose", f"Table 3. {ways}", compared, "bev", "loose"),
         _depths(study, "table3_depth", f"Table 3. {ways}", compared),
-        _precisions(study, "ablation", f"Ablation. {terms}", _ABLATED, "3d", "official"),
-        _precisions(study, "ablation_loose", f"Ablation. {terms}", _ABLATED, "3d", "loose"),
-        _depths(study, "ablation_depth", f"Ablation. {terms}", _ABLATED),
+        *(ablation if set(ablated) - set(compared) else []),
         *_differences(study),
         _training(study),
     ]
 
 
 def _is_shown(study: StudyResult, method: str) -> bool:
-    """The paper's methods have their place in each table, others where they were run."""
-    return method in ("expert", *PAPER_METHODS) or any(run.method == method for run in study.runs)
-
-
-def _compared(study: StudyResult) -> dict[str, str]:
-    others = [name for name, spec in registry.METHODS.items() if not spec.role and _is_shown(study, name)]
-    return {method: METHOD_NAMES[method] for method in ("none", *registry.COMPARED, *others)}
+    """Whether a method was run, or is still to be."""
+    planned = study.config.get("methods") or PAPER_METHODS
+    return method in ("expert", *planned) or any(run.method == method for run in study.runs)
 
 
 def _overview(study: StudyResult, key: str, title: str, overlaps: Overlaps) -> Table:

@@ -213,6 +213,17 @@ def test_ablation_has_the_terms_of_the_loss():
     assert marks == {"expert": "", "none": "", "l_roi": "", "hfa": "second", "rakd": "best"}
 
 
+def test_tables_hold_the_methods_that_are_planned_or_done():
+    runs = [run("none", 0, 1.0), run("rakd", 0, 2.0), run("cwd", 0, 3.0)]
+    study = study_of(*runs, config={"methods": ["none", "pkd", "rakd"]})
+    methods = {one.key: [row.method for row in one.rows] for one in make_tables(study)}
+    assert methods["table3"] == ["expert", "none", "pkd", "rakd", "cwd"]
+    assert methods["training"] == ["expert", "none", "pkd", "rakd", "cwd"]
+    assert not any(key.startswith("ablation") for key in methods)  # nothing of it that table 3 has not
+    study = study_of(*runs, config={"methods": ["none", "hfa", "rakd"]})
+    assert [row.method for row in table(study, "ablation").rows] == ["expert", "none", "hfa", "rakd"]
+
+
 def test_a_figure_from_fewer_seeds_says_so():
     gap = dict.fromkeys(CLASSES, (math.nan, 1.0, 1.0))
     study = study_of(run("none", 0, 2.0), run("none", 1, gap))
@@ -403,6 +414,9 @@ def test_provenance_of_an_expert_from_a_file_and_of_other_weights():
     assert "Detectors: expert of good.pt, apprentice tiny, images" in text
     assert "Training: apprentices 250 steps" in text
     assert "Loss weights: PKD 0.5, RAKD 1. Backbones started from: apprentice random weights." in text
+    assert "Options of methods" not in text
+    options = {"rakd": {"sigma": 0.5, "output_size": 19}}
+    assert "RAKD 1. Options of methods: RAKD sigma 0.5, RAKD output_size 19." in provenance(config | {"options": options})
 
 
 def test_notes_warn_of_what_figures_do_not_say(study, tmp_path):
