@@ -415,8 +415,8 @@ def test_provenance_of_an_expert_from_a_file_and_of_other_weights():
     assert "Training: apprentices 250 steps" in text
     assert "Loss weights: PKD 0.5, RAKD 1. Backbones started from: apprentice random weights." in text
     assert "Options of methods" not in text
-    options = {"rakd": {"sigma": 0.5, "output_size": 19}}
-    assert "RAKD 1. Options of methods: RAKD sigma 0.5, RAKD output_size 19." in provenance(config | {"options": options})
+    text = provenance(config | {"options": {"rakd": {"sigma": 0.5, "output_size": 19}}})
+    assert "RAKD 1. Options of methods: RAKD sigma 0.5, RAKD output_size 19." in text
 
 
 def test_notes_warn_of_what_figures_do_not_say(study, tmp_path):
