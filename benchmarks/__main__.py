@@ -17,34 +17,21 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results, timing
+from benchmarks import results, timing, workloads
 from benchmarks.implementations import (
     BASELINES,
     DisagreementError,
     add_options,
     check_agreement,
-    check_backends,
-    check_device,
     check_names,
+    choose_backends,
     make_implementations,
     make_upstream,
     run_forward,
     run_training,
 )
 from benchmarks.timing import Advance, Step, Timing
-from benchmarks.workloads import (
-    AXES,
-    DTYPES,
-    FORWARD,
-    LAYOUTS,
-    PASSES,
-    SCALING,
-    TRAINING,
-    WORKLOADS,
-    Workload,
-    count_bytes,
-    make_inputs,
-)
+from benchmarks.workloads import FORWARD, PASSES, TRAINING, Workload
 
 
 @dataclass(frozen=True)
@@ -80,15 +67,16 @@ class Protocol:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = results.Parser("benchmarks", __doc__)
-    parser.add_argument("--op", default="distill", choices=list(WORKLOADS), help="soft_roi_distill or "
+    parser.add_argument("--op", default="distill", choices=list(workloads.WORKLOADS), help="soft_roi_distill or "
                         "multilevel_roi_align")  # fmt: skip
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="of distill train, train19, gt, large, batch8 "
                         "(default: all, batch8 on CUDA alone); of align pool, pool14")  # fmt: skip
-    parser.add_argument("--axes", nargs="*", choices=list(AXES), metavar="NAME", help="curves instead of workloads, of "
-                        f"the first backend: {', '.join(AXES)}, or all where none is named")  # fmt: skip
+    axes = list(workloads.AXES)
+    parser.add_argument("--axes", nargs="*", choices=axes, metavar="NAME", help="curves instead of workloads, of the "
+                        f"first backend: {', '.join(axes)}, or all where none is named")  # fmt: skip
     add_options(parser)
-    parser.add_names("--dtypes", list(DTYPES), default=["float32"])
-    parser.add_names("--layouts", list(LAYOUTS), "nhwc is channels-last")
+    parser.add_names("--dtypes", list(workloads.DTYPES), default=["float32"])
+    parser.add_names("--layouts", list(workloads.LAYOUTS), "nhwc is channels-last")
     parser.add_argument("--baselines", nargs="+", metavar="NAME", help="of distill torchvision, difference (one "
                         "RoIAlign of the difference map), torchvision-compiled, difference-compiled; of align "
                         "torchvision; or none (default: all, of axes torchvision)")  # fmt: skip
@@ -108,14 +96,13 @@ def plan(options: argparse.Namespace) -> tuple[list[Case], Protocol]:
     curves = options.axes is not None
     if curves and (options.workloads or options.op != "distill"):
         raise ValueError("axes: expected neither workloads nor another op beside them")
-    device = check_device(options.device)
-    backends = check_backends(options.backends, device)
+    device, backends = choose_backends(options.backends, options.device)
     baselines = BASELINES[options.op]
     if options.baselines == ["none"]:
         baselines = ()
     elif options.baselines:
         check_names("baselines", options.baselines, baselines)
-        baselines = tuple(dict.fromkeys(options.baselines))
+        baselines = tuple(options.baselines)
     elif curves:
         baselines = ("torchvision",)
     protocol = Protocol(
@@ -131,12 +118,12 @@ def plan(options: argparse.Namespace) -> tuple[list[Case], Protocol]:
 
 
 def _plan_workloads(options: argparse.Namespace, protocol: Protocol) -> list[Case]:
-    workloads = WORKLOADS[options.op]
-    names = options.workloads or [name for name in workloads if protocol.cuda or name != "batch8"]
-    check_names("workloads", names, list(workloads))
+    known = workloads.WORKLOADS[options.op]
+    names = options.workloads or [name for name in known if protocol.cuda or name != "batch8"]
+    check_names("workloads", names, list(known))
     return [
-        Case(options.op, name, workloads[name], dtype, layout, options.threads)
-        for name in dict.fromkeys(names)
+        Case(options.op, name, known[name], dtype, layout, options.threads)
+        for name in names
         for dtype in options.dtypes
         for layout in options.layouts
     ]
@@ -144,21 +131,18 @@ def _plan_workloads(options: argparse.Namespace, protocol: Protocol) -> list[Cas
 
 def thread_counts(cores: int) -> list[int]:
     """List the powers of two up to the cores, and the cores."""
-    counts = [1]
-    while counts[-1] * 2 < cores:
-        counts.append(counts[-1] * 2)
-    return counts + [cores] * (cores > 1)
+    return sorted({min(2**power, cores) for power in range(cores.bit_length() + 1)})
 
 
 def _plan_curves(options: argparse.Namespace, protocol: Protocol) -> list[Case]:
     varied = thread_counts(os.cpu_count() or 1)
     return [
-        Case("distill", SCALING + axis, workload, dtype, layout, threads)
-        for axis in options.axes or AXES
+        Case("distill", workloads.SCALING + axis, workload, dtype, layout, threads)
+        for axis in options.axes or workloads.AXES
         if not (protocol.cuda and axis == "threads")
         for dtype in options.dtypes
         for layout in options.layouts
-        for workload in AXES[axis]
+        for workload in workloads.AXES[axis]
         for threads in (varied if axis == "threads" else [options.threads])
     ]
 
@@ -208,7 +192,7 @@ def measure_case(
     torch.set_num_threads(case.threads)
     bandwidth = _copy_bandwidth(protocol.device, case.threads)
     networks = 2 if case.op == "distill" else 1
-    inputs = make_inputs(case.workload, case.dtype, case.layout, protocol.device, protocol.seed, networks)
+    inputs = workloads.make_inputs(case.workload, case.dtype, case.layout, protocol.device, protocol.seed, networks)
     implementations = make_implementations(case.op, inputs, case.workload, protocol.backends, protocol.baselines)
     upstream = make_upstream(case.op, implementations[0], case.dtype)
     try:
@@ -217,7 +201,7 @@ def measure_case(
         raise DisagreementError(f"{case.name}, {case.dtype}, {case.layout}: {error}") from None
     implementations = [one for one in implementations if one.name not in failed]
     gc.collect()  # garbage of earlier cases must not be freed during this one's measurements
-    bound = count_bytes(case.op, inputs.boxes, case.workload, case.dtype)
+    bound = workloads.count_bytes(case.op, inputs.boxes, case.workload, case.dtype)
     sizes = asdict(case.workload)
     del sizes["boxes_per_image"]
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,6 @@ def work(imported_from: str) -> None:
 class Worker:
     """A process that runs one tree's ``rakd_ops``.
 
-    Args:
-        tree: The source tree.
-
     Raises:
         ValueError: The process ends, or imports ``rakd_ops`` from elsewhere.
     """
@@ -179,15 +176,11 @@ class Found:
     ops: list[list[int]]
 
 
-def measure(
-    cases: Sequence[BesideCase],
-    trees: Sequence[Path],
-    options: argparse.Namespace,
-    advance: Callable[[int], object] = lambda _: None,
-) -> list[Found]:
+def measure(cases: Sequence[BesideCase], trees: Sequence[Path], options: argparse.Namespace) -> list[Found]:
     """Measure cases in one tree or two, in alternating turns, in each process after one round that is not counted."""
     found = [Found([[] for _ in trees], []) for _ in cases]
     turns = list(range(len(trees)))
+    bar = results.progress(options.processes * len(cases) * (options.rounds + 1), "round")
     for _ in range(options.processes):
         workers = [Worker(tree) for tree in trees]
         try:
@@ -198,10 +191,11 @@ def measure(
                         sample = float(np.median(workers[index].ask(calls=CALLS[options.kind])))
                         if number > 0:
                             here.ms[index].append(sample)
-                    advance(1)
+                    bar.update()
         finally:
             for worker in workers:
                 worker.close()
+    bar.close()
     return found
 
 
@@ -287,9 +281,7 @@ def main() -> None:
     options = parse()
     cases = host_cases() if options.kind == "host" else step_cases(options.workloads, options.layouts)
     trees = [results.ROOT] + ([options.beside] if options.beside else [])
-    with results.progress(options.processes * len(cases) * (options.rounds + 1), "round") as bar:
-        found = measure(cases, trees, options, bar.update)
-    rows = make_rows(options, cases, found, trees)
+    rows = make_rows(options, cases, measure(cases, trees, options), trees)
     results.report(results.csv_path(options.out, options.kind, "cpu"), BesideRow, rows, format_rows(rows))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results
-from benchmarks.timing import status_mib, summarise, wall_sampler
+from benchmarks.timing import Timing, status_mib, summarise, wall_sampler
 from rakd.data.kitti import KittiDataset, collate
 from rakd.detector.configs import DETECTORS
 from rakd.scenes import make_scenes
@@ -98,12 +98,11 @@ def measure(options: argparse.Namespace) -> list[DetectorRow]:
                 taken, (before, highest) = results.run_apart(_TRAIN, *words)
                 times[name] += taken
                 added[name].append(highest - before)
-    return [_row(name, times[name], added[name], options) for name in options.detectors]
+    return [_make_row(name, summarise(times[name]), statistics.median(added[name]), options) for name in times]
 
 
-def _row(name: str, times: list[float], added: list[float], options: argparse.Namespace) -> DetectorRow:
+def _make_row(name: str, timing: Timing, added_mib: float, options: argparse.Namespace) -> DetectorRow:
     config = DETECTORS[name]
-    timing = summarise(times)
     return DetectorRow(
         detector=name,
         family="MonoDETR" if name.startswith("monodetr") else "two stages",
@@ -115,7 +114,7 @@ def _row(name: str, times: list[float], added: list[float], options: argparse.Na
         images_per_second=1e3 * options.batch / timing.median,
         **timing.columns(),
         steps=timing.repeats,
-        added_mib=statistics.median(added),
+        added_mib=added_mib,
         threads=options.threads,
         **asdict(results.describe_machine("cpu")),
     )

@@ -282,14 +282,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_names("--frameworks", list(FRAMEWORKS))
     parser.add_number("--repeats", 21, text="rounds after the warm-up")
     parser.add_number("--batch", 4, minimum=2)
-    parser.add_size(320)
+    parser.add_number("--size", 320, 64, "height and width of the images", multiple=32)
     parser.add_threads()
     return parser.parse_args(arguments)
 
 
-def measure(name: str, options: argparse.Namespace, machine: results.Machine) -> list[FrameworkRow]:
+def measure(name: str, options: argparse.Namespace) -> list[FrameworkRow]:
     """Measure the kinds of step of one framework, interleaved."""
     train, package, expert, apprentice = FRAMEWORKS[name]
+    machine = asdict(results.describe_machine("cpu"))
     gates: dict[str, Gate] = {}
     for kind in KINDS:
         gates[kind] = Gate(lambda gate, kind=kind: train(gate, kind, options.batch, options.size))  # type: ignore[misc]
@@ -314,7 +315,7 @@ def measure(name: str, options: argparse.Namespace, machine: results.Machine) ->
             ratio=timing.median / timings["plain"].median,
             over_expert=None if kind in ("plain", "expert") else compare(timing, timings["expert"]).median - 1,
             threads=torch.get_num_threads(),
-            **asdict(machine),
+            **machine,
         )
         for kind, timing in timings.items()
     ]
@@ -348,7 +349,7 @@ def main() -> None:
         os.environ.setdefault("YOLO_VERBOSE", "False")
         for name in ("ultralytics", "lightning.pytorch", "transformers"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        rows = measure(options.frameworks[0], options, results.describe_machine("cpu"))
+        rows = measure(options.frameworks[0], options)
     else:
         rows = [row for name in options.frameworks for row in measure_apart(name, options)]
     results.report(options.out, FrameworkRow, rows, format_rows(rows))

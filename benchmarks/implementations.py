@@ -36,14 +36,6 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 LOSS_SCALE = {"float16": 2.0**16}
 
 
-def check_device(device: str) -> str:
-    """Resolve ``"auto"``, and refuse a device that is not there."""
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise ValueError("device: 'cuda' was asked for, but torch finds no CUDA device")
-    return ("cuda" if there else "cpu") if device == "auto" else device
-
-
 def check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
     """Refuse names that are not among those allowed; the message names the option."""
     for name in names:
@@ -51,8 +43,17 @@ def check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> No
             raise ValueError(f"{option}: expected some of {', '.join(allowed)}, got {name!r}")
 
 
-def check_backends(backends: Sequence[str], device: str) -> tuple[str, ...]:
-    """Return the backends asked for, or without any all that run on the device; refuse those that cannot."""
+def choose_backends(backends: Sequence[str], device: str) -> tuple[str, tuple[str, ...]]:
+    """Return the device, resolved if ``"auto"``, and the backends, all that run there if none is asked for.
+
+    Raises:
+        ValueError: The device is not there, or a backend cannot run on it; the message says why.
+    """
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise ValueError("device: 'cuda' was asked for, but torch finds no CUDA device")
+    if device == "auto":
+        device = "cuda" if there else "cpu"
     state = available_backends()
     reasons = {name: state[name.removesuffix(ROWS)] for names in BACKENDS.values() for name in names}
     check_names("backends", backends, list(reasons))
@@ -61,7 +62,7 @@ def check_backends(backends: Sequence[str], device: str) -> tuple[str, ...]:
             raise ValueError(f"backends: {name!r} cannot run here: {reasons[name]}")
         if name not in BACKENDS[device]:
             raise ValueError(f"backends: {name!r} takes no tensors on the device {device!r}")
-    return tuple(dict.fromkeys(backends)) or tuple(name for name in BACKENDS[device] if reasons[name] is True)
+    return device, tuple(backends) or tuple(name for name in BACKENDS[device] if reasons[name] is True)
 
 
 def add_options(parser: Parser) -> None:
@@ -158,18 +159,10 @@ def _backend(op: str, name: str, inputs: Inputs, workload: Workload) -> Callable
 def make_implementations(
     op: str, inputs: Inputs, workload: Workload, backends: Sequence[str], baselines: Sequence[str]
 ) -> list[Implementation]:
-    """Make the implementations of one case.
+    """Make the implementations of one case on the same tensors: the backends in the order given, then the baselines.
 
-    Args:
-        op: ``"distill"`` or ``"align"``.
-        inputs: The tensors that all of them work on.
-        workload: The tensors' sizes.
-        backends: Backends of ``rakd_ops``, which take a list of boxes, as trainers have them; ``"cuda-rows"`` takes
-            one ``[K, 5]`` tensor, as the baselines do.
-        baselines: Some of ``BASELINES[op]``.
-
-    Returns:
-        The backends in the order given, then the baselines.
+    Backends of ``rakd_ops`` take a list of boxes, as trainers have them; ``"cuda-rows"`` takes one ``[K, 5]`` tensor,
+    as the baselines do.
     """
     torch.compiler.reset()  # another shape would make torch.compile generalise over shapes
     make_baseline = _distill_baseline if op == "distill" else _align_baseline
@@ -212,14 +205,7 @@ def _relative_error(value: Tensor, expected: Tensor) -> float:
 def check_agreement(
     implementations: Sequence[Implementation], maps: Sequence[Tensor], upstream: Tensor, dtype: str, advance: Advance
 ) -> dict[str, str]:
-    """Run every implementation once and compare outputs and gradients with those of the first.
-
-    Args:
-        implementations: All that will be measured.
-        maps: The maps that want gradients.
-        upstream: Gradient of the output.
-        dtype: The maps' dtype; chooses the tolerance.
-        advance: Told of each finished run.
+    """Run every implementation once and compare its output and the maps' gradients with those of the first.
 
     Returns:
         The compiled baselines that torch.compile cannot make here, and why not.

@@ -231,36 +231,28 @@ class Parser(argparse.ArgumentParser):
             name, nargs="+", choices=choices, default=default or choices, metavar="NAME", help=text.removeprefix(": ")
         )
 
-    def add_number(self, name: str, default: int | None, minimum: int = 1, text: str = "") -> None:
+    def add_number(
+        self, name: str, default: int | None, minimum: int = 1, text: str = "", *, multiple: int = 1
+    ) -> None:
         """Add an option that takes a whole number; the text names a default that is None here."""
         text = text if default is None else f"{text} (default: {default})".strip()
-        self.add_argument(name, type=at_least(minimum), default=default, metavar="N", help=text)
-
-    def add_size(self, default: int) -> None:
-        """Add ``--size``, for images that a detector halves five times."""
-        text = f"height and width of the images, a multiple of 32 (default: {default})"
-        self.add_argument("--size", type=_image_size, default=default, metavar="N", help=text)
+        self.add_argument(name, type=at_least(minimum, multiple), default=default, metavar="N", help=text)
 
     def add_threads(self) -> None:
         """Add ``--threads``, which are torch's on the CPU."""
         self.add_argument("--threads", type=_thread_count, default="0", help="of torch; 0: torch's own number")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """Make the type of an option that takes whole numbers from ``minimum``."""
+def at_least(minimum: int, multiple: int = 1) -> Callable[[str], int]:
+    """Make the type of an option that takes whole numbers from ``minimum``, perhaps multiples of a number alone."""
+    kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text}")
+        if not text.isdecimal() or int(text) < minimum or int(text) % multiple:
+            raise argparse.ArgumentTypeError(f"expected a {kind} of at least {minimum}, got {text}")
         return int(text)
 
     return parse
-
-
-def _image_size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 64 or int(text) % 32:
-        raise argparse.ArgumentTypeError(f"expected a multiple of 32 from 64, got {text}")
-    return int(text)
 
 
 def _thread_count(text: str) -> int:

@@ -71,14 +71,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Take samples in turn, round after round, after one warm-up round.
 
-    Args:
-        samplers: By name.
-        repeats: Rounds.
-        max_seconds: A sampler that has used this much time leaves after its ``MIN_REPEATS``-th run.
-        advance: Told of finished (or dropped) runs.
-
-    Returns:
-        The timings, by name.
+    A sampler that has used ``max_seconds`` leaves after its ``MIN_REPEATS``-th run. ``advance`` is told of finished (or
+    dropped) runs.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for sampler in samplers.values():
@@ -209,17 +203,10 @@ def _trim_heap() -> None:
 
 
 def measure_peak_mib(step: Step, cuda: bool) -> float | None:
-    """Measure by how much one step raises peak memory above its level before it.
+    """Measure by how many MiB one step, its result included, raises peak memory; None where the system does not tell.
 
     On CUDA this counts torch's allocations. On the CPU it is the growth of the process's resident memory, read from
     Linux's resettable high-water mark.
-
-    Args:
-        step: Its result counts, while it is alive.
-        cuda: Whether it runs on a CUDA device.
-
-    Returns:
-        MiB, or None where the system does not tell.
     """
     if cuda:
         torch.cuda.synchronize()
@@ -243,14 +230,9 @@ def measure_peak_mib(step: Step, cuda: bool) -> float | None:
 
 
 def measure_copy_bandwidth(device: str, mib: int | None = None) -> float:
-    """Measure how fast torch copies a large buffer into another, both already touched.
+    """Measure how many bytes a second torch reads and writes as it copies a large buffer into another.
 
-    Args:
-        device: A torch device.
-        mib: Size of each buffer; default fits the device.
-
-    Returns:
-        Bytes read and written per second, median of several copies.
+    Both are touched before; the median of several copies counts. ``mib`` is the size of each, by default by device.
     """
     cuda = torch.device(device).type == "cuda"
     count = (mib or (CUDA_COPY_MIB if cuda else CPU_COPY_MIB)) * 2**20 // 4

@@ -28,14 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import results
-from benchmarks.implementations import (
-    Implementation,
-    add_options,
-    check_agreement,
-    check_backends,
-    check_device,
-    torchvision_loss,
-)
+from benchmarks.implementations import Implementation, add_options, check_agreement, choose_backends, torchvision_loss
 from benchmarks.timing import Sampler, compare, end_to_end_sampler, time_interleaved, wall_sampler
 from benchmarks.workloads import Inputs, Workload, jitter_boxes
 from rakd.data.kitti import Batch, KittiDataset, collate
@@ -95,12 +88,8 @@ class Steps:
     """Training steps of one apprentice on one batch, all alike but for the term that is added.
 
     The learning rate is 0: the optimiser works as ever, but every step starts from the same weights, so that each
-    draws the same anchors and proposals and does the same work besides its term.
-
-    Args:
-        pair: The two detectors.
-        device: A torch device.
-        seed: Seed of weights, scenes and boxes.
+    draws the same anchors and proposals and does the same work besides its term. The seed is that of weights, scenes
+    and boxes.
     """
 
     def __init__(self, pair: Pair, device: str, seed: int) -> None:
@@ -293,11 +282,10 @@ def format_rows(rows: list[StepRow]) -> str:
 def main() -> None:
     """Measure, print and write."""
     options = parse()
-    device = check_device(options.device)
-    backends = check_backends(options.backends, device)[: len(options.backends) or 1]
+    device, backends = choose_backends(options.backends, options.device)
     torch.set_num_threads(options.threads)
     path = results.csv_path(options.out, f"training-{options.pair}", device)
-    rows = measure(options, device, backends)
+    rows = measure(options, device, backends[: len(options.backends) or 1])
     results.report(path, StepRow, rows, format_rows(rows))
 
 

@@ -1,6 +1,6 @@
 """``python -m benchmarks.waymo_evaluation``: time and memory of Waymo's evaluation over the number of frames.
 
-Each measurement runs in a process of its own and includes reading the files. Writes a CSV.
+Each measurement runs in a process of its own and includes reading the files. Writes a CSV. Linux only.
 """
 
 from __future__ import annotations
@@ -62,25 +62,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser("benchmarks.waymo_evaluation", __doc__, out="runs/benchmarks/waymo_evaluation.csv")
     frames = [1000, 5000, 10_000, 20_000, 40_000]
-    parser.add_argument(
-        "--frames", type=at_least(1), nargs="+", default=frames, metavar="N", help=f"(default: {frames})"
-    )
+    parser.add_argument("--frames", type=at_least(1), nargs="+", default=frames, help="default: 1000 to 40,000")
     parser.add_number("--objects", 20, text="truths, and as many predictions, a frame")
     parser.add_names("--files", ("bin", "folders"))
     parser.add_names("--modes", ("official", "pct"))
-    parser.add_number("--seed", 0, minimum=0, text="of the boxes")
     return parser.parse_args(arguments)
 
 
-def draw_objects(frames: int, count: int, seed: int) -> tuple[WaymoObjects, WaymoObjects]:
-    """Draw truths and predictions: three of four predictions are noisy copies of truths, as a camera's are along depth.
-
-    Args:
-        frames: Number of frames.
-        count: Truths, and predictions, a frame.
-        seed: Seed.
-    """
-    rng = np.random.default_rng(seed)
+def draw_objects(frames: int, count: int) -> tuple[WaymoObjects, WaymoObjects]:
+    """Draw ``count`` truths and predictions a frame; three of four predictions are noisy copies, most along depth."""
+    rng = np.random.default_rng(0)
     total = frames * count
     types = rng.choice([1, 2, 3, 4], total, p=_SHARES).astype(np.int8)
     boxes = np.empty((total, 7))
@@ -138,12 +129,6 @@ def write_folders(root: Path, truth: WaymoObjects, predictions: WaymoObjects) ->
     return root / "label_2", root / "pred"
 
 
-def measure(gt: Path, pred: Path, mode: str) -> tuple[float, float, float]:
-    """Seconds of an evaluation in a fresh process, its processor time, and its peak memory in MiB (Linux only)."""
-    (seconds, processor_seconds), (peak,) = run_apart(_CODE, gt, pred, mode)
-    return seconds, processor_seconds, peak / 1024
-
-
 def main() -> None:
     """Draw objects, measure, write."""
     options = parse()
@@ -152,7 +137,7 @@ def main() -> None:
     cases = [(frames, files) for frames in options.frames for files in options.files]
     with progress(len(cases) * len(options.modes), "run") as bar:
         for frames, files in cases:
-            truth, predictions = draw_objects(frames, options.objects, options.seed)
+            truth, predictions = draw_objects(frames, options.objects)
             with tempfile.TemporaryDirectory() as folder:
                 gt, pred = Path(folder) / "gt.bin", Path(folder) / "pred.bin"
                 if files == "bin":
@@ -163,7 +148,9 @@ def main() -> None:
                 del truth, predictions
                 for mode in options.modes:
                     load = os.getloadavg()[0]
-                    seconds, processor_seconds, peak = measure(gt, pred, mode)
+                    (seconds, processor_seconds), (peak_kib,) = run_apart(_CODE, gt, pred, mode)
+                    text = f"{frames} frames, {files}, {mode}: {seconds:.1f} s, {peak_kib / 1024:.0f} MiB"
+                    bar.write(text, file=sys.stdout)
                     row = WaymoRun(
                         files=files,
                         mode=mode,
@@ -172,7 +159,7 @@ def main() -> None:
                         predictions=options.objects,
                         seconds=round(seconds, 3),
                         processor_seconds=round(processor_seconds, 3),
-                        peak_mib=round(peak, 1),
+                        peak_mib=round(peak_kib / 1024, 1),
                         cpu=machine.cpu,
                         cores=os.cpu_count() or 1,
                         load=round(load, 2),
@@ -183,7 +170,6 @@ def main() -> None:
                     rows.append(row)
                     write_rows(options.out, WaymoRun, rows)
                     bar.update()
-                    bar.write(f"{frames} frames, {files}, {mode}: {seconds:.1f} s, {peak:.0f} MiB", file=sys.stdout)
     print(f"{len(rows)} rows in {options.out}")
 
 

@@ -154,31 +154,17 @@ class Inputs:
 
 
 def make_inputs(workload: Workload, dtype: str, layout: str, device: str, seed: int, networks: int = 2) -> Inputs:
-    """Make random maps and boxes of a workload.
-
-    Args:
-        workload: Its sizes.
-        dtype: A key of ``DTYPES``.
-        layout: A key of ``LAYOUTS``.
-        device: A torch device.
-        seed: Seed of boxes and maps.
-        networks: 2 for an apprentice and an expert; 1 where pooling alone is measured.
-
-    Returns:
-        The tensors, on the device.
-    """
+    """Make random maps and boxes of a workload, on a device; with 1 network there is no expert."""
     generator = torch.Generator().manual_seed(seed)
     boxes = draw_boxes(workload, generator).to(device)
-    networks_maps = []
-    for _ in range(networks):
-        maps = []
-        for stride in STRIDES:
-            shape = (workload.batch, workload.channels, *workload.map_size(stride))
-            feature = torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
-            maps.append(feature.contiguous(memory_format=LAYOUTS[layout]))
-        networks_maps.append(maps)
-    apprentice = [feature.requires_grad_() for feature in networks_maps[0]]
-    return Inputs(apprentice, networks_maps[1] if networks == 2 else [], boxes)
+
+    def draw(stride: int) -> Tensor:
+        shape = (workload.batch, workload.channels, *workload.map_size(stride))
+        feature = torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
+        return feature.contiguous(memory_format=LAYOUTS[layout])
+
+    apprentice = [draw(stride).requires_grad_() for stride in STRIDES]
+    return Inputs(apprentice, [draw(stride) for stride in STRIDES] if networks == 2 else [], boxes)
 
 
 def support_cells(boxes: Tensor, stride: int, workload: Workload) -> int:
@@ -206,14 +192,10 @@ class BoundBytes:
 
 
 def count_bytes(op: str, boxes: Tensor, workload: Workload, dtype: str) -> BoundBytes:
-    """Count the bytes that must move.
+    """Count the bytes that must move for boxes ``[K, 5]``.
 
-    Args:
-        op: ``"distill"``: cells of both networks read, the apprentice's gradient written. ``"align"``: cells read,
-            output written; then its gradient read, the maps' gradients written.
-        boxes: ``[K, 5]``.
-        workload: Sizes.
-        dtype: A key of ``DTYPES``.
+    ``"distill"``: cells of both networks read, the apprentice's gradient written. ``"align"``: cells read, output
+    written; then its gradient read, the maps' gradients written.
     """
     cell = workload.channels * DTYPES[dtype].itemsize
     dense = workload.batch * sum(math.prod(workload.map_size(stride)) for stride in STRIDES) * cell

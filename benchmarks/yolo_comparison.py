@@ -29,6 +29,7 @@ from benchmarks import results
 from rakd.data.boxes2d import write_yolo
 from rakd.scenes import make_scenes
 
+EXPERT, APPRENTICE = "yolo11s.yaml", "yolo11n.yaml"
 WAYS = ("alone", "ultralytics", "rakd", "rakd-normalized")
 
 
@@ -52,10 +53,8 @@ class ComparisonRow(results.Machine):
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = results.Parser("benchmarks.yolo_comparison", __doc__, out="benchmarks/results/yolo_comparison.csv")
-    parser.add_argument("--expert", default="yolo11s.yaml")
-    parser.add_argument("--apprentice", default="yolo11n.yaml")
     parser.add_number("--frames", 400, minimum=10)
-    parser.add_size(224)
+    parser.add_number("--size", 224, 32, "height and width of the images", multiple=32)
     parser.add_number("--epochs", 40)
     parser.add_number("--batch", 16)
     parser.add_number("--seeds", 3, text="how many")
@@ -103,7 +102,7 @@ class Comparison:
         from rakd.integrations.ultralytics import distill
 
         options = self.options
-        network = options.expert if way == "expert" else options.apprentice
+        network = EXPERT if way == "expert" else APPRENTICE
         torch.manual_seed(seed)
         model: Any = YOLO(network)
         arguments: dict[str, Any] = {"data": str(self.data), "epochs": options.epochs, "imgsz": options.size}

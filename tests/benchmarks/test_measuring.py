@@ -19,8 +19,7 @@ from benchmarks.implementations import (
     DisagreementError,
     Implementation,
     check_agreement,
-    check_backends,
-    check_device,
+    choose_backends,
     make_implementations,
 )
 from benchmarks.results import Row, describe_machine, read_rows
@@ -236,9 +235,10 @@ def test_user_errors_are_one_line_and_exit_code_2(
 def test_a_backend_that_cannot_run_says_why() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: 'cuda' was asked for, but torch finds no CUDA device"):
-            check_device("cuda")
+            choose_backends([], "cuda")
         with pytest.raises(ValueError, match="backends: 'cuda' cannot run here: "):
-            check_backends(["cuda"], "cpu")
+            choose_backends(["cuda"], "cpu")
+    assert choose_backends(["reference"], "cpu") == ("cpu", ("reference",))
 
 
 def test_operations_that_a_call_dispatches_are_counted() -> None:
