@@ -1,12 +1,11 @@
-"""``python -m benchmarks.figures CSV... --out DIR``: figures drawn from benchmark CSV files and nothing else.
+"""``python -m benchmarks.figures CSV...``: figures and the README's table, from CSV files of ``python -m benchmarks``.
 
-Bars: time by workload, with the bandwidth bound, a panel for each layout. Curves: time over each axis that
-``python -m benchmarks.scaling`` measured.
+Bars: time by workload, with the bandwidth bound, a panel for each layout. Curves: time over each axis that was
+measured. Table: our times in training beside both baselines, eager and compiled.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,10 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from benchmarks.results import Row, exit_with_errors, read_all
-from benchmarks.scaling import AXES, PREFIX
-from benchmarks.tables import LAYOUT_NAMES, format_ratio
-from benchmarks.workloads import FORWARD, TRAINING
+from benchmarks.results import Parser, Row, exit_with_errors, format_ratio, format_time, read_rows
+from benchmarks.workloads import AXES, FORWARD, SCALING, TRAINING
 
 LOOKS = {  # colour and name of each implementation, in the order of the legend
     "rakd:cuda": ("#1f5fbf", "rakd_ops, CUDA"),
@@ -33,6 +30,7 @@ LOOKS = {  # colour and name of each implementation, in the order of the legend
     "torchvision-compiled": ("#8f3f2e", "torchvision, compiled"),
     "difference-compiled": ("#c98d7f", "torchvision, difference map, compiled"),
 }
+LAYOUT_NAMES = {"nchw": "channels-first", "nhwc": "channels-last"}
 PASS_NAMES = {FORWARD: "forward", TRAINING: "forward + backward"}
 OP_NAMES = {"distill": "soft_roi_distill", "align": "multilevel_roi_align"}
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
@@ -51,22 +49,13 @@ _AXIS_VALUE: dict[str, tuple[str, Callable[[Row], int]]] = {
 }
 
 
-def _colour(name: str) -> str:
-    return LOOKS.get(name, (MUTED, name))[0]
-
-
-def _name(name: str) -> str:
-    return LOOKS.get(name, (MUTED, name))[1]
-
-
 def _unique(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
 def _implementations(rows: Sequence[Row]) -> list[str]:
-    known = list(LOOKS)
-    names = _unique([row.implementation for row in rows])
-    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+    there = {row.implementation for row in rows}
+    return [name for name in LOOKS if name in there]
 
 
 def show_time(milliseconds: float) -> str:
@@ -88,7 +77,7 @@ def write_title(figure: Figure, title: str, row: Row) -> None:
     """Write the title, and under it where the figures come from."""
     commit = f", commit {row.commit[:10]}{'+' if row.dirty else ''}" if row.commit else ""
     machine = row.device if row.device != "cpu" else f"{row.cpu}, {row.threads} threads"
-    if row.workload == PREFIX + "threads":
+    if row.workload == SCALING + "threads":
         machine = row.cpu
     versions = f"torch {row.torch}, torchvision {row.torchvision}, rakd {row.rakd}{commit}"
     height = figure.get_size_inches()[1]
@@ -155,7 +144,7 @@ def _bound_ms(row: Row) -> float:
 
 
 def _draw_bar(axes: Axes, row: Row, group: int, y: float, height: float) -> None:
-    axes.barh(y, row.median_ms, height=0.86 * height, color=_colour(row.implementation))
+    axes.barh(y, row.median_ms, height=0.86 * height, color=LOOKS[row.implementation][0])
     text = show_time(row.median_ms) + ("" if row.is_subject else f" · {format_ratio(row.ratio)}")
     _annotate(axes, text, (max(row.median_ms, row.p80_ms), y), bold=row.is_subject)
     axes.plot([row.p20_ms, row.p80_ms], [y, y], color=INK, linewidth=1, alpha=0.6)
@@ -165,14 +154,7 @@ def _draw_bar(axes: Axes, row: Row, group: int, y: float, height: float) -> None
 
 
 def draw_bars(rows: Sequence[Row]) -> Figure:
-    """Draw bars by workload, a panel for each layout.
-
-    Args:
-        rows: Rows of one op, dtype, device and kind of passes.
-
-    Returns:
-        The figure.
-    """
+    """Draw bars by workload, a panel for each layout, from rows of one op, dtype, device and kind of passes."""
     workloads = _unique([row.workload for row in rows])
     layouts = _unique([row.layout for row in rows])
     names = _implementations(rows)
@@ -192,7 +174,7 @@ def draw_bars(rows: Sequence[Row]) -> Figure:
         axes.set_ylim(len(workloads) - 0.48, -0.52)
         clean_axes(axes, "x")
         axes.tick_params(axis="y", labelsize=10, labelcolor=INK)
-    handles: list[Patch | Line2D] = [Patch(color=_colour(name), label=_name(name)) for name in names]
+    handles: list[Patch | Line2D] = [Patch(color=LOOKS[name][0], label=LOOKS[name][1]) for name in names]
     low = min(min(_bound_ms(row), row.median_ms) for row in rows)
     high = max(row.p80_ms for row in rows)
     panels[0].set_xlim(0.5 * low, high * (high / low) ** 0.3)
@@ -212,7 +194,7 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], axis: str, names: list[str], l
             mine = sorted((r for r in rows if r.implementation == name and r.layout == layout), key=value_of)
             if not mine:
                 continue
-            x, colour = [value_of(row) for row in mine], _colour(name)
+            x, colour = [value_of(row) for row in mine], LOOKS[name][0]
             low, high = [row.p20_ms for row in mine], [row.p80_ms for row in mine]
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
             dashes = "-" if layout == layouts[0] else "--"
@@ -227,15 +209,8 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], axis: str, names: list[str], l
 
 
 def draw_curves(rows: Sequence[Row]) -> Figure:
-    """Draw time over each axis that the rows vary, one panel for each.
-
-    Args:
-        rows: Rows of ``python -m benchmarks.scaling``, of one dtype and device.
-
-    Returns:
-        The figure.
-    """
-    present = [axis for axis in AXES if any(row.workload == PREFIX + axis for row in rows)]
+    """Draw time over each axis that the rows vary, one panel for each, from rows of one dtype and device."""
+    present = [axis for axis in AXES if any(row.workload == SCALING + axis for row in rows)]
     names = _implementations(rows)
     layouts = _unique([row.layout for row in rows])
     span = max(row.p80_ms for row in rows) / min(row.p20_ms for row in rows)
@@ -249,14 +224,14 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
         if index >= len(present):
             panel.set_visible(False)
             continue
-        mine = [row for row in rows if row.workload == PREFIX + present[index]]
+        mine = [row for row in rows if row.workload == SCALING + present[index]]
         _draw_curves(panel, mine, present[index], names, layouts)
         _use_time_axis(panel, "y", (1, 2, 5) if span < 100.0 else (1,))
         clean_axes(panel, "both")
-    handles = [Line2D([], [], color=_colour(n), marker="o", markersize=3.5, label=_name(n)) for n in names]
+    handles = [Line2D([], [], color=LOOKS[n][0], marker="o", markersize=3.5, label=LOOKS[n][1]) for n in names]
     for layout, dashes in zip(layouts, ("solid", "dashed"), strict=False):
         handles.append(Line2D([], [], color=MUTED, ls=dashes, label=LAYOUT_NAMES[layout]))
-    first = next((row for row in rows if row.workload != PREFIX + "threads"), rows[0])
+    first = next((row for row in rows if row.workload != SCALING + "threads"), rows[0])
     title = f"{OP_NAMES[first.op]}, {PASS_NAMES[first.passes]}, {first.dtype}: how it scales"
     write_title(figure, title, first)
     write_legend(figure, handles)
@@ -266,18 +241,11 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
 
 
 def draw_all(rows: Sequence[Row]) -> dict[str, Figure]:
-    """Draw every figure that the rows support; of several runs of the same, the last counts.
-
-    Args:
-        rows: Rows, of any number of runs.
-
-    Returns:
-        Figures by file stem.
-    """
+    """Draw every figure that the rows support, by file stem; of several runs of the same, the last counts."""
     groups: dict[str, list[Row]] = {}
-    several_threads = len({row.threads for row in rows if not row.workload.startswith(PREFIX)}) > 1
+    several_threads = len({row.threads for row in rows if not row.workload.startswith(SCALING)}) > 1
     for row in latest(rows):
-        is_curve = row.workload.startswith(PREFIX)
+        is_curve = row.workload.startswith(SCALING)
         parts = ["scaling" if is_curve else row.op, row.dtype]
         parts += [] if row.device == "cpu" else row.device.lower().split()
         parts += [f"{row.threads}-threads"] if several_threads and not is_curve else []
@@ -287,14 +255,52 @@ def draw_all(rows: Sequence[Row]) -> dict[str, Figure]:
     return {f"{stem}-time": draw_bars(group) for stem, group in groups.items() if stem not in curves} | curves
 
 
+def _baseline_cell(rows: dict[str, Row], name: str) -> str:
+    ratios = [rows[n].ratio for n in (name, f"{name}-compiled") if n in rows]
+    return " / ".join(format_ratio(ratio) for ratio in ratios) or "–"
+
+
+def format_readme(rows: Sequence[Row]) -> str:
+    """Make the README's Markdown table of training steps: a line per workload and layout.
+
+    Ratios are times over ours, ``eager / compiled``.
+    """
+    wanted = [row for row in rows if row.passes == TRAINING and not row.workload.startswith(SCALING)]
+    if not wanted:
+        return ""
+    gpu = any(row.device != "cpu" for row in wanted)
+    heads = ["workload", "layout", "ours, ms", "20–80 %", "of the bandwidth bound"]
+    heads += ["host, µs", "device, µs", "launches"] * gpu + ["torchvision per map", "difference map"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in wanted:
+        cases.setdefault((row.workload, row.dtype, row.layout), {})[row.implementation] = row
+    for (workload, dtype, layout), mine in cases.items():
+        ours = next(row for row in mine.values() if row.is_subject)
+        spread = f"{format_time(ours.p20_ms)}–{format_time(ours.p80_ms)}"
+        name = f"`{workload}`" + ("" if dtype == "float32" else f", {dtype}")
+        cells = [name, LAYOUT_NAMES[layout], format_time(ours.median_ms), spread, f"{100 * ours.bound_fraction:.0f} %"]
+        if gpu:
+            cells += ["–" if n is None else f"{n:.0f}" for n in (ours.host_us, ours.device_us, ours.launches)]
+        cells += [_baseline_cell(mine, name) for name in ("torchvision", "difference")]
+        lines.append("| " + " | ".join(cells) + " |")
+    first = wanted[0]
+    source = f"{first.device if gpu else first.cpu}, torch {first.torch}, torchvision {first.torchvision}"
+    source += f", commit {first.commit[:10]}, {first.date[:10]}; ratios: eager / compiled."
+    return "\n".join([*lines, "", source])
+
+
 def main() -> None:
-    """Draw."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
-    parser.add_argument("csv", nargs="+", type=Path, help="files of the benchmarks; where several hold the same "
-                        "measurement, the last counts")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the figures")
+    """Draw, and print the table."""
+    parser = Parser("benchmarks.figures", __doc__)
+    parser.add_argument("csv", nargs="+", type=Path, help="where several hold the same measurement, the last counts")
     options = parser.parse_args()
-    figures = draw_all(read_all(options.csv))
+    rows = [row for path in options.csv for row in read_rows(path, Row)]
+    if not rows:
+        raise ValueError(f"csv: no rows in {', '.join(map(str, options.csv))}")
+    if table := format_readme(rows):
+        print(table)
+    figures = draw_all(rows)
     options.out.mkdir(parents=True, exist_ok=True)
     for stem, figure in figures.items():
         figure.savefig(options.out / f"{stem}.png", dpi=150, facecolor="white")

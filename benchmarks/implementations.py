@@ -1,4 +1,4 @@
-"""Implementations of the ops: the backends of ``rakd_ops`` and their baselines; and the check that all agree.
+"""Implementations of the ops, backends of ``rakd_ops`` and baselines: options, making, the check that all agree.
 
 An implementation is a function without arguments that returns the op's output on tensors it already holds; all of one
 case hold the same. Baselines are written as people write the loss with torchvision: one RoIAlign per level and network
@@ -17,8 +17,10 @@ from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align  # type: ignore[import-untyped, unused-ignore]
 
 import rakd_ops
+from benchmarks.results import Parser
 from benchmarks.timing import Advance
 from benchmarks.workloads import STRIDES, Inputs, Workload
+from rakd_ops import available_backends
 
 BASELINES = {
     "distill": ("torchvision", "difference", "torchvision-compiled", "difference-compiled"),
@@ -26,11 +28,51 @@ BASELINES = {
 }
 COMPILED = "-compiled"
 ROWS = "-rows"  # of the name of a backend that takes boxes as one [K, 5] tensor instead of a list
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", f"cuda{ROWS}", "triton", "reference")}  # by device
 # Largest difference of outputs and of gradients, relative to the largest value: several times the error of
 # torchvision's float32 sample positions; the halves' is that of rounding a gradient to their 8 and 11 bits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
 # The gradient of a mean over K C P² values lies below float16's range; training scales the loss, as here.
 LOSS_SCALE = {"float16": 2.0**16}
+
+
+def check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
+    """Refuse names that are not among those allowed; the message names the option."""
+    for name in names:
+        if name not in allowed:
+            raise ValueError(f"{option}: expected some of {', '.join(allowed)}, got {name!r}")
+
+
+def choose_backends(backends: Sequence[str], device: str) -> tuple[str, tuple[str, ...]]:
+    """Return the device, resolved if ``"auto"``, and the backends, all that run there if none is asked for.
+
+    Raises:
+        ValueError: The device is not there, or a backend cannot run on it; the message says why.
+    """
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise ValueError("device: 'cuda' was asked for, but torch finds no CUDA device")
+    if device == "auto":
+        device = "cuda" if there else "cpu"
+    state = available_backends()
+    reasons = {name: state[name.removesuffix(ROWS)] for names in BACKENDS.values() for name in names}
+    check_names("backends", backends, list(reasons))
+    for name in backends:
+        if reasons[name] is not True:
+            raise ValueError(f"backends: {name!r} cannot run here: {reasons[name]}")
+        if name not in BACKENDS[device]:
+            raise ValueError(f"backends: {name!r} takes no tensors on the device {device!r}")
+    return device, tuple(backends) or tuple(name for name in BACKENDS[device] if reasons[name] is True)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the options that choose implementations and where they run."""
+    parser.add_argument("--backends", nargs="+", default=(), metavar="NAME", help="of rakd_ops: cpu, cuda, cuda-rows "
+                        "(boxes as one tensor instead of a list), triton, reference (default: those that run on the "
+                        "device)")  # fmt: skip
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_threads()
+    parser.add_number("--seed", 0, minimum=0, text="of boxes and maps")
 
 
 class DisagreementError(ValueError):
@@ -39,15 +81,10 @@ class DisagreementError(ValueError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation, ready to run.
+    """One implementation, ready to run."""
 
-    Attributes:
-        name: ``"rakd:<backend>"`` or a baseline's name.
-        forward: Computes the op's output.
-    """
-
-    name: str
-    forward: Callable[[], Tensor]
+    name: str  # "rakd:<backend>" or a baseline's
+    forward: Callable[[], Tensor]  # computes the op's output
 
 
 def _pool(feature: Tensor, boxes: Tensor, stride: int, workload: Workload) -> Tensor:
@@ -122,18 +159,10 @@ def _backend(op: str, name: str, inputs: Inputs, workload: Workload) -> Callable
 def make_implementations(
     op: str, inputs: Inputs, workload: Workload, backends: Sequence[str], baselines: Sequence[str]
 ) -> list[Implementation]:
-    """Make the implementations of one case.
+    """Make the implementations of one case on the same tensors: the backends in the order given, then the baselines.
 
-    Args:
-        op: ``"distill"`` or ``"align"``.
-        inputs: The tensors that all of them work on.
-        workload: The tensors' sizes.
-        backends: Backends of ``rakd_ops``, which take a list of boxes, as trainers have them; ``"cuda-rows"`` takes
-            one ``[K, 5]`` tensor, as the baselines do.
-        baselines: Some of ``BASELINES[op]``.
-
-    Returns:
-        The backends in the order given, then the baselines.
+    Backends of ``rakd_ops`` take a list of boxes, as trainers have them; ``"cuda-rows"`` takes one ``[K, 5]`` tensor,
+    as the baselines do.
     """
     torch.compiler.reset()  # another shape would make torch.compile generalise over shapes
     make_baseline = _distill_baseline if op == "distill" else _align_baseline
@@ -148,15 +177,9 @@ def run_forward(implementation: Implementation) -> Tensor:
 
 
 def run_training(implementation: Implementation, maps: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
-    """Compute the output and the maps' gradients, which are allocated anew, as in a training step.
+    """Compute the output and the gradients of maps, which are allocated anew, as in a training step.
 
-    Args:
-        implementation: The one to run.
-        maps: The maps that want gradients.
-        upstream: Gradient of the output.
-
-    Returns:
-        The gradients.
+    ``upstream`` is the gradient of the output.
     """
     return torch.autograd.grad(implementation.forward(), list(maps), upstream)
 
@@ -182,14 +205,7 @@ def _relative_error(value: Tensor, expected: Tensor) -> float:
 def check_agreement(
     implementations: Sequence[Implementation], maps: Sequence[Tensor], upstream: Tensor, dtype: str, advance: Advance
 ) -> dict[str, str]:
-    """Run every implementation once and compare outputs and gradients with those of the first.
-
-    Args:
-        implementations: All that will be measured.
-        maps: The maps that want gradients.
-        upstream: Gradient of the output.
-        dtype: The maps' dtype; chooses the tolerance.
-        advance: Told of each finished run.
+    """Run every implementation once and compare its output and the maps' gradients with those of the first.
 
     Returns:
         The compiled baselines that torch.compile cannot make here, and why not.

@@ -1,7 +1,12 @@
-"""Rows of measurements: their columns, how they are written to CSV and read back, and where they were measured."""
+"""Shared by all programs here: rows of measurements and where they were made, CSV files, command lines, printed tables.
+
+A kind of rows is a dataclass with the columns of its CSV file. Nothing here needs torchvision, of which processes that
+only measure are kept free.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import datetime
@@ -12,160 +17,72 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 import rakd_ops
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with which versions a run was measured.
+    """Where and with which versions a run was measured."""
 
-    Attributes:
-        device: ``"cpu"``, or the GPU's name.
-        cpu: The processor's model.
-        torch: Version.
-        torchvision: Version.
-        rakd: Version.
-        commit: Git commit of the sources; empty outside a checkout.
-        dirty: Whether tracked files differed from that commit.
-        date: When it was measured (UTC).
-    """
-
-    device: str
-    cpu: str
+    device: str  # "cpu", or the GPU's name
+    cpu: str  # the processor's model
     torch: str
     torchvision: str
     rakd: str
-    commit: str
-    dirty: bool
-    date: str
+    commit: str  # of the sources; empty outside a checkout
+    dirty: bool  # whether tracked files differed from it
+    date: str  # when it was measured (UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Machine):
-    """One measurement of an op.
+    """One measurement of an op."""
 
-    Attributes:
-        op: ``"distill"`` or ``"align"``.
-        workload: Its name.
-        kind: How its boxes are drawn.
-        batch: Images.
-        boxes: Boxes of the whole batch.
-        output_size: Bins along each axis.
-        sampling_ratio: Samples per bin and axis.
-        channels: Channels of each map.
-        height: Image height, pixels.
-        width: Image width, pixels.
-        dtype: Of the maps.
-        layout: ``"nchw"`` or ``"nhwc"`` (channels-last).
-        implementation: ``"rakd:<backend>"`` or a baseline.
-        passes: ``"forward"`` (alone, without gradients) or ``"forward+backward"``.
-        median_ms: Median time, milliseconds; on a GPU end to end, of steps that follow one another.
-        p20_ms: 20th percentile.
-        p80_ms: 80th percentile.
-        repeats: Runs these come from.
-        peak_extra_mib: Rise of peak memory by one run; None where the system does not tell.
-        ratio: This implementation's median over that of ``ratio_to``, in the same interleaved runs.
-        ratio_to: The first backend of ``rakd_ops`` measured.
-        bound_mib: Bytes that must move.
-        bound_fraction: Share of the measured time (on a GPU device time) in which a plain copy would move them.
-        copy_gb_s: Measured copy bandwidth, bytes read and written.
-        threads: Threads torch used on the CPU.
-        host_us: On a GPU: time until the call returns, microseconds.
-        host_p20_us: 20th percentile.
-        host_p80_us: 80th percentile.
-        device_us: On a GPU: time of the kernels, with a cold L2 cache.
-        device_p20_us: 20th percentile.
-        device_p80_us: 80th percentile.
-        device_by: ``"graph"`` or ``"profiler"`` and why.
-        launches: On a GPU: kernels, copies and fills of one step.
-    """
-
-    op: str
+    op: str  # "distill" or "align"
     workload: str
-    kind: str
-    batch: int
-    boxes: int
-    output_size: int
-    sampling_ratio: int
-    channels: int
-    height: int
+    kind: str  # how its boxes are drawn
+    batch: int  # images
+    boxes: int  # of the whole batch
+    output_size: int  # bins along each axis
+    sampling_ratio: int  # samples per bin and axis
+    channels: int  # of each map
+    height: int  # of the images, pixels
     width: int
-    dtype: str
-    layout: str
-    implementation: str
-    passes: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    repeats: int
-    peak_extra_mib: float | None
-    ratio: float
-    ratio_to: str
-    bound_mib: float
-    bound_fraction: float
-    copy_gb_s: float
-    threads: int
-    host_us: float | None = None
+    dtype: str  # of the maps
+    layout: str  # "nchw" or "nhwc" (channels-last)
+    implementation: str  # "rakd:<backend>" or a baseline
+    passes: str  # "forward" (alone, without gradients) or "forward+backward"
+    median_ms: float  # on a GPU end to end, of steps that follow one another
+    p20_ms: float  # 20th percentile
+    p80_ms: float  # 80th percentile
+    repeats: int  # runs these come from
+    peak_extra_mib: float | None  # rise of peak memory by one run; None where the system does not tell
+    ratio: float  # this median over that of ratio_to, in the same interleaved runs
+    ratio_to: str  # the first backend of rakd_ops measured
+    bound_mib: float  # bytes that must move
+    bound_fraction: float  # share of the time (on a GPU device time) in which a plain copy would move them
+    copy_gb_s: float  # measured copy bandwidth, bytes read and written
+    threads: int  # of torch, on the CPU
+    host_us: float | None = None  # on a GPU: time until the call returns, microseconds
     host_p20_us: float | None = None
     host_p80_us: float | None = None
-    device_us: float | None = None
+    device_us: float | None = None  # on a GPU: time of the kernels, with a cold L2 cache
     device_p20_us: float | None = None
     device_p80_us: float | None = None
-    device_by: str | None = None
-    launches: int | None = None
+    device_by: str | None = None  # "graph", or "profiler" and why
+    launches: int | None = None  # on a GPU: kernels, copies and fills of one step
 
     @property
     def is_subject(self) -> bool:
         """Whether this is the backend that the ratios refer to."""
         return self.implementation == self.ratio_to
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRow(Machine):
-    """One kind of training step, as ``python -m benchmarks.training_cost`` measures it.
-
-    Attributes:
-        pair: Name of expert and apprentice together.
-        expert: The expert's name.
-        apprentice: The apprentice's name.
-        batch: Images.
-        boxes: Boxes of the whole batch in which features are compared.
-        height: Image height, pixels.
-        width: Image width, pixels.
-        implementation: ``"alone"``, ``"expert"``, ``"rakd:<backend>"`` or ``"torchvision"``.
-        median_ms: Median time of a step, milliseconds.
-        p20_ms: 20th percentile.
-        p80_ms: 80th percentile.
-        repeats: Steps these come from.
-        ratio: This step's median over that of ``"alone"``, in the same interleaved run.
-        share: The loss's part beside a step in which the expert runs for nothing: median over the rounds of
-            ``(this - expert) / expert``; None where there is no such loss.
-        share_p20: 20th percentile.
-        share_p80: 80th percentile.
-        threads: Threads torch used on the CPU.
-    """
-
-    pair: str
-    expert: str
-    apprentice: str
-    batch: int
-    boxes: int
-    height: int
-    width: int
-    implementation: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    repeats: int
-    ratio: float
-    share: float | None
-    share_p20: float | None
-    share_p80: float | None
-    threads: int
 
 
 Kind = TypeVar("Kind")
@@ -197,7 +114,7 @@ def describe_machine(device: str) -> Machine:
     # Here alone: it imports torch's compiler, which takes processes that only measure longer than all else.
     import torchvision  # type: ignore[import-untyped, unused-ignore]
 
-    commit, dirty = git_state(Path(__file__).parent)
+    commit, dirty = git_state(ROOT)
     return Machine(
         device=torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
         cpu=processor(),
@@ -240,74 +157,45 @@ def _from_text(kind: str, text: str | None) -> object:
     return {"int": int, "float": float, "str": str}[plain](text)
 
 
+def _columns(kind: type) -> dict[str, str]:
+    """Names and types of a CSV's columns: the measurement, then the machine."""
+    types = {field.name: str(field.type) for field in fields(kind)}
+    return dict(sorted(types.items(), key=lambda item: item[0] in Machine.__annotations__))
+
+
 def write_rows(path: Path, kind: type[Kind], rows: Iterable[Kind]) -> None:
     """Write rows, which are dataclasses of one kind, to a CSV file, whole or not at all."""
-    names = _columns(kind)
+    names = list(_columns(kind))
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(names)
         writer.writerows([_to_text(getattr(row, name)) for name in names] for row in rows)
 
 
-def _columns(kind: type) -> list[str]:
-    """Names of a CSV's columns: the measurement, then the machine."""
-    names = [field.name for field in fields(kind)]
-    return sorted(names, key=lambda name: name in Machine.__annotations__)
-
-
-def _header(path: Path) -> list[str]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        return next(csv.reader(stream), [])
-
-
-def _needed(kind: type) -> list[str]:
-    types = {field.name: str(field.type) for field in fields(kind)}
-    return [name for name in _columns(kind) if not types[name].endswith("| None")]
-
-
 def read_rows(path: Path, kind: type[Kind]) -> list[Kind]:
     """Read back what :func:`write_rows` wrote; columns that may be empty may also be missing.
-
-    Args:
-        path: The CSV.
-        kind: The rows' dataclass.
-
-    Returns:
-        The rows.
 
     Raises:
         ValueError: The file is missing, has other columns, or a cell does not parse; the message names it.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    missing = [name for name in _needed(kind) if name not in _header(path)]
-    if missing:
-        raise ValueError(f"{path}: not a benchmark CSV, lacks the columns {', '.join(missing)}")
+    columns = _columns(kind)
+    rows = []
     with path.open(newline="", encoding="utf-8") as stream:
-        return [_parse_row(path, n, cells, kind) for n, cells in enumerate(csv.DictReader(stream), start=2)]
-
-
-def _parse_row(path: Path, number: int, cells: dict[str, str], kind: type[Kind]) -> Kind:
-    values = {}
-    for field in fields(kind):  # type: ignore[arg-type]
-        try:
-            values[field.name] = _from_text(str(field.type), cells.get(field.name))
-        except (KeyError, ValueError):
-            raise ValueError(f"{path}, line {number}: {field.name} is {cells.get(field.name)!r}") from None
-    return kind(**values)
-
-
-def read_all(paths: Sequence[Path]) -> list[Row]:
-    """Read the rows of several files, which must hold at least one.
-
-    Raises:
-        ValueError: As :func:`read_rows`; or there are no files or no rows.
-    """
-    if not paths:
-        raise ValueError("csv: expected at least one file")
-    rows = [row for path in paths for row in read_rows(path, Row)]
-    if not rows:
-        raise ValueError(f"csv: no rows in {', '.join(map(str, paths))}")
+        reader = csv.DictReader(stream)
+        there = reader.fieldnames or ()
+        missing = [name for name, type_ in columns.items() if name not in there and not type_.endswith("| None")]
+        if missing:
+            raise ValueError(f"{path}: not a benchmark CSV, lacks the columns {', '.join(missing)}")
+        for number, cells in enumerate(reader, start=2):
+            values = {}
+            for name, type_ in columns.items():
+                try:
+                    values[name] = _from_text(type_, cells.get(name))
+                except (KeyError, ValueError):
+                    raise ValueError(f"{path}, line {number}: {name} is {cells.get(name)!r}") from None
+            rows.append(kind(**values))
     return rows
 
 
@@ -315,6 +203,60 @@ def csv_path(out: Path, stem: str, device: str) -> Path:
     """Name a run's CSV after its subject, place and time."""
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
     return out / f"{stem}-{device}-{now}.csv"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a program's command line; a wrong one is a ``ValueError`` that names the option.
+
+    Args:
+        program: Name of the module.
+        text: Description of the program.
+        out: Default of ``--out``: a folder, for a file that :func:`csv_path` names, or the CSV itself.
+    """
+
+    def __init__(self, program: str, text: str | None, out: str = "runs/benchmarks") -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"python -m {program}", description=text, formatter_class=form)
+        kind = "the CSV" if out.endswith(".csv") else "folder of the results"
+        self.add_argument("--out", type=Path, default=Path(out), help=f"{kind} (default: {out})")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise, instead of printing the usage and ending the process."""
+        raise ValueError(message.removeprefix("argument --"))
+
+    def add_names(self, name: str, choices: Sequence[str], text: str = "", default: Sequence[str] = ()) -> None:
+        """Add an option that takes some of these names; without a default all of them."""
+        text = f"{text}: {', '.join(choices)} (default: {' '.join(default) or 'all'})"
+        self.add_argument(
+            name, nargs="+", choices=choices, default=default or choices, metavar="NAME", help=text.removeprefix(": ")
+        )
+
+    def add_number(
+        self, name: str, default: int | None, minimum: int = 1, text: str = "", *, multiple: int = 1
+    ) -> None:
+        """Add an option that takes a whole number; the text names a default that is None here."""
+        text = text if default is None else f"{text} (default: {default})".strip()
+        self.add_argument(name, type=at_least(minimum, multiple), default=default, metavar="N", help=text)
+
+    def add_threads(self) -> None:
+        """Add ``--threads``, which are torch's on the CPU."""
+        self.add_argument("--threads", type=_thread_count, default="0", help="of torch; 0: torch's own number")
+
+
+def at_least(minimum: int, multiple: int = 1) -> Callable[[str], int]:
+    """Make the type of an option that takes whole numbers from ``minimum``, perhaps multiples of a number alone."""
+    kind = "whole number" if multiple == 1 else f"multiple of {multiple}"
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum or int(text) % multiple:
+            raise argparse.ArgumentTypeError(f"expected a {kind} of at least {minimum}, got {text}")
+        return int(text)
+
+    return parse
+
+
+def _thread_count(text: str) -> int:
+    return at_least(0)(text) or torch.get_num_threads()
 
 
 def exit_with_errors(main: Callable[[], None]) -> None:
@@ -327,3 +269,52 @@ def exit_with_errors(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; finished cases are in the CSV", file=sys.stderr)
         sys.exit(130)
+
+
+def progress(total: int | None, unit: str) -> tqdm[Any]:
+    """Make a progress bar on stderr."""
+    return tqdm(total=total, unit=unit, file=sys.stderr, dynamic_ncols=True, leave=False)
+
+
+def run_apart(call: str, *words: object) -> list[list[float]]:
+    """Run code in a process of its own, with words in ``sys.argv``, and return the numbers of each line that it prints.
+
+    Raises:
+        subprocess.CalledProcessError: It failed; its error stands on stderr.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", call, *map(str, words)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
+    return [list(map(float, line.split())) for line in printed.splitlines()]
+
+
+def report(path: Path, kind: type[Kind], rows: Sequence[Kind], table: str) -> None:
+    """Write rows to a CSV file, and print their table."""
+    write_rows(path, kind, rows)
+    print(f"{table}\n{len(rows)} rows in {path}")
+
+
+def format_time(time: float) -> str:
+    """Write a time with three digits that mean something."""
+    digits = 3 if time < 1.0 else 2 if time < 10.0 else 1 if time < 100.0 else 0
+    return f"{time:.{digits}f}"
+
+
+def format_ratio(ratio: float) -> str:
+    """Write a ratio with two or three digits."""
+    digits = 2 if ratio < 1.0 else 1 if ratio < 10.0 else 0
+    return f"{ratio:,.{digits}f}×"
+
+
+def time_cells(median: float, p20: float, p80: float) -> list[str]:
+    """Write a median and its spread as two cells of a table."""
+    return [format_time(median), f"{format_time(p20)}-{format_time(p80)}"]
+
+
+def format_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lay out cells for the terminal: the heading first, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(others, widths[1:], strict=True))]
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)

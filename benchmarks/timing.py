@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,30 +34,36 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one implementation, milliseconds.
-
-    Attributes:
-        median: Median over the repeats.
-        p20: 20th percentile.
-        p80: 80th percentile.
-        samples: The runs these come from, in their order.
-    """
+    """Times of one implementation, milliseconds; or ratios."""
 
     median: float
-    p20: float
-    p80: float
-    samples: tuple[float, ...]
+    p20: float  # 20th percentile
+    p80: float  # 80th percentile
+    samples: tuple[float, ...]  # these come from, in their order
 
     @property
     def repeats(self) -> int:
         """How many runs there were."""
         return len(self.samples)
 
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of a row of milliseconds."""
+        return {"median_ms": self.median, "p20_ms": self.p20, "p80_ms": self.p80}
 
-def summarise(samples: list[float]) -> Timing:
+
+def summarise(samples: Iterable[float]) -> Timing:
     """Return median and percentiles of samples."""
-    low, middle, high = (float(value) for value in np.percentile(samples, [20, 50, 80]))
-    return Timing(middle, low, high, tuple(samples))
+    taken = tuple(samples)
+    low, middle, high = (float(value) for value in np.percentile(taken, [20, 50, 80]))
+    return Timing(middle, low, high, taken)
+
+
+def compare(timing: Timing, base: Timing) -> Timing:
+    """Return the ratios of the times over those of ``base``.
+
+    Rounds are compared one by one: a slow minute of the machine slows both steps of a round.
+    """
+    return summarise(mine / other for mine, other in zip(timing.samples, base.samples, strict=True))
 
 
 def time_interleaved(
@@ -65,14 +71,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Take samples in turn, round after round, after one warm-up round.
 
-    Args:
-        samplers: By name.
-        repeats: Rounds.
-        max_seconds: A sampler that has used this much time leaves after its ``MIN_REPEATS``-th run.
-        advance: Told of finished (or dropped) runs.
-
-    Returns:
-        The timings, by name.
+    A sampler that has used ``max_seconds`` leaves after its ``MIN_REPEATS``-th run. ``advance`` is told of finished (or
+    dropped) runs.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for sampler in samplers.values():
@@ -188,34 +188,25 @@ def device_sampler(step: Step) -> tuple[Sampler | None, str]:
     return sample, "graph"
 
 
-def _status_mib(key: str) -> float | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), None)
+def status_mib(key: str) -> float:
+    """Return memory of this process, as Linux tells it: ``"VmRSS"``, resident, or ``"VmHWM"``, at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def _trim_heap() -> None:
     """Give freed memory back to the system, so that its reuse counts as growth."""
-    getattr(rakd_ops, "release_memory", lambda: None)()
+    rakd_ops.release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def measure_peak_mib(step: Step, cuda: bool) -> float | None:
-    """Measure by how much one step raises peak memory above its level before it.
+    """Measure by how many MiB one step, its result included, raises peak memory; None where the system does not tell.
 
     On CUDA this counts torch's allocations. On the CPU it is the growth of the process's resident memory, read from
     Linux's resettable high-water mark.
-
-    Args:
-        step: Its result counts, while it is alive.
-        cuda: Whether it runs on a CUDA device.
-
-    Returns:
-        MiB, or None where the system does not tell.
     """
     if cuda:
         torch.cuda.synchronize()
@@ -231,22 +222,17 @@ def measure_peak_mib(step: Step, cuda: bool) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
-    resident = _status_mib("VmRSS")
+    resident = status_mib("VmRSS")
     result = step()
-    highest = _status_mib("VmHWM")
+    highest = status_mib("VmHWM")
     del result
-    return None if resident is None or highest is None else max(0.0, highest - resident)
+    return max(0.0, highest - resident)
 
 
 def measure_copy_bandwidth(device: str, mib: int | None = None) -> float:
-    """Measure how fast torch copies a large buffer into another, both already touched.
+    """Measure how many bytes a second torch reads and writes as it copies a large buffer into another.
 
-    Args:
-        device: A torch device.
-        mib: Size of each buffer; default fits the device.
-
-    Returns:
-        Bytes read and written per second, median of several copies.
+    Both are touched before; the median of several copies counts. ``mib`` is the size of each, by default by device.
     """
     cuda = torch.device(device).type == "cuda"
     count = (mib or (CUDA_COPY_MIB if cuda else CPU_COPY_MIB)) * 2**20 // 4

@@ -9,7 +9,8 @@ optimiser. Steps of these kinds take turns in one run, on the same images and bo
 - ``torchvision``: the same loss as people write it, RoIAlign per level and network and the rest in eager PyTorch.
 
 Features are compared in boxes jittered around each image's objects, as many as the detector's losses may draw:
-a trained proposal network finds that many, the random weights measured here would not.
+a trained proposal network finds that many, the random weights measured here would not. Unless backends are named,
+the first that runs on the device is measured.
 """
 
 from __future__ import annotations
@@ -17,22 +18,18 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from benchmarks import options as checks
-from benchmarks.implementations import Implementation, check_agreement, torchvision_loss
-from benchmarks.results import Machine, StepRow, csv_path, describe_machine, exit_with_errors, write_rows
-from benchmarks.tables import format_ratio, format_time
-from benchmarks.timing import Sampler, Timing, end_to_end_sampler, time_interleaved, wall_sampler
+from benchmarks import results
+from benchmarks.implementations import Implementation, add_options, check_agreement, choose_backends, torchvision_loss
+from benchmarks.timing import Sampler, compare, end_to_end_sampler, time_interleaved, wall_sampler
 from benchmarks.workloads import Inputs, Workload, jitter_boxes
 from rakd.data.kitti import Batch, KittiDataset, collate
 from rakd.data.targets import Targets
@@ -53,34 +50,46 @@ Term = Callable[[Features], Tensor | None]
 
 @dataclass(frozen=True)
 class Pair:
-    """An expert, and the apprentice that learns from it.
+    """An expert, and the apprentice that learns from it."""
 
-    Attributes:
-        expert: Name of the expert's detector.
-        apprentice: Name of the apprentice's.
-        batch: Images a step.
-        optimizer: The one that the pair's study uses.
-    """
-
-    expert: str
+    expert: str  # name of its detector
     apprentice: str
-    batch: int
-    optimizer: Optimizer
+    batch: int  # images a step
+    optimizer: Optimizer  # of the pair's study
 
 
 PAIRS = {"tiny": Pair("tiny-expert", "tiny", 4, "adamw"), "kitti": Pair("kitti-r50", "kitti-r18", 2, "sgd")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow(results.Machine):
+    """One kind of training step."""
+
+    pair: str  # name of expert and apprentice together
+    expert: str
+    apprentice: str
+    batch: int  # images
+    boxes: int  # of the whole batch in which features are compared
+    height: int  # of the images, pixels
+    width: int
+    implementation: str  # "alone", "expert", "rakd:<backend>" or "torchvision"
+    median_ms: float  # of a step
+    p20_ms: float  # 20th percentile
+    p80_ms: float  # 80th percentile
+    repeats: int  # steps these come from
+    ratio: float  # this median over that of "alone", in the same interleaved run
+    share: float | None = None  # of the loss, if any: median over the rounds of (this - expert) / expert
+    share_p20: float | None = None
+    share_p80: float | None = None
+    threads: int  # of torch, on the CPU
 
 
 class Steps:
     """Training steps of one apprentice on one batch, all alike but for the term that is added.
 
     The learning rate is 0: the optimiser works as ever, but every step starts from the same weights, so that each
-    draws the same anchors and proposals and does the same work besides its term.
-
-    Args:
-        pair: The two detectors.
-        device: A torch device.
-        seed: Seed of weights, scenes and boxes.
+    draws the same anchors and proposals and does the same work besides its term. The seed is that of weights, scenes
+    and boxes.
     """
 
     def __init__(self, pair: Pair, device: str, seed: int) -> None:
@@ -108,14 +117,7 @@ class Steps:
             group["lr"] = 0.0
 
     def run(self, term: Term) -> float:
-        """Do one step as the trainer does, and give the loss.
-
-        Args:
-            term: The loss that is added to the apprentice's own.
-
-        Returns:
-            The sum of all losses.
-        """
+        """Do one step as the trainer does, with a term beside the apprentice's losses; give the sum of all."""
         self.optimizer.zero_grad()
         features = self.apprentice.extract_features(self.images)
         losses, _ = self.apprentice.losses(features, self.sizes, self.targets, self.seeds)
@@ -211,28 +213,16 @@ def _draw_boxes(targets: list[Targets], count: int, device: str, seed: int) -> l
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training_cost",
-        description="Time training steps with and without distillation, interleaved, on the same batch, after one "
-        "round that is not timed; the first backend that runs on the device unless others are named.",
-    )
-    parser.add_argument("--pair", default="tiny", help="tiny (tiny-expert and tiny, 128 x 448) or kitti (kitti-r50 and "
-                        "kitti-r18, 512 x 1760: many seconds a step on a CPU)")  # fmt: skip
-    checks.add_common(parser, repeats=21, max_seconds=None)
+    parser = results.Parser("benchmarks.training_cost", __doc__)
+    parser.add_argument("--pair", default="tiny", choices=list(PAIRS), help="tiny (tiny-expert and tiny, 128 x 448) or "
+                        "kitti (kitti-r50 and kitti-r18, 512 x 1760: many seconds a step on a CPU)")  # fmt: skip
+    add_options(parser)
+    parser.add_number("--repeats", 21, text="interleaved rounds, after one that is not timed")
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace, machine: Machine, device: str, backends: tuple[str, ...]) -> list[StepRow]:
-    """Measure the kinds of step.
-
-    Args:
-        options: Pair, repeats and seed.
-        machine: Where; copied into the rows.
-        device: A torch device.
-        backends: Backends of ``rakd_ops`` that run there.
-
-    Returns:
-        A row for each kind.
+def measure(options: argparse.Namespace, device: str, backends: tuple[str, ...]) -> list[StepRow]:
+    """Measure the kinds of step, a row for each.
 
     Raises:
         DisagreementError: The distillation terms do not compute the same.
@@ -243,12 +233,15 @@ def measure(options: argparse.Namespace, machine: Machine, device: str, backends
     steps.check(terms)
     sampler = end_to_end_sampler if torch.device(device).type == "cuda" else wall_sampler
     runs: dict[str, Sampler] = {name: sampler(functools.partial(steps.run, term)) for name, term in terms.items()}
-    total = len(runs) * (1 + options.repeats)
-    with tqdm(total=total, unit="step", file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
+    with results.progress(len(runs) * (1 + options.repeats), "step") as bar:
         timings = time_interleaved(runs, options.repeats, math.inf, bar.update)
+    machine = asdict(results.describe_machine(device))
     rows = []
     for name, timing in timings.items():
-        low, middle, high = (None, None, None) if name in (ALONE, EXPERT) else added_share(timing, timings[EXPERT])
+        shares: dict[str, Any] = {}
+        if name not in (ALONE, EXPERT):
+            beside = compare(timing, timings[EXPERT])
+            shares = {"share": beside.median - 1, "share_p20": beside.p20 - 1, "share_p80": beside.p80 - 1}
         row = StepRow(
             pair=options.pair,
             expert=pair.expert,
@@ -258,63 +251,43 @@ def measure(options: argparse.Namespace, machine: Machine, device: str, backends
             height=steps.workload.height,
             width=steps.workload.width,
             implementation=name,
-            median_ms=timing.median,
-            p20_ms=timing.p20,
-            p80_ms=timing.p80,
+            **timing.columns(),
             repeats=timing.repeats,
             ratio=timing.median / timings[ALONE].median,
-            share=middle,
-            share_p20=low,
-            share_p80=high,
+            **shares,
             threads=torch.get_num_threads(),
-            **asdict(machine),
+            **machine,
         )
         rows.append(row)
     return rows
 
 
-def added_share(timing: Timing, base: Timing) -> tuple[float, float, float]:
-    """Return how much longer one step takes, as a part of the other: 20th, 50th, 80th percentile over the rounds.
-
-    Rounds are compared one by one: a slow minute of the machine slows both steps of a round.
-    """
-    differences = np.array(timing.samples) / np.array(base.samples) - 1.0
-    low, middle, high = (float(value) for value in np.percentile(differences, [20, 50, 80]))
-    return low, middle, high
-
-
 def format_rows(rows: list[StepRow]) -> str:
     """Lay out the rows for the terminal."""
     first = rows[0]
-    lines = [
+    heading = (
         f"{first.pair}: {first.apprentice} learns from {first.expert}, {first.batch} images "
-        f"{first.height}×{first.width}, {first.boxes} boxes, {first.threads} threads, {first.repeats} rounds",
-        f"{'step':16} {'ms':>8}  {'20-80 %':>15}  {'ratio':>6}  {'loss adds':>9}  {'20-80 %':>15}",
-    ]
+        f"{first.height}×{first.width}, {first.boxes} boxes, {first.threads} threads, {first.repeats} rounds\n"
+    )
+    lines = [["step", "ms", "20-80 %", "ratio", "loss adds", "20-80 %"]]
     for row in rows:
-        spread = f"{format_time(row.p20_ms)}-{format_time(row.p80_ms)}"
-        line = f"{row.implementation:16} {format_time(row.median_ms):>8}  {spread:>15}  {format_ratio(row.ratio):>6}"
+        times = results.time_cells(row.median_ms, row.p20_ms, row.p80_ms)
+        line = [row.implementation, *times, results.format_ratio(row.ratio), "", ""]
         if row.share is not None and row.share_p20 is not None and row.share_p80 is not None:
-            line += f"  {100 * row.share:>7.1f} %  {f'{100 * row.share_p20:.1f} to {100 * row.share_p80:.1f} %':>15}"
+            line[-2:] = f"{100 * row.share:.1f} %", f"{100 * row.share_p20:.1f} to {100 * row.share_p80:.1f} %"
         lines.append(line)
-    return "\n".join(lines)
+    return heading + results.format_table(lines)
 
 
 def main() -> None:
     """Measure, print and write."""
     options = parse()
-    checks.check_choices("pair", [options.pair], list(PAIRS))
-    checks.check_minimum("repeats", options.repeats, 1)
-    checks.check_minimum("seed", options.seed, 0)
-    device = checks.check_device(options.device)
-    backends = checks.check_backends(options.backends, device)[: len(options.backends) or 1]
-    torch.set_num_threads(checks.check_threads(options.threads))
-    path = csv_path(options.out, f"training-{options.pair}", device)
-    rows = measure(options, describe_machine(device), device, backends)
-    write_rows(path, StepRow, rows)
-    print(format_rows(rows))
-    print(f"{len(rows)} rows in {path}")
+    device, backends = choose_backends(options.backends, options.device)
+    torch.set_num_threads(options.threads)
+    path = results.csv_path(options.out, f"training-{options.pair}", device)
+    rows = measure(options, device, backends[: len(options.backends) or 1])
+    results.report(path, StepRow, rows, format_rows(rows))
 
 
 if __name__ == "__main__":
-    exit_with_errors(main)
+    results.exit_with_errors(main)

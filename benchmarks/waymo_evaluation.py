@@ -1,21 +1,21 @@
 """``python -m benchmarks.waymo_evaluation``: time and memory of Waymo's evaluation over the number of frames.
 
-Each measurement runs in a process of its own and includes reading the files. Writes a CSV.
+Each measurement runs in a process of its own and includes reading the files. Writes a CSV. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.results import describe_machine, exit_with_errors, write_rows
+from benchmarks.results import Parser, at_least, describe_machine, exit_with_errors, progress, run_apart, write_rows
 from rakd.data.labels import Objects, write_objects
 from rakd.data.waymo_convert import calibration_text, label_text
 from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
@@ -23,7 +23,6 @@ from rakd.evaluation.waymo import WaymoObjects, write_bin
 from rakd.evaluation.waymo.objects import KITTI_TYPES, TYPES
 from rakd.files import write_text
 from rakd.geometry import Calibration
-from rakd.progress import bar
 
 _SIZES = np.array([[0, 0, 0], [4.8, 2.1, 1.8], [0.9, 0.9, 1.75], [0.2, 0.6, 0.7], [1.8, 0.8, 1.75]])
 _SHARES = (0.6, 0.25, 0.1, 0.05)
@@ -41,63 +40,38 @@ print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith
 
 @dataclass(frozen=True)
 class WaymoRun:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        files: "bin" or "folders".
-        mode: "official" or "pct".
-        frames: Number of frames.
-        truths: Truths a frame.
-        predictions: Predictions a frame.
-        seconds: Time of ``evaluate`` by the clock, reading included.
-        processor_seconds: The same by the processor, all threads together.
-        peak_mib: Peak memory of its process, Python and libraries included.
-        cpu: The processor's model.
-        cores: Cores of the machine.
-        load: The machine's load average over the minute before: 0 where nothing else ran.
-        commit: Git commit of the sources.
-        dirty: Whether tracked files differed from that commit.
-        date: When it was measured (UTC).
-    """
-
-    files: str
-    mode: str
+    files: str  # "bin" or "folders"
+    mode: str  # "official" or "pct"
     frames: int
-    truths: int
-    predictions: int
-    seconds: float
-    processor_seconds: float
-    peak_mib: float
-    cpu: str
-    cores: int
-    load: float
-    commit: str
-    dirty: bool
-    date: str
+    truths: int  # a frame
+    predictions: int  # a frame
+    seconds: float  # of evaluate by the clock, reading included
+    processor_seconds: float  # the same by the processor, all threads together
+    peak_mib: float  # memory of its process, Python and libraries included
+    cpu: str  # the processor's model
+    cores: int  # of the machine
+    load: float  # the machine's load average over the minute before: 0 where nothing else ran
+    commit: str  # of the sources
+    dirty: bool  # whether tracked files differed from it
+    date: str  # when it was measured (UTC)
 
 
-def parse_options() -> argparse.Namespace:
-    """Read the options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.waymo_evaluation", description=__doc__)
-    parser.add_argument("--frames", type=int, nargs="+", default=[1000, 5000, 10_000, 20_000, 40_000], metavar="N")
-    parser.add_argument("--objects", type=int, default=20, help="truths, and as many predictions, a frame", metavar="N")
-    parser.add_argument("--files", nargs="+", default=["bin", "folders"], choices=["bin", "folders"])
-    parser.add_argument("--modes", nargs="+", default=["official", "pct"], choices=["official", "pct"])
-    parser.add_argument("--seed", type=int, default=0, help="of the boxes", metavar="N")
-    out = Path("runs/benchmarks/waymo_evaluation.csv")
-    parser.add_argument("--out", type=Path, default=out, metavar="FILE")
-    return parser.parse_args()
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser("benchmarks.waymo_evaluation", __doc__, out="runs/benchmarks/waymo_evaluation.csv")
+    frames = [1000, 5000, 10_000, 20_000, 40_000]
+    parser.add_argument("--frames", type=at_least(1), nargs="+", default=frames, help="default: 1000 to 40,000")
+    parser.add_number("--objects", 20, text="truths, and as many predictions, a frame")
+    parser.add_names("--files", ("bin", "folders"))
+    parser.add_names("--modes", ("official", "pct"))
+    return parser.parse_args(arguments)
 
 
-def draw_objects(frames: int, count: int, seed: int) -> tuple[WaymoObjects, WaymoObjects]:
-    """Draw truths and predictions: three of four predictions are noisy copies of truths, as a camera's are along depth.
-
-    Args:
-        frames: Number of frames.
-        count: Truths, and predictions, a frame.
-        seed: Seed.
-    """
-    rng = np.random.default_rng(seed)
+def draw_objects(frames: int, count: int) -> tuple[WaymoObjects, WaymoObjects]:
+    """Draw ``count`` truths and predictions a frame; three of four predictions are noisy copies, most along depth."""
+    rng = np.random.default_rng(0)
     total = frames * count
     types = rng.choice([1, 2, 3, 4], total, p=_SHARES).astype(np.int8)
     boxes = np.empty((total, 7))
@@ -155,52 +129,47 @@ def write_folders(root: Path, truth: WaymoObjects, predictions: WaymoObjects) ->
     return root / "label_2", root / "pred"
 
 
-def measure(gt: Path, pred: Path, mode: str) -> tuple[float, float, float]:
-    """Seconds of an evaluation in a fresh process, its processor time, and its peak memory in MiB (Linux only)."""
-    command = [sys.executable, "-W", "ignore", "-c", _CODE, str(gt), str(pred), mode]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    seconds, processor_seconds, peak = map(float, done.stdout.split())
-    return seconds, processor_seconds, peak / 1024
-
-
 def main() -> None:
     """Draw objects, measure, write."""
-    options = parse_options()
+    options = parse()
     machine = describe_machine("cpu")
     rows: list[WaymoRun] = []
     cases = [(frames, files) for frames in options.frames for files in options.files]
-    for frames, files in bar(cases, desc="measuring"):
-        truth, predictions = draw_objects(frames, options.objects, options.seed)
-        with tempfile.TemporaryDirectory() as folder:
-            gt, pred = Path(folder) / "gt.bin", Path(folder) / "pred.bin"
-            if files == "bin":
-                write_bin(gt, truth)
-                write_bin(pred, predictions)
-            else:
-                gt, pred = write_folders(Path(folder), truth, predictions)
-            del truth, predictions
-            for mode in options.modes:
-                load = os.getloadavg()[0]
-                seconds, processor_seconds, peak = measure(gt, pred, mode)
-                row = WaymoRun(
-                    files=files,
-                    mode=mode,
-                    frames=frames,
-                    truths=options.objects,
-                    predictions=options.objects,
-                    seconds=round(seconds, 3),
-                    processor_seconds=round(processor_seconds, 3),
-                    peak_mib=round(peak, 1),
-                    cpu=machine.cpu,
-                    cores=os.cpu_count() or 1,
-                    load=round(load, 2),
-                    commit=machine.commit,
-                    dirty=machine.dirty,
-                    date=machine.date,
-                )
-                rows.append(row)
-                write_rows(options.out, WaymoRun, rows)
-                print(f"{frames} frames, {files}, {mode}: {seconds:.1f} s, {peak:.0f} MiB")
+    with progress(len(cases) * len(options.modes), "run") as bar:
+        for frames, files in cases:
+            truth, predictions = draw_objects(frames, options.objects)
+            with tempfile.TemporaryDirectory() as folder:
+                gt, pred = Path(folder) / "gt.bin", Path(folder) / "pred.bin"
+                if files == "bin":
+                    write_bin(gt, truth)
+                    write_bin(pred, predictions)
+                else:
+                    gt, pred = write_folders(Path(folder), truth, predictions)
+                del truth, predictions
+                for mode in options.modes:
+                    load = os.getloadavg()[0]
+                    (seconds, processor_seconds), (peak_kib,) = run_apart(_CODE, gt, pred, mode)
+                    text = f"{frames} frames, {files}, {mode}: {seconds:.1f} s, {peak_kib / 1024:.0f} MiB"
+                    bar.write(text, file=sys.stdout)
+                    row = WaymoRun(
+                        files=files,
+                        mode=mode,
+                        frames=frames,
+                        truths=options.objects,
+                        predictions=options.objects,
+                        seconds=round(seconds, 3),
+                        processor_seconds=round(processor_seconds, 3),
+                        peak_mib=round(peak_kib / 1024, 1),
+                        cpu=machine.cpu,
+                        cores=os.cpu_count() or 1,
+                        load=round(load, 2),
+                        commit=machine.commit,
+                        dirty=machine.dirty,
+                        date=machine.date,
+                    )
+                    rows.append(row)
+                    write_rows(options.out, WaymoRun, rows)
+                    bar.update()
     print(f"{len(rows)} rows in {options.out}")
 
 

@@ -8,7 +8,7 @@ although memory comes in cache lines: where the channels do not lie together (NC
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,26 +33,18 @@ MAX_JITTER = 2.5  # standard deviations
 class Workload:
     """Sizes of one workload.
 
-    Attributes:
-        batch: Images.
-        boxes_per_image: Boxes in each of them.
-        output_size: Bins along each axis.
-        kind: ``"proposals"`` (jittered copies of 6 objects an image), ``"objects"`` (objects alone) or
-            ``"uniform"`` (random, up to the whole image).
-        channels: Channels of all maps.
-        height: Image height, pixels.
-        width: Image width, pixels.
-        sampling_ratio: Samples per bin and axis.
+    Kinds of boxes: ``"proposals"`` (jittered copies of 6 objects an image), ``"objects"`` (objects alone) or
+    ``"uniform"`` (random, up to the whole image).
     """
 
-    batch: int
+    batch: int  # images
     boxes_per_image: int
-    output_size: int
+    output_size: int  # bins along each axis
     kind: str
-    channels: int = 256
-    height: int = 512
+    channels: int = 256  # of all maps
+    height: int = 512  # of the images, pixels
     width: int = 1760
-    sampling_ratio: int = 2
+    sampling_ratio: int = 2  # samples per bin and axis
 
     @property
     def boxes(self) -> int:
@@ -76,6 +68,21 @@ ALIGN_WORKLOADS = {
     "pool14": Workload(2, 500, 14, "proposals"),
 }
 WORKLOADS = {"distill": DISTILL_WORKLOADS, "align": ALIGN_WORKLOADS}
+
+SCALING = "scaling-"  # begins the names of workloads that vary one size of BASE
+BASE = DISTILL_WORKLOADS["train"]
+# More bins and samples also read more of the cells that boxes cover. The dense axes vary them where all of these are
+# read from the first point on: bins with adaptive sampling, and samples of small bins.
+AXES = {
+    "boxes": [replace(BASE, boxes_per_image=value) for value in (4, 16, 64, 128, 256, 512)],
+    "bins": [replace(BASE, output_size=value) for value in (3, 7, 14, 19, 28)],
+    "dense-bins": [replace(BASE, output_size=value, sampling_ratio=0) for value in (3, 7, 14, 19, 28)],
+    "samples": [replace(BASE, sampling_ratio=value) for value in (1, 2, 3, 4, 8)],
+    "dense-samples": [replace(BASE, output_size=28, sampling_ratio=value) for value in (2, 3, 4, 8)],
+    "channels": [replace(BASE, channels=value) for value in (32, 64, 128, 256, 512)],
+    "image": [replace(BASE, height=n, width=n * BASE.width // BASE.height) for n in (256, 384, 512, 768, 1024)],
+    "threads": [BASE],  # varies torch's threads instead
+}
 
 
 def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -134,17 +141,11 @@ def draw_boxes(workload: Workload, generator: torch.Generator) -> Tensor:
 
 @dataclass
 class Inputs:
-    """Tensors of one measurement: the apprentice's maps want gradients, the expert's do not.
+    """Tensors of one measurement: the apprentice's maps want gradients, the expert's do not."""
 
-    Attributes:
-        apprentice: Maps ``[B, C, H_l, W_l]``.
-        expert: The same; empty where pooling alone is measured.
-        boxes: ``[K, 5]``, grouped by image.
-    """
-
-    apprentice: list[Tensor]
-    expert: list[Tensor]
-    boxes: Tensor
+    apprentice: list[Tensor]  # [B, C, H_l, W_l]
+    expert: list[Tensor]  # the same; empty where pooling alone is measured
+    boxes: Tensor  # [K, 5], grouped by image
 
     def box_list(self) -> list[Tensor]:
         """Return the boxes as most trainers have them: ``[K_b, 4]`` per image."""
@@ -153,31 +154,17 @@ class Inputs:
 
 
 def make_inputs(workload: Workload, dtype: str, layout: str, device: str, seed: int, networks: int = 2) -> Inputs:
-    """Make random maps and boxes of a workload.
-
-    Args:
-        workload: Its sizes.
-        dtype: A key of ``DTYPES``.
-        layout: A key of ``LAYOUTS``.
-        device: A torch device.
-        seed: Seed of boxes and maps.
-        networks: 2 for an apprentice and an expert; 1 where pooling alone is measured.
-
-    Returns:
-        The tensors, on the device.
-    """
+    """Make random maps and boxes of a workload, on a device; with 1 network there is no expert."""
     generator = torch.Generator().manual_seed(seed)
     boxes = draw_boxes(workload, generator).to(device)
-    networks_maps = []
-    for _ in range(networks):
-        maps = []
-        for stride in STRIDES:
-            shape = (workload.batch, workload.channels, *workload.map_size(stride))
-            feature = torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
-            maps.append(feature.contiguous(memory_format=LAYOUTS[layout]))
-        networks_maps.append(maps)
-    apprentice = [feature.requires_grad_() for feature in networks_maps[0]]
-    return Inputs(apprentice, networks_maps[1] if networks == 2 else [], boxes)
+
+    def draw(stride: int) -> Tensor:
+        shape = (workload.batch, workload.channels, *workload.map_size(stride))
+        feature = torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
+        return feature.contiguous(memory_format=LAYOUTS[layout])
+
+    apprentice = [draw(stride).requires_grad_() for stride in STRIDES]
+    return Inputs(apprentice, [draw(stride) for stride in STRIDES] if networks == 2 else [], boxes)
 
 
 def support_cells(boxes: Tensor, stride: int, workload: Workload) -> int:
@@ -198,26 +185,17 @@ def support_cells(boxes: Tensor, stride: int, workload: Workload) -> int:
 
 @dataclass(frozen=True)
 class BoundBytes:
-    """Bytes that any implementation must move.
+    """Bytes that any implementation must move."""
 
-    Attributes:
-        forward: To compute the op's output.
-        training: To compute output and gradients (forward + backward).
-    """
-
-    forward: int
-    training: int
+    forward: int  # to compute the op's output
+    training: int  # to compute output and gradients
 
 
 def count_bytes(op: str, boxes: Tensor, workload: Workload, dtype: str) -> BoundBytes:
-    """Count the bytes that must move.
+    """Count the bytes that must move for boxes ``[K, 5]``.
 
-    Args:
-        op: ``"distill"``: cells of both networks read, the apprentice's gradient written. ``"align"``: cells read,
-            output written; then its gradient read, the maps' gradients written.
-        boxes: ``[K, 5]``.
-        workload: Sizes.
-        dtype: A key of ``DTYPES``.
+    ``"distill"``: cells of both networks read, the apprentice's gradient written. ``"align"``: cells read, output
+    written; then its gradient read, the maps' gradients written.
     """
     cell = workload.channels * DTYPES[dtype].itemsize
     dense = workload.batch * sum(math.prod(workload.map_size(stride)) for stride in STRIDES) * cell

@@ -14,83 +14,63 @@ CSV already is not done again, so that the command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.metadata
 import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.results import Machine, describe_machine, exit_with_errors, read_rows, write_rows
+from benchmarks import results
 from rakd.data.boxes2d import write_yolo
 from rakd.scenes import make_scenes
 
+EXPERT, APPRENTICE = "yolo11s.yaml", "yolo11n.yaml"
 WAYS = ("alone", "ultralytics", "rakd", "rakd-normalized")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparisonRow(Machine):
-    """One run.
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRow(results.Machine):
+    """One run."""
 
-    Attributes:
-        way: See the module; ``"expert"`` for the expert itself.
-        seed: Of the apprentice's weights and the order and augmentation of images.
-        map: mAP50-95 on the scenes for validation, of the checkpoint that ultralytics calls best.
-        map50: Average precision at IoU 0.5.
-        network: The network that was trained.
-        epochs: Their number.
-        frames: Scenes, a fifth of them for validation.
-        size: Height and width of the images, pixels.
-        batch: Images a step.
-        seconds: That the run took.
-        ultralytics: Version.
-    """
-
-    way: str
-    seed: int
-    map: float
-    map50: float
-    network: str
+    way: str  # see the module; "expert" for the expert itself
+    seed: int  # of the apprentice's weights and the order and augmentation of images
+    map: float  # mAP50-95 on the scenes for validation, of the checkpoint that ultralytics calls best
+    map50: float  # average precision at IoU 0.5
+    network: str  # that was trained
     epochs: int
-    frames: int
-    size: int
-    batch: int
-    seconds: float
-    ultralytics: str
+    frames: int  # scenes, a fifth of them for validation
+    size: int  # height and width of the images, pixels
+    batch: int  # images a step
+    seconds: float  # that the run took
+    ultralytics: str  # version
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.yolo_comparison", description=__doc__)
-    parser.add_argument("--expert", default="yolo11s.yaml")
-    parser.add_argument("--apprentice", default="yolo11n.yaml")
-    parser.add_argument("--frames", type=int, default=400)
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images, a multiple of 32")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser = results.Parser("benchmarks.yolo_comparison", __doc__, out="benchmarks/results/yolo_comparison.csv")
+    parser.add_number("--frames", 400, minimum=10)
+    parser.add_number("--size", 224, 32, "height and width of the images", multiple=32)
+    parser.add_number("--epochs", 40)
+    parser.add_number("--batch", 16)
+    parser.add_number("--seeds", 3, text="how many")
+    parser.add_names("--ways", WAYS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/yolo_comparison"), help="scenes and ultralytics' runs")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/yolo_comparison.csv"))
     return parser.parse_args(arguments)
 
 
 class Comparison:
-    """The runs, their data and what they found.
-
-    Args:
-        options: Of the command line.
-    """
+    """The runs that a command line asks for, their data and what they found."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.work = options.work.absolute()
-        self.rows = read_rows(options.out, ComparisonRow) if options.out.exists() else []
+        self.rows = results.read_rows(options.out, ComparisonRow) if options.out.exists() else []
         wanted = self._settings()
         for row in self.rows:
             found = {name: getattr(row, name) for name in wanted}
@@ -122,7 +102,7 @@ class Comparison:
         from rakd.integrations.ultralytics import distill
 
         options = self.options
-        network = options.expert if way == "expert" else options.apprentice
+        network = EXPERT if way == "expert" else APPRENTICE
         torch.manual_seed(seed)
         model: Any = YOLO(network)
         arguments: dict[str, Any] = {"data": str(self.data), "epochs": options.epochs, "imgsz": options.size}
@@ -143,25 +123,25 @@ class Comparison:
             seconds=time.time() - begun,
             ultralytics=importlib.metadata.version("ultralytics"),
             **self._settings(),
-            **dataclasses.asdict(describe_machine(options.device)),
+            **asdict(results.describe_machine(options.device)),
         )
         self.rows = [*(old for old in self.rows if (old.way, old.seed) != (way, seed)), row]
-        write_rows(options.out, ComparisonRow, self.rows)
+        results.write_rows(options.out, ComparisonRow, self.rows)
 
 
 def format_rows(rows: Sequence[ComparisonRow]) -> str:
     """Lay out mean and standard deviation over the seeds, and the difference to ``alone`` seed by seed."""
     alone = {row.seed: row.map for row in rows if row.way == "alone"}
-    lines = [f"{'way':16} {'seeds':>5} {'mAP50-95':>16} {'mAP50':>16} {'beside alone':>16} {'min/run':>8}"]
+    lines = [["way", "seeds", "mAP50-95", "mAP50", "beside alone", "min/run"]]
     for way in ("expert", *WAYS):
         runs = [row for row in rows if row.way == way]
         if runs:
             gains = [row.map - alone[row.seed] for row in runs if row.seed in alone]
             gain = "" if way in ("expert", "alone") or not gains else _spread(gains, "+")
             minutes = statistics.mean(row.seconds for row in runs) / 60
-            cells = f"{_spread([r.map for r in runs]):>16} {_spread([r.map50 for r in runs]):>16} {gain:>16}"
-            lines.append(f"{way:16} {len(runs):5} {cells} {minutes:8.1f}")
-    return "\n".join(lines)
+            found = _spread([row.map for row in runs]), _spread([row.map50 for row in runs])
+            lines.append([way, str(len(runs)), *found, gain, f"{minutes:.1f}"])
+    return results.format_table(lines)
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:
@@ -172,12 +152,9 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 def main() -> None:
     """Train, print and write."""
     options = parse()
-    if options.size % 32 or min(options.frames, options.epochs, options.seeds) < 1 or options.frames < 10:
-        raise ValueError("expected --size a multiple of 32, --frames of 10 or more, --epochs and --seeds of 1 or more")
     rows = Comparison(options).run()
-    print(format_rows(rows))
-    print(f"{len(rows)} rows in {options.out}")
+    results.report(options.out, ComparisonRow, rows, format_rows(rows))
 
 
 if __name__ == "__main__":
-    exit_with_errors(main)
+    results.exit_with_errors(main)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import beside, results
-from benchmarks.beside import ROOT, BesideRow
-from benchmarks.results import read_rows
+from benchmarks.beside import BesideRow
+from benchmarks.results import ROOT, read_rows
 from benchmarks.workloads import Workload
 from rakd_ops import available_backends
 
 MICRO = Workload(2, 5, 3, "proposals", channels=4, height=64, width=96)
-TINY = ["--processes", "1", "--rounds", "2", "--calls", "2"]
+TINY = ["--processes", "1", "--rounds", "2"]
 needs_library = pytest.mark.skipif(available_backends()["cpu"] is not True, reason="the CPU library is not built")
 
 
@@ -71,7 +71,7 @@ def test_host_time_of_both_trees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert [(row.boxes_as, row.passes) for row in this] == [(case.boxes_as, case.passes) for case in cases]
     for row, beside_it in zip(this, other_rows, strict=True):
         assert (row.tree, beside_it.tree) == ("this", "other")
-        assert (row.batch, row.boxes, row.rounds, row.calls, row.threads) == (2, 8, 2, 2, 1)
+        assert (row.batch, row.boxes, row.rounds, row.calls, row.threads) == (2, 8, 2, 200, 1)
         assert row.ratio is not None and beside_it.ratio is None
         assert 0 < row.p20_us <= row.median_us <= row.p80_us
         assert row.own_ops == beside_it.own_ops >= 1
@@ -108,17 +108,18 @@ def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, tree: Path) -> None:
             self.name = tree.name
 
-        def ask(self, **request: object) -> dict[str, object]:
+        def ask(self, **request: object) -> list[float]:
             if "case" in request:
-                return {"ops": [3, 1]}
+                return [3, 1]
             asked.append(self.name)
-            return {"ms": [float(len(asked))]}
+            return [float(len(asked))]
 
         def close(self) -> None:
             asked.append(f"{self.name} closed")
 
     monkeypatch.setattr(beside, "Worker", Worker)
-    (found,) = beside.measure(beside.host_cases()[:1], [Path("a"), Path("b")], 1, rounds=2, calls=1, threads=1)
+    options = beside.parse(["host", *TINY])
+    (found,) = beside.measure(beside.host_cases()[:1], [Path("a"), Path("b")], options)
     assert asked == ["b", "a", "a", "b", "b", "a", "a closed", "b closed"]  # the first round is the warm-up
     assert found.ms == [[3.0, 6.0], [4.0, 5.0]]
 
@@ -126,10 +127,10 @@ def test_rounds_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dance"], "kind: expected some of host, steps, got 'dance'"),
+        (["dance"], "argument kind: invalid choice: 'dance' .*host"),
         (["host", "--beside", "/nowhere"], r"beside: expected a source tree with rakd_ops/_cpu\*.so, got /nowhere"),
-        (["steps", "--workloads", "tiny"], "workloads: expected some of train, .*, got 'tiny'"),
-        (["host", "--rounds", "0"], "rounds: expected at least 1, got 0"),
+        (["steps", "--workloads", "tiny"], "workloads: invalid choice: 'tiny' .*train19"),
+        (["host", "--rounds", "0"], "rounds: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_user_errors(

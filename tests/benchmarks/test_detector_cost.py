@@ -31,6 +31,5 @@ def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert (read.detector, read.commit) == (row.detector, row.commit)
         assert read.added_mib == pytest.approx(row.added_mib, rel=1e-4)
     assert format_rows(rows) in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--turns and --threads of 1 or more"):
-        monkeypatch.setattr("sys.argv", ["detector_cost", "--turns", "0"])
-        detector_cost.main()
+    with pytest.raises(ValueError, match="turns: expected a whole number of at least 1, got 0"):
+        parse(["--turns", "0"])

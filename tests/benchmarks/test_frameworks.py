@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import framework_cost, yolo_comparison
-from benchmarks.frameworks import FRAMEWORKS, Gate
+from benchmarks.framework_cost import FRAMEWORKS, Gate
 from benchmarks.results import describe_machine, read_rows, write_rows
 
 

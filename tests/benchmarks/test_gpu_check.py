@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from processes import run_process
 
+from benchmarks import __main__ as program
+from benchmarks import training_cost
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 PROGRAM = """#!/bin/sh
@@ -72,6 +75,12 @@ def test_all_steps_in_their_order(machine: dict[str, str], tmp_path: Path) -> No
     assert "--tool racecheck" in found["racecheck"] and "gpu_steps small" in found["memcheck"]
     assert "gpu_steps hot train19" in found["profile-train19"]
     assert "--backends cuda cuda-rows --baselines torchvision difference" in found["probe"]
+    lines = {name: text.splitlines()[0] for name, text in found.items() if text}
+    commands = [line.split() for line in lines.values() if line.startswith("-m benchmarks ")]
+    assert len(commands) == 5
+    for command in commands:
+        program.parse(command[2:])
+    assert training_cost.parse(lines["training-step"].split()[2:]).pair == "kitti"
     with tarfile.open(tmp_path / "out" / "results.tgz") as archive:
         names = {Path(name).name for name in archive.getnames()}
     assert {f"{name}.log" for name in found} | {"summary.txt"} <= names

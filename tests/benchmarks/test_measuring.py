@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -12,12 +13,18 @@ import pytest
 import torch
 
 from benchmarks import __main__ as program
-from benchmarks import figures, ops, options, results, scaling, tables, timing
-from benchmarks.implementations import DisagreementError, Implementation, check_agreement, make_implementations
-from benchmarks.ops import Case, Protocol, measure_case
+from benchmarks import figures, results, timing
+from benchmarks.__main__ import Case, Protocol, measure_case
+from benchmarks.implementations import (
+    DisagreementError,
+    Implementation,
+    check_agreement,
+    choose_backends,
+    make_implementations,
+)
 from benchmarks.results import Row, describe_machine, read_rows
 from benchmarks.timing import count_dispatched, measure_peak_mib, time_interleaved
-from benchmarks.workloads import PASSES, TRAINING, Workload, make_inputs
+from benchmarks.workloads import AXES, PASSES, SCALING, TRAINING, Workload, make_inputs
 from rakd_ops import available_backends
 
 MICRO = Workload(2, 5, 3, "proposals", channels=4, height=64, width=96)
@@ -71,7 +78,7 @@ def test_a_baseline_that_cannot_be_compiled_is_left_out_and_named(
     monkeypatch.setattr(torch, "compile", refuse)
     case = Case("distill", "micro", MICRO, "float32", "nchw", threads=1)
     path = tmp_path / "micro.csv"
-    rows = ops.run_cases([case], _protocol(("difference", "difference-compiled")), path)
+    rows = program.run_cases([case], _protocol(("difference", "difference-compiled")), path)
     assert {row.implementation for row in rows} == {*(f"rakd:{name}" for name in BACKENDS), "difference"}
     told = "micro float32 nchw: no difference-compiled: RuntimeError: no compiler here"
     assert told in capsys.readouterr().out
@@ -138,11 +145,11 @@ def test_run_writes_a_csv_from_which_figures_are_drawn(tmp_path: Path, capsys: p
         for channels in (2, 4)
     ]
     path = tmp_path / "micro.csv"
-    rows = ops.run_cases(planned, _protocol(("torchvision",)), path)
+    rows = program.run_cases(planned, _protocol(("torchvision",)), path)
     assert len(read_rows(path, Row)) == len(rows) == len(planned) * (len(BACKENDS) + 1) * len(PASSES)
     printed = capsys.readouterr().out
     assert "micro: 2 images 64×96, 10 boxes (proposals)" in printed
-    assert "must move: forward 0 MiB" in printed
+    assert "forward, must move 0 MiB" in printed
 
     drawn = figures.draw_all(read_rows(path, Row))
     expected = {
@@ -168,40 +175,48 @@ def test_default_plan() -> None:
     assert protocol.baselines == ("torchvision", "difference", "torchvision-compiled", "difference-compiled")
 
 
-def test_quick_keeps_what_was_given() -> None:
-    planned, protocol = program.plan(program.parse(["--device", "cpu", "--quick", "--workloads", "large"]))
-    assert {case.name for case in planned} == {"large"}
-    assert protocol.baselines == ("torchvision", "difference")
-    assert protocol.repeats <= 5
-    assert protocol.passes == ("forward+backward",)
-    assert len(protocol.backends) == 1
+def test_given_options_are_kept() -> None:
+    words = ["--workloads", "large", "--layouts", "nhwc", "--repeats", "4", "--max-seconds", "3", "--baselines", "none"]
+    (case,), protocol = program.plan(program.parse(["--device", "cpu", *words]))
+    assert (case.name, case.layout) == ("large", "nhwc")
+    assert (protocol.baselines, protocol.repeats, protocol.max_seconds) == ((), 4, 3)
 
 
-def test_scaling_plan_varies_one_thing() -> None:
-    planned, _ = scaling.plan(scaling.parse(["--device", "cpu", "--layouts", "nchw", "--threads", "1"]))
-    assert {case.name for case in planned} == {scaling.PREFIX + axis for axis in scaling.AXES}
+def test_axes_vary_one_thing_of_the_first_backend() -> None:
+    words = ["--device", "cpu", "--layouts", "nchw", "--threads", "1", "--axes"]
+    planned, protocol = program.plan(program.parse(words))
+    assert {case.name for case in planned} == {SCALING + axis for axis in AXES}
+    assert (protocol.backends, protocol.baselines, protocol.passes) == (BACKENDS[:1], ("torchvision",), (TRAINING,))
     bins = [case.workload.output_size for case in planned if case.name == "scaling-bins"]
     assert bins == sorted(set(bins)) and 7 in bins
-    assert scaling.thread_counts(1) == [1]
-    assert scaling.thread_counts(2) == [1, 2]
-    assert scaling.thread_counts(12) == [1, 2, 4, 8, 12]
+    counts = [case.threads for case in planned if case.name == "scaling-threads"]
+    assert counts == program.thread_counts(os.cpu_count() or 1)
+    planned, protocol = program.plan(program.parse([*words, "samples", "--backends", *BACKENDS]))
+    assert {case.name for case in planned} == {"scaling-samples"}
+    assert protocol.backends == BACKENDS
+    assert program.thread_counts(1) == [1]
+    assert program.thread_counts(2) == [1, 2]
+    assert program.thread_counts(12) == [1, 2, 4, 8, 12]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "dance"], "op: expected some of distill, align, got 'dance'"),
+        (["--op", "dance"], "op: invalid choice: 'dance' .*distill"),
+        (["--axes", "mood"], "axes: invalid choice: 'mood' .*boxes"),
+        (["--axes", "--workloads", "train"], "axes: expected neither workloads nor another op"),
         (["--workloads", "tiny"], "workloads: expected some of train, .*, got 'tiny'"),
         (["--backends", "magic"], "backends: expected some of .*, got 'magic'"),
-        (["--dtypes", "int8"], "dtypes: expected some of .*, got 'int8'"),
-        (["--layouts", "chwn"], "layouts: expected some of nchw, nhwc, got 'chwn'"),
+        (["--dtypes", "int8"], "dtypes: invalid choice: 'int8' .*float32"),
+        (["--layouts", "chwn"], "layouts: invalid choice: 'chwn' .*nchw"),
         (
             ["--op", "align", "--baselines", "difference"],
             "baselines: expected some of torchvision, got 'difference'",
         ),
-        (["--threads", "-1"], "threads: expected a positive number"),
-        (["--repeats", "1"], "repeats: expected at least 3, got 1"),
-        (["--max-seconds", "0"], "max_seconds: expected a positive number"),
+        (["--threads", "-1"], "threads: expected a whole number of at least 0, got -1"),
+        (["--repeats", "1"], "repeats: expected a whole number of at least 3, got 1"),
+        (["--max-seconds", "0"], "max-seconds: expected a whole number of at least 1, got 0"),
+        (["--dance"], "unrecognized arguments: --dance"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(
@@ -220,9 +235,10 @@ def test_user_errors_are_one_line_and_exit_code_2(
 def test_a_backend_that_cannot_run_says_why() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: 'cuda' was asked for, but torch finds no CUDA device"):
-            options.check_device("cuda")
+            choose_backends([], "cuda")
         with pytest.raises(ValueError, match="backends: 'cuda' cannot run here: "):
-            options.check_backends(["cuda"], "cpu")
+            choose_backends(["cuda"], "cpu")
+    assert choose_backends(["reference"], "cpu") == ("cpu", ("reference",))
 
 
 def test_operations_that_a_call_dispatches_are_counted() -> None:
@@ -243,7 +259,7 @@ def test_readme_table(make_row: Callable[..., Row]) -> None:
         make_row(implementation="difference", ratio=9.75),
         make_row(passes="forward", implementation="rakd:cpu", ratio=1.0, median_ms=1.0),
     ]
-    head, _, line, *_ = tables.format_readme(rows).splitlines()
+    head, _, line, *_ = figures.format_readme(rows).splitlines()
     assert [cell.strip() for cell in line.split("|")[1:-1]] == [
         "`train`",
         "channels-first",
@@ -255,9 +271,9 @@ def test_readme_table(make_row: Callable[..., Row]) -> None:
     ]
     assert "host" not in head
     gpu = [replace(row, device="NVIDIA H100", host_us=50.0, device_us=140.0, launches=4) for row in rows]
-    head, _, line, *_ = tables.format_readme(gpu).splitlines()
+    head, _, line, *_ = figures.format_readme(gpu).splitlines()
     assert "| host, µs | device, µs | launches |" in head and "| 50 | 140 | 4 |" in line
-    assert "host µs" in tables.format_case(gpu)
+    assert "host µs" in program.format_case(gpu)
 
 
 def test_the_three_numbers_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +285,7 @@ def test_the_three_numbers_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "host_sampler", lambda step: lambda: 0.05)
     monkeypatch.setattr(timing, "list_kernels", lambda step: kernels[step()])
     monkeypatch.setattr(timing, "device_sampler", lambda step: device[step()])
-    columns = ops._time_on_gpu(steps, _protocol(()), lambda _: None)  # type: ignore[arg-type]
+    columns = program._time_on_gpu(steps, _protocol(()), lambda _: None)  # type: ignore[arg-type]
     assert [columns[name]["launches"] for name in steps] == [2, 1, None]
     assert [columns[name].get("device_us") for name in steps] == [pytest.approx(140), pytest.approx(500), None]
     assert [columns[name]["device_by"] for name in steps] == ["graph", "profiler (why)", "none"]
