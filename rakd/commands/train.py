@@ -92,7 +92,7 @@ class Train:
         from rakd.commands.config import write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
-        from rakd.data.kitti import CACHE_BYTES, KittiDataset
+        from rakd.data.kitti import KittiDataset, cache_share
         from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
         from rakd.study.validation import CarValidation
@@ -117,7 +117,7 @@ class Train:
                 height=config.height,
                 augmentation=Augmentation() if self.augment else None,
                 seed=self.seed,
-                cache_bytes=CACHE_BYTES // max(1, self.workers),
+                cache_bytes=cache_share(self.workers),
                 rules=config.rules,
             )
             val = KittiDataset(data, self.splits[1], height=config.height)

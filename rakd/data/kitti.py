@@ -19,8 +19,12 @@ from rakd.data.targets import CLASSES, PackedTargets, Targets, make_targets
 from rakd.errors import UserError
 from rakd.geometry import Calibration
 
-CACHE_BYTES = 1 << 30
-"""Images that a training keeps in memory, over all of its loader's processes."""
+_CACHE_BYTES = 1 << 30  # of images that a training keeps in memory
+
+
+def cache_share(workers: int) -> int:
+    """Bytes of images that each process of a training's loader may keep in memory: 1 GiB over all."""
+    return _CACHE_BYTES // max(1, workers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rakd.checkpoints import file_digest
 from rakd.data.augment import Augmentation
-from rakd.data.kitti import CACHE_BYTES, KittiDataset
+from rakd.data.kitti import KittiDataset, cache_share
 from rakd.detector.base import BaseDetector
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector, save_detector, start_from
@@ -105,7 +105,7 @@ class Runner:
             height=config.height,
             augmentation=Augmentation(flip=settings.flip, photometric=settings.photometric),
             seed=run.seed,
-            cache_bytes=CACHE_BYTES // max(1, run.training.workers),
+            cache_bytes=cache_share(run.training.workers),
             rules=config.rules,
         )
         folder = self.out / run.name
