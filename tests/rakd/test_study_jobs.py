@@ -101,10 +101,9 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_side_by_side_is_as_one_after_the_other(
     two_threads: None, bare: None, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An apprentice that waits for its expert: tests/rakd/test_study_options.py, without processes.
     base = STUDIES["tiny"]
     training = replace(base.training, steps=2, batch_size=2, warm_up=0)
-    settings = replace(base, methods=("none",), expert_training=training, training=training)
+    settings = replace(base, methods=("none", "rakd"), expert_training=training, training=training)
     alone, beside = tmp_path / "alone", tmp_path / "beside"
     at_once = Experiment(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
     torch.set_num_threads(1)  # as each of the two has
@@ -114,13 +113,13 @@ def test_side_by_side_is_as_one_after_the_other(
         return [{**without_nan(asdict(run)), "seconds": 0} for run in runs]
 
     assert figures(at_once.runs) == figures(in_turn.runs)
-    assert [run.method for run in at_once.runs] == ["expert", "none"]
-    for name in ("expert-seed0", "none-seed0"):
+    assert [run.method for run in at_once.runs] == ["expert", "none", "rakd"]
+    for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         ours, theirs = (load_weights(out / name / "detector.pt")[0] for out in (beside, alone))
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     # What is missing is made again, and only that; the tasks are done here, as a process would take seconds to start.
     times = {path: path.stat().st_mtime_ns for path in beside.glob("*/detector.pt")}
-    (beside / "none-seed0" / "result.json").unlink()
+    (beside / "rakd-seed0" / "result.json").unlink()
     asked: list[str] = []
 
     def do_here(work: Any, tasks: dict[str, tuple[Any, ...]], jobs: int, *_: Any) -> None:
@@ -131,9 +130,9 @@ def test_side_by_side_is_as_one_after_the_other(
 
     monkeypatch.setattr(module, "run_side_by_side", do_here)
     again = Experiment(settings, scenes, beside, CPU, quiet=True, jobs=2).run()
-    assert asked == ["none-seed0"] and figures(again.runs) == figures(at_once.runs)
+    assert asked == ["rakd-seed0"] and figures(again.runs) == figures(at_once.runs)
     changed = {path.parent.name for path, time_ in times.items() if path.stat().st_mtime_ns != time_}
-    assert changed == {"none-seed0"}
+    assert changed == {"rakd-seed0"}
 
 
 def test_jobs_are_checked(scenes: Path, tmp_path: Path) -> None:
