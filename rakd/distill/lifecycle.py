@@ -11,7 +11,7 @@ from rakd.distill.expert import Expert, find_modules
 from rakd.distill.hooks import FeatureHooks, check_function, unwrap
 from rakd.distill.optim import add_parameters
 from rakd.distill.outputs import Layout
-from rakd.distill.scale import RunningEnergy, TaskShare
+from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale
 from rakd.distill.step import Facts, needed_setup
 from rakd.distributed import GradientAverage
 
@@ -34,6 +34,7 @@ class Lifecycle(nn.Module):
     _seed: int
     _facts: Facts
     _weight: float | TaskShare
+    _scale: UnitScale | None
     _energy: RunningEnergy | None
     _expert: Expert | None
     _expert_settings: dict[str, Any]
@@ -159,6 +160,7 @@ class Lifecycle(nn.Module):
         """Keep what was found and measured: JSON as bytes in a tensor, which all checkpoint formats and EMAs hold."""
         state = {
             "facts": self._facts.state(),
+            "scale": None if self._scale is None else self._scale.state(),
             "energy": None if self._energy is None else self._energy.state(),
             "share": self._weight.state() if isinstance(self._weight, TaskShare) else None,
         }
@@ -171,6 +173,8 @@ class Lifecycle(nn.Module):
             self._facts = Facts.load(content["facts"])
         if self.method is None and self._facts.complete:
             self._build()
+        if self._scale is not None and content.get("scale") is not None:
+            self._scale.load(content["scale"])
         if self._energy is not None and content["energy"] is not None:
             self._energy.load(content["energy"])
         if isinstance(self._weight, TaskShare) and content["share"] is not None:

@@ -1,11 +1,11 @@
-"""Scale of the loss: the expert's energy as a running value, and a weight from a share of the task loss.
+"""Scales: of the expert's maps, of the loss (the expert's energy), and a weight from a share of the task loss.
 
-Both live on the loss's device and are never waited for. Their values are plain numbers in the distiller's state: a
+All live on the loss's device and are never waited for. Their values are plain numbers in the distiller's state: a
 float written as text comes back to the bit.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,8 +24,12 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def _exact_dtype(value: Tensor) -> torch.dtype:
+    return torch.float32 if value.device.type == "mps" else torch.float64
+
+
 def _exact(value: Tensor) -> Tensor:
-    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+    return value.detach().to(_exact_dtype(value))
 
 
 def number_on(device: torch.device, value: Tensor | float) -> Tensor:
@@ -34,6 +38,45 @@ def number_on(device: torch.device, value: Tensor | float) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)
     return value.to(device, dtype)
+
+
+class UnitScale:
+    """Factors that bring each of the expert's maps to a root mean square of 1: measured over 20 calls, then fixed.
+
+    Fixed, since an apprentice would follow a target that moves. Maps of zeros keep a factor of 1.
+    """
+
+    CALLS = 20
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.squares = torch.zeros(())
+
+    def update(self, maps: Iterable[Tensor]) -> None:
+        """Count a call with its maps."""
+        means = [torch.linalg.vector_norm(m.detach(), dtype=_exact_dtype(m)).square() / m.numel() for m in maps]
+        squares = mean_over_processes(torch.stack(means))
+        self.squares = squares + self.squares.to(squares)
+        self.calls += 1
+
+    def factors(self, like: Tensor) -> Tensor:
+        """One factor a level, on the device of a map.
+
+        Raises:
+            RuntimeError: Nothing has been measured.
+        """
+        if not self.calls:
+            raise RuntimeError("Distiller: expected one step with rescale=True before torch.compile sees it")
+        mean = self.squares.to(like.device, _exact_dtype(like)) / self.calls
+        return torch.where(mean > 0, mean.rsqrt(), torch.ones_like(mean))
+
+    def state(self) -> list[Any]:
+        """Numbers to save."""
+        return [self.calls, self.squares.tolist()]
+
+    def load(self, state: list[Any]) -> None:
+        """Take up `state`."""
+        self.calls, self.squares = int(state[0]), torch.tensor(state[1], dtype=torch.float64)
 
 
 class RunningEnergy:

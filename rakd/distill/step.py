@@ -222,6 +222,11 @@ class Step:
             )
         return tuple(ratio * stride for stride in find_strides("expert_strides", self.expert, expert_size))
 
+    def rescaled(self, factors: Tensor) -> "Step":
+        """The same with the expert's maps multiplied, each by its factor."""
+        maps = {name: m * f.to(m.dtype) for (name, m), f in zip(self.expert.items(), factors, strict=True)}
+        return replace(self, expert=maps)
+
     def loss(self, method: nn.Module, factor: Tensor | None) -> Tensor:
         """Call a method; a factor goes into the op where the method has one, and costs nothing there."""
         extra: dict[str, Any] = (

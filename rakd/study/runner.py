@@ -113,13 +113,15 @@ class Runner:
         options: dict[str, object] = {} if run.init is None else {"init": file_digest(run.init)}
         if term is not None and settings.options.get(run.method):
             options["method_options"] = settings.options[run.method]
+        if settings.rescale and term is not None:
+            options["rescale"] = True
         if self.cache is not None and term is not None:
             options["feature_cache"] = True  # the expert sees images one by one, which rounds otherwise
         validation = None
         if run.training.validate_every:
             validation = CarValidation(detector, self._validation_frames(detector), folder, self.processes)
         trainer = Trainer(
-            make_distillation_model(detector, expert, term, run.weight, settings.regions, self.cache),
+            make_distillation_model(detector, expert, term, run.weight, settings.regions, self.cache, settings.rescale),
             dataset,
             run.training,
             folder,

@@ -31,6 +31,8 @@ class StudySettings:
         training: How apprentices are trained; its seed is replaced.
         weights: Factor of each method's loss.
         options: Arguments of methods' classes by the method's name, such as ``{"rakd": {"sigma": 0.5}}``.
+        rescale: Whether the apprentice imitates the expert's maps at a root mean square of 1, see
+            `rakd.distill.Distiller`.
         regions: Where RAKD and its ablations compare features.
         flip: Probability of mirroring a training image.
         photometric: Probability of each distortion of light and colour.
@@ -48,6 +50,7 @@ class StudySettings:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: tuple[MethodName, ...] = PAPER_METHODS
     seeds: tuple[int, ...] = (0,)
+    rescale: bool = False
     regions: Regions = "proposals"
     flip: float = 0.5
     photometric: float = 0.5
@@ -90,6 +93,8 @@ _TINY = TrainSettings(
     log_every=1,
 )
 
+_LONG = replace(_TINY, steps=3000, checkpoint_every=200)
+
 # DEVIANT's length and batch: 30 epochs of the 52,386 frames that are every third of training, 40 at once. The rate is
 # Detectron2's for this kind of detector, 0.02 for 16 images, in proportion.
 _WAYMO = TrainSettings(steps=39_290, batch_size=40, learning_rate=0.05, workers=4)
@@ -129,6 +134,17 @@ STUDIES: dict[str, StudySettings] = {
         photometric=0.0,
         scenes=500,
     ),
+    "scenes-long": StudySettings(
+        expert="tiny-lite0",
+        apprentice="tiny",
+        expert_training=_LONG,
+        training=_LONG,
+        weights=_WEIGHTS,
+        methods=("none", "pkd", "rakd"),
+        rescale=True,
+        photometric=0.0,
+        scenes=2500,
+    ),
     "kitti": StudySettings(
         expert="kitti-r50",
         apprentice="kitti-r18",
@@ -163,9 +179,9 @@ STUDIES: dict[str, StudySettings] = {
         regions="objects",
     ),
 }
-"""Comparisons by name: ``scenes``, ``tiny`` and ``monodetr-tiny`` run on two processor cores; ``kitti`` has the paper's
-settings; ``waymo`` those of monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and
-``monodetr-kitti`` have not been run on those data here."""
+"""Comparisons by name: ``scenes``, ``tiny`` and ``monodetr-tiny`` run on two processor cores in minutes,
+``scenes-long`` in hours; ``kitti`` has the paper's settings; ``waymo`` those of monocular work on Waymo;
+``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and ``monodetr-kitti`` have not been run on those data here."""
 
 if TYPE_CHECKING:
     StudyName = str

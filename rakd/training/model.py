@@ -84,6 +84,7 @@ def make_distillation_model(
     weight: float,
     regions: Regions,
     cache: FeatureCache | None = None,
+    rescale: bool = False,
 ) -> DistillationModel:
     """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:
@@ -95,6 +96,6 @@ def make_distillation_model(
         )
     if regions == "expert" and not expert.has_queries:
         raise UserError("regions: expert needs an expert with queries, a MonoDETR")
-    model = DistillationModel(apprentice, Distiller(expert, method, weight, cache=cache), regions)
+    model = DistillationModel(apprentice, Distiller(expert, method, weight, cache=cache, rescale=rescale), regions)
     model.cached = cache is not None
     return model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rakd.distill import Distiller
 from rakd.distill.registry import METHODS
-from rakd.distill.scale import RunningEnergy
+from rakd.distill.scale import RunningEnergy, UnitScale
 
 
 def features(seed: int = 2, scale: float = 1.0) -> list[Tensor]:
@@ -64,6 +64,56 @@ def test_the_energy_is_a_running_mean_measured_now_and_then() -> None:
     assert energy.factor(torch.device("cpu")).item() == pytest.approx(6 / sum(counted), rel=1e-12)
     # At most a third of the calls, and of the loss where a measurement costs as much: 5 of the first 16.
     assert len([n for n in measured if n <= 16]) / 16 < 1 / 3
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "score_l2"])
+def test_rescaled_experts_teach_as_if_their_maps_had_a_mean_square_of_one(method: str) -> None:
+    expert = Network((4, 6, 8), seed=1)
+    theirs = expert.features(images())
+    by_hand = [m / m.double().square().mean().sqrt().float() for m in theirs]
+    options = {"canonical_size": 24} if method in ("rakd", "hfa", "l_roi") else {}
+    expected = Distiller(None, method, **options)(images(), BOXES, features(), by_hand)
+    plain = Distiller(None, method, **options)(images(), BOXES, features(), theirs)
+    for scale in (1e-3, 1.0, 1e3):
+        scaled = [scale * m for m in theirs]
+        loss = Distiller(None, method, rescale=True, **options)(images(), BOXES, features(), scaled)
+        torch.testing.assert_close(loss, expected, rtol=2e-5, atol=1e-7)
+    if method != "pkd":  # which knows no scale
+        assert abs(plain.item() / expected.item() - 1) > 0.01
+
+
+def test_the_maps_scale_is_measured_over_twenty_training_steps_then_fixed() -> None:
+    distiller = Distiller(None, rescale=True, normalize=True, canonical_size=24).train()
+    theirs = [m.detach() for m in Network((4, 6, 8), seed=1).features(images())]
+    squares = [m.double().square().mean().item() for m in theirs]
+    sums = [0.0, 0.0, 0.0]
+    for i in range(25):
+        grown = [(1 + i + level) * m for level, m in enumerate(theirs)]
+        if i < 20:
+            sums = [s + (1 + i + level) ** 2 * q for level, (s, q) in enumerate(zip(sums, squares, strict=True))]
+        distiller(images(), BOXES, features(), grown)
+        count = min(i + 1, 20)
+        factors = distiller._scale.factors(grown[0])  # type: ignore[union-attr]
+        assert factors.tolist() == pytest.approx([(count / s) ** 0.5 for s in sums], rel=1e-6)
+    state = distiller.state_dict()
+    other = Distiller(None, rescale=True, normalize=True, canonical_size=24)
+    other.load_state_dict(state)
+    for each in (other.train(), other.eval()):
+        loss = each(images(), BOXES, features(seed=7), theirs)
+        assert torch.equal(loss, distiller(images(), BOXES, features(seed=7), theirs))
+    # Evaluation measures once, where nothing has been: it changes nothing afterwards.
+    seen = Distiller(None, rescale=True, canonical_size=24).eval()
+    first = seen(images(), BOXES, features(), theirs)
+    assert seen(images(), BOXES, features(), [3 * m for m in theirs]) != first
+    assert torch.equal(seen(images(), BOXES, features(), theirs), first)
+
+
+def test_maps_of_zeros_are_not_rescaled() -> None:
+    theirs = [torch.zeros_like(m) for m in features()]
+    loss = Distiller(None, rescale=True, canonical_size=24)(images(), BOXES, features(), theirs)
+    assert torch.equal(loss, Distiller(None, canonical_size=24)(images(), BOXES, features(), theirs))
+    with pytest.raises(RuntimeError, match=r"expected one step with rescale=True before torch\.compile"):
+        UnitScale().factors(theirs[0])
 
 
 def test_without_boxes_nothing_is_divided_by_zero() -> None:
@@ -162,7 +212,7 @@ NORMALIZED = ("rakd", "box_l2", "score_l2", "mgd")
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("hfa", "l_roi")])
 def test_a_resumed_run_has_the_same_bits(method: str) -> None:
-    options = {"weight": "auto:0.1", "normalize": method in NORMALIZED}
+    options = {"weight": "auto:0.1", "normalize": method in NORMALIZED, "rescale": True}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="boxes from .* all get the same")
         distiller, apprentice, optimizer, scheduler = parts(method, **options)
@@ -247,7 +297,7 @@ def run(wrap, method):
     network = torch.nn.parallel.DistributedDataParallel(apprentice)
     options = dict(canonical_size=24) if method == "rakd" else dict()
     distiller = Distiller(
-        expert, method, weight="auto:0.5", normalize=True, apprentice=network, features=STAGES,
+        expert, method, weight="auto:0.5", rescale=True, normalize=True, apprentice=network, features=STAGES,
         apprentice_features="input:head", seed=rank, strides=(4, 8, 16), expert_channels=(4, 8, 8),
         apprentice_channels=(4, 6, 8), **options
     )  # other weights in each process
