@@ -96,7 +96,7 @@ class Distill:
     """An argument of a method's class (rakd.distill.METHODS; its documentation lists them) instead of its own value:
     --option rakd.sigma=0.5 --option rakd.output_size=19. May be repeated; the last counts."""
 
-    rescale: bool | None = None
+    rescale: Literal["yes", "no"] | None = None
     """Whether the apprentice imitates the expert's maps at a root mean square of 1 instead of their own. Weights that
     fit one do not fit the other. Default: the study's."""
 
@@ -141,7 +141,7 @@ class Distill:
             methods=base.methods if self.methods is None else tuple(self.methods),
             seeds=tuple(self.seeds),
             regions=self.regions or base.regions,
-            rescale=base.rescale if self.rescale is None else self.rescale,
+            rescale=base.rescale if self.rescale is None else self.rescale == "yes",
             weights=_weights(base.weights, self.weight),
             options=method_options(self.option),
             photometric=base.photometric if self.photometric is None else self.photometric,

@@ -130,7 +130,7 @@ def _provenance(study: StudyResult) -> str:
         "Seeds": ", ".join(map(str, study.seeds or done)),
         "Runs": str(len(study.runs)),
         "Regions that RAKD and its ablations compare": _REGIONS.get(str(regions), regions),
-        "Expert's maps": "brought to a root mean square of 1" if config.get("rescale") else "as they are",
+        "Expert's maps": "brought to a root mean square of 1" if config.get("rescale") else None,
         "Loss weights": _weights(config),
         "Options of methods": _options(config),
         "Backbones started from": _starts(config),
