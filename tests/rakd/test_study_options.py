@@ -151,16 +151,33 @@ def test_kept_features_change_nothing_but_rounding(
         run(scenes, tmp_path / "not", {"methods": ("rakd",)}, expert=expert, cache_bytes=2**26)
 
 
-def test_arguments_of_a_method_change_its_training_alone(finished: Finished, scenes: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"options": {"rakd": {"sigma": 0.5, "output_size": [3, 5]}}},
+            r"method_options\.sigma is absent there and 0\.5 here",
+        ),
+        ({"rescale": True}, "rescale is absent there and True here"),
+    ],
+    ids=["arguments", "rescaled maps"],
+)
+def test_what_changes_a_method_changes_its_training_alone(
+    changes: dict[str, Any],
+    message: str,
+    finished: Finished,  # noqa: F811
+    scenes: Path,
+    tmp_path: Path,
+) -> None:
     out = shutil.copytree(finished.out, tmp_path / "run")
-    options = {"rakd": {"sigma": 0.5, "output_size": [3, 5]}}
-    with pytest.raises(ValueError, match=r"rakd-seed0 holds .*method_options\.sigma is absent there and 0\.5 here"):
-        run(scenes, out, {"options": options})
+    with pytest.raises(ValueError, match=rf"rakd-seed0 holds .*{message}"):
+        run(scenes, out, changes)
     shutil.rmtree(out / "rakd-seed0")
-    result = run(scenes, out, {"options": options})
+    result = run(scenes, out, changes)
     assert same(out / "none-seed0", finished.out / "none-seed0")
     assert not same(out / "rakd-seed0", finished.out / "rakd-seed0")
-    assert result.config["options"] == options
+    for name, value in changes.items():
+        assert result.config[name] == value
 
 
 @pytest.mark.parametrize(
