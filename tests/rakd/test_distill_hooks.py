@@ -288,7 +288,7 @@ def test_hooks_in_compiled_networks(backend: str) -> None:
 
 @pytest.mark.parametrize("boxes", [BOXES, ROWS], ids=["list", "rows"])
 def test_the_distiller_itself_compiles(boxes: Any) -> None:
-    distiller, _, apprentice = make(apprentice_features=None, normalize=True)
+    distiller, _, apprentice = make(apprentice_features=None, rescale=True, normalize=True)
     features = [m.detach().requires_grad_() for m in apprentice.features(images())]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(distiller, backend=counter, fullgraph=True)
