@@ -129,22 +129,24 @@ def make_tables(study: StudyResult) -> list[Table]:
     others = [name for name, spec in registry.METHODS.items() if not spec.role]
     compared = {name: METHOD_NAMES[name] for name in ("none", *registry.COMPARED, *others) if _is_shown(study, name)}
     ablated = {name: term for name, term in _ABLATED.items() if _is_shown(study, name)}
-    ablation = [
-        _precisions(study, "ablation", f"Ablation. {terms}", ablated, "3d", "official"),
-        _precisions(study, "ablation_loose", f"Ablation. {terms}", ablated, "3d", "loose"),
-        _depths(study, "ablation_depth", f"Ablation. {terms}", ablated),
-    ]
-    return [
+    tables = [
         _overview(study, "table2", "Table 2. Expert and apprentice", "official"),
         _overview(study, "table2_loose", "Table 2. Expert and apprentice", "loose"),
-        _precisions(study, "table3", f"Table 3. {ways}", compared, "3d", "official"),
-        _precisions(study, "table3_loose", f"Table 3. {ways}", compared, "3d", "loose"),
-        _precisions(study, "table3_bev_loose", f"Table 3. {ways}", compared, "bev", "loose"),
-        _depths(study, "table3_depth", f"Table 3. {ways}", compared),
-        *(ablation if set(ablated) - set(compared) else []),
-        *_differences(study),
-        _training(study),
     ]
+    if compared:
+        tables += [
+            _precisions(study, "table3", f"Table 3. {ways}", compared, "3d", "official"),
+            _precisions(study, "table3_loose", f"Table 3. {ways}", compared, "3d", "loose"),
+            _precisions(study, "table3_bev_loose", f"Table 3. {ways}", compared, "bev", "loose"),
+            _depths(study, "table3_depth", f"Table 3. {ways}", compared),
+        ]
+    if set(ablated) - set(compared):
+        tables += [
+            _precisions(study, "ablation", f"Ablation. {terms}", ablated, "3d", "official"),
+            _precisions(study, "ablation_loose", f"Ablation. {terms}", ablated, "3d", "loose"),
+            _depths(study, "ablation_depth", f"Ablation. {terms}", ablated),
+        ]
+    return [*tables, *_differences(study), _training(study)]
 
 
 def _is_shown(study: StudyResult, method: str) -> bool:

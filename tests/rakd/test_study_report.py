@@ -27,7 +27,7 @@ from rakd.study.results import (
     read_study,
     write_study,
 )
-from rakd.study.settings import STUDIES
+from rakd.study.settings import ALL_METHODS, STUDIES
 from rakd.study.tables import format_csv, format_lines, format_markdown, make_tables
 
 LOOSE = Metric("3d", MEAN, MEAN, "loose")
@@ -222,6 +222,15 @@ def test_tables_hold_the_methods_that_are_planned_or_done():
     assert not any(key.startswith("ablation") for key in methods)  # nothing of it that table 3 has not
     study = study_of(*runs, config={"methods": ["none", "hfa", "rakd"]})
     assert [row.method for row in table(study, "ablation").rows] == ["expert", "none", "hfa", "rakd"]
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_study_of_one_method_has_its_tables(method, tmp_path):
+    study = study_of(run("expert", 0, 3.0), run(method, 0, 1.0), config={"methods": [method]})
+    write_report(study, tmp_path)
+    shown = {row.method for one in make_tables(study) for row in one.rows} - {"expert", "none", "rakd"}
+    assert shown == {method} - {"none", "rakd"}
+    assert all(len(one.rows) > 1 for one in make_tables(study) if one.key.startswith(("table3", "ablation")))
 
 
 def test_a_figure_from_fewer_seeds_says_so():
