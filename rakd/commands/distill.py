@@ -161,6 +161,8 @@ class Distill:
         check_folder(self.out, "--out")
         with start_processes(self.device) as processes:
             data = self.data
+            if processes.is_main and base.takes:
+                print(f"--study {self.study} as it stands takes {base.takes}", flush=True)
             if data is None:
                 data = self.out / "scenes"
                 if processes.is_main:

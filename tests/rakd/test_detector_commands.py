@@ -318,10 +318,15 @@ def test_distill_looks_for_the_expert_first(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "run").exists()
 
 
-def test_distill_without_options_is_the_named_study(asked: type[FakeExperiment], tmp_path: Path) -> None:
+def test_distill_without_options_is_the_named_study(
+    asked: type[FakeExperiment], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, study in STUDIES.items():
         assert main(["distill", "--study", name, "--data", "d", "--out", str(tmp_path), "--device", "cpu"]) == 0
         assert asked.asked[0] == study
+        told = f"--study {name} as it stands takes {study.takes}"
+        assert (told in capsys.readouterr().out) == bool(study.takes)
+    assert STUDIES["scenes"].takes and STUDIES["scenes-long"].takes
 
 
 def test_distill_renders_what_it_learns_from(
