@@ -161,8 +161,6 @@ class Distill:
         check_folder(self.out, "--out")
         with start_processes(self.device) as processes:
             data = self.data
-            if processes.is_main and base.takes:
-                print(f"--study {self.study} as it stands takes {base.takes}", flush=True)
             if data is None:
                 data = self.out / "scenes"
                 if processes.is_main:
@@ -188,6 +186,8 @@ class Distill:
             # Of a folder that has been used before, only a command that was not refused tells the options.
             if processes.is_main and not config.exists():
                 write_options(self, config)
+            if processes.is_main and base.takes:
+                print(f"--study {self.study} as it stands takes {base.takes}", flush=True)
             study = experiment.run()
             if processes.is_main:
                 write_options(self, config)
