@@ -24,17 +24,17 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def _exact_dtype(value: Tensor) -> torch.dtype:
-    return torch.float32 if value.device.type == "mps" else torch.float64
+def _exact_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _exact(value: Tensor) -> Tensor:
-    return value.detach().to(_exact_dtype(value))
+    return value.detach().to(_exact_dtype(value.device))
 
 
 def number_on(device: torch.device, value: Tensor | float) -> Tensor:
     """Bring a number to a device without waiting for it, in float64 where the device has it."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = _exact_dtype(device)
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)
     return value.to(device, dtype)
@@ -54,7 +54,7 @@ class UnitScale:
 
     def update(self, maps: Iterable[Tensor]) -> None:
         """Count a call with its maps."""
-        means = [torch.linalg.vector_norm(m.detach(), dtype=_exact_dtype(m)).square() / m.numel() for m in maps]
+        means = [torch.linalg.vector_norm(m.detach(), dtype=_exact_dtype(m.device)).square() / m.numel() for m in maps]
         squares = mean_over_processes(torch.stack(means))
         self.squares = squares + self.squares.to(squares)
         self.calls += 1
@@ -67,7 +67,7 @@ class UnitScale:
         """
         if not self.calls:
             raise RuntimeError("Distiller: expected one step with rescale=True before torch.compile sees it")
-        mean = self.squares.to(like.device, _exact_dtype(like)) / self.calls
+        mean = number_on(like.device, self.squares) / self.calls
         return torch.where(mean > 0, mean.rsqrt(), torch.ones_like(mean))
 
     def state(self) -> list[Any]:

@@ -124,6 +124,18 @@ _MONODETR = TrainSettings(
 
 _MONODETR_TINY = replace(_TINY, steps=1200, learning_rate=5e-4, clip=1.0, checkpoint_every=200)
 
+_SCENES = StudySettings(
+    expert="tiny-lite0",
+    apprentice="tiny",
+    expert_training=replace(_TINY, steps=480, checkpoint_every=200),
+    training=replace(_TINY, steps=650, checkpoint_every=200),
+    weights=_WEIGHTS,
+    methods=("none", "pkd", "rakd"),
+    photometric=0.0,
+    scenes=500,
+    takes="11 minutes on two cores of an AMD EPYC",
+)
+
 STUDIES: dict[str, StudySettings] = {
     "tiny": StudySettings(
         expert="tiny-expert",
@@ -134,26 +146,13 @@ STUDIES: dict[str, StudySettings] = {
         photometric=0.0,
         scenes=200,
     ),
-    "scenes": StudySettings(
-        expert="tiny-lite0",
-        apprentice="tiny",
-        expert_training=replace(_TINY, steps=480, checkpoint_every=200),
-        training=replace(_TINY, steps=650, checkpoint_every=200),
-        weights=_WEIGHTS,
-        methods=("none", "pkd", "rakd"),
-        photometric=0.0,
-        scenes=500,
-        takes="11 minutes on two cores of an AMD EPYC",
-    ),
-    "scenes-long": StudySettings(
-        expert="tiny-lite0",
-        apprentice="tiny",
+    "scenes": _SCENES,
+    "scenes-long": replace(
+        _SCENES,
         expert_training=_LONG,
         training=_LONG,
         weights=_RESCALED,
-        methods=("none", "pkd", "rakd"),
         rescale=True,
-        photometric=0.0,
         scenes=2500,
         takes="some 70 minutes a seed on a core of an AMD EPYC, and 35 to render the scenes",
     ),
