@@ -17,15 +17,20 @@ from rakd_ops import level_weights
 
 @dataclass(frozen=True)
 class Level:
-    """One level of both networks; sizes are (rows, columns), strides in pixels of the apprentice's images."""
+    """One level of both networks.
+
+    Sizes are (rows, columns), strides in pixels of the apprentice's images, ``rms`` the root mean square of the values.
+    """
 
     name: str
     size: tuple[int, int]
     channels: int
     stride: float
+    rms: float
     expert_size: tuple[int, int]
     expert_channels: int
     expert_stride: float
+    expert_rms: float
     boxes: float
 
 
@@ -47,16 +52,19 @@ class Report:
 
     def __str__(self) -> str:
         """Lay the report out as a table."""
-        rows = [("level", "apprentice", "channels", "stride", "expert", "channels", "stride", "boxes")]
+        network = ("channels", "stride", "RMS")
+        rows = [("level", "apprentice", *network, "expert", *network, "boxes")]
         rows += [
             (
                 level.name,
                 f"{level.size[0]}×{level.size[1]}",
                 str(level.channels),
                 f"{level.stride:g}",
+                f"{level.rms:.2g}",
                 f"{level.expert_size[0]}×{level.expert_size[1]}",
                 str(level.expert_channels),
                 f"{level.expert_stride:g}",
+                f"{level.expert_rms:.2g}",
                 f"{level.boxes:.1f}",
             )
             for level in self.levels

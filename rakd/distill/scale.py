@@ -40,6 +40,12 @@ def number_on(device: torch.device, value: Tensor | float) -> Tensor:
     return value.to(device, dtype)
 
 
+def mean_square(values: Tensor) -> Tensor:
+    """Mean of the squares, in float64 where the device has it; no gradient."""
+    norm: Tensor = torch.linalg.vector_norm(values.detach(), dtype=_exact_dtype(values.device))
+    return norm.square() / values.numel()
+
+
 class UnitScale:
     """Factors that bring each of the expert's maps to a root mean square of 1: measured over 20 calls, then fixed.
 

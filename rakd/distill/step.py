@@ -22,6 +22,7 @@ from rakd.distill.checks import (
 from rakd.distill.maps import check_channels
 from rakd.distill.methods import build_method
 from rakd.distill.regions import RegionDistillation
+from rakd.distill.scale import mean_square
 
 Size = tuple[int, int]
 
@@ -276,10 +277,14 @@ def inspect(
     pairs = zip(step.apprentice.items(), step.expert.values(), strict=True)
     steps = zip(found.strides, found.expert_strides, weights.sum(dim=0).tolist(), strict=True)
     levels = tuple(
-        Level(name, _size(a), a.shape[1], stride, _size(e), e.shape[1], expert_stride, share)
+        Level(name, _size(a), a.shape[1], stride, _rms(a), _size(e), e.shape[1], expert_stride, _rms(e), share)
         for ((name, a), e), (stride, expert_stride, share) in zip(pairs, steps, strict=True)
     )
     return Report(step.images, step.known_size, len(rows), levels)
+
+
+def _rms(feature: Tensor) -> float:
+    return float(mean_square(feature).sqrt())
 
 
 def _size(feature: Tensor) -> Size:

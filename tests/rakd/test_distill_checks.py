@@ -1,6 +1,7 @@
 """Silent mistakes that must be errors with a remedy: boxes, strides, images, dtypes, layouts."""
 
 import warnings
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -240,13 +241,18 @@ def test_the_report_is_a_small_table() -> None:
     )
     report = distiller.check(images(), BOXES)
     one, two, three = level_weights(ROWS, strides=(4, 8, 16), canonical_size=24).sum(dim=0).tolist()
-    assert str(report).splitlines() == [
-        "2 images of 32×48 pixels, 3 boxes",
-        "level  apprentice  channels  stride  expert  channels  stride  boxes",
-        f"    0        8×12         4       4    8×12         4       4  {one:5.1f}",
-        f"    1         4×6         6       8     4×6         8       8  {two:5.1f}",
-        f"    2         2×3         8      16     2×3         8      16  {three:5.1f}",
+    maps = (deepcopy(network).eval().features(images()) for network in (expert, apprentice))
+    theirs, own = ([f"{m.square().mean().sqrt():.2g}" for m in network] for network in maps)
+    title, *rows = str(report).splitlines()
+    assert title == "2 images of 32×48 pixels, 3 boxes"
+    network = "channels stride RMS"
+    assert [row.split() for row in rows] == [
+        f"level apprentice {network} expert {network} boxes".split(),
+        ["0", "8×12", "4", "4", own[0], "8×12", "4", "4", theirs[0], f"{one:.1f}"],
+        ["1", "4×6", "6", "8", own[1], "4×6", "8", "8", theirs[1], f"{two:.1f}"],
+        ["2", "2×3", "8", "16", own[2], "2×3", "8", "16", theirs[2], f"{three:.1f}"],
     ]
+    assert len({len(row) for row in rows}) == 1
     assert sum(level.boxes for level in report.levels) == pytest.approx(3)
     # The apprentice ran for its maps alone: in eval mode, and not its head.
     assert all(torch.equal(v, before[k]) for k, v in apprentice.state_dict().items())
