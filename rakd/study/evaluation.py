@@ -27,13 +27,13 @@ def precisions_of(**results: Result) -> Precisions:
         results: Of `rakd.evaluation.kitti.evaluate`, for each kind of overlaps.
 
     Returns:
-        R40 in 3D and from above. A class without objects at a level is NaN: nothing was to be found. A class
-        with objects but without detections is 0.
+        R40 in 3D, from above and in the image ("bbox"). A class without objects at a level is NaN: nothing was to be
+        found. A class with objects but without detections is 0.
     """
     return {
         overlaps: {
             metric: {name: _counted(result[name][metric]["R40"], result[name][metric]["objects"]) for name in CLASSES}
-            for metric in ("3d", "bev")
+            for metric in ("3d", "bev", "bbox")
         }
         for overlaps, result in results.items()
     }

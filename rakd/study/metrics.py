@@ -23,7 +23,8 @@ METHOD_NAMES = {
 }
 CLASS_NAMES = {"Car": "Car", "Pedestrian": "Ped.", "Cyclist": "Cyc.", MEAN: "Average", ALL: "All"}
 LEVEL_NAMES = {"easy": "easy", "moderate": "mod.", "hard": "hard", MEAN: ""}
-_METRIC_NAMES = {"3d": "AP 3D", "bev": "AP BEV", "abs_rel": "AbsRel", "recall": "Recall"}
+METRIC_NAMES = {"3d": "AP 3D", "bev": "AP BEV", "bbox": "AP 2D", "abs_rel": "AbsRel", "recall": "Recall"}
+"""Kinds of figures in words."""
 IOU_NAMES = {"official": "IoU 0.7/0.5", "loose": "IoU 0.5/0.25"}
 """Overlap from which on a detection counts, of cars and of the other classes."""
 
@@ -33,8 +34,8 @@ class Metric:
     """A figure that every run has.
 
     Attributes:
-        kind: "3d" or "bev" (average precision, percent), "abs_rel" (absolute relative error of depth, percent),
-            "recall" (at 2D IoU 0.5, percent), "minutes" (of training) or "loss" (at the end of training).
+        kind: "3d", "bev" or "bbox" (average precision, percent), "abs_rel" (absolute relative error of depth,
+            percent), "recall" (at 2D IoU 0.5, percent), "minutes" (of training) or "loss" (at the end of training).
         name: Class, `MEAN` for the average over classes, or "all" objects (AbsRel and recall); of a
             loss, its own name.
         level: Of average precision: "easy", "moderate", "hard", or `MEAN`.
@@ -62,7 +63,7 @@ class Metric:
         whose = {MEAN: "average", ALL: "all classes"}.get(self.name, self.name)
         level = "" if self.level in ("", MEAN) else f", {self.level}"
         overlaps = f" at {IOU_NAMES[self.overlaps]}" if self.overlaps else ""
-        return f"{_METRIC_NAMES[self.kind]}, {whose}{level}{overlaps} (%)"
+        return f"{METRIC_NAMES[self.kind]}, {whose}{level}{overlaps} (%)"
 
 
 PRIMARY = (

@@ -17,6 +17,7 @@ from rakd.study.metrics import (
     LEVEL_NAMES,
     MEAN,
     METHOD_NAMES,
+    METRIC_NAMES,
     PRIMARY,
     Metric,
     Summary,
@@ -137,9 +138,13 @@ def make_tables(study: StudyResult) -> list[Table]:
         tables += [
             _precisions(study, "table3", f"Table 3. {ways}", compared, "3d", "official"),
             _precisions(study, "table3_loose", f"Table 3. {ways}", compared, "3d", "loose"),
+            _precisions(study, "table3_bev", f"Table 3. {ways}", compared, "bev", "official"),
             _precisions(study, "table3_bev_loose", f"Table 3. {ways}", compared, "bev", "loose"),
             _depths(study, "table3_depth", f"Table 3. {ways}", compared),
         ]
+        # Results of earlier versions have none.
+        if any("bbox" in run.precisions.get("official", {}) for run in study.runs):
+            tables.insert(-1, _precisions(study, "table3_2d", f"Table 3. {ways}", compared, "bbox", "official"))
     if set(ablated) - set(compared):
         tables += [
             _precisions(study, "ablation", f"Ablation. {terms}", ablated, "3d", "official"),
@@ -182,7 +187,7 @@ def _precisions(
     metrics = [Metric(metric, name, level, overlaps) for name in CLASSES for level in LEVELS]
     metrics.append(Metric(metric, MEAN, MEAN, overlaps))
     heads = [f"{CLASS_NAMES[m.name]} {LEVEL_NAMES[m.level]}".strip() for m in metrics]
-    title = f"{title}: AP {'3D' if metric == '3d' else 'BEV'} (R40, {IOU_NAMES[overlaps]}, %)"
+    title = f"{title}: {METRIC_NAMES[metric]} (R40, {IOU_NAMES[overlaps]}, %)"
     return _ranked(study, key, title, methods, metrics, heads)
 
 

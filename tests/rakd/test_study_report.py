@@ -36,7 +36,7 @@ LOOSE = Metric("3d", MEAN, MEAN, "loose")
 def run(method, seed, ap, *, abs_rel=0.1, recall=0.5, **more):
     """A run with one AP throughout; ``ap`` may also be a dict by class of three levels."""
     by_class = ap if isinstance(ap, dict) else dict.fromkeys(CLASSES, (ap,) * 3)
-    precisions = {overlaps: dict.fromkeys(("3d", "bev"), by_class) for overlaps in ("official", "loose")}
+    precisions = {overlaps: dict.fromkeys(("3d", "bev", "bbox"), by_class) for overlaps in ("official", "loose")}
     depth = {name: DepthFigures(abs_rel, recall, 8) for name in (*CLASSES, "all")}
     return RunResult(method, seed, precisions, depth, **more)
 
@@ -139,10 +139,12 @@ def test_precisions_of_an_evaluation():
         return {"evaluated": evaluated, "R40": values, "R11": [], "precision": [], "objects": objects}
 
     none = metric(False, [0.0] * 3, [0, 0, 4])
-    result = {name: {"3d": none, "bev": none} for name in CLASSES}
-    result["Car"] = {"3d": metric(True, [3.0, 2.0, 1.0], [5, 6, 7]), "bev": none}
+    found, seen = metric(True, [3.0, 2.0, 1.0], [5, 6, 7]), metric(True, [9.0, 8.0, 7.0], [5, 6, 7])
+    result = {name: {"3d": none, "bev": none, "bbox": none} for name in CLASSES}
+    result["Car"] = {"3d": found, "bev": none, "bbox": seen}
     precisions = precisions_of(official=result, loose=result)
     assert precisions["loose"]["3d"]["Car"] == (3.0, 2.0, 1.0)
+    assert precisions["official"]["bbox"]["Car"] == (9.0, 8.0, 7.0)
     # Nothing to be found is no figure; something to be found and nothing detected is 0.
     easy, moderate, hard = precisions["official"]["bev"]["Car"]
     assert math.isnan(easy) and math.isnan(moderate) and hard == 0.0
@@ -182,7 +184,8 @@ def test_overview_has_accuracy_and_costs(study):
 
 
 def test_best_and_second_are_marked_and_the_expert_is_not(study):
-    for key, head in (("table3", "Average"), ("table3_loose", "Car mod."), ("table3_bev_loose", "Cyc. hard")):
+    columns = (("", "Average"), ("_loose", "Car mod."), ("_bev", "Ped. easy"), ("_bev_loose", "Cyc. hard"))
+    for key, head in ((f"table3{end}", head) for end, head in (*columns, ("_2d", "Car easy"))):
         assert column(study, key, head) == {
             "expert": ("30.00", ""),
             "none": ("11.00 ± 1.00", "second"),
@@ -222,6 +225,15 @@ def test_tables_hold_the_methods_that_are_planned_or_done():
     assert not any(key.startswith("ablation") for key in methods)  # nothing of it that table 3 has not
     study = study_of(*runs, config={"methods": ["none", "hfa", "rakd"]})
     assert [row.method for row in table(study, "ablation").rows] == ["expert", "none", "hfa", "rakd"]
+
+
+def test_results_of_earlier_versions_have_no_2d_table(study):
+    def without(one):
+        return dataclasses.replace(one, precisions={k: {"3d": v["3d"]} for k, v in one.precisions.items()})
+
+    earlier = dataclasses.replace(study, runs=tuple(map(without, study.runs)))
+    missing = {one.key for one in make_tables(study)} - {one.key for one in make_tables(earlier)}
+    assert missing == {"table3_2d"}
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
