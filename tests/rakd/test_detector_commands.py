@@ -246,7 +246,7 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
         "--workers": ["1"],
         "--validate-every": ["4"],
         "--photometric": ["0.75"],
-        "--rescale": ["yes"],
+        "--rescale": ["no"],
         "--jobs": ["3"],
         "--init": [str(tmp_path / "other")],
         "--extend": [],
@@ -270,7 +270,7 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
     assert (settings.expert_training.steps, settings.training.steps) == (7, 5)
     assert (settings.expert_training.batch_size, settings.training.batch_size) == (6, 6)
     assert settings.weights == {**dict.fromkeys(base.weights, 0.5), "rakd": 2.0, "pkd": 3.0}
-    assert (settings.photometric, settings.rescale) == (0.75, True)
+    assert base.rescale and (settings.photometric, settings.rescale) == (0.75, False)
     for training in (settings.expert_training, settings.training):
         assert (training.learning_rate, training.amp) == (0.25, "float16")
         assert (training.workers, training.validate_every) == (1, 4)
