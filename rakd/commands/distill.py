@@ -97,8 +97,8 @@ class Distill:
     --option rakd.sigma=0.5 --option rakd.output_size=19. May be repeated; the last counts."""
 
     rescale: Literal["yes", "no"] | None = None
-    """Whether the apprentice imitates the expert's maps at a root mean square of 1 instead of their own. Weights that
-    fit one do not fit the other. Default: the study's."""
+    """Whether the apprentice imitates the expert's maps at a root mean square of 1 instead of their own. Other than the
+    study's, it needs the weight of each method (--weight), since those that fit one do not fit the other."""
 
     photometric: Annotated[float | None, arg(metavar="P")] = None
     """Probability of each distortion of light and colour instead of the study's."""
@@ -136,13 +136,15 @@ class Distill:
         steps, expert_steps = ({} if count is None else {"steps": count} for count in (self.steps, self.expert_steps))
         training: dict[str, Any] = {**changed, **steps}
         expert_training: dict[str, Any] = {**changed, **expert_steps}
+        rescale = base.rescale if self.rescale is None else self.rescale == "yes"
         settings = replace(
             base,
             methods=base.methods if self.methods is None else tuple(self.methods),
             seeds=tuple(self.seeds),
             regions=self.regions or base.regions,
-            rescale=base.rescale if self.rescale is None else self.rescale == "yes",
-            weights=_weights(base.weights, self.weight),
+            rescale=rescale,
+            # Weights of maps at one scale are wrong for the other.
+            weights=_weights(base.weights if rescale == base.rescale else {}, self.weight),
             options=method_options(self.option),
             photometric=base.photometric if self.photometric is None else self.photometric,
             training=replace(base.training, **training),
@@ -212,9 +214,9 @@ def _weights(base: Mapping[str, float], given: Sequence[str]) -> dict[str, float
             weight = float(number)
         except ValueError:
             raise UserError(f"--weight: expected a number or METHOD=number, got {text!r}") from None
-        if name not in ("", *weights):
-            raise UserError(f"--weight: expected one of {', '.join(weights)}, got {name!r}")
-        weights.update({name: weight} if name else dict.fromkeys(weights, weight))
+        if name not in ("", *METHODS):
+            raise UserError(f"--weight: expected one of {', '.join(METHODS)}, got {name!r}")
+        weights.update({name: weight} if name else dict.fromkeys(METHODS, weight))
     return weights
 
 

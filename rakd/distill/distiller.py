@@ -56,8 +56,8 @@ class Distiller(Lifecycle):
         expert_channels: Per level.
         apprentice_channels: Per level.
         rescale: Bring each of the expert's maps to a root mean square of 1, measured over the first 20 training steps,
-            then fixed and saved. An apprentice is made to imitate what they say, not how large they are: large targets
-            cost it accuracy in its own task. Needs weights of its own.
+            then fixed and saved. A loss of squared differences becomes smaller by their mean square: give a weight as
+            much larger, or ``"auto:0.1"``.
         normalize: Divide by the expert's own energy in the regions: 0 is equal, 1 as good as zeros, in any network.
             See `rakd.distill.scale.RunningEnergy`.
         adapters: False refuses channels that differ.
@@ -229,8 +229,8 @@ class Distiller(Lifecycle):
     ) -> Report:
         """See whether levels, strides, channels and boxes fit each other; ``print`` shows a small table.
 
-        Makes what the method learns, if the first step has not. Runs the apprentice in eval mode where its maps are
-        hooked and have not been noted.
+        Makes what the method learns, and measures scales once, if the first step has not. Runs the apprentice in eval
+        mode where its maps are hooked and have not been noted.
 
         Args:
             images: See `forward`, as all others.
@@ -251,6 +251,8 @@ class Distiller(Lifecycle):
         step = self._gather(images, boxes, maps, expert_features, **options)
         report = self._inspect(step, learns=False)
         self._begin(step, check=False)
+        if not all(scale.calls for scale in (self._scale, self._energy) if scale is not None):
+            self._scaled(step, update=True)
         return report
 
     def _run_expert(self, images: Any, keys: Sequence[Any] | None) -> tuple[dict[str, Tensor], list[Tensor] | None]:
@@ -320,18 +322,24 @@ class Distiller(Lifecycle):
         form = (self.box_format, self.normalized)
         return inspect(step, self._facts, self._options, form, learns=learns, advise=soft)
 
-    def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:
-        assert self.method is not None
-        device = next(iter(step.apprentice.values())).device
+    def _scaled(self, step: Step, *, update: bool) -> tuple[Step, Tensor | None]:
+        """The step with the expert's maps rescaled, and the loss's factor for its energy; measure both if asked to."""
         factor = None
         if self._scale is not None:
+            maps = list(step.expert.values())
             if update and (not self._scale.calls or (self.training and self._scale.calls < UnitScale.CALLS)):
-                self._scale.update(step.expert.values())
-            step = step.rescaled(self._scale.factors(next(iter(step.expert.values()))))
+                self._scale.update(maps)
+            step = step.rescaled(self._scale.factors(maps))
         if self._energy is not None:
             if update and (self.training or not self._energy.calls):
                 self._energy.update(lambda: step.energy(self.method))
-            factor = self._energy.factor(device)
+            factor = self._energy.factor(next(iter(step.apprentice.values())).device)
+        return step, factor
+
+    def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:
+        assert self.method is not None
+        device = next(iter(step.apprentice.values())).device
+        step, factor = self._scaled(step, update=update)
         weight = self._weight
         if not isinstance(weight, TaskShare):
             if weight != 1.0:

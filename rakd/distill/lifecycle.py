@@ -167,14 +167,21 @@ class Lifecycle(nn.Module):
         return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take up `get_extra_state`; makes the method, so that its weights can be loaded."""
+        """Take up `get_extra_state`; makes the method, so that its weights can be loaded.
+
+        Raises:
+            ValueError: Of this distiller and the saved one, one rescales the expert's maps and the other does not.
+        """
         content = json.loads(bytes(state.cpu().tolist()))
+        scale = content.get("scale")
+        if (scale is None) != (self._scale is None):
+            raise ValueError(f"rescale: expected {scale is not None} as when the state was saved, got {scale is None}")
         if not self._facts.complete:
             self._facts = Facts.load(content["facts"])
         if self.method is None and self._facts.complete:
             self._build()
-        if self._scale is not None and content.get("scale") is not None:
-            self._scale.load(content["scale"])
+        if self._scale is not None:
+            self._scale.load(scale)
         if self._energy is not None and content["energy"] is not None:
             self._energy.load(content["energy"])
         if isinstance(self._weight, TaskShare) and content["share"] is not None:

@@ -5,7 +5,7 @@ float written as text comes back to the bit.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ def mean_square(values: Tensor) -> Tensor:
 class UnitScale:
     """Factors that bring each of the expert's maps to a root mean square of 1: measured over 20 calls, then fixed.
 
-    Fixed, since an apprentice would follow a target that moves. Maps of zeros keep a factor of 1.
+    Fixed, since an apprentice would follow a target that moves. Maps that are all zeros, or not finite, do not count;
+    a level without any other keeps a factor of 1.
     """
 
     CALLS = 20
@@ -57,32 +58,48 @@ class UnitScale:
     def __init__(self) -> None:
         self.calls = 0
         self.squares = torch.zeros(())
+        self.counts = torch.zeros(())
 
-    def update(self, maps: Iterable[Tensor]) -> None:
-        """Count a call with its maps."""
-        means = [torch.linalg.vector_norm(m.detach(), dtype=_exact_dtype(m.device)).square() / m.numel() for m in maps]
-        squares = mean_over_processes(torch.stack(means))
-        self.squares = squares + self.squares.to(squares)
+    def update(self, maps: Sequence[Tensor]) -> None:
+        """Count a call with its maps.
+
+        Raises:
+            ValueError: There are more or fewer levels than before.
+        """
+        self._check(len(maps))
+        squares = mean_over_processes(torch.stack([mean_square(m) for m in maps]))
+        there = squares.isfinite() & (squares > 0)
+        self.counts = there + self.counts.to(squares)
+        self.squares = torch.where(there, squares, 0.0) + self.squares.to(squares)
         self.calls += 1
 
-    def factors(self, like: Tensor) -> Tensor:
-        """One factor a level, on the device of a map.
+    def factors(self, maps: Sequence[Tensor]) -> Tensor:
+        """One factor for each map, on the device of the first.
 
         Raises:
             RuntimeError: Nothing has been measured.
+            ValueError: There are more or fewer levels than were measured.
         """
         if not self.calls:
-            raise RuntimeError("Distiller: expected one step with rescale=True before torch.compile sees it")
-        mean = number_on(like.device, self.squares) / self.calls
-        return torch.where(mean > 0, mean.rsqrt(), torch.ones_like(mean))
+            raise RuntimeError(
+                "Distiller: expected one step, or check(), with rescale=True before torch.compile sees it"
+            )
+        self._check(len(maps))
+        squares, counts = (number_on(maps[0].device, value) for value in (self.squares, self.counts))
+        return torch.where(counts > 0, (counts / squares).sqrt(), 1.0)
+
+    def _check(self, levels: int) -> None:
+        if self.calls and len(self.squares) != levels:
+            raise ValueError(f"expert_features: expected {len(self.squares)} maps, as at the first step, got {levels}")
 
     def state(self) -> list[Any]:
         """Numbers to save."""
-        return [self.calls, self.squares.tolist()]
+        return [self.calls, self.squares.tolist(), self.counts.tolist()]
 
     def load(self, state: list[Any]) -> None:
         """Take up `state`."""
-        self.calls, self.squares = int(state[0]), torch.tensor(state[1], dtype=torch.float64)
+        self.calls, squares, counts = state
+        self.squares, self.counts = (torch.tensor(value, dtype=torch.float64) for value in (squares, counts))
 
 
 class RunningEnergy:

@@ -26,6 +26,7 @@ from rakd.data.kitti import resized_width
 from rakd.data.labels import read_results
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
+from rakd.distill.registry import METHODS
 from rakd.distributed import Processes, choose_device
 from rakd.study.results import StudyResult
 from rakd.study.settings import STUDIES, StudySettings
@@ -269,7 +270,7 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
     assert (settings.methods, settings.seeds, settings.regions) == (("rakd", "none"), (3, 1), "objects")
     assert (settings.expert_training.steps, settings.training.steps) == (7, 5)
     assert (settings.expert_training.batch_size, settings.training.batch_size) == (6, 6)
-    assert settings.weights == {**dict.fromkeys(base.weights, 0.5), "rakd": 2.0, "pkd": 3.0}
+    assert settings.weights == {**dict.fromkeys(METHODS, 0.5), "rakd": 2.0, "pkd": 3.0}
     assert base.rescale and (settings.photometric, settings.rescale) == (0.75, False)
     for training in (settings.expert_training, settings.training):
         assert (training.learning_rate, training.amp) == (0.25, "float16")
@@ -292,6 +293,9 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
         (["--weight", "rkd=1"], "--weight: expected one of pkd, semckd, "),
         (["--weight", "rakd=-1"], "weights must be positive, got -1.0 for rakd"),
         (["--weight", "nan"], "weights must be positive, got nan for"),
+        (["--rescale", "no"], "weights must hold one for each method, pkd, rakd lack one: --weight METHOD=W"),
+        (["--rescale", "no", "--weight", "rakd=1"], "weights must hold one for each method, pkd lack one"),
+        (["--methods", "rakd", "cwd"], "weights must hold one for each method, cwd lack one"),
         (["--steps", "0"], "steps must be 1 or more, got 0"),
         (["--photometric", "2"], "photometric must lie in 0..1, got 2"),
         (["--feature-cache", "-1"], "--feature-cache: expected 0 or a number of GiB, got -1.0"),

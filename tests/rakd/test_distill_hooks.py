@@ -287,7 +287,8 @@ def test_hooks_in_compiled_networks(backend: str) -> None:
 
 
 @pytest.mark.parametrize("boxes", [BOXES, ROWS], ids=["list", "rows"])
-def test_the_distiller_itself_compiles(boxes: Any) -> None:
+@pytest.mark.parametrize("begun", [False, True], ids=["checked", "begun"])
+def test_the_distiller_itself_compiles(boxes: Any, begun: bool) -> None:
     distiller, _, apprentice = make(apprentice_features=None, rescale=True, normalize=True)
     features = [m.detach().requires_grad_() for m in apprentice.features(images())]
     counter = CompileCounterWithBackend("aot_eager")
@@ -295,7 +296,10 @@ def test_the_distiller_itself_compiles(boxes: Any) -> None:
     with pytest.raises(Exception, match=r"expected one step, or check\(\), before torch.compile"):
         compiled(images(), boxes, features)
     distiller.check(images(), boxes, features)
-    expected = distiller(images(), boxes, features)
+    expected = copy.deepcopy(distiller)(images(), boxes, features)
+    assert abs(copy.deepcopy(distiller).eval()(images(), boxes, features) - expected) <= 1e-6 * expected
+    if begun:
+        distiller(images(), boxes, features)
     torch._dynamo.reset()
     counts = set()
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def test_the_maps_scale_is_measured_over_twenty_training_steps_then_fixed() -> N
             sums = [s + (1 + i + level) ** 2 * q for level, (s, q) in enumerate(zip(sums, squares, strict=True))]
         distiller(images(), BOXES, features(), grown)
         count = min(i + 1, 20)
-        factors = distiller._scale.factors(grown[0])  # type: ignore[union-attr]
+        factors = distiller._scale.factors(grown)  # type: ignore[union-attr]
         assert factors.tolist() == pytest.approx([(count / s) ** 0.5 for s in sums], rel=1e-6)
     state = distiller.state_dict()
     other = Distiller(None, rescale=True, normalize=True, canonical_size=24)
@@ -108,12 +109,48 @@ def test_the_maps_scale_is_measured_over_twenty_training_steps_then_fixed() -> N
     assert torch.equal(seen(images(), BOXES, features(), theirs), first)
 
 
-def test_maps_of_zeros_are_not_rescaled() -> None:
-    theirs = [torch.zeros_like(m) for m in features()]
-    loss = Distiller(None, rescale=True, canonical_size=24)(images(), BOXES, features(), theirs)
-    assert torch.equal(loss, Distiller(None, canonical_size=24)(images(), BOXES, features(), theirs))
-    with pytest.raises(RuntimeError, match=r"expected one step with rescale=True before torch\.compile"):
-        UnitScale().factors(theirs[0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), "zeros", "no images"])
+def test_maps_that_tell_no_scale_do_not_count(bad: float | str) -> None:
+    # A cell outside all boxes, which the loss never sees; the finest level alone, so that the others still count.
+    theirs = [m.detach() for m in Network((4, 6, 8), seed=1).features(images())]
+    broken = [m.clone() for m in theirs]
+    if bad == "zeros":
+        broken[0].zero_()
+    elif bad == "no images":
+        broken = [m[:0] for m in broken]
+    else:
+        broken[0][0, 0, 0, 0] = bad
+    scale, expected = UnitScale(), UnitScale()
+    for maps in (broken, theirs, broken, [2 * m for m in theirs]):
+        scale.update(maps)
+    for maps in (theirs, [2 * m for m in theirs]):
+        expected.update(maps)
+    assert scale.calls == 4
+    assert scale.factors(theirs)[0] == expected.factors(theirs)[0]
+    if bad == "no images":
+        assert torch.equal(scale.factors(theirs), expected.factors(theirs))
+    other = UnitScale()
+    other.load(json.loads(json.dumps(scale.state())))
+    assert torch.equal(other.factors(theirs), scale.factors(theirs))
+
+
+def test_levels_without_a_scale_stay_as_they_are() -> None:
+    scale = UnitScale()
+    with pytest.raises(RuntimeError, match=r"expected one step, or check\(\), with rescale=True before torch\.compile"):
+        scale.factors(features())
+    scale.update([torch.zeros(1, 2, 3, 3), torch.full((1, 2, 3, 3), 4.0)])
+    assert scale.factors(features()[:2]).tolist() == [1, 0.25]
+    for call in (scale.update, scale.factors):
+        with pytest.raises(ValueError, match="expected 2 maps, as at the first step, got 3"):
+            call(features())
+
+
+def test_a_state_of_maps_at_another_scale_is_refused() -> None:
+    for saved in (False, True):
+        one, other = (Distiller(None, rescale=rescale, canonical_size=24) for rescale in (saved, not saved))
+        one(images(), BOXES, features(), [m.detach() for m in Network((4, 6, 8), seed=1).features(images())])
+        with pytest.raises(ValueError, match=f"rescale: expected {saved} as when the state was saved, got {not saved}"):
+            other.load_state_dict(one.state_dict())
 
 
 def test_without_boxes_nothing_is_divided_by_zero() -> None:
