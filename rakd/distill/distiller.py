@@ -202,8 +202,11 @@ class Distiller(Lifecycle):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._begin(step)
-        elif self.method is None:
-            raise RuntimeError("Distiller: expected one step, or check(), before torch.compile sees it")
+        elif self.method is None or not all(scale.calls for scale in self._scales):
+            raise RuntimeError(
+                "Distiller: expected one step before torch.compile sees it; check() is enough without rescale=True, "
+                "normalize=True and weight='auto:...'"
+            )
         loss = self._weighted(step, task_loss, update=not compiling)
         if not compiling:
             self._finite(loss, step.apprentice, step.expert)
@@ -229,8 +232,8 @@ class Distiller(Lifecycle):
     ) -> Report:
         """See whether levels, strides, channels and boxes fit each other; ``print`` shows a small table.
 
-        Makes what the method learns, and measures scales once, if the first step has not. Runs the apprentice in eval
-        mode where its maps are hooked and have not been noted.
+        Makes what the method learns, if the first step has not. Runs the apprentice in eval mode where its maps are
+        hooked and have not been noted.
 
         Args:
             images: See `forward`, as all others.
@@ -251,8 +254,6 @@ class Distiller(Lifecycle):
         step = self._gather(images, boxes, maps, expert_features, **options)
         report = self._inspect(step, learns=False)
         self._begin(step, check=False)
-        if not all(scale.calls for scale in (self._scale, self._energy) if scale is not None):
-            self._scaled(step, update=True)
         return report
 
     def _run_expert(self, images: Any, keys: Sequence[Any] | None) -> tuple[dict[str, Tensor], list[Tensor] | None]:
@@ -322,8 +323,9 @@ class Distiller(Lifecycle):
         form = (self.box_format, self.normalized)
         return inspect(step, self._facts, self._options, form, learns=learns, advise=soft)
 
-    def _scaled(self, step: Step, *, update: bool) -> tuple[Step, Tensor | None]:
-        """The step with the expert's maps rescaled, and the loss's factor for its energy; measure both if asked to."""
+    def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:
+        assert self.method is not None
+        device = next(iter(step.apprentice.values())).device
         factor = None
         if self._scale is not None:
             maps = list(step.expert.values())
@@ -333,13 +335,7 @@ class Distiller(Lifecycle):
         if self._energy is not None:
             if update and (self.training or not self._energy.calls):
                 self._energy.update(lambda: step.energy(self.method))
-            factor = self._energy.factor(next(iter(step.apprentice.values())).device)
-        return step, factor
-
-    def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:
-        assert self.method is not None
-        device = next(iter(step.apprentice.values())).device
-        step, factor = self._scaled(step, update=update)
+            factor = self._energy.factor(device)
         weight = self._weight
         if not isinstance(weight, TaskShare):
             if weight != 1.0:

@@ -108,6 +108,12 @@ class Lifecycle(nn.Module):
         return self._weight
 
     @property
+    def _scales(self) -> list[UnitScale | RunningEnergy | TaskShare]:
+        """What is measured in training steps."""
+        share = self._weight if isinstance(self._weight, TaskShare) else None
+        return [scale for scale in (self._scale, self._energy, share) if scale is not None]
+
+    @property
     def strides(self) -> tuple[float, ...] | None:
         """Strides of the apprentice's maps, once they are known."""
         return self._facts.strides

@@ -77,13 +77,8 @@ class UnitScale:
         """One factor for each map, on the device of the first.
 
         Raises:
-            RuntimeError: Nothing has been measured.
             ValueError: There are more or fewer levels than were measured.
         """
-        if not self.calls:
-            raise RuntimeError(
-                "Distiller: expected one step, or check(), with rescale=True before torch.compile sees it"
-            )
         self._check(len(maps))
         squares, counts = (number_on(maps[0].device, value) for value in (self.squares, self.counts))
         return torch.where(counts > 0, (counts / squares).sqrt(), 1.0)
