@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -183,6 +184,7 @@ class Distill:
                 init=self.init,
                 extend=self.extend,
                 cache_bytes=int(self.feature_cache * 2**30),
+                onnx=all(find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime")),
             )
             config = self.out / "config.json"
             # Of a folder that has been used before, only a command that was not refused tells the options.

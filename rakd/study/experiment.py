@@ -5,9 +5,12 @@ interrupted experiment is continued by starting it again.
 """
 
 import json
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +21,8 @@ from rakd.detector.base import BaseDetector
 from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
-from rakd.detector.latency import benchmark
+from rakd.detector.latency import Model, benchmark
+from rakd.detector.onnx_model import OnnxDetector
 from rakd.distill import registry
 from rakd.distill.methods import make_method
 from rakd.distributed import Processes, barrier, broadcast_object
@@ -49,6 +53,7 @@ class Experiment:
         init: See `rakd.study.plan.make_plan`.
         extend: See `rakd.study.runner.Runner`.
         cache_bytes: Same.
+        onnx: Whether latency is measured in ONNX Runtime too, which needs the extra "export".
 
     Raises:
         FileNotFoundError: The data or the expert's file are not there.
@@ -70,6 +75,7 @@ class Experiment:
         init: Path | None = None,
         extend: bool = False,
         cache_bytes: int = 0,
+        onnx: bool = False,
     ) -> None:
         if jobs < 1 or (jobs > 1 and processes.count > 1):
             most = " or more" if processes.count == 1 else " for processes that train together"
@@ -82,6 +88,7 @@ class Experiment:
         self.quiet = quiet or not processes.is_main
         self.jobs = jobs
         self.extend = extend
+        self.onnx = onnx
         self.plan = make_plan(settings, init, expert)
         self.runner = Runner(
             settings, data, out, processes, splits=splits, quiet=self.quiet, extend=extend, cache_bytes=cache_bytes
@@ -245,8 +252,10 @@ class Experiment:
 
     def _models(self) -> tuple[ModelFigures, ...]:
         folders = (self.plan[0].name, run_name(self.settings.methods[0], self.settings.seeds[0]))
-        expert, apprentice = (load_detector(self.out / folder / "detector.pt") for folder in folders)
-        costs = benchmark([expert, apprentice], self._val_frames[0], self.processes.device, progress=not self.quiet)
+        detectors = [load_detector(self.out / folder / "detector.pt") for folder in folders]
+        models: list[Model] = [*detectors, *self._exported(detectors)]
+        costs = benchmark(models, self._val_frames[0], self.processes.device, progress=not self.quiet)
+        onnx = [*(cost.median_ms for cost in costs[2:]), None, None][:2]
         return tuple(
             ModelFigures(
                 name=name,
@@ -255,9 +264,30 @@ class Experiment:
                 gflops=cost.gflops,
                 latency_ms=cost.median_ms,
                 latency_p90_ms=cost.p90_ms,
+                onnx_ms=milliseconds,
             )
-            for name, detector, cost in zip(("expert", "apprentice"), (expert, apprentice), costs, strict=True)
+            for name, detector, cost, milliseconds in zip(
+                ("expert", "apprentice"), detectors, costs[:2], onnx, strict=True
+            )
         )
+
+    def _exported(self, detectors: Sequence[BaseDetector]) -> list[OnnxDetector]:
+        """The same in ONNX Runtime, with as many threads as PyTorch has; none where they cannot be."""
+        if not self.onnx:
+            return []
+        from rakd.detector.export import export_onnx
+
+        models = []
+        try:
+            with TemporaryDirectory() as folder:
+                for i, detector in enumerate(detectors):
+                    path = Path(folder) / f"{i}.onnx"
+                    export_onnx(deepcopy(detector).cpu(), path)
+                    models.append(OnnxDetector(path, self.processes.device, torch.get_num_threads()))
+        except Exception as error:  # a latency is no reason to lose the report of trainings that took hours
+            self._say(f"no latency in ONNX Runtime: {error}")
+            return []
+        return models
 
     def _draw_frames(self) -> None:
         titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}

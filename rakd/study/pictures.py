@@ -96,8 +96,11 @@ def draw_tradeoff(study: StudyResult) -> Figure:
                 model.latency_ms, summary.mean, yerr=error, fmt="o", ms=8, color=COLORS[method], capsize=3,
                 label=METHOD_NAMES[method],
             )  # fmt: skip
+            if model.onnx_ms is not None:
+                axis.plot(model.onnx_ms, summary.mean, "o", ms=8, mfc="white", mec=COLORS[method])
         axis.set_title(metric.title, loc="left", size=10, color=INK)
-        axis.set_xlabel("latency of one image, ms (median)", size=9, color=MUTED)
+        exported = "; hollow: in ONNX Runtime" if any(model.onnx_ms is not None for model in study.models) else ""
+        axis.set_xlabel(f"latency of one image, ms (median{exported})", size=9, color=MUTED)
         axis.margins(x=0.25, y=0.15)
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)

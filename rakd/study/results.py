@@ -34,6 +34,7 @@ class ModelFigures:
         gflops: Of one image, 10⁹ operations.
         latency_ms: Median time for one image, milliseconds.
         latency_p90_ms: The time that nine of ten images stay under.
+        onnx_ms: Median time for one image in ONNX Runtime, milliseconds.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelFigures:
     gflops: float | None = None
     latency_ms: float | None = None
     latency_p90_ms: float | None = None
+    onnx_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ _ABLATED = {"none": METHOD_NAMES["none"], **{name: registry.METHODS[name].term f
 _COSTS = (
     ("latency_ms", "Latency, ms", 1),
     ("latency_p90_ms", "p90, ms", 1),
+    ("onnx_ms", "ONNX, ms", 1),
     ("gflops", "GFLOPs", 1),
     ("parameters", "Params, M", 2),
 )

@@ -228,7 +228,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> type[FakeExperiment]:
     return FakeExperiment
 
 
-def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Path) -> None:
+def test_distill_hands_its_options_on(
+    asked: type[FakeExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill_module, "find_spec", lambda package: package)
     expert = tmp_path / "e.pt"
     expert.touch()
     options = {
@@ -266,6 +269,7 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
         "init": tmp_path / "other",
         "extend": True,
         "cache_bytes": 2**29,
+        "onnx": True,
     }
     assert (settings.methods, settings.seeds, settings.regions) == (("rakd", "none"), (3, 1), "objects")
     assert (settings.expert_training.steps, settings.training.steps) == (7, 5)
@@ -276,11 +280,13 @@ def test_distill_hands_its_options_on(asked: type[FakeExperiment], tmp_path: Pat
         assert (training.learning_rate, training.amp) == (0.25, "float16")
         assert (training.workers, training.validate_every) == (1, 4)
     assert settings.training.optimizer == base.training.optimizer
-    # The same again from the file of options, with one of them overridden; of weights the last counts.
+    # The same again from the file of options, with one of them overridden; of weights the last counts. A package for
+    # ONNX is missing.
+    monkeypatch.setattr(distill_module, "find_spec", lambda package: None if package == "onnxscript" else package)
     words = ["--config", str(tmp_path / "config.json"), "--steps", "9", "--weight", "rakd=4"]
     assert main(["distill", *words]) == 0
     again, *rest = asked.asked
-    assert rest == [Path("d").resolve(), out, others]
+    assert rest == [Path("d").resolve(), out, others | {"onnx": False}]
     assert again == replace(
         settings, training=replace(settings.training, steps=9), weights={**settings.weights, "rakd": 4.0}
     )

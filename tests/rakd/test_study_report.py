@@ -53,7 +53,7 @@ def study():
         *(run("rakd", seed, value, abs_rel=0.08) for seed, value in enumerate((12.0, 14.0, 13.0))),
         run("pkd", 0, 10.5, seconds=90.0, losses={"task": 1.5, "distill": math.nan}),
         models=(
-            ModelFigures("expert", "resnet50", 44_123_456, 410.25, 38.21, 40.0),
+            ModelFigures("expert", "resnet50", 44_123_456, 410.25, 38.21, 40.0, 21.5),
             ModelFigures("apprentice", "resnet18", latency_ms=17.0),
         ),
         config={"steps": 100, "levels": [2, 3]},
@@ -525,6 +525,9 @@ def test_points_stand_at_latency_and_mean_ap(study):
             "PKD": [17.0, 10.5],
             "RAKD": [17.0, 13.0],
         }
+        (hollow,) = (line for line in axis.lines if line.get_markerfacecolor() == "white")
+        assert hollow.get_xydata().tolist() == [[21.5, 30.0]]
+        assert axis.get_xlabel().endswith("hollow: in ONNX Runtime)")
 
 
 def test_report_of_an_empty_study(tmp_path):

@@ -1,5 +1,6 @@
 """A comparison in miniature: it trains, evaluates, reports, goes on where it stopped, takes no other's results."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rakd.checkpoints import load_weights
+from rakd.detector import export
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.distributed import Processes
@@ -123,6 +125,47 @@ def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
         assert inside == {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json"}
         frames = sorted(path.stem for path in (out / name / "detections").iterdir())
         assert frames == sorted((scenes / "ImageSets" / "val.txt").read_text().split())
+
+
+def test_latency_in_onnx_runtime_is_measured_where_it_can_be(
+    finished: Finished,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The export itself has tests of its own, and takes long.
+    class Exported:
+        def __init__(self, path: Path, device: torch.device, threads: int) -> None:
+            assert (device, threads) == (CPU.device, torch.get_num_threads())
+            self.detector = detectors.pop(path)
+            self.config = self.detector.config
+
+        def predict(self, *images: Any) -> Any:
+            return self.detector.predict(*images)
+
+    detectors: dict[Path, Detector] = {}
+    monkeypatch.setattr(export, "export_onnx", lambda detector, path: detectors.update({path: detector}))
+    monkeypatch.setattr(module, "OnnxDetector", Exported)
+    out = shutil.copytree(finished.out, tmp_path / "run")
+    forbid_work(monkeypatch)
+    assert [model.onnx_ms for model in finished.result.models] == [None, None]
+    models = Experiment(settings(), scenes, out, CPU, quiet=True, onnx=True).run().models
+    assert not detectors
+    assert all(model.onnx_ms is not None and model.onnx_ms > 0 for model in models)
+    assert read_study(out / "study.json").models == models
+
+    # An export that fails leaves the report as it is without.
+    def refused(*arguments: Any) -> None:
+        raise RuntimeError("there is no such operator")
+
+    monkeypatch.setattr(export, "export_onnx", refused)
+    monkeypatch.setattr(module, "write_report", lambda *arguments: None)
+    monkeypatch.setattr(Experiment, "_draw_frames", lambda self: None)
+    models = Experiment(settings(), scenes, out, CPU, onnx=True).run().models
+    assert [model.onnx_ms for model in models] == [None, None]
+    assert all(model.latency_ms is not None for model in models)
+    assert "no latency in ONNX Runtime: there is no such operator" in capsys.readouterr().out
 
 
 def test_the_plan_is_a_list_of_runs() -> None:
