@@ -96,6 +96,12 @@ def model(file: Path) -> OnnxDetector:
     return OnnxDetector(file)
 
 
+def test_threads_of_onnxruntime_leave_the_cores_to_others(model: OnnxDetector) -> None:
+    # Spinning, they made the latency of a detector in PyTorch, in turns with this one, 2.6 times what it is.
+    entry = "session.intra_op.allow_spinning"
+    assert model.session.get_session_options().get_session_config_entry(entry) == "0"
+
+
 def test_torch_export_gives_the_same_detections(
     detector: Detector, program: torch.export.ExportedProgram, samples: list[Sample]
 ) -> None:
