@@ -54,8 +54,8 @@ class OnnxDetector:
         check_file(path, "an ONNX model of rakd export")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        # Threads that spin between images are 1 ms faster, and take the cores from whatever runs next: PyTorch's latency
-        # in turns with such a model was 2.6 times its own.
+        # Threads that spin between images are 1 ms faster, and take the cores from whatever runs next: in turns with
+        # such a model, one in PyTorch took 2.6 times as long.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = ["CPUExecutionProvider"]
         if device is not None and device.type == "cuda":
