@@ -37,7 +37,6 @@ class Latency:
         """Measure and print the table."""
         import csv
         import io
-        from copy import deepcopy
         from dataclasses import asdict
         from tempfile import TemporaryDirectory
 
@@ -65,12 +64,9 @@ class Latency:
                     continue
                 for form in dict.fromkeys(self.forms):
                     if form == "onnxruntime":
-                        from rakd.detector.export import export_onnx
+                        from rakd.detector.export import exported
 
-                        path = Path(folder) / f"{len(models)}.onnx"
-                        # A copy on the CPU, where the graph is traced.
-                        export_onnx(deepcopy(model).cpu(), path)
-                        models.append((name, OnnxDetector(path, device)))
+                        models.append((name, exported(model, Path(folder) / f"{len(models)}.onnx", device)))
                     else:
                         models.append((name, compiled(model) if form == "compiled" else model))
             scenes = Path(folder) / "scenes"

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,22 @@ class Differences:
     detections: int
     unmatched: int
     worst: dict[str, float]
+
+
+def exported(detector: BaseDetector, path: Path, device: torch.device, threads: int | None = None) -> OnnxDetector:
+    """Export a detector, wherever it is, to a file and load it.
+
+    Args:
+        detector: Stays as it is: a copy on the CPU is traced.
+        path: Of the file.
+        device: See `rakd.detector.onnx_model.OnnxDetector`, and so is threads.
+        threads: See there.
+
+    Raises:
+        UserError: As `export_onnx` and OnnxDetector.
+    """
+    export_onnx(deepcopy(detector).cpu(), path)
+    return OnnxDetector(path, device, threads)
 
 
 def check_onnx(detector: BaseDetector, model: OnnxDetector, samples: Sequence[Sample]) -> Differences:

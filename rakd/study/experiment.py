@@ -6,7 +6,6 @@ interrupted experiment is continued by starting it again.
 
 import json
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -275,19 +274,15 @@ class Experiment:
         """The same in ONNX Runtime, with as many threads as PyTorch has; none where they cannot be."""
         if not self.onnx:
             return []
-        from rakd.detector.export import export_onnx
+        from rakd.detector.export import exported
 
-        models = []
+        device, threads = self.processes.device, torch.get_num_threads()
         try:
             with TemporaryDirectory() as folder:
-                for i, detector in enumerate(detectors):
-                    path = Path(folder) / f"{i}.onnx"
-                    export_onnx(deepcopy(detector).cpu(), path)
-                    models.append(OnnxDetector(path, self.processes.device, torch.get_num_threads()))
+                return [exported(own, Path(folder) / f"{i}.onnx", device, threads) for i, own in enumerate(detectors)]
         except Exception as error:  # a latency is no reason to lose the report of trainings that took hours
             self._say(f"no latency in ONNX Runtime: {error}")
             return []
-        return models
 
     def _draw_frames(self) -> None:
         titles = {"expert": "expert", "none": "apprentice alone", "rakd": "apprentice with RAKD"}

@@ -146,7 +146,7 @@ def test_latency_in_onnx_runtime_is_measured_where_it_can_be(
 
     detectors: dict[Path, Detector] = {}
     monkeypatch.setattr(export, "export_onnx", lambda detector, path: detectors.update({path: detector}))
-    monkeypatch.setattr(module, "OnnxDetector", Exported)
+    monkeypatch.setattr(export, "OnnxDetector", Exported)
     out = shutil.copytree(finished.out, tmp_path / "run")
     forbid_work(monkeypatch)
     assert [model.onnx_ms for model in finished.result.models] == [None, None]
