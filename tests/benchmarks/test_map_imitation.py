@@ -1,0 +1,77 @@
+"""The figures of imitated maps are those of models whose maps are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import map_imitation
+from benchmarks.map_imitation import explained, format_rows, measure, parse, swapped, unit_factors
+from benchmarks.results import read_rows
+from rakd.data.kitti import KittiDataset
+from rakd.detector.configs import DETECTORS
+from rakd.detector.files import save_detector
+from rakd.scenes import make_scenes
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    make_scenes(folder, 10)
+    return folder
+
+
+def test_shares_of_a_perfect_a_halved_and_an_empty_imitation(scenes: Path) -> None:
+    expert, other, apprentice = (DETECTORS["tiny"].build(0).eval() for _ in range(3))
+    frames = KittiDataset(scenes, "val", height=128, rules=expert.config.rules)
+    factors = unit_factors(expert, frames)
+    maps = expert.extract_features(torch.rand(1, 3, 128, 448))
+    assert list(factors) == list(maps) == ["p2", "p3", "p4", "p5"]
+    extract = expert.extract_features
+
+    def scaled(factor: float) -> list[tuple[float, float]]:
+        apprentice.extract_features = lambda images: {  # type: ignore[method-assign]
+            name: factor * factors[name] * value for name, value in extract(images).items()
+        }
+        return explained(expert, apprentice, factors, frames)
+
+    perfect, half, nothing = scaled(1.0), scaled(0.5), scaled(0.0)
+    assert sum(weight for weight, _ in perfect) == pytest.approx(1.0)
+    assert [share for _, share in perfect] == pytest.approx([1.0] * 4, abs=1e-9)
+    for (_, some), (_, none) in zip(half, nothing, strict=True):
+        # The error of a factor is its square times that of nothing, whose share is below 0 by the mean's own square.
+        assert none < 0 and 1 - some == pytest.approx(0.25 * (1 - none))
+    # A perfect imitation leaves the expert's maps as they are; another is seen in the map that is replaced alone.
+    images = torch.rand(1, 3, 128, 448)
+    own = extract(images)
+    scaled(1.0)
+    with swapped(other, apprentice, factors, ["p2", "p3", "p4", "p5"]):
+        for name, value in other.extract_features(images).items():
+            torch.testing.assert_close(value, own[name])
+    scaled(0.5)
+    with swapped(other, apprentice, factors, ["p3"]):
+        for name, value in other.extract_features(images).items():
+            torch.testing.assert_close(value, own[name] * (0.5 if name == "p3" else 1.0))
+    for name, value in other.extract_features(images).items():
+        assert torch.equal(value, own[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*none of the .* detections")
+def test_rows_and_table(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "rows.csv"
+    for folder, seed in (("expert-seed3", 0), ("rakd-seed3", 1)):
+        (run / folder).mkdir(parents=True)
+        save_detector(run / folder / "detector.pt", DETECTORS["tiny"].build(seed))
+    monkeypatch.setattr("sys.argv", ["x", str(run), "--data", str(scenes), "--seeds", "3", "--out", str(out)])
+    map_imitation.main()
+    rows = read_rows(out, map_imitation.ImitationRow)
+    assert [(row.method, row.seed, row.stride) for row in rows] == [("rakd", 3, n) for n in (0, 4, 8, 16, 32)]
+    assert rows[0].weight is None and rows[0].explained is None
+    assert sum(row.weight or 0.0 for row in rows) == pytest.approx(1.0)
+    assert format_rows(rows) in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"none-seed3.detector\.pt: no such file; is the study finished\?"):
+        measure(parse([str(run), "--data", str(scenes), "--seeds", "3", "--methods", "none"]))
