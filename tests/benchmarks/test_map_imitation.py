@@ -19,7 +19,7 @@ from rakd.scenes import make_scenes
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    make_scenes(folder, 10)
+    make_scenes(folder, 5)
     return folder
 
 
