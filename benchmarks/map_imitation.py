@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from rakd.data.kitti import Batch, KittiDataset, collate
+from rakd.data.targets import pooling_boxes
 from rakd.detector.base import BaseDetector
 from rakd.detector.files import load_detector
 from rakd.detector.inference import write_detections
 from rakd.distill.scale import UnitScale
 from rakd.evaluation.kitti import evaluate
+from rakd.study.results import read_study
 from rakd_ops import level_weights, multilevel_roi_align
 
 _BATCH = 4
@@ -38,8 +40,8 @@ class ImitationRow(results.Machine):
     method: str
     seed: int
     stride: int  # of the map; 0: all of them
-    weight: float | None  # of this level, mean over the objects
-    explained: float | None  # 1 - mean square of the difference / variance, over boxes, bins and channels
+    weight: float | None  # of this level in RAKD, mean over the objects
+    explained: float | None  # 1 - error / variance, over channels, bins and objects, which count by that weight
     expert_ap: float  # Car 3D moderate, IoU 0.7, R40, percent
     swapped_ap: float  # the same with the map replaced
 
@@ -50,13 +52,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = results.Parser("benchmarks.map_imitation", __doc__, out=out)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the study")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="frames that it was trained on")
-    parser.add_argument("--methods", nargs="+", default=["rakd"], metavar="NAME", help="default: rakd")
+    parser.add_names("--methods", ("rakd", "hfa", "l_roi"), "which imitate the maps' values", default=["rakd"])
     parser.add_argument("--seeds", type=results.at_least(0), nargs="+", default=[0], metavar="N", help="default: 0")
     return parser.parse_args(arguments)
 
 
 def measure(options: argparse.Namespace) -> list[ImitationRow]:
-    """Measure each apprentice beside the expert of its seed."""
+    """Measure each apprentice beside the expert of its seed.
+
+    Raises:
+        ValueError: The study is not finished, or its apprentices were not to imitate the values of rescaled maps.
+    """
+    if not (options.run / "study.json").is_file():
+        raise ValueError(f"{options.run / 'study.json'}: no such file; is the study finished?")
+    if not read_study(options.run / "study.json").config.get("rescale"):
+        raise ValueError(f"{options.run}: its apprentices imitated maps that were not rescaled")
     machine = asdict(results.describe_machine("cpu"))
     truth = options.data / "training" / "label_2"
     rows = []
@@ -93,8 +103,9 @@ def measure(options: argparse.Namespace) -> list[ImitationRow]:
     return rows
 
 
+@torch.no_grad()
 def unit_factors(expert: BaseDetector, frames: KittiDataset) -> dict[str, float]:
-    """Factors that bring the expert's maps to a root mean square of 1, as distillation measures them."""
+    """Factors that bring the expert's maps to a root mean square of 1, over as many batches as distillation takes."""
     scale = UnitScale()
     maps: Maps = {}
     for batch in _batches(expert, frames, UnitScale.CALLS * _BATCH):
@@ -128,7 +139,7 @@ def explained(
     sums = torch.zeros(len(factors), 4, expert.channels, dtype=torch.float64)
     weights, objects = torch.zeros(len(factors), dtype=torch.float64), 0
     for batch in _batches(expert, frames, len(frames)):
-        boxes = [targets.boxes for targets in batch.targets("cpu")]
+        boxes = pooling_boxes([targets.boxes for targets in batch.targets("cpu")])
         rows = level_weights(boxes, strides=expert.strides, canonical_size=expert.canonical_size).double()
         weights += rows.sum(dim=0)
         objects += len(rows)
@@ -147,7 +158,6 @@ def explained(
     return list(zip((weights / objects).tolist(), shares.tolist(), strict=True))
 
 
-@torch.no_grad()
 def _batches(detector: BaseDetector, frames: KittiDataset, count: int) -> Iterator[Batch]:
     for start in range(0, min(count, len(frames)), _BATCH):
         chosen = range(start, min(start + _BATCH, len(frames)))
@@ -165,7 +175,7 @@ def _precision(detector: BaseDetector, frames: KittiDataset, truth: Path) -> flo
 
 def _load(folder: Path) -> BaseDetector:
     if not (folder / "detector.pt").is_file():
-        raise ValueError(f"{folder / 'detector.pt'}: no such file; is the study finished?")
+        raise ValueError(f"{folder / 'detector.pt'}: no such file")
     return load_detector(folder / "detector.pt").eval()
 
 

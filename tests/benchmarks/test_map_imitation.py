@@ -14,6 +14,7 @@ from rakd.data.kitti import KittiDataset
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import save_detector
 from rakd.scenes import make_scenes
+from rakd.study.results import StudyResult, write_study
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,7 @@ def test_rows_and_table(
     for folder, seed in (("expert-seed3", 0), ("rakd-seed3", 1)):
         (run / folder).mkdir(parents=True)
         save_detector(run / folder / "detector.pt", DETECTORS["tiny"].build(seed))
+    write_study(run / "study.json", StudyResult((), config={"rescale": True}))
     monkeypatch.setattr("sys.argv", ["x", str(run), "--data", str(scenes), "--seeds", "3", "--out", str(out)])
     map_imitation.main()
     rows = read_rows(out, map_imitation.ImitationRow)
@@ -73,5 +75,14 @@ def test_rows_and_table(
     assert rows[0].weight is None and rows[0].explained is None
     assert sum(row.weight or 0.0 for row in rows) == pytest.approx(1.0)
     assert format_rows(rows) in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"none-seed3.detector\.pt: no such file; is the study finished\?"):
-        measure(parse([str(run), "--data", str(scenes), "--seeds", "3", "--methods", "none"]))
+    words = [str(run), "--data", str(scenes)]
+    with pytest.raises(ValueError, match=r"expert-seed4.detector\.pt: no such file"):
+        measure(parse([*words, "--seeds", "4"]))
+    with pytest.raises(ValueError, match="methods: invalid choice: 'pkd'"):
+        parse([*words, "--methods", "pkd"])
+    write_study(run / "study.json", StudyResult(()))
+    with pytest.raises(ValueError, match="its apprentices imitated maps that were not rescaled"):
+        measure(parse(words))
+    (run / "study.json").unlink()
+    with pytest.raises(ValueError, match=r"study\.json: no such file; is the study finished\?"):
+        measure(parse(words))
