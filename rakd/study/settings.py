@@ -152,7 +152,7 @@ STUDIES: dict[str, StudySettings] = {
         expert_training=_LONG,
         training=_LONG,
         scenes=2500,
-        takes="some 75 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
+        takes="some 80 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
     ),
     "kitti": StudySettings(
         expert="kitti-r50",
