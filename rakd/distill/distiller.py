@@ -41,8 +41,8 @@ class Distiller(Lifecycle):
             bring ``expert_features``.
         method: A name of `rakd.distill.registry.METHODS`, or a module called as ``method(expert, apprentice, boxes)``.
         weight: Factor of the loss; None: the method's own default, 1 with ``normalize``. ``"auto:0.1"``: that share of
-            the task loss, which calls then bring as ``task_loss``, measured over the first 20 training steps, then
-            fixed and saved.
+            the task loss, which calls then bring as ``task_loss`` and which must not be negative, measured over the
+            first 20 training steps, then fixed and saved.
         apprentice: The network that learns; needed for ``apprentice_features``, and to refuse an expert that shares
             parameters with it.
         features: Source of the expert's maps: names of its modules whose outputs they are, ``"input:NAME"`` or
@@ -189,7 +189,8 @@ class Distiller(Lifecycle):
             A scalar.
 
         Raises:
-            ValueError: Maps, images, boxes or strides do not fit each other, or something is missing.
+            ValueError: Maps, images, boxes or strides do not fit each other, something is missing, or a task loss is
+                negative where the weight is a share of it.
             TypeError: An argument has the wrong type.
             RuntimeError: The hooked modules did not run.
             FloatingPointError: The loss is not finite; names the level.

@@ -1,6 +1,6 @@
 """Scales: of the expert's maps, of the loss (the expert's energy), and a weight from a share of the task loss.
 
-All live on the loss's device and are never waited for. Their values are plain numbers in the distiller's state: a
+All live on the loss's device and are not waited for, but for the sign of the task loss. Their values are plain numbers in the distiller's state: a
 float written as text comes back to the bit.
 """
 
@@ -166,8 +166,18 @@ class TaskShare:
         return self.calls < self.calls_to_measure
 
     def update(self, task: Tensor, loss: Tensor) -> None:
-        """Count a call with its task loss and its unweighted distillation loss."""
+        """Count a call with its task loss and its unweighted distillation loss.
+
+        Raises:
+            ValueError: The task loss is negative: a share of it would be a weight that drives the apprentice away from
+                the expert, and a share of a loss that passes through 0 may be any weight. Waits for the device.
+        """
         pair = mean_over_processes(torch.stack([_exact(task), _exact(loss).to(task.device)]))
+        if pair[0] < 0:
+            raise ValueError(
+                f"weight: 'auto:{self.share:g}' is a share of the task loss, expected one that is never negative, got "
+                f"{float(pair[0]):g}; where it has terms such as log-likelihoods, give a number"
+            )
         self.task = number_on(pair.device, self.task) + pair[0]
         self.loss = number_on(pair.device, self.loss) + pair[1]
         self.calls += 1

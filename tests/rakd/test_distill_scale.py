@@ -199,6 +199,17 @@ def test_a_weight_as_a_share_of_the_task_loss() -> None:
             make(weight=wrong)
 
 
+def test_a_share_of_a_negative_task_loss_is_an_error() -> None:
+    # Its weight would be negative, and drive the apprentice away from the expert.
+    distiller = make(weight="auto:0.1").train()
+    distiller(images(), BOXES, features(), task_loss=torch.tensor(0.0))
+    distiller(images(), BOXES, features(), task_loss=torch.tensor(3.0))
+    before = distiller.weight
+    with pytest.raises(ValueError, match=r"'auto:0.1' is a share of the task loss, expected .* never negative, got -2"):
+        distiller(images(), BOXES, features(), task_loss=torch.tensor(-2.0))
+    assert distiller.weight == before > 0
+
+
 @pytest.mark.parametrize("side", ["expert", "apprentice"])
 @pytest.mark.parametrize("level", [0, 2])
 def test_what_is_not_finite_is_told_with_its_level(side: str, level: int) -> None:
