@@ -334,7 +334,7 @@ class Distiller(Lifecycle):
                 self._scale.update(maps)
             step = step.rescaled(self._scale.factors(maps))
         if self._energy is not None:
-            if update and (self.training or not self._energy.calls):
+            if update and (self.training or not self._energy.known):
                 self._energy.update(lambda: step.energy(self.method))
             factor = self._energy.factor(device)
         weight = self._weight
@@ -346,8 +346,11 @@ class Distiller(Lifecycle):
         if weight.measuring and self.training and update:
             if task_loss is None:
                 raise ValueError("task_loss: expected the apprentice's own loss, of which weight='auto:...' is a share")
+            task = torch.as_tensor(task_loss)
+            if task.numel() != 1:
+                raise ValueError(f"task_loss: expected one number, got shape {list(task.shape)}")
             loss = step.loss(self.method, factor)
-            weight.update(task_loss, loss)
+            weight.update(task.reshape(()), loss)
             return loss * weight.factor(device).to(loss.dtype)
         share = weight.factor(device)
         return step.loss(self.method, share if factor is None else factor * share)

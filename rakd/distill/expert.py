@@ -67,6 +67,29 @@ def _used_by(function: types.FunctionType) -> Iterator[Any]:
                 yield function.__globals__[step.argval]
 
 
+def identity(value: Any, depth: int = 5) -> str:
+    """Text that tells functions apart, alike in every process: by their code, and the plain values that they use."""
+    parts: list[Any]
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords.items()]
+    elif isinstance(value, types.MethodType):
+        parts = [value.__self__, value.__func__]
+    elif isinstance(value, types.FunctionType):
+        parts = [value.__qualname__, value.__code__, *_used_by(value)]
+    elif isinstance(value, types.CodeType):
+        parts = [value.co_code.hex(), value.co_names, value.co_consts]
+    elif isinstance(value, (list, tuple)):
+        parts = list(value)
+    elif isinstance(value, dict):
+        parts = list(value.items())
+    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return repr(value)
+    else:
+        parts, depth = [], 0
+    name = type(unwrap(value) if isinstance(value, nn.Module) else value).__qualname__
+    return name if depth == 0 else f"{name}({','.join(identity(part, depth - 1) for part in parts)})"
+
+
 def _missing_expert() -> None:
     """Stand in for an expert in a pickle, which does not hold it."""
 
@@ -141,7 +164,8 @@ class Expert:
                 raise ValueError("scores: expected features= by names of modules as well, from the same run")
             self.score_hooks = FeatureHooks(self.roots[0], scores, "scores")
             names += tuple(self.score_hooks.names)
-        self.described = f"{type(unwrap(self.roots[0])).__name__ if self.roots else given}:{names}:{layout}:{dtype}"
+        roots = [type(unwrap(root)).__name__ for root in self.roots]
+        self.described = f"{roots}:{identity([given, features])}:{names}:{layout}:{dtype}"
         run: Callable[[Tensor], Any]
         if features is not None and not named:
             run = functools.partial(cast(Callable[..., Any], features), given)
@@ -192,7 +216,7 @@ class Expert:
                 root.to(self.dtype)
 
     def fingerprint(self) -> str:
-        """Hash of all that features depend on besides the image: parameters, buffers, and the names of the modules.
+        """Hash of all that features depend on besides the image: parameters, buffers, and where the maps come from.
 
         The contents are hashed anew only when autograd's version counters, addresses or dtypes changed, which costs no
         look at the values. Changes through ``tensor.data`` are not seen.
@@ -215,7 +239,14 @@ class Expert:
         """
         if self.cache is None or keys is None:
             return self._fresh(images)
-        return self.cache.get(images, keys, self.fingerprint(), self._fresh)
+        kind, autocast = self._autocast(images)
+        precision = f"-{torch.get_autocast_dtype(kind)}" if autocast else ""
+        return self.cache.get(images, keys, self.fingerprint() + precision, self._fresh)
+
+    def _autocast(self, images: Any) -> tuple[str, bool]:
+        """Kind of device, and whether the expert runs in the autocast that is on there."""
+        kind = images.device.type if isinstance(images, Tensor) else "cpu"
+        return kind, torch.is_autocast_enabled(kind) and self.dtype is None
 
     def _fresh(self, images: Tensor) -> tuple[dict[str, Tensor], list[Tensor] | None]:
         if any(module.training for module in self._modules) or any(p.requires_grad for p in self._parameters):
@@ -230,8 +261,7 @@ class Expert:
                 images = images.to(first.dtype)
         if self.channels_last and isinstance(images, Tensor):
             images = images.contiguous(memory_format=torch.channels_last)
-        kind = images.device.type if isinstance(images, Tensor) else "cpu"
-        autocast = torch.is_autocast_enabled(kind) and self.dtype is None
+        kind, autocast = self._autocast(images)
         with torch.no_grad(), torch.autocast(kind, enabled=autocast):
             output = self._outputs(images)
         maps = find_maps("expert's output", output, self.layout)
@@ -246,6 +276,8 @@ class Expert:
             return self._run(images)
         groups = [hooks for hooks in (self.hooks, self.score_hooks) if hooks is not None]
         for hooks in groups:
+            if hooks.closed:
+                hooks.open()
             hooks.clear()
             hooks.stop_when = (lambda: all(g.ready for g in groups)) if self._leave_early else None
         try:
@@ -258,7 +290,7 @@ class Expert:
         return self.hooks.take()
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks. They come back when the expert runs again, for others may use it."""
         for hooks in (self.hooks, self.score_hooks):
             if hooks is not None:
                 hooks.close()

@@ -134,9 +134,12 @@ class FeatureHooks:
         # the distiller.
         self.modules = [self._find(network, name) for name, _ in self.names]
         self._handles: list[Any] = []
-        self._attach()
+        self.closed = True
+        self.open()
 
-    def _attach(self) -> None:
+    def open(self) -> None:
+        """Hook the modules."""
+        self.closed = False
         for module, (name, side) in zip(self.modules, self.names, strict=True):
             hook = _Hook(self, f"{side}:{name}", side)
             if side == "input":
@@ -222,6 +225,7 @@ class FeatureHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.closed = True
         self.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,15 +236,13 @@ class FeatureHooks:
             "values": {},
             "versions": {},
             "stop_when": None,
-            "_closed": not self._handles,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook the modules that were copied along; their own copies of the hooks are inert."""
-        closed = state.pop("_closed")
         self.__dict__.update(state)
-        if not closed:
-            self._attach()
+        if not self.closed:
+            self.open()
 
 
 class Tap:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+LEFT_OUT = "a function that was left out of the pickle"
+"""In the place of the expert's ``features``."""
+
+
 class Lifecycle(nn.Module):
     """The part of `rakd.distill.distiller.Distiller` that is not a training step.
 
@@ -73,11 +77,17 @@ class Lifecycle(nn.Module):
                 )
         if expert is not None:
             if isinstance(expert, Expert):
-                listed = [name for name, value in self._expert_settings.items() if value is not None]
+                left = (None, LEFT_OUT)
+                listed = [name for name, value in self._expert_settings.items() if value not in left]
                 if listed:
                     raise ValueError(f"{listed[0]}: expected as an argument of the Expert, got it beside one")
                 self._expert = expert
             else:
+                if self._expert_settings["features"] == LEFT_OUT:
+                    raise ValueError(
+                        "features: expected again, as the pickle left the function out that takes the expert's maps: "
+                        "attach(expert=Expert(network, features=function))"
+                    )
                 self._expert = Expert(expert, layout=self.expert_layout, **self._expert_settings)
             self._owns_expert = True
         if apprentice is not None:
@@ -166,6 +176,7 @@ class Lifecycle(nn.Module):
         """Keep what was found and measured: JSON as bytes in a tensor, which all checkpoint formats and EMAs hold."""
         state = {
             "facts": self._facts.state(),
+            "measured": self._measured,
             "scale": None if self._scale is None else self._scale.state(),
             "energy": None if self._energy is None else self._energy.state(),
             "share": self._weight.state() if isinstance(self._weight, TaskShare) else None,
@@ -176,28 +187,44 @@ class Lifecycle(nn.Module):
         """Take up `get_extra_state`; makes the method, so that its weights can be loaded.
 
         Raises:
-            ValueError: Of this distiller and the saved one, one rescales the expert's maps and the other does not.
+            ValueError: Of this distiller and the saved one, one rescales the expert's maps and the other does not; or
+                what was measured of one loss would scale another.
         """
         content = json.loads(bytes(state.cpu().tolist()))
         scale = content.get("scale")
         if (scale is None) != (self._scale is None):
             raise ValueError(f"rescale: expected {scale is not None} as when the state was saved, got {scale is None}")
+        share = content["share"] if isinstance(self._weight, TaskShare) else None
+        energy = None if self._energy is None else content["energy"]
+        # Files of earlier versions do not tell.
+        before = content.get("measured", self._measured)
+        for name in ("method", "normalize") if share and share[0] else ("method",) if energy and energy[0] else ():
+            if before[name] != self._measured[name]:
+                raise ValueError(
+                    f"{name}: expected {before[name]!r}, for whose loss the saved scale was measured, "
+                    f"got {self._measured[name]!r}"
+                )
         if not self._facts.complete:
             self._facts = Facts.load(content["facts"])
         if self.method is None and self._facts.complete:
             self._build()
         if self._scale is not None:
             self._scale.load(scale)
-        if self._energy is not None and content["energy"] is not None:
-            self._energy.load(content["energy"])
-        if isinstance(self._weight, TaskShare) and content["share"] is not None:
-            self._weight.load(content["share"])
+        if self._energy is not None and energy is not None:
+            self._energy.load(energy)
+        if isinstance(self._weight, TaskShare) and share is not None:
+            self._weight.load(share)
+
+    @property
+    def _measured(self) -> dict[str, Any]:
+        """What the scales of the loss depend on."""
+        return {"method": self._method_name, "normalize": self._energy is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process: functions cannot be pickled, optimizers hold their own copies."""
         settings = {**self._expert_settings, "cache": None}
         if callable(settings["features"]):
-            settings["features"] = None
+            settings["features"] = LEFT_OUT
         return {**self.__dict__, "_optimizers": [], "_expert_settings": settings, "_owns_expert": False}
 
     def extra_repr(self) -> str:

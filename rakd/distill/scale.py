@@ -1,6 +1,6 @@
 """Scales: of the expert's maps, of the loss (the expert's energy), and a weight from a share of the task loss.
 
-All live on the loss's device and are not waited for, but for the sign of the task loss. Their values are plain numbers in the distiller's state: a
+All live on the loss's device and are not waited for, but in the first steps. Their values are plain numbers in the distiller's state: a
 float written as text comes back to the bit.
 """
 
@@ -103,7 +103,7 @@ class RunningEnergy:
     Measuring costs a third of the loss (few large maps) to as much as it (many boxes), so it is done at calls 1, 2, 4,
     8, 16 and then at every 16th: 2 to 7 % of the loss. Features of a frozen expert change little in their mean from
     batch to batch. The value is the mean over the last 64 or so measurements, so that the divisor neither jumps nor
-    follows a single batch. Batches without boxes do not count.
+    follows a single batch. Batches without boxes do not count: until one had boxes, each call measures.
     """
 
     EVERY, SPAN = 16, 64
@@ -112,15 +112,16 @@ class RunningEnergy:
         self.calls = 0
         self.count: Tensor | float = 0.0
         self.value: Tensor | float = 0.0
+        self.known = False
 
     @property
     def due(self) -> bool:
         """Whether this call measures."""
         number = self.calls + 1
-        return number % self.EVERY == 0 or (number < self.EVERY and number & (number - 1) == 0)
+        return not self.known or number % self.EVERY == 0 or (number < self.EVERY and number & (number - 1) == 0)
 
     def update(self, measure: Callable[[], Tensor]) -> None:
-        """Count a call, and measure if it is due."""
+        """Count a call, and measure if it is due. Waits for the device until there was energy once."""
         if self.due:
             energy = mean_over_processes(_exact(measure()))
             there = energy > 0
@@ -129,6 +130,7 @@ class RunningEnergy:
             step = (energy - value) / count.clamp(1, self.SPAN)
             self.value = torch.where(there, value + step, value)
             self.count = count
+            self.known = self.known or bool(there)
         self.calls += 1
 
     def factor(self, device: torch.device) -> Tensor:
@@ -143,6 +145,7 @@ class RunningEnergy:
     def load(self, state: list[float]) -> None:
         """Take up `state`."""
         self.calls, self.count, self.value = int(state[0]), state[1], state[2]
+        self.known = self.value > 0
 
 
 class TaskShare:
@@ -166,17 +169,22 @@ class TaskShare:
         return self.calls < self.calls_to_measure
 
     def update(self, task: Tensor, loss: Tensor) -> None:
-        """Count a call with its task loss and its unweighted distillation loss.
+        """Count a call with its task loss and its unweighted distillation loss. Waits for the device.
+
+        A loss that is not finite, as float16 has now and then, does not count.
 
         Raises:
             ValueError: The task loss is negative: a share of it would be a weight that drives the apprentice away from
-                the expert, and a share of a loss that passes through 0 may be any weight. Waits for the device.
+                the expert, and a share of a loss that passes through 0 may be any weight.
         """
         pair = mean_over_processes(torch.stack([_exact(task), _exact(loss).to(task.device)]))
-        if pair[0] < 0:
+        value, other = pair.tolist()
+        if not math.isfinite(value + other):
+            return
+        if value < 0:
             raise ValueError(
                 f"weight: 'auto:{self.share:g}' is a share of the task loss, expected one that is never negative, got "
-                f"{float(pair[0]):g}; where it has terms such as log-likelihoods, give a number"
+                f"{value:g}; where it has terms such as log-likelihoods, give a number"
             )
         self.task = number_on(pair.device, self.task) + pair[0]
         self.loss = number_on(pair.device, self.loss) + pair[1]

@@ -43,10 +43,33 @@ def decoder_maps(model: nn.Module) -> list[str]:
     )
 
 
+def _of_padded_images(boxes: list[Tensor], inputs: dict[str, Any]) -> list[Tensor]:
+    """Boxes as shares of ``pixel_values``; given they may be of the images in them, where only those were padded."""
+    mask = inputs.get("pixel_mask")
+    if mask is None or bool(mask.all()):
+        return boxes
+    whole, placed = tuple(mask.shape[1:]), []
+    valid = torch.stack([mask.amax(2).sum(1), mask.amax(1).sum(1)], dim=1).tolist()  # images are at the top left
+    for i, (own, (height, width)) in enumerate(zip(boxes, valid, strict=True)):
+        size = inputs["labels"][i].get("size")
+        size = None if size is None else tuple(int(side) for side in size)
+        if (height, width) != whole and size not in (whole, (height, width)):
+            raise ValueError(
+                f"labels[{i}]['size']: expected the height and width that boxes are shares of, those of pixel_values, "
+                f"{whole}, or of the image in it by pixel_mask, {(height, width)}, got {size}"
+            )
+        if size is not None and size != whole:
+            share = own.new_tensor([width / whole[1], height / whole[0]])
+            own = own * torch.cat([share, share])
+        placed.append(own)
+    return placed
+
+
 class DistillMixin:
     """Adds distillation to a ``Trainer``; stands before it among the bases.
 
-    Labels are read as transformers' detectors do: boxes (cx, cy, w, h) as shares of the padded ``pixel_values``. The
+    Labels are read as transformers' processors make them: boxes (cx, cy, w, h) as shares of the image's ``size``, which
+    is that of ``pixel_values``, or where only the images were padded (``pixel_mask``), that of the image in it. The
     loss is added to the model's own, logged as ``distill_loss``, and left out of evaluation. Saved models hold nothing
     of it; adapters are in ``optimizer.pt`` of the checkpoints, from which ``resume_from_checkpoint`` goes on.
 
@@ -102,6 +125,8 @@ class DistillMixin:
             self.distiller.zero_grad()  # the Trainer clears the model's gradients, not the optimizer's
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
         boxes = [label["boxes"] for label in inputs["labels"]]
+        if not {"box_format", "normalized"} & self._distill.keys():
+            boxes = _of_padded_images(boxes, inputs)
         keys = None if self._distill_keys is None else self._distill_keys(inputs)
         added = self.distiller(inputs["pixel_values"], boxes, task_loss=loss.detach(), keys=keys)
         self._distill_losses.append(added.detach())

@@ -178,8 +178,23 @@ class Experiment:
         other = config_diff(there, here)
         if other:
             raise UserError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
+        orphan = broadcast_object(self.processes, self._orphan)
+        if orphan is not None:
+            raise UserError(
+                f"{self.out / orphan.name} holds a run taught by an expert that is gone, {orphan.taught_by}; another "
+                "expert would be compared with it: remove its folder too, or choose another folder"
+            )
         if self.processes.is_main:
             write_text(path, json.dumps(here, indent=1) + "\n")
+
+    def _orphan(self) -> Run | None:
+        """A run that has begun, of whose expert's training nothing is left."""
+        taught = (run for run in self.plan if run.taught_by and self.plan[0].trained is None)
+        for run in taught:
+            files = [self.out / str(run.taught_by) / name for name in ("checkpoint.pt", "detector.pt")]
+            if (self.out / run.name / "checkpoint.pt").exists() and not any(file.exists() for file in files):
+                return run
+        return None
 
     def _check_settings(self) -> None:
         """Say before anything is trained what would only fail hours later."""

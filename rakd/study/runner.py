@@ -138,7 +138,7 @@ class Runner:
             image_size=config.image_size,
             quiet=self.quiet,
             validation=validation,
-            extend=self.extend and run.method != "expert",
+            extend=None if run.method == "expert" else self.extend,
         )
         if trainer.step < run.training.steps and self.processes.is_main:
             (folder / "result.json").unlink(missing_ok=True)  # of a run that is extended

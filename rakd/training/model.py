@@ -67,9 +67,7 @@ class DistillationModel(nn.Module):
     def _expert_features(self, distiller: Distiller, batch: Batch, images: Tensor) -> dict[str, Tensor]:
         if not self.cached:
             return distiller.expert_features(images)
-        kind = images.device.type
-        precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "full"
-        keys = [(sample.id, sample.mirrored, precision) for sample in batch.samples]
+        keys = [(sample.id, sample.mirrored) for sample in batch.samples]
         maps = [distiller.expert_features(image[None], [key]) for image, key in zip(images, keys, strict=True)]
         return {
             name: torch.cat([each[name] for each in maps]).contiguous(memory_format=torch.channels_last)

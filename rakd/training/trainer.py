@@ -99,7 +99,7 @@ class Trainer:
         extend: Go on with a run that was made for fewer steps. The learning rate follows the schedule of the new
             number of steps from the step that the run stands at: where it had fallen it rises again, without a
             warm-up. That makes another run than one of so many steps from the start, so a run once extended goes on
-            with this argument only.
+            with this argument only. None: do not, and propose it in no error.
 
     Attributes:
         step: Steps done.
@@ -124,7 +124,7 @@ class Trainer:
         image_size: tuple[int, int] | None = None,
         quiet: bool = False,
         validation: Validation | None = None,
-        extend: bool = False,
+        extend: bool | None = False,
     ) -> None:
         dataset.check_targets()
         if settings.amp == "auto":
@@ -333,7 +333,9 @@ class Trainer:
         there = self._extended(state) if self.extend else state["fingerprint"]
         other = config_diff(there, self._fingerprint)
         if other:
-            only = not self.extend and len(other) == 1 and other[0].startswith(("settings.steps ", "extended_from "))
+            only = (
+                self.extend is False and len(other) == 1 and other[0].startswith(("settings.steps ", "extended_from "))
+            )
             instead = " or extend it" if only else ""
             raise UserError(
                 f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder{instead}"

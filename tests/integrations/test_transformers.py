@@ -80,6 +80,37 @@ def test_the_loss_is_that_of_the_decoders_maps_and_pixel_boxes(tmp_path: Path) -
     assert torch.equal(run.compute_loss(model, dict(inputs)), model(**inputs).loss)
 
 
+@pytest.mark.parametrize("padded_along", [True, False])
+def test_boxes_of_images_that_were_padded(padded_along: bool, tmp_path: Path) -> None:
+    # Processors pad the labels along, and change their size; pad() on images alone leaves both as they were.
+    run = trainer(make("detr", 32), tmp_path, expert=make("detr", 32, seed=1), distill={"weight": 1.0})
+    run.create_optimizer()
+    run.model.train()
+    seen: list[Tensor] = []
+    plain = run.distiller.forward
+    run.distiller.forward = lambda images, boxes, **rest: seen.extend(boxes) or plain(images, boxes, **rest)
+    mask = torch.zeros(2, 64, 96, dtype=torch.long)
+    mask[0, :64, :48], mask[1, :32] = 1, 1
+    shares = [torch.tensor([[0.5, 0.5, 0.2, 0.4]]), torch.tensor([[0.5, 0.5, 0.2, 0.4]])]
+    sizes = [(64, 96)] * 2 if padded_along else [(64, 48), (32, 96)]
+    labels: list[dict[str, Any]] = [
+        {"class_labels": torch.tensor([1]), "boxes": own, "size": torch.tensor(size)}
+        for own, size in zip(shares, sizes, strict=True)
+    ]
+    inputs = {"pixel_values": torch.rand(2, 3, 64, 96) * mask[:, None], "pixel_mask": mask, "labels": labels}
+    run.compute_loss(run.model, dict(inputs))
+    wide, high = torch.tensor([[0.5, 1, 0.5, 1]]), torch.tensor([[1, 0.5, 1, 0.5]])
+    expected = shares if padded_along else [shares[0] * wide, shares[1] * high]
+    for own, wanted in zip(seen, expected, strict=True):
+        torch.testing.assert_close(own, wanted)
+    for size in (None, torch.tensor((375, 500))):
+        labels[1] = (
+            {**labels[1], "size": size} if size is not None else {k: labels[1][k] for k in labels[1] if k != "size"}
+        )
+        with pytest.raises(ValueError, match=r"labels\[1\]\['size'\]: expected .*\(64, 96\), or .*\(32, 96\), got"):
+            run.compute_loss(run.model, dict(inputs))
+
+
 class Stop(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_training_stop = True

@@ -1,5 +1,6 @@
 """The expert's features: cached in memory or a folder, in its own dtype and memory format, compiled."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,63 @@ def test_other_experts_states_and_sizes_are_misses(cache: FeatureCache) -> None:
     assert len(others) == 1
     inputs = Distiller(Network((4, 6, 8), seed=1), features=[("stages.1", "input")], cache=cache)
     assert len(inputs.expert_features(images(), KEYS)) == 1  # other modules of the same expert
+
+
+def _first(network: Any, x: Tensor) -> list[Tensor]:
+    return network.features(x)[:1]  # type: ignore[no-any-return]
+
+
+def _last(network: Any, x: Tensor) -> list[Tensor]:
+    return network.features(x)[-1:]  # type: ignore[no-any-return]
+
+
+def _level(network: Any, x: Tensor, level: int) -> list[Tensor]:
+    return [network.features(x)[level]]
+
+
+class _Methods(Network):
+    def first(self, x: Tensor) -> list[Tensor]:
+        return _first(self, x)
+
+    def last(self, x: Tensor) -> list[Tensor]:
+        return _last(self, x)
+
+
+def test_maps_from_elsewhere_in_one_expert_are_misses(cache: FeatureCache) -> None:
+    expert = _Methods((4, 6, 8), seed=1)
+
+    def at(level: int) -> Any:
+        return lambda network, x: [network.features(x)[level]]
+
+    sources: list[tuple[int, tuple[Any, Any]]] = [
+        (0, (expert, _first)),
+        (2, (expert, _last)),
+        (1, (expert, functools.partial(_level, level=1))),
+        (2, (expert, functools.partial(_level, level=2))),
+        (0, (expert, at(0))),
+        (1, (expert, at(1))),
+        (0, (expert.first, None)),
+        (2, (expert.last, None)),
+        (0, ((expert, expert.first), None)),
+        (2, ((expert, expert.last), None)),
+    ]
+    maps = expert.eval().features(images())
+    for _ in range(2):
+        for level, (given, function) in sources:
+            distiller = Distiller(given, features=function, cache=cache)
+            (found,) = distiller.expert_features(images(), KEYS).values()
+            assert torch.equal(found, maps[level])
+    assert len(cache) == cache.misses == 2 * len(sources)
+
+
+def test_maps_of_another_precision_are_misses(cache: FeatureCache) -> None:
+    distiller, _, runs = make(cache)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = distiller.expert_features(images(), KEYS)
+        assert equal(distiller.expert_features(images(), KEYS), half)
+    assert {m.dtype for m in half.values()} == {torch.bfloat16}
+    assert {m.dtype for m in distiller.expert_features(images(), KEYS).values()} == {torch.float32}
+    assert len(runs) == 2
 
 
 def test_a_new_process_finds_the_folder(tmp_path: Path) -> None:

@@ -196,6 +196,36 @@ def test_deep_copies_have_hooks_of_their_own_and_share_the_expert() -> None:
     assert expert.stages[0].conv.weight.dtype == torch.float32  # type: ignore[union-attr]
 
 
+def test_an_expert_outlives_the_distillers_that_used_it() -> None:
+    expert = Expert(Network((4, 6, 8), seed=1), features=STAGES)
+    losses = []
+    for _ in range(2):
+        apprentice = Network(seed=2)
+        with Distiller(expert, apprentice=apprentice, apprentice_features=STAGES, canonical_size=24) as distiller:
+            losses.append(value(distiller, apprentice))
+        assert not any(m._forward_hooks for m in expert.roots[0].modules())
+    assert torch.equal(*losses)
+    distiller, _, apprentice = make()
+    expected = value(distiller, apprentice)
+    copy.deepcopy(distiller).close()
+    assert torch.equal(value(distiller, apprentice), expected)
+
+
+def take_maps(network: Any, x: Tensor) -> list[Tensor]:
+    return network.features(x)  # type: ignore[no-any-return]
+
+
+def test_a_function_that_a_pickle_left_out_is_asked_for() -> None:
+    expert, apprentice = Network((4, 6, 8), seed=1), Network(seed=2)
+    distiller = Distiller(expert, features=take_maps, canonical_size=24)
+    expected = distiller(images(), BOXES, apprentice.features(images()))
+    twin = pickle.loads(pickle.dumps(distiller))
+    with pytest.raises(ValueError, match=r"features: expected again, .* attach\(expert=Expert\(network, features="):
+        twin.attach(expert=expert)
+    twin.attach(expert=Expert(expert, features=take_maps))
+    assert torch.equal(twin(images(), BOXES, apprentice.features(images())), expected)
+
+
 class Holder(nn.Module):
     """A model that holds its distiller, before or after the apprentice."""
 

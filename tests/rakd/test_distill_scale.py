@@ -199,6 +199,57 @@ def test_a_weight_as_a_share_of_the_task_loss() -> None:
             make(weight=wrong)
 
 
+def test_scales_are_measured_where_the_first_batches_have_no_boxes() -> None:
+    distiller, raw = make(weight="auto:0.1", normalize=True).train(), make(normalize=True).train()
+    none = [torch.zeros(0, 4)] * 2
+    tasks, losses = 0.0, 0.0
+    for i, boxes in enumerate([none, none, BOXES, none, BOXES, BOXES, none, BOXES]):
+        maps = features(seed=i)
+        loss = distiller(images(), boxes, maps, task_loss=2.0)  # a number will do
+        plain = raw(images(), boxes, maps).item()
+        tasks, losses = tasks + 2, losses + plain
+        if i == 2:  # not a power of two, at which a measurement is due
+            energy = make()(images(), boxes, zeros()).item()
+            assert plain == pytest.approx(make()(images(), boxes, maps).item() / energy, rel=1e-6)
+            assert abs(energy - 1) > 0.1
+        assert loss.item() == pytest.approx(0.1 * tasks / losses * plain if losses else 0, rel=1e-5)
+
+
+def test_losses_that_are_not_finite_are_left_out_of_a_share() -> None:
+    # float16 overflows now and then, and the optimizer's step is left out.
+    distiller = make(weight="auto:0.1").train()
+    for task in (torch.tensor(float("inf")), torch.tensor([3.0]), torch.tensor(float("nan"))):
+        distiller(images(), BOXES, features(), task_loss=task)
+    assert distiller.weight * make()(images(), BOXES, features()).item() == pytest.approx(0.3, rel=1e-6)
+    with pytest.raises(ValueError, match=r"task_loss: expected one number, got shape \[2\]"):
+        distiller(images(), BOXES, features(), task_loss=torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({"method": "box_l2"}, {"method": "cwd"}, "method: expected 'box_l2', .* got 'cwd'"),
+        ({"normalize": True}, {"normalize": False}, "normalize: expected True, .* got False"),
+        ({}, {"normalize": True}, "normalize: expected False, .* got True"),
+    ],
+)
+def test_what_was_measured_of_one_loss_scales_no_other(
+    before: dict[str, Any], after: dict[str, Any], told: str
+) -> None:
+    def share(**options: Any) -> Distiller:
+        network = Network((4, 6, 8), seed=1)
+        return Distiller(network, weight="auto:0.1", features=STAGES, **options).train()
+
+    distiller = share(**before)
+    distiller(images(), BOXES, features(), task_loss=3.0)
+    with pytest.raises(ValueError, match=told):
+        share(**after).load_state_dict(distiller.state_dict())
+    again = share(**before)
+    again.load_state_dict(distiller.state_dict())
+    assert again.weight == distiller.weight
+    share(**after).load_state_dict(share(**before).state_dict())  # nothing was measured yet
+
+
 def test_a_share_of_a_negative_task_loss_is_an_error() -> None:
     # Its weight would be negative, and drive the apprentice away from the expert.
     distiller = make(weight="auto:0.1").train()

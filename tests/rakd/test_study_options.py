@@ -54,8 +54,15 @@ def test_apprentices_are_extended_and_their_expert_is_not(finished: Finished, sc
         assert now.losses != before.losses
     assert same(out / "expert-seed0", finished.out / "expert-seed0") and steps_of(out / "expert-seed0") == [1, 2, 3]
     assert [each.method for each in result.runs] == ["expert", "none", "rakd"]
-    with pytest.raises(ValueError, match=r"expert-seed0 holds .*settings\.steps is 3 there and 5 here"):
-        run(scenes, out, {**longer, "expert_training": replace(TRAINING, steps=5)}, extend=True)
+    other = {**longer, "expert_training": replace(TRAINING, steps=5)}
+    for extend in (True, False):
+        # It is not extended, so that is not proposed.
+        with pytest.raises(ValueError, match=r"expert-seed0 .*steps is 3 there and 5 here; choose another folder$"):
+            run(scenes, out, other, extend=extend)
+    shutil.rmtree(out / "expert-seed0")
+    with pytest.raises(ValueError, match=r"rakd-seed0 holds a run taught by an expert that is gone, expert-seed0"):
+        run(scenes, out, other)
+    assert not (out / "expert-seed0").exists()
 
 
 def test_runs_of_a_plan_start_from_a_file_or_from_the_runs_of_their_names(tmp_path: Path) -> None:
