@@ -1,7 +1,7 @@
 """Scales: of the expert's maps, of the loss (the expert's energy), and a weight from a share of the task loss.
 
-All live on the loss's device and are not waited for, but in the first steps. Their values are plain numbers in the distiller's state: a
-float written as text comes back to the bit.
+All live on the loss's device and are not waited for, but in the first steps. Their values are plain numbers in the
+distiller's state: a float written as text comes back to the bit.
 """
 
 import math

@@ -333,10 +333,8 @@ class Trainer:
         there = self._extended(state) if self.extend else state["fingerprint"]
         other = config_diff(there, self._fingerprint)
         if other:
-            only = (
-                self.extend is False and len(other) == 1 and other[0].startswith(("settings.steps ", "extended_from "))
-            )
-            instead = " or extend it" if only else ""
+            steps = len(other) == 1 and other[0].startswith(("settings.steps ", "extended_from "))
+            instead = " or extend it" if steps and self.extend is False else ""
             raise UserError(
                 f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder{instead}"
             )

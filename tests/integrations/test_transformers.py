@@ -103,10 +103,8 @@ def test_boxes_of_images_that_were_padded(padded_along: bool, tmp_path: Path) ->
     expected = shares if padded_along else [shares[0] * wide, shares[1] * high]
     for own, wanted in zip(seen, expected, strict=True):
         torch.testing.assert_close(own, wanted)
-    for size in (None, torch.tensor((375, 500))):
-        labels[1] = (
-            {**labels[1], "size": size} if size is not None else {k: labels[1][k] for k in labels[1] if k != "size"}
-        )
+    for size in ({}, {"size": torch.tensor((375, 500))}):
+        labels[1] = {"class_labels": labels[1]["class_labels"], "boxes": labels[1]["boxes"], **size}
         with pytest.raises(ValueError, match=r"labels\[1\]\['size'\]: expected .*\(64, 96\), or .*\(32, 96\), got"):
             run.compute_loss(run.model, dict(inputs))
 
