@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rakd.data.frames import read_split
+from rakd.data.frames import is_frame_name, read_split
 from rakd.errors import NotAFolderError, UserError
 from rakd.evaluation import report
 from rakd.evaluation.kitti import Overlaps, evaluate
 from rakd.files import check_folder, read_text
+
+_IOU: tuple[Literal["official", "papers"], ...] = ("official", "papers")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Evaluate:
     """With --waymo: official: Waymo's own. pct: as PCT, DEVIANT and MonoCoP evaluate, whose tables compare only among
     themselves."""
 
-    iou: Annotated[tuple[Literal["official", "papers"], ...], arg(metavar="NAME...")] = ("official", "papers")
+    iou: Annotated[tuple[Literal["official", "papers"], ...], arg(metavar="NAME...")] = _IOU
     """With --waymo: overlaps to make tables for. official: vehicles 0.7, others 0.5. papers: 0.5 and 0.3."""
 
     let: bool = False
@@ -64,6 +66,8 @@ class Evaluate:
         for name, value, default in (("mode", self.mode, "official"), ("let", self.let, False)):
             if value != default:
                 raise UserError(f"--{name}: only with --waymo")
+        if self.iou != _IOU:
+            raise UserError("--iou: only with --waymo; looser overlaps of KITTI are --overlaps loose")
         for name, folder in (("GT", self.gt), ("PRED", self.pred)):
             if not folder.is_dir():
                 what = "is a file" if folder.exists() else "is not there"
@@ -106,6 +110,8 @@ class Evaluate:
             raise UserError("--overlaps: is for KITTI; with --waymo take --iou")
         if not self.iou or len(set(self.iou)) < len(self.iou):
             raise UserError(f"--iou: expected one or more names, each once, got {' '.join(self.iou) or 'none'}")
+        if self.let and self.iou != _IOU:
+            raise UserError("--iou: not with --let, which has overlaps of its own, 0.5 and 0.3")
         is_printed = str(self.json) == "-"
         files = [] if self.json is None or is_printed else [self.json]
         files += [] if self.out is None else [self.out / "evaluation.json"]
@@ -128,14 +134,15 @@ class Evaluate:
 
     def _split_file(self, split: Path) -> Path:
         """The file of a list that is given by its name."""
-        named = self.gt.resolve().parent.parent / "ImageSets" / f"{split}.txt"
-        return named if split.name == str(split) and not split.exists() and named.exists() else split
+        # Where GT stands, not where a link leads: the lists beside it are those that training took.
+        named = self.gt.absolute().parent.parent / "ImageSets" / f"{split}.txt"
+        return named if split.name == str(split) and not split.is_file() and named.exists() else split
 
 
 def _check_scored(folder: Path) -> None:
     """Refuse a folder of labels in the place of results: all of its rows would be skipped."""
     empty = True
-    for path in sorted(folder.glob("*.txt")):
+    for path in sorted(path for path in folder.glob("*.txt") if is_frame_name(path.stem)):
         for line in read_text(path, "a result file").splitlines():
             columns = len(line.split())
             if columns > _LABEL_COLUMNS:

@@ -82,7 +82,7 @@ class Predict:
             raise UserError("IMAGE: expected at least one image, got none")
         found: list[Path] = []
         for path in self.images:
-            inside = sorted(p for p in path.iterdir() if is_image(p)) if path.is_dir() else [path]
+            inside = sorted(p for p in path.iterdir() if is_image(p) and p.name[0] != ".") if path.is_dir() else [path]
             if not inside:
                 raise UserError(f"IMAGE: the folder {path} holds no PNG or JPEG files")
             found += inside

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rakd.errors import UserError
 from rakd.extras import require
 from rakd.files import write_text
 
@@ -42,7 +44,7 @@ def is_converted(data: Path) -> bool:
 
 
 def format_waymo_tables(data: Path, detections: Path, frames: Sequence[str]) -> str:
-    """Tables of both modes, at the official and the papers' overlaps.
+    """Tables of both modes, at the official and the papers' overlaps; in the place of one that cannot be, the reason.
 
     Args:
         data: Folder that ``rakd convert-waymo`` wrote.
@@ -54,9 +56,13 @@ def format_waymo_tables(data: Path, detections: Path, frames: Sequence[str]) -> 
     from rakd.evaluation.waymo.scoring import MODES
 
     truth = data / "training" / "label_2"
-    return "\n\n".join(
-        format_table(evaluate(truth, detections, mode=mode, iou=iou, frames=frames)) for mode in MODES for iou in IOU
-    )
+    tables = []
+    for mode, iou in product(MODES, IOU):
+        try:
+            tables.append(format_table(evaluate(truth, detections, mode=mode, iou=iou, frames=frames)))
+        except UserError as error:  # MonoDETR's scores may be above 1, which is no reason to lose the other tables
+            tables.append(f"mode {mode}, IoU {iou}: {error}")
+    return "\n\n".join(tables)
 
 
 def write_waymo_tables(path: Path, data: Path, split: str, runs: Sequence[Path]) -> None:

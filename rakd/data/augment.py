@@ -123,5 +123,5 @@ def _zoomed(objects: Objects, start: FloatArray, scale: float, size: FloatArray)
     location = objects.location.copy()
     location[placed, 2] *= scale
     rotation = objects.rotation_y.copy()
-    rotation[placed] = rotation_from_alpha(objects.alpha[placed], location[placed])
+    rotation[placed] = rotation_from_alpha(objects.observed_alpha[placed], location[placed])
     return replace(objects, boxes=boxes, location=location, rotation_y=rotation)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rakd.data.frames import Frame, find_frames
 from rakd.data.labels import Objects
+from rakd.errors import UserError
 from rakd.files import atomic_write, write_text
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
@@ -68,11 +69,18 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
         Path of ``data.yaml``.
 
     Raises:
-        FileNotFoundError, ValueError: As `rakd.data.frames.find_frames`.
+        FileNotFoundError, ValueError: As `rakd.data.frames.find_frames`; or the folder holds other images, which would
+            be learned from, too.
     """
     out = Path(out).absolute()
-    for split in ("train", "val"):
-        for frame in find_frames(Path(data), split):
+    frames = {split: find_frames(Path(data), split) for split in ("train", "val")}
+    for split, wanted in frames.items():
+        names = {frame.image.name for frame in wanted}
+        for there in sorted((out / "images" / split).glob("[!.]*")):
+            if there.name not in names:
+                raise UserError(f"out: expected a folder with no other images, got {there}")
+    for split, wanted in frames.items():
+        for frame in wanted:
             with atomic_write(out / "images" / split / frame.image.name) as temporary:
                 shutil.copyfile(frame.image, temporary)
             height, width = frame.read_image().shape[:2]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from rakd.errors import UserError
 from rakd.files import read_text, write_text
-from rakd.geometry import FloatArray, flip_boxes, flip_rotation, resize_boxes
+from rakd.geometry import FloatArray, alpha_from_rotation, flip_boxes, flip_rotation, resize_boxes
 
 LABEL_TYPES = (
     "Car",
@@ -109,6 +109,12 @@ class Objects:
         placed = np.all(self.location != _UNKNOWN_PLACE, axis=1)
         sized = np.all(self.dimensions > 0, axis=1)
         return np.asarray(placed & sized & (self.rotation_y != _UNKNOWN_ANGLE))
+
+    @property
+    def observed_alpha(self) -> FloatArray:
+        """``[N]`` observation angles; from rotation and place where only alpha is unknown, as some tools write labels."""
+        unknown = (self.alpha == _UNKNOWN_ANGLE) & self.has_box_3d
+        return np.where(unknown, alpha_from_rotation(self.rotation_y, self.location), self.alpha)
 
     def flipped(self, width: int) -> "Objects":
         """The objects in the mirrored image of ``width`` pixels; unknown places and angles stay unknown."""

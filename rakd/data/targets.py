@@ -152,7 +152,7 @@ def make_targets(
         dimensions=_tensor(used.dimensions),
         location=_tensor(used.location),
         rotation_y=_tensor(used.rotation_y),
-        alpha=_tensor(used.alpha),
+        alpha=_tensor(used.observed_alpha),
         keypoints=_tensor(np.where(in_front[..., None], keypoints, 0.0)),
         keypoints_seen=torch.from_numpy(in_front),
         projected_height=_tensor(calibration.projection[1, 1] * used.dimensions[:, 0] / used.location[:, 2]),

@@ -120,20 +120,19 @@ class Differences:
     worst: dict[str, float]
 
 
-def exported(detector: BaseDetector, path: Path, device: torch.device, threads: int | None = None) -> OnnxDetector:
+def exported(detector: BaseDetector, path: Path, device: torch.device) -> OnnxDetector:
     """Export a detector, wherever it is, to a file and load it.
 
     Args:
         detector: Stays as it is: a copy on the CPU is traced.
         path: Of the file.
-        device: See `rakd.detector.onnx_model.OnnxDetector`, and so is threads.
-        threads: See there.
+        device: See `rakd.detector.onnx_model.OnnxDetector`.
 
     Raises:
         UserError: As `export_onnx` and OnnxDetector.
     """
     export_onnx(deepcopy(detector).cpu(), path)
-    return OnnxDetector(path, device, threads)
+    return OnnxDetector(path, device)
 
 
 def check_onnx(detector: BaseDetector, model: OnnxDetector, samples: Sequence[Sample]) -> Differences:

@@ -34,10 +34,11 @@ Array = npt.NDArray[Any]
 class OnnxDetector:
     """A detector in an ONNX file, to be used as a `rakd.detector.detector.Detector` in evaluation mode.
 
+    On the CPU it takes as many threads as torch has when it is made.
+
     Args:
         path: The file, of ``rakd export``.
         device: "cuda" asks for onnxruntime's CUDA provider.
-        threads: Threads of an operator on the CPU; None: onnxruntime's choice.
 
     Attributes:
         config: The detector's settings.
@@ -48,12 +49,12 @@ class OnnxDetector:
         ModuleNotFoundError: onnxruntime is not installed.
     """
 
-    def __init__(self, path: Path, device: torch.device | None = None, threads: int | None = None) -> None:
+    def __init__(self, path: Path, device: torch.device | None = None) -> None:
         import onnxruntime
 
         check_file(path, "an ONNX model of rakd export")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = torch.get_num_threads()
         # Threads that spin between images are 1 ms faster, and take the cores from whatever runs next: in turns with
         # such a model, one in PyTorch took 2.6 times as long.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -286,15 +286,15 @@ class Experiment:
         )
 
     def _exported(self, detectors: Sequence[BaseDetector]) -> list[OnnxDetector]:
-        """The same in ONNX Runtime, with as many threads as PyTorch has; none where they cannot be."""
+        """The same in ONNX Runtime; none where they cannot be."""
         if not self.onnx:
             return []
         from rakd.detector.export import exported
 
-        device, threads = self.processes.device, torch.get_num_threads()
+        device = self.processes.device
         try:
             with TemporaryDirectory() as folder:
-                return [exported(own, Path(folder) / f"{i}.onnx", device, threads) for i, own in enumerate(detectors)]
+                return [exported(own, Path(folder) / f"{i}.onnx", device) for i, own in enumerate(detectors)]
         except Exception as error:  # a latency is no reason to lose the report of trainings that took hours
             self._say(f"no latency in ONNX Runtime: {error}")
             return []

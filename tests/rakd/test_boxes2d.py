@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def test_yolo_labels_give_the_boxes_back(scenes: Path, tmp_path: Path) -> None:
                 assert rows[:, 0].tolist() == target["labels"].tolist()
             seen += len(rows)
     assert seen > 5
+
+
+def test_yolo_folders_hold_no_frames_of_before(scenes: Path, tmp_path: Path) -> None:
+    write_yolo(scenes, tmp_path / "yolo")
+    write_yolo(scenes, tmp_path / "yolo")  # an interrupted copy is completed
+    other = shutil.copytree(scenes, tmp_path / "other")
+    lists = [other / "ImageSets" / f"{name}.txt" for name in ("train", "val")]
+    texts = [path.read_text() for path in lists]
+    for path, text in zip(lists, texts[::-1], strict=True):
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"out: expected a folder with no other images, got .*images/train/"):
+        write_yolo(other, tmp_path / "yolo")
 
 
 def _one(boxes: list[list[float]], labels: list[int], scores: list[float] | None = None) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,8 +214,10 @@ def finished(tmp_path):
 
     def write(folder, method, seed, car, objects=7, **more):
         official = {"3d": {"Car": (0.0, car, 0.0), "Cyclist": (math.nan,) * 3}}
+        image = {"bbox": {"Car": (1.0, 2.0, 3.0)}}
         depth = {"all": DepthFigures(0.125, 0.5, objects)}
-        write_run(tmp_path / folder / "result.json", RunResult(method, seed, {"official": official}, depth, **more))
+        figures = RunResult(method, seed, {"official": official | image, "loose": image}, depth, **more)
+        write_run(tmp_path / folder / "result.json", figures)
 
     write("study/rakd-seed0", "rakd", 0, 10.0, seconds=120.0)
     write("study/rakd-seed1", "rakd", 1, 13.0, seconds=240.0)
@@ -238,6 +241,8 @@ def test_compare(finished, capsys):
         "seeds": ["0, 1", "0, 1", "5"],
         "AP 3D Car, IoU 0.7/0.5": ["4.00 (of 1)", "11.50 ± 2.12", "30.00"],
         "AP 3D Cyclist, IoU 0.7/0.5": table["AP 3D Cyclist, IoU 0.7/0.5"],
+        # Once: boxes in the image have the official overlap alone.
+        "AP BBOX Car, IoU 0.7/0.5": ["2.00 ± 0.00", "2.00 ± 0.00", "2.00"],
         "AbsRel all, %": ["12.50 ± 0.00", "12.50 ± 0.00", "12.50"],
         "recall all, %": ["50.00 ± 0.00", "50.00 ± 0.00", "50.00"],
         "training, minutes": ["1.00 (of 1)", "3.00 ± 1.41", "–"],
@@ -273,6 +278,29 @@ def test_evaluate_a_split(scenes, results, capsys):
     assert capsys.readouterr().out == part
     assert main(arguments) == 0
     assert capsys.readouterr().out != part
+
+
+def test_a_linked_folder_has_the_lists_beside_the_link(scenes, results, tmp_path, monkeypatch, capsys):
+    (tmp_path / "training").symlink_to(scenes / "training")
+    (tmp_path / "ImageSets").mkdir()
+    (tmp_path / "val").mkdir()  # no list, though it has a list's name
+    monkeypatch.chdir(tmp_path)
+    first = find_frames(scenes, "val")[0].id
+    (tmp_path / "ImageSets" / "val.txt").write_text(f"{first}\n")
+    (tmp_path / "one.txt").write_text(f"{first}\n")
+    for truth, split in (("training/label_2", "val"), (str(scenes / "training" / "label_2"), "one.txt")):
+        assert main(["evaluate", truth, str(results), "--split", split, "--json", f"{split}.json"]) == 0
+    assert Path("val.json").read_text() == Path("one.txt.json").read_text()
+
+
+def test_other_files_beside_results_are_passed_over(scenes, results, tmp_path, capsys):
+    folder = shutil.copytree(results, tmp_path / "results")
+    (folder / "._000000.txt").write_bytes(b"\x00\x05\x16\x07\xb0\xff")  # as macOS leaves on other file systems
+    truth = str(scenes / "training" / "label_2")
+    assert main(["evaluate", truth, str(results)]) == 0
+    expected = capsys.readouterr().out
+    assert main(["evaluate", truth, str(folder)]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_evaluate_wants_results_in_the_place_of_results(scenes, results, capsys):

@@ -75,6 +75,10 @@ def test_centres_stay_on_their_objects(seed: int) -> None:
         (objects.boxes[:, 3] - objects.boxes[:, 1]) / (moved.boxes[:, 3] - moved.boxes[:, 1]), scale
     )
     np.testing.assert_allclose(alpha_from_rotation(moved.rotation_y, moved.location), objects.alpha, atol=1e-12)
+    without = replace(objects, alpha=np.full(len(objects), -10.0))  # as other tools write labels
+    _, _, same = zoom(image, CALIBRATION, without, rules, np.random.default_rng(seed))
+    assert same is not None
+    np.testing.assert_allclose(same.rotation_y, moved.rotation_y, atol=1e-12)
     _, _, unknown = zoom(image, CALIBRATION, dont_care, rules, np.random.default_rng(seed))
     assert unknown is not None and (unknown.location == -1000).all()
 

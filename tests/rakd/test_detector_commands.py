@@ -114,6 +114,7 @@ def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.Capture
     for frame in frames:
         shutil.copy(frame.image, images)
     (images / "notes.txt").touch()
+    (images / f"._{frames[0].image.name}").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves on other file systems
     arguments = ["predict", str(images), "--checkpoint", str(run / "detector.pt"), "--out", str(tmp_path / "again")]
     assert main([*arguments, "--calib", str(frames[0].calib.parent), "--device", "cpu"]) == 0
     for frame in frames:

@@ -102,6 +102,16 @@ def test_threads_of_onnxruntime_leave_the_cores_to_others(model: OnnxDetector) -
     assert model.session.get_session_options().get_session_config_entry(entry) == "0"
 
 
+def test_onnxruntime_has_as_many_threads_as_torch(file: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert OnnxDetector(file).session.get_session_options().intra_op_num_threads == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_torch_export_gives_the_same_detections(
     detector: Detector, program: torch.export.ExportedProgram, samples: list[Sample]
 ) -> None:

@@ -94,6 +94,14 @@ def test_flipping_mirrors_targets():
     np.testing.assert_allclose(mirrored.alpha.cos(), -plain.alpha.cos(), atol=1e-6)
 
 
+def test_an_angle_that_other_tools_leave_out_is_that_of_rotation_and_place():
+    objects = make_objects(("Car", 2, 15), ("Car", -6, 20))
+    without = dataclasses.replace(objects, alpha=np.full(2, -10.0))
+    for ours, theirs in ((without, objects), (without.flipped(SIZE[0]), objects.flipped(SIZE[0]))):
+        found, expected = (make_targets(each, CALIBRATION, SIZE).alpha for each in (ours, theirs))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_corners_behind_the_camera_are_marked():
     objects = dataclasses.replace(
         make_objects(("Car", 0.5, 1.5)),

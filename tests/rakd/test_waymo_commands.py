@@ -13,8 +13,9 @@ from waymo_files import write_waymo
 
 from rakd.cli import main
 from rakd.commands import distill as distill_module
+from rakd.commands.waymo_data import format_waymo_tables
 from rakd.data.frames import find_frames
-from rakd.data.labels import read_labels, write_objects
+from rakd.data.labels import read_labels, read_results, write_objects
 from rakd.detector.configs import DETECTORS
 from rakd.evaluation.waymo import evaluate, read_bin
 from rakd.study.experiment import Experiment
@@ -70,6 +71,17 @@ def test_truth_as_prediction_is_100_in_both_modes(converted, perfect):
             assert (row.ap, row.aph) == pytest.approx((1, 1), abs=1e-6)
 
 
+def test_scores_above_1_cost_the_official_tables_alone(converted, perfect, tmp_path):
+    # MonoDETR's may be.
+    frames = [frame.id for frame in find_frames(converted, "val")]
+    for name in frames:
+        objects = read_results(perfect / f"{name}.txt")
+        write_objects(tmp_path / f"{name}.txt", replace(objects, scores=objects.scores + 0.5), decimals=8)
+    text = format_waymo_tables(converted, tmp_path, frames)
+    assert text.count("mode official, IoU ") == text.count("scores must lie in 0..1, they reach from 0.7 to 1.5") == 2
+    assert text.count("AP [pct]") == 2 and "AP [official]" not in text
+
+
 def test_train_reads_parquet_files(waymo, quick, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(train(waymo, out)) == 0
@@ -118,6 +130,11 @@ def test_evaluate(converted, perfect, tmp_path, capsys):
     for wrong, message in (
         (["evaluate", truth, str(perfect), "--mode", "pct"], "--mode: only with --waymo"),
         (["evaluate", truth, str(perfect), "--let"], "--let: only with --waymo"),
+        (
+            ["evaluate", truth, str(perfect), "--iou", "papers"],
+            "--iou: only with --waymo; looser overlaps of KITTI are",
+        ),
+        ([*words, "--let", "--iou", "official"], "--iou: not with --let, which has overlaps of its own"),
         ([*words, "--overlaps", "loose"], "with --waymo take --iou"),
         ([*words, "--iou", "papers", "papers"], "--iou: expected one or more names, each once"),
         (["evaluate", "--waymo", truth, truth, "--split", "val"], "are GT and PRED in each other's place?"),
