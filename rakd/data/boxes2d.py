@@ -90,8 +90,8 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
                 box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
                 lines.append(" ".join([str(label), *(f"{value:.6f}" for value in box)]) + "\n")
             write_text(out / "labels" / split / f"{frame.image.stem}.txt", "".join(lines))
-    names = "".join(f"  {number}: {name}\n" for number, name in enumerate(CLASSES))
-    settings = f"path: {out}\ntrain: images/train\nval: images/val\nnames:\n{names}"
+    listed = "".join(f"  {number}: {name}\n" for number, name in enumerate(CLASSES))
+    settings = f"path: {out}\ntrain: images/train\nval: images/val\nnames:\n{listed}"
     write_text(out / "data.yaml", settings)
     return out / "data.yaml"
 

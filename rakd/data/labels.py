@@ -112,7 +112,7 @@ class Objects:
 
     @property
     def observed_alpha(self) -> FloatArray:
-        """``[N]`` observation angles; from rotation and place where only alpha is unknown, as some tools write labels."""
+        """``[N]`` observation angles; from rotation and place where alpha alone is unknown, as some tools write it."""
         unknown = (self.alpha == _UNKNOWN_ANGLE) & self.has_box_3d
         return np.where(unknown, alpha_from_rotation(self.rotation_y, self.location), self.alpha)
 

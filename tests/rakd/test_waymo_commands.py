@@ -132,7 +132,7 @@ def test_evaluate(converted, perfect, tmp_path, capsys):
         (["evaluate", truth, str(perfect), "--let"], "--let: only with --waymo"),
         (
             ["evaluate", truth, str(perfect), "--iou", "papers"],
-            "--iou: only with --waymo; looser overlaps of KITTI are",
+            "--iou: only with --waymo; looser overlaps of KITTI",
         ),
         ([*words, "--let", "--iou", "official"], "--iou: not with --let, which has overlaps of its own"),
         ([*words, "--overlaps", "loose"], "with --waymo take --iou"),
