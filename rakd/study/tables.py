@@ -76,7 +76,10 @@ class Cell:
         text = f"{self.summary.mean:.{self.digits}f}"
         if math.isfinite(self.summary.std):
             text += f" ± {self.summary.std:.{self.digits}f}"
-        return text if self.summary.count in (0, runs) else f"{text} (of {self.summary.count})"
+        return text + self._of(runs)
+
+    def _of(self, runs: int) -> str:
+        return "" if self.summary.count in (0, runs) else f" (of {self.summary.count})"
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Difference(Cell):
         if all(map(math.isfinite, self.interval)):
             low, high = self.interval
             text += f" [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
-        return text.replace("-", "−")
+        return text.replace("-", "−") + self._of(runs)
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,11 @@ def test_a_figure_from_fewer_seeds_says_so():
     study = study_of(run("none", 0, 2.0), run("none", 1, gap))
     assert column(study, "table3", "Car easy")["none"][0] == "2.00 (of 1)"
     assert column(study, "table3", "Car hard")["none"][0] == "1.50 ± 0.71"
+    # Differences, too, beside those that all seeds have.
+    study = study_of(*(run("none", seed, 2.0) for seed in (0, 1)), run("rakd", 0, 2.5), run("rakd", 1, gap))
+    cells = {cell.metric.key: cell.text(2) for cell in table(study, "difference").rows[0].cells}
+    assert cells["recall all"] == "+0.00 ± 0.00"
+    assert cells["3d mean mean official"] == "+0.50 (of 1)"
 
 
 def test_training_time_and_losses(study):
