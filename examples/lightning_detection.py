@@ -25,10 +25,14 @@ class Detector(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-4)
 
 
-def train(name, callbacks=None):
+def train(name, *distilling):
     backbone = backbone_utils.resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=torch.nn.BatchNorm2d)
     model = Detector()
     model.net = RetinaNet(backbone.requires_grad_(), 4, min_size=run.size // 2, max_size=run.size)
+    # What the backbone sees, and the boxes in it: torchvision's detectors resize and pad images inside.
+    model.net.transform.register_forward_hook(lambda _, batch, resized: setattr(model, "seen", resized))
+    options = {"batch": lambda _: (model.seen[0].tensors, [target["boxes"] for target in model.seen[1]])}
+    callbacks = [DistillCallback(*distilling, apprentice="net.backbone", **options)] if distilling else None
     trainer = pl.Trainer(max_epochs=run.epochs, default_root_dir=run.out, callbacks=callbacks)
     trainer.fit(model, train_set.loader(4))
     return model.net, evaluate_detector(model.net, val_set)
@@ -36,5 +40,4 @@ def train(name, callbacks=None):
 
 print("expert:     mAP50-95", (expert := train("resnet34"))[1])
 print("apprentice: mAP50-95", train("resnet18")[1])
-callback = DistillCallback(expert[0], "auto:0.1", features="backbone", apprentice="net.backbone", normalize=True)
-print("distilled:  mAP50-95", train("resnet18", callback)[1])
+print("distilled:  mAP50-95", train("resnet18", expert[0].backbone, "auto:1")[1])

@@ -81,7 +81,9 @@ def fits(cells: Sequence[int], size: Sequence[int], stride: float) -> bool:
 
 
 def find_strides(argument: str, maps: Mapping[str, Tensor], size: tuple[int, int]) -> tuple[float, ...]:
-    """Find strides from the sizes of images and maps: powers of two where they fit, else exact ratios.
+    """Find strides from the sizes of images and maps: powers of two where they fit, else exact ratios in whole pixels.
+
+    A ratio that is no whole number tells of images that were resized or padded inside the network.
 
     Raises:
         ValueError: A map's height and width do not fit one stride, or two levels have the same.
@@ -95,7 +97,7 @@ def find_strides(argument: str, maps: Mapping[str, Tensor], size: tuple[int, int
         exact = size[0] / cells[0]
         if powers:
             found.append(min(powers, key=lambda stride: abs(math.log2(stride / ratio))))
-        elif size[1] / cells[1] == exact and exact > least:
+        elif size[1] / cells[1] == exact and exact > least and exact.is_integer():
             found.append(exact)
         else:
             raise ValueError(

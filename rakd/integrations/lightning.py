@@ -37,8 +37,9 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         weight: Same.
         method: Same.
         apprentice: Name of the learning network in the LightningModule; "": the module itself.
-        batch: Gives (images, boxes) of a training batch, as the apprentice's backbone sees them; with ``cache``
-            (images, boxes, keys). Networks that resize images inside need one that says what they saw.
+        batch: Gives (images, boxes) of a training batch, as the apprentice's backbone saw them; with ``cache``
+            (images, boxes, keys). It is called after ``training_step``. None: `images_and_boxes`, which is refused
+            where a detector of torchvision resizes images inside.
         options: Of the ``Distiller``; ``apprentice_features`` names modules in the apprentice, "": its own output.
     """
 
@@ -49,20 +50,28 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         *,
         method: str | nn.Module = "rakd",
         apprentice: str = "",
-        batch: Callable[[Any], tuple[Any, ...]] = images_and_boxes,
+        batch: Callable[[Any], tuple[Any, ...]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.distiller: Distiller | None = None
         self._apprentice = apprentice
-        self._batch = batch
+        self._batch = batch or images_and_boxes
+        self._reads_batch = batch is None
         self._settings = {"expert": expert, "weight": weight, "method": method, "apprentice_features": "", **options}
         self._waiting: Any = None
+        self._added = False  # with manual optimisation: whether any step has had the loss
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Hook the apprentice, and stand before the module's training step."""
+        """Hook the apprentice, and stand before the module's training step.
+
+        Raises:
+            ValueError: The apprentice's detector resizes images, and nothing says what its backbone saw.
+        """
         if stage != "fit":
             return
+        if self._reads_batch:
+            self._refuse_resizing(pl_module)
         network = pl_module.get_submodule(self._apprentice)
         if self.distiller is None:
             self.distiller = Distiller(apprentice=network, **self._settings)
@@ -76,6 +85,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
             self._waiting = batch
             result = step(*args, **kwargs)
             if not pl_module.automatic_optimization or result is None:
+                self._added |= self._waiting is None
                 self._waiting = None
                 return result
             loss = result["loss"] if isinstance(result, dict) else result
@@ -87,6 +97,31 @@ class DistillCallback(Callback_):  # type: ignore[misc]
             backward(loss if self._waiting is None else self._add(pl_module, loss), *args, **kwargs)
 
         pl_module.training_step, pl_module.manual_backward = training_step, manual_backward
+
+    def _refuse_resizing(self, pl_module: Any) -> None:
+        parts = self._apprentice.split(".") if self._apprentice else []
+        for count in range(len(parts) + 1):
+            name = ".".join(parts[:count])
+            transform = getattr(pl_module.get_submodule(name), "transform", None)
+            if type(transform).__name__ == "GeneralizedRCNNTransform":
+                place = f"{name}.transform".lstrip(".")
+                raise ValueError(
+                    f"batch: expected a function that gives the images and boxes that the backbone saw, as {place} "
+                    "resizes and pads them; or put rakd.integrations.torchvision.DistilledDetector into the module, "
+                    "which needs no callback"
+                )
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Tell of a manual optimisation that goes past the loss.
+
+        Raises:
+            RuntimeError: No step has called ``manual_backward``.
+        """
+        if not pl_module.automatic_optimization and not self._added:
+            raise RuntimeError(
+                "training_step: expected self.manual_backward(loss), to which the distillation loss is added, but no "
+                "step of the epoch called it"
+            )
 
     def _add(self, pl_module: Any, loss: Tensor) -> Tensor:
         assert self.distiller is not None

@@ -4,6 +4,7 @@ distiller = distill("convnext_tiny", apprentice, weight=1.0)
 loss = task_loss + distiller(images, boxes, apprentice(images))
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -27,8 +28,8 @@ def distill(
 ) -> Distiller:
     """Make a distiller of which at least one side is a timm backbone.
 
-    For each of the apprentice's levels the expert's of the same stride is taken. Adapters are there at once, so that
-    ``distiller.parameters()`` can go to the optimizer.
+    For each of the apprentice's levels the expert's of the same stride is taken, of several the deepest. Adapters are
+    there at once, so that ``distiller.parameters()`` can go to the optimizer.
 
     Args:
         expert: A backbone made with ``features_only=True``, the name of one for ``timm.create_model``, or anything
@@ -69,11 +70,30 @@ def distill(
                 f"expert: expected levels of strides {strides} as the apprentice's, got {theirs[0]}; make the "
                 f"apprentice with the levels of both, such as out_indices={tuple(common)}"
             )
-        levels = [theirs[0].index(stride) for stride in strides]
+        deepest = {stride: level for level, stride in enumerate(theirs[0])}
+        levels = [deepest[stride] for stride in strides]
         options["features"] = partial(_take, levels=levels)
         options.setdefault("expert_channels", tuple(theirs[1][level] for level in levels))
         options.setdefault("expert_layout", theirs[2])
+    if "expert_images" not in options:
+        _warn_of_normalisation(expert, apprentice)
     return Distiller(expert, method, weight, apprentice=apprentice, **options)
+
+
+def _warn_of_normalisation(expert: Any, apprentice: Any) -> None:
+    """Tell of an expert that learned on images of another mean and deviation than the apprentice's are."""
+    theirs, ours = (_pixels(_backbone(network)) for network in (expert, apprentice))
+    if theirs and ours and theirs != ours:
+        warnings.warn(
+            f"expert: its images had mean and deviation {theirs}, the apprentice's have {ours}; it gets the "
+            "apprentice's, unless calls bring its own as expert_images=",
+            stacklevel=3,
+        )
+
+
+def _pixels(backbone: nn.Module | None) -> tuple[Any, ...]:
+    settings: Any = getattr(backbone, "pretrained_cfg", None) or {}
+    return tuple(tuple(settings[name]) for name in ("mean", "std") if settings.get(name))
 
 
 def _take(expert: nn.Module, images: Tensor, *, levels: Sequence[int]) -> list[Tensor]:
@@ -83,11 +103,18 @@ def _take(expert: nn.Module, images: Tensor, *, levels: Sequence[int]) -> list[T
 
 def _info(network: Any) -> tuple[tuple[float, ...], tuple[int, ...], str] | None:
     """Strides, channels and layout of a backbone, or of the one inside a network."""
-    if not isinstance(network, nn.Module):
+    backbone: Any = _backbone(network)
+    if backbone is None:
         return None
-    for module in network.modules():
+    form = getattr(backbone, "output_fmt", "NCHW")  # EfficientNets and some others lack it
+    layout = str(getattr(form, "value", form))
+    return tuple(map(float, backbone.feature_info.reduction())), tuple(backbone.feature_info.channels()), layout
+
+
+def _backbone(network: Any) -> nn.Module | None:
+    """A backbone of timm: the network, or the one inside it."""
+    for module in network.modules() if isinstance(network, nn.Module) else ():
         info: Any = getattr(module, "feature_info", None)
-        if callable(getattr(info, "reduction", None)) and hasattr(module, "output_fmt"):
-            layout = str(getattr(module.output_fmt, "value", module.output_fmt))
-            return tuple(map(float, info.reduction())), tuple(info.channels()), layout
+        if callable(getattr(info, "reduction", None)):
+            return module
     return None

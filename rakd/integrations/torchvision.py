@@ -143,12 +143,15 @@ def _levels(
     for module, mode in modes.items():
         module.training = mode
     # SSD's coarsest maps come from convolutions without padding; its default boxes say where their cells lie.
-    steps = getattr(getattr(detector, "anchor_generator", None), "steps", None)
-    levels: dict[float, tuple[str, int]] = {}
-    for i, (name, feature) in enumerate(maps.items()):
-        (stride,) = [steps[i]] if steps else find_strides("strides", {name: feature}, (int(size[0]), int(size[1])))
-        levels[float(stride)] = (name, feature.shape[1])
-    return levels
+    strides = getattr(getattr(detector, "anchor_generator", None), "steps", None)
+    pixels = (int(size[0]), int(size[1]))
+    if not strides:
+        try:
+            strides = find_strides("strides", maps, pixels)  # together, as a map of 2 cells fits several
+        except ValueError:  # several levels have one stride
+            strides = [find_strides("strides", {name: feature}, pixels)[0] for name, feature in maps.items()]
+    found = zip(strides, maps.items(), strict=True)
+    return {float(stride): (name, feature.shape[1]) for stride, (name, feature) in found}
 
 
 def _change_of_scale(ours: Any, theirs: Any) -> tuple[Tensor, Tensor] | None:

@@ -123,10 +123,11 @@ class DistillMixin:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if all(parameter.grad is None for parameter in self.model.parameters()):
             self.distiller.zero_grad()  # the Trainer clears the model's gradients, not the optimizer's
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
         boxes = [label["boxes"] for label in inputs["labels"]]
         if not {"box_format", "normalized"} & self._distill.keys():
             boxes = _of_padded_images(boxes, inputs)
+        # A copy, since a Trainer with a loss function of its own takes the labels out.
+        loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, **kwargs)  # type: ignore[misc]
         keys = None if self._distill_keys is None else self._distill_keys(inputs)
         added = self.distiller(inputs["pixel_values"], boxes, task_loss=loss.detach(), keys=keys)
         self._distill_losses.append(added.detach())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -103,6 +104,60 @@ def test_two_fits_and_wrong_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expert: expected a network of its own"):
         fit(shared, tmp_path / "four", callbacks=[DistillCallback(shared.net, apprentice="net")])
     assert isinstance(shared.net, nn.Module)
+
+
+class Resizing(nn.Module):
+    """A detector of torchvision's kind: 60 x 60 pixels become 50 x 50, padded to 64 x 64."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.transform = GeneralizedRCNNTransform(50, 50, [0.0] * 3, [1.0] * 3)
+        self.backbone = Pyramid(channels)
+
+    def forward(self, images: list[torch.Tensor], boxes: list[torch.Tensor]) -> Any:
+        self.seen = self.transform(images, [{"boxes": rows} for rows in boxes])
+        return self.backbone(self.seen[0].tensors)
+
+
+def test_a_detector_that_resizes_images_needs_to_say_what_its_backbone_saw(tmp_path: Path) -> None:
+    class Detecting(Module):
+        def __init__(self) -> None:
+            super().__init__(16)
+            self.net = Resizing(16)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.net([image[:, :60, :60] for image in batch[0]], batch[1])[0].mean() + 1
+            self.seen.append(loss.item())
+            return loss
+
+    torch.manual_seed(0)
+    options = {"apprentice": "net.backbone", "weight": 1.0, "normalize": False}
+    with pytest.raises(ValueError, match=r"batch: expected a function .* as net.transform resizes .*DistilledDetector"):
+        fit(Detecting(), tmp_path / "refused", callbacks=[callback(**options)])
+    module = Detecting()
+
+    def seen(batch: Any) -> Any:
+        images, targets = module.net.seen
+        return images.tensors, [target["boxes"] for target in targets]
+
+    images, boxes = zip(*items(4)[:2], strict=True)
+    with torch.no_grad():
+        maps = module.net([image[:, :60, :60] for image in images], list(boxes))
+        padded, rows = seen(None)
+        expected = soft_roi_distill(maps, Pyramid(16, seed=1)(padded), rows, strides=(4, 8, 16))
+    assert padded.shape[2:] == (64, 64)
+    torch.testing.assert_close(rows[0], boxes[0] * 50 / 60)
+    fit(module, tmp_path / "given", callbacks=[callback(**options, batch=seen)], max_steps=1)
+    assert module.backwards[0] - module.seen[0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_epoch_that_goes_past_manual_backward_is_an_error(tmp_path: Path) -> None:
+    class Plain(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.loss(batch[0]).backward()
+
+    with pytest.raises(RuntimeError, match=r"expected self.manual_backward\(loss\), to which the distillation loss"):
+        fit(Plain(8), tmp_path, callbacks=[callback()])
 
 
 def test_two_processes_stay_alike(tmp_path: Path) -> None:

@@ -48,6 +48,27 @@ def test_channels_last_of_a_swin_and_adapters_at_once() -> None:
     assert [level.expert_channels for level in report.levels] == [96, 192, 384, 768]
 
 
+def test_of_several_levels_with_one_stride_the_deepest_teaches() -> None:
+    expert = make("vit_tiny_patch16_224", img_size=64)
+    apprentice = make("resnet10t", out_indices=(3,))
+    images = torch.rand(2, 3, 64, 64)
+    with pytest.warns(UserWarning, match="expert: its images had mean and deviation"):
+        distiller = distill(expert, apprentice, weight=1.0)
+    (found,) = distiller.expert_features(images).values()
+    with torch.no_grad():
+        maps = expert.eval()(images)
+    assert [m.shape for m in maps] == [maps[0].shape] * 3 and torch.equal(found, maps[-1])
+
+
+def test_an_expert_of_other_normalisation_is_told(recwarn: pytest.WarningsRecorder) -> None:
+    apprentice = make("resnet10t", out_indices=(1, 2, 3, 4))
+    distill(make("resnet18"), apprentice)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"\(\(0.5, 0.5, 0.5\), .*, the apprentice's have \(\(0.485, .*expert_images="):
+        distiller = distill(make("tf_efficientnet_lite0"), apprentice)
+    assert distiller.strides == (4, 8, 16, 32) and len(list(distiller.parameters())) == 8
+
+
 def test_a_swin_may_learn() -> None:
     apprentice = make("swin_tiny_patch4_window7_224", img_size=96)
     distiller = distill(make("resnet18"), apprentice, apprentice_features="", weight=1.0, normalize=True)

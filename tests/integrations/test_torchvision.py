@@ -15,7 +15,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone  # n
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7  # noqa: E402
 
 from rakd.distill.hooks import tap  # noqa: E402
-from rakd.integrations.torchvision import DistilledDetector  # noqa: E402
+from rakd.integrations.torchvision import DistilledDetector, _levels  # noqa: E402
 from rakd_ops import soft_roi_distill  # noqa: E402
 
 SIZE = {"min_size": 96, "max_size": 160}
@@ -123,6 +123,13 @@ def test_levels_of_equal_strides_meet_and_channels_are_adapted() -> None:
     mobile = DistilledDetector(make("mobile"), make("faster", seed=1))
     assert mobile.distiller.strides == (32, 64)
     assert mobile(images, targets)["loss_distill"].item() > 0
+
+
+def test_the_coarsest_maps_of_ssdlite_have_strides_of_their_own() -> None:
+    # 3, 2 and 1 cells of 320 pixels: 2 cells alone would fit 128 as well, and take the place of 3.
+    levels = _levels(None, make("ssdlite").backbone, (320, 320), torch.device("cpu"))
+    assert list(levels) == [16, 32, 64, 128, 256, 512]
+    assert [name for name, _ in levels.values()] == ["0", "1", "2", "3", "4", "5"]
 
 
 def test_any_module_may_be_the_expert() -> None:

@@ -109,6 +109,17 @@ def test_boxes_of_images_that_were_padded(padded_along: bool, tmp_path: Path) ->
             run.compute_loss(run.model, dict(inputs))
 
 
+def test_a_loss_function_of_ones_own(tmp_path: Path) -> None:
+    # The Trainer then takes the labels out of the batch.
+    model = make("rt_detr", 32)
+    run = trainer(
+        model, tmp_path, expert=make("rt_detr", 32, seed=1), distill={"weight": 1.0}, max_steps=1, logging_steps=1
+    )
+    run.compute_loss_func = lambda outputs, labels, **_: outputs.logits.square().mean() + 0 * labels[0]["boxes"].sum()
+    run.train()
+    assert logged(run, "distill_loss")[0] > 0
+
+
 class Stop(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_training_stop = True

@@ -222,6 +222,14 @@ def test_strides_that_cannot_be_found() -> None:
         Distiller(None)(torch.zeros(1, 3, 64, 64), [torch.zeros(0, 4)], maps, [m.detach() for m in maps])
 
 
+def test_images_that_were_padded_inside_the_network() -> None:
+    # 150 x 300 padded to 160 x 320: 3.75 and 7.5 would be exact.
+    maps = [torch.rand(1, 2, 160 // stride, 320 // stride).requires_grad_() for stride in (4, 8, 16)]
+    boxes = [torch.tensor([[1.0, 1.0, 50.0, 60.0]])]
+    with pytest.raises(ValueError, match=r"could not find the stride of map '0' .* those that the network was given"):
+        Distiller(None, canonical_size=24)(torch.zeros(1, 3, 150, 300), boxes, maps, [m.detach() for m in maps])
+
+
 def test_an_expert_that_sees_larger_images() -> None:
     expert = Network((4, 8, 8), seed=1)
     large = nn.functional.interpolate(images(), scale_factor=2.0)
