@@ -1,4 +1,4 @@
-"""A RetinaNet on ResNet-34 teaches one on ResNet-18, on rendered street scenes, in Lightning."""
+"""A RetinaNet on ResNet-34 teaches one on ResNet-18 in Lightning, by images and boxes as the detector resized them."""
 
 import argparse
 
@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection import RetinaNet, backbone_utils
 
 from rakd.evaluation.boxes2d import evaluate_detector
-from rakd.integrations.lightning import DistillCallback
+from rakd.integrations.lightning import DistillCallback, images_and_boxes
 from rakd.scenes.boxes2d import rendered_boxes
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -29,12 +29,9 @@ def train(name, *distilling):
     backbone = backbone_utils.resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=torch.nn.BatchNorm2d)
     model = Detector()
     model.net = RetinaNet(backbone.requires_grad_(), 4, min_size=run.size // 2, max_size=run.size)
-    # What the backbone sees, and the boxes in it: torchvision's detectors resize and pad images inside.
-    model.net.transform.register_forward_hook(lambda _, batch, resized: setattr(model, "seen", resized))
-    options = {"batch": lambda _: (model.seen[0].tensors, [target["boxes"] for target in model.seen[1]])}
-    callbacks = [DistillCallback(*distilling, apprentice="net.backbone", **options)] if distilling else None
-    trainer = pl.Trainer(max_epochs=run.epochs, default_root_dir=run.out, callbacks=callbacks)
-    trainer.fit(model, train_set.loader(4))
+    model.net.transform.register_forward_hook(lambda *call: setattr(model, "seen", images_and_boxes(call[2])))
+    callbacks = distilling and [DistillCallback(*distilling, apprentice="net.backbone", batch=lambda _: model.seen)]
+    pl.Trainer(max_epochs=run.epochs, default_root_dir=run.out, callbacks=callbacks).fit(model, train_set.loader(4))
     return model.net, evaluate_detector(model.net, val_set)
 
 
