@@ -37,4 +37,4 @@ def train(backbone, distiller=None):
 expert, alone, apprentice = (timm.create_model(f"resnet{n}", features_only=True) for n in ("34", "10t", "10t"))
 print("expert:     accuracy", train(expert))
 print("apprentice: accuracy", train(alone))
-print("distilled:  accuracy", train(apprentice, distill(expert, apprentice, "auto:0.1", normalize=True)))
+print("distilled:  accuracy", train(apprentice, distill(expert, apprentice, "auto:10", normalize=True)))

@@ -34,4 +34,4 @@ def train(detector):
 
 print("expert:     mAP50-95", train(expert := make("resnet34")))
 print("apprentice: mAP50-95", train(make("resnet18")))
-print("distilled:  mAP50-95", train(DistilledDetector(make("resnet18"), expert, weight="auto:0.1", normalize=True)))
+print("distilled:  mAP50-95", train(DistilledDetector(make("resnet18"), expert, weight="auto:10", normalize=True)))

@@ -37,4 +37,4 @@ def train(width, **kwargs):
 
 print("expert:     mAP50-95", (expert := train(128))[1])
 print("apprentice: mAP50-95", train(32)[1])
-print("distilled:  mAP50-95", train(32, expert=expert[0], distill={"weight": "auto:0.1", "normalize": True})[1])
+print("distilled:  mAP50-95", train(32, expert=expert[0], distill={"weight": "auto:10", "normalize": True})[1])

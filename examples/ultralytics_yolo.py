@@ -26,5 +26,5 @@ print("expert:     mAP50-95", expert.train(name="expert", **settings).box.map)
 alone = YOLO("yolo11n.yaml")
 print("apprentice: mAP50-95", alone.train(name="alone", **settings).box.map)
 
-distilled = distill(YOLO("yolo11n.yaml"), expert, weight="auto:0.1", normalize=True)
+distilled = distill(YOLO("yolo11n.yaml"), expert, weight="auto:10", normalize=True)
 print("distilled:  mAP50-95", distilled.train(name="distilled", **settings).box.map)

@@ -40,7 +40,7 @@ class Distiller(Lifecycle):
             `rakd.distill.expert.Expert` for one with its own dtype, memory format or compilation. None where all calls
             bring ``expert_features``.
         method: A name of `rakd.distill.registry.METHODS`, or a module called as ``method(expert, apprentice, boxes)``.
-        weight: Factor of the loss; None: the method's own default, 1 with ``normalize``. ``"auto:0.1"``: that share of
+        weight: Factor of the loss; None: the method's own default, 1 with ``normalize``. ``"auto:10"``: so many times
             the task loss, which calls then bring as ``task_loss`` and which must not be negative, measured over the
             first 20 training steps, then fixed and saved.
         apprentice: The network that learns; needed for ``apprentice_features``, and to refuse an expert that shares
@@ -57,7 +57,7 @@ class Distiller(Lifecycle):
         apprentice_channels: Per level.
         rescale: Bring each of the expert's maps to a root mean square of 1, measured over the first 20 training steps,
             then fixed and saved. A loss of squared differences becomes smaller by their mean square: give a weight as
-            much larger, or ``"auto:0.1"``.
+            much larger, or ``"auto:10"``.
         normalize: Divide by the expert's own energy in the regions: 0 is equal, 1 as good as zeros, in any network.
             See `rakd.distill.scale.RunningEnergy`.
         adapters: False refuses channels that differ.

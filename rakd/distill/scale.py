@@ -220,7 +220,7 @@ def parse_weight(weight: Any, default: float) -> float | TaskShare:
         except ValueError:
             value = math.nan
         if kind != "auto" or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"weight: expected a number or 'auto:SHARE' such as 'auto:0.1', got {weight!r}")
+            raise ValueError(f"weight: expected a number or 'auto:SHARE' such as 'auto:10', got {weight!r}")
         return TaskShare(value)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"weight: expected a number or 'auto:SHARE', got {type(weight).__name__}")

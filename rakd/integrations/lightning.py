@@ -1,6 +1,6 @@
 """Distillation in Lightning: one callback, for automatic and manual optimisation.
 
-callback = DistillCallback(expert, apprentice="detector", apprentice_features="backbone", weight="auto:0.1")
+callback = DistillCallback(expert, apprentice="detector", apprentice_features="backbone", weight="auto:10")
 Trainer(callbacks=[callback]).fit(model, data)
 """
 

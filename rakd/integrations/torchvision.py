@@ -1,6 +1,6 @@
 """Distillation of torchvision's detectors: Faster and Mask R-CNN, RetinaNet, FCOS, SSD.
 
-detector = DistilledDetector(fasterrcnn_mobilenet_v3_large_fpn(), expert, weight="auto:0.1")
+detector = DistilledDetector(fasterrcnn_mobilenet_v3_large_fpn(), expert, weight="auto:10")
 losses = detector(images, targets)  # as before, and "loss_distill"
 """
 

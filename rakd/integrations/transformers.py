@@ -1,7 +1,7 @@
 """Distillation in transformers' ``Trainer``: RT-DETR, RT-DETRv2, D-FINE, Deformable DETR and DETR.
 
 class DistillTrainer(DistillMixin, Trainer): ...
-DistillTrainer(model=model, expert=expert, distill={"weight": "auto:0.1"}, args=args, ...).train()
+DistillTrainer(model=model, expert=expert, distill={"weight": "auto:10"}, args=args, ...).train()
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Distillation in ultralytics' own trainer: YOLO and RT-DETR apprentices, any expert.
 
     from rakd.integrations.ultralytics import distill
-    distill(YOLO("yolo11n.yaml"), expert=YOLO("yolo11s.pt"), weight="auto:0.1").train(data="data.yaml", epochs=100)
+    distill(YOLO("yolo11n.yaml"), expert=YOLO("yolo11s.pt"), weight="auto:10").train(data="data.yaml", epochs=100)
 
 Ultralytics is AGPL-3.0 (or under a licence of its makers): using this module means using their package. This file holds
 nothing of it; it subclasses the trainer of the installed package.

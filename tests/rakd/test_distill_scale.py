@@ -195,7 +195,7 @@ def test_a_weight_as_a_share_of_the_task_loss() -> None:
     with pytest.raises(ValueError, match="task_loss: expected the apprentice's own loss"):
         make(weight="auto:0.1")(images(), BOXES, features())
     for wrong in ("auto", "auto:x", "auto:-1", "0.1"):
-        with pytest.raises(ValueError, match=r"weight: expected a number or 'auto:SHARE' such as 'auto:0.1'"):
+        with pytest.raises(ValueError, match=r"weight: expected a number or 'auto:SHARE' such as 'auto:10'"):
             make(weight=wrong)
 
 
