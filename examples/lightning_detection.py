@@ -37,4 +37,4 @@ def train(name, *distilling):
 
 print("expert:     mAP50-95", (expert := train("resnet34"))[1])
 print("apprentice: mAP50-95", train("resnet18")[1])
-print("distilled:  mAP50-95", train("resnet18", expert[0].backbone, "auto:1")[1])
+print("distilled:  mAP50-95", train("resnet18", expert[0].backbone, "auto:10")[1])

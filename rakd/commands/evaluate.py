@@ -1,5 +1,6 @@
 """``rakd evaluate``: score result files by the official KITTI rules, or by Waymo's."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -135,7 +136,8 @@ class Evaluate:
     def _split_file(self, split: Path) -> Path:
         """The file of a list that is given by its name."""
         # Where GT stands, not where a link leads: the lists beside it are those that training took.
-        named = self.gt.absolute().parent.parent / "ImageSets" / f"{split}.txt"
+        folder = Path(os.path.abspath(self.gt))  # noqa: PTH100 - resolve() would follow links
+        named = folder.parent.parent / "ImageSets" / f"{split}.txt"
         return named if split.name == str(split) and not split.is_file() and named.exists() else split
 
 

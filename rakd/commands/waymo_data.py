@@ -56,12 +56,16 @@ def format_waymo_tables(data: Path, detections: Path, frames: Sequence[str]) -> 
     from rakd.evaluation.waymo.scoring import MODES
 
     truth = data / "training" / "label_2"
-    tables = []
+    tables: list[str] = []
+    failed: list[UserError] = []
     for mode, iou in product(MODES, IOU):
         try:
             tables.append(format_table(evaluate(truth, detections, mode=mode, iou=iou, frames=frames)))
         except UserError as error:  # MonoDETR's scores may be above 1, which is no reason to lose the other tables
             tables.append(f"mode {mode}, IoU {iou}: {error}")
+            failed.append(error)
+    if len(failed) == len(tables):
+        raise failed[0]
     return "\n\n".join(tables)
 
 

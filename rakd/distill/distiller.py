@@ -203,10 +203,10 @@ class Distiller(Lifecycle):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._begin(step)
-        elif self.method is None or not all(scale.calls for scale in self._scales):
+        elif self.method is None or not all(scale.known for scale in self._scales):
             raise RuntimeError(
                 "Distiller: expected one step before torch.compile sees it; check() is enough without rescale=True, "
-                "normalize=True and weight='auto:...'"
+                "normalize=True and weight='auto:...', which are measured in a step with boxes"
             )
         loss = self._weighted(step, task_loss, update=not compiling)
         if not compiling:
@@ -346,7 +346,7 @@ class Distiller(Lifecycle):
         if weight.measuring and self.training and update:
             if task_loss is None:
                 raise ValueError("task_loss: expected the apprentice's own loss, of which weight='auto:...' is a share")
-            task = torch.as_tensor(task_loss)
+            task = torch.as_tensor(task_loss, dtype=None if isinstance(task_loss, Tensor) else torch.float64)
             if task.numel() != 1:
                 raise ValueError(f"task_loss: expected one number, got shape {list(task.shape)}")
             loss = step.loss(self.method, factor)

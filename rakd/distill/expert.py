@@ -67,27 +67,10 @@ def _used_by(function: types.FunctionType) -> Iterator[Any]:
                 yield function.__globals__[step.argval]
 
 
-def identity(value: Any, depth: int = 5) -> str:
-    """Text that tells functions apart, alike in every process: by their code, and the plain values that they use."""
-    parts: list[Any]
-    if isinstance(value, functools.partial):
-        parts = [value.func, *value.args, *value.keywords.items()]
-    elif isinstance(value, types.MethodType):
-        parts = [value.__self__, value.__func__]
-    elif isinstance(value, types.FunctionType):
-        parts = [value.__qualname__, value.__code__, *_used_by(value)]
-    elif isinstance(value, types.CodeType):
-        parts = [value.co_code.hex(), value.co_names, value.co_consts]
-    elif isinstance(value, (list, tuple)):
-        parts = list(value)
-    elif isinstance(value, dict):
-        parts = list(value.items())
-    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
-        return repr(value)
-    else:
-        parts, depth = [], 0
-    name = type(unwrap(value) if isinstance(value, nn.Module) else value).__qualname__
-    return name if depth == 0 else f"{name}({','.join(identity(part, depth - 1) for part in parts)})"
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Root mean square of a difference beside that of the second tensor."""
+    one, other = one.float(), other.float()
+    return float((one - other).square().mean().sqrt() / other.square().mean().sqrt().clamp(min=1e-30))
 
 
 def _missing_expert() -> None:
@@ -131,6 +114,7 @@ class Expert:
         self.hooks: FeatureHooks | None = None
         self.score_hooks: FeatureHooks | None = None
         self._print: tuple[tuple[Any, ...], str] | None = None
+        self._compared = False  # whether a batch from the cache was
         source, runs = given, given
         if isinstance(given, tuple) and len(given) == 2 and callable(given[1]) and not isinstance(given[1], nn.Module):
             source, runs = given
@@ -164,8 +148,8 @@ class Expert:
                 raise ValueError("scores: expected features= by names of modules as well, from the same run")
             self.score_hooks = FeatureHooks(self.roots[0], scores, "scores")
             names += tuple(self.score_hooks.names)
-        roots = [type(unwrap(root)).__name__ for root in self.roots]
-        self.described = f"{roots}:{identity([given, features])}:{names}:{layout}:{dtype}"
+        kind = type(unwrap(self.roots[0]) if self.roots else given).__name__
+        self.described = f"{kind}:{names}:{layout}:{dtype}"
         run: Callable[[Tensor], Any]
         if features is not None and not named:
             run = functools.partial(cast(Callable[..., Any], features), given)
@@ -216,7 +200,7 @@ class Expert:
                 root.to(self.dtype)
 
     def fingerprint(self) -> str:
-        """Hash of all that features depend on besides the image: parameters, buffers, and where the maps come from.
+        """Hash of what features depend on besides the image: parameters, buffers, and the names of the modules.
 
         The contents are hashed anew only when autograd's version counters, addresses or dtypes changed, which costs no
         look at the values. Changes through ``tensor.data`` are not seen.
@@ -236,12 +220,32 @@ class Expert:
         Args:
             images: The expert's input.
             keys: For the cache, one for each image: its id and the state of its augmentation.
+
+        Raises:
+            ValueError: The first batch with features from the cache has others there than the expert gives.
         """
         if self.cache is None or keys is None:
             return self._fresh(images)
         kind, autocast = self._autocast(images)
         precision = f"-{torch.get_autocast_dtype(kind)}" if autocast else ""
-        return self.cache.get(images, keys, self.fingerprint() + precision, self._fresh)
+        hits = self.cache.hits
+        found = self.cache.get(images, keys, self.fingerprint() + precision, self._fresh)
+        if not self._compared and self.cache.hits > hits:
+            self._compare(found[0], self._fresh(images)[0])
+            self._compared = True
+        return found
+
+    def _compare(self, cached: dict[str, Tensor], fresh: dict[str, Tensor]) -> None:
+        """Refuse features of another function, which no hash can tell apart, or of other images with these keys."""
+        for name, feature in fresh.items():
+            other = cached.get(name)
+            # Rounding differs between batches, and with the cache's dtype.
+            if other is None or other.shape != feature.shape or _distance(other, feature) > 0.05:
+                raise ValueError(
+                    f"cache: expected what the expert gives for this batch, got another map {name!r}: keys must hold "
+                    "all that an image's pixels depend on (its id, and its augmentation), and features= by another "
+                    "function needs a cache of its own"
+                )
 
     def _autocast(self, images: Any) -> tuple[str, bool]:
         """Kind of device, and whether the expert runs in the autocast that is on there."""

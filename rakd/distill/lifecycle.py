@@ -1,6 +1,7 @@
 """Life of a distiller's expert and apprentice: attached, copied, moved, saved and detached."""
 
 import json
+import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 LEFT_OUT = "a function that was left out of the pickle"
 """In the place of the expert's ``features``."""
+
+
+def _is_portable(function: Any) -> bool:
+    """Whether a pickle can hold a function, with no network in it."""
+    if find_modules(function):
+        return False
+    try:
+        pickle.dumps(function)
+    except Exception:  # functions inside others, and whatever a partial holds
+        return False
+    return True
 
 
 class Lifecycle(nn.Module):
@@ -198,12 +210,14 @@ class Lifecycle(nn.Module):
         energy = None if self._energy is None else content["energy"]
         # Files of earlier versions do not tell.
         before = content.get("measured", self._measured)
-        for name in ("method", "normalize") if share and share[0] else ("method",) if energy and energy[0] else ():
-            if before[name] != self._measured[name]:
-                raise ValueError(
-                    f"{name}: expected {before[name]!r}, for whose loss the saved scale was measured, "
-                    f"got {self._measured[name]!r}"
-                )
+        counted = [state is not None and state[0] > 0 for state in (share, energy)]  # calls
+        for name, matters in (("method", any(counted)), ("normalize", counted[0])):
+            if not matters or before[name] == self._measured[name]:
+                continue
+            raise ValueError(
+                f"{name}: expected {before[name]!r}, for whose loss the saved scale was measured, got "
+                f"{self._measured[name]!r}; to measure anew, start without the saved state, or give a number as weight"
+            )
         if not self._facts.complete:
             self._facts = Facts.load(content["facts"])
         if self.method is None and self._facts.complete:
@@ -218,12 +232,13 @@ class Lifecycle(nn.Module):
     @property
     def _measured(self) -> dict[str, Any]:
         """What the scales of the loss depend on."""
-        return {"method": self._method_name, "normalize": self._energy is not None}
+        method = self._method_name or type(self.method).__name__
+        return {"method": method, "normalize": self._energy is not None}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process: functions cannot be pickled, optimizers hold their own copies."""
+        """Leave out what belongs to this process: functions of it, and optimizers, which hold their own copies."""
         settings = {**self._expert_settings, "cache": None}
-        if callable(settings["features"]):
+        if callable(settings["features"]) and not _is_portable(settings["features"]):
             settings["features"] = LEFT_OUT
         return {**self.__dict__, "_optimizers": [], "_expert_settings": settings, "_owns_expert": False}
 

@@ -60,6 +60,11 @@ class UnitScale:
         self.squares = torch.zeros(())
         self.counts = torch.zeros(())
 
+    @property
+    def known(self) -> bool:
+        """Whether maps were measured."""
+        return self.calls > 0
+
     def update(self, maps: Sequence[Tensor]) -> None:
         """Count a call with its maps.
 
@@ -162,6 +167,7 @@ class TaskShare:
         self.calls = 0
         self.task: Tensor | float = 0.0
         self.loss: Tensor | float = 0.0
+        self.known = False  # whether there was a loss to compare with
 
     @property
     def measuring(self) -> bool:
@@ -177,8 +183,9 @@ class TaskShare:
             ValueError: The task loss is negative: a share of it would be a weight that drives the apprentice away from
                 the expert, and a share of a loss that passes through 0 may be any weight.
         """
-        pair = mean_over_processes(torch.stack([_exact(task), _exact(loss).to(task.device)]))
+        pair = mean_over_processes(torch.stack([_exact(task).to(loss.device), _exact(loss)]))
         value, other = pair.tolist()
+        self.known = self.known or other > 0
         if not math.isfinite(value + other):
             return
         if value < 0:
@@ -202,6 +209,7 @@ class TaskShare:
     def load(self, state: list[float]) -> None:
         """Take up `state`."""
         self.calls, self.task, self.loss = int(state[0]), state[1], state[2]
+        self.known = self.loss > 0
 
 
 def parse_weight(weight: Any, default: float) -> float | TaskShare:

@@ -60,7 +60,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         self._reads_batch = batch is None
         self._settings = {"expert": expert, "weight": weight, "method": method, "apprentice_features": "", **options}
         self._waiting: Any = None
-        self._added = False  # with manual optimisation: whether any step has had the loss
+        self._stepped = self._added = False  # with manual optimisation: whether a step was done, and had the loss
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Hook the apprentice, and stand before the module's training step.
@@ -70,13 +70,14 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         """
         if stage != "fit":
             return
-        if self._reads_batch:
-            self._refuse_resizing(pl_module)
         network = pl_module.get_submodule(self._apprentice)
         if self.distiller is None:
             self.distiller = Distiller(apprentice=network, **self._settings)
         else:
             self.distiller.attach(expert=self._settings["expert"], apprentice=network)
+        if self._reads_batch:
+            self._refuse_resizing(pl_module, network)
+        self._stepped = self._added = False
         step, backward = pl_module.training_step, pl_module.manual_backward
 
         @functools.wraps(step)
@@ -85,7 +86,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
             self._waiting = batch
             result = step(*args, **kwargs)
             if not pl_module.automatic_optimization or result is None:
-                self._added |= self._waiting is None
+                self._stepped, self._added = True, self._added or self._waiting is None
                 self._waiting = None
                 return result
             loss = result["loss"] if isinstance(result, dict) else result
@@ -98,12 +99,13 @@ class DistillCallback(Callback_):  # type: ignore[misc]
 
         pl_module.training_step, pl_module.manual_backward = training_step, manual_backward
 
-    def _refuse_resizing(self, pl_module: Any) -> None:
-        parts = self._apprentice.split(".") if self._apprentice else []
-        for count in range(len(parts) + 1):
-            name = ".".join(parts[:count])
-            transform = getattr(pl_module.get_submodule(name), "transform", None)
-            if type(transform).__name__ == "GeneralizedRCNNTransform":
+    def _refuse_resizing(self, pl_module: nn.Module, network: nn.Module) -> None:
+        """Refuse a detector of torchvision around the modules whose maps are taken."""
+        hooks = self.distiller._hooks if self.distiller is not None else None
+        taken = {id(module) for module in (hooks.modules if hooks is not None else [network])}
+        for name, module in pl_module.named_modules():
+            kinds = {kind.__name__ for kind in type(getattr(module, "transform", None)).__mro__}
+            if "GeneralizedRCNNTransform" in kinds and taken & {id(part) for part in module.modules()}:
                 place = f"{name}.transform".lstrip(".")
                 raise ValueError(
                     f"batch: expected a function that gives the images and boxes that the backbone saw, as {place} "
@@ -117,10 +119,10 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         Raises:
             RuntimeError: No step has called ``manual_backward``.
         """
-        if not pl_module.automatic_optimization and not self._added:
+        if not pl_module.automatic_optimization and self._stepped and not self._added:
             raise RuntimeError(
                 "training_step: expected self.manual_backward(loss), to which the distillation loss is added, but no "
-                "step of the epoch called it"
+                "step so far called it"
             )
 
     def _add(self, pl_module: Any, loss: Tensor) -> Tensor:

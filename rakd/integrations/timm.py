@@ -75,8 +75,7 @@ def distill(
         options["features"] = partial(_take, levels=levels)
         options.setdefault("expert_channels", tuple(theirs[1][level] for level in levels))
         options.setdefault("expert_layout", theirs[2])
-    if "expert_images" not in options:
-        _warn_of_normalisation(expert, apprentice)
+    _warn_of_normalisation(expert, apprentice)
     return Distiller(expert, method, weight, apprentice=apprentice, **options)
 
 

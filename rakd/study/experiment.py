@@ -181,18 +181,20 @@ class Experiment:
         orphan = broadcast_object(self.processes, self._orphan)
         if orphan is not None:
             raise UserError(
-                f"{self.out / orphan.name} holds a run taught by an expert that is gone, {orphan.taught_by}; another "
-                "expert would be compared with it: remove its folder too, or choose another folder"
+                f"{self.out / orphan.name} holds a run taught by an expert that is gone, {orphan.taught_by}, and would "
+                f"be compared with another: remove {orphan.name} too, or choose another folder"
             )
         if self.processes.is_main:
             write_text(path, json.dumps(here, indent=1) + "\n")
 
     def _orphan(self) -> Run | None:
         """A run that has begun, of whose expert's training nothing is left."""
-        taught = (run for run in self.plan if run.taught_by and self.plan[0].trained is None)
-        for run in taught:
+        if self.plan[0].trained is not None:  # its file is looked at
+            return None
+        for run in self.plan:
             files = [self.out / str(run.taught_by) / name for name in ("checkpoint.pt", "detector.pt")]
-            if (self.out / run.name / "checkpoint.pt").exists() and not any(file.exists() for file in files):
+            begun = run.taught_by and (self.out / run.name / "checkpoint.pt").exists()
+            if begun and not any(file.exists() for file in files):
                 return run
         return None
 

@@ -288,9 +288,10 @@ def test_a_linked_folder_has_the_lists_beside_the_link(scenes, results, tmp_path
     first = find_frames(scenes, "val")[0].id
     (tmp_path / "ImageSets" / "val.txt").write_text(f"{first}\n")
     (tmp_path / "one.txt").write_text(f"{first}\n")
-    for truth, split in (("training/label_2", "val"), (str(scenes / "training" / "label_2"), "one.txt")):
+    whole = str(scenes / "training" / "label_2")
+    for truth, split in ((whole, "one.txt"), ("training/label_2", "val"), ("training/image_2/../label_2", "val")):
         assert main(["evaluate", truth, str(results), "--split", split, "--json", f"{split}.json"]) == 0
-    assert Path("val.json").read_text() == Path("one.txt.json").read_text()
+        assert Path(f"{split}.json").read_text() == Path("one.txt.json").read_text()
 
 
 def test_other_files_beside_results_are_passed_over(scenes, results, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -215,11 +216,20 @@ def take_maps(network: Any, x: Tensor) -> list[Tensor]:
     return network.features(x)  # type: ignore[no-any-return]
 
 
+def take_other(network: Any, x: Tensor, *, other: Any) -> list[Tensor]:
+    return take_maps(other, x)
+
+
 def test_a_function_that_a_pickle_left_out_is_asked_for() -> None:
     expert, apprentice = Network((4, 6, 8), seed=1), Network(seed=2)
-    distiller = Distiller(expert, features=take_maps, canonical_size=24)
-    expected = distiller(images(), BOXES, apprentice.features(images()))
-    twin = pickle.loads(pickle.dumps(distiller))
+    expected = Distiller(expert, features=take_maps, canonical_size=24)(images(), BOXES, apprentice.features(images()))
+    kept = pickle.loads(pickle.dumps(Distiller(expert, features=take_maps, canonical_size=24)))
+    kept.attach(expert=expert)
+    assert torch.equal(kept(images(), BOXES, apprentice.features(images())), expected)
+    inside = functools.partial(lambda network, x: network.features(x))
+    twin = pickle.loads(pickle.dumps(Distiller(expert, features=inside, canonical_size=24)))
+    holds = Distiller(expert, features=functools.partial(take_other, other=expert), canonical_size=24)
+    assert len(pickle.dumps(holds)) < len(pickle.dumps(expert))
     with pytest.raises(ValueError, match=r"features: expected again, .* attach\(expert=Expert\(network, features="):
         twin.attach(expert=expert)
     twin.attach(expert=Expert(expert, features=take_maps))
@@ -332,6 +342,10 @@ def test_the_distiller_itself_compiles(boxes: Any, options: dict[str, Any]) -> N
     if options:  # nothing has been measured: compiled, factors would be 1, or 0, for ever
         with pytest.raises(Exception, match=needed):
             compiled(images(), boxes, features, task_loss=task)
+        if options.keys() & {"weight", "normalize"}:  # nor in a step without boxes
+            distiller(images(), [torch.zeros(0, 4)] * 2, features, task_loss=task)
+            with pytest.raises(Exception, match=needed):
+                compiled(images(), boxes, features, task_loss=task)
         distiller(images(), boxes, features, task_loss=task)
         torch._dynamo.reset()
     expected = distiller(images(), boxes, features, task_loss=task)

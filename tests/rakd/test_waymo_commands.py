@@ -17,6 +17,7 @@ from rakd.commands.waymo_data import format_waymo_tables
 from rakd.data.frames import find_frames
 from rakd.data.labels import read_labels, read_results, write_objects
 from rakd.detector.configs import DETECTORS
+from rakd.errors import UserError
 from rakd.evaluation.waymo import evaluate, read_bin
 from rakd.study.experiment import Experiment
 from rakd.study.settings import STUDIES
@@ -80,6 +81,9 @@ def test_scores_above_1_cost_the_official_tables_alone(converted, perfect, tmp_p
     text = format_waymo_tables(converted, tmp_path, frames)
     assert text.count("mode official, IoU ") == text.count("scores must lie in 0..1, they reach from 0.7 to 1.5") == 2
     assert text.count("AP [pct]") == 2 and "AP [official]" not in text
+    (tmp_path / f"{frames[0]}.txt").write_text("no result\n")
+    with pytest.raises(UserError, match=f"{frames[0]}.txt"):  # costs all tables, and is no table
+        format_waymo_tables(converted, tmp_path, frames)
 
 
 def test_train_reads_parquet_files(waymo, quick, tmp_path, capsys):
