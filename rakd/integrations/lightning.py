@@ -101,12 +101,14 @@ class DistillCallback(Callback_):  # type: ignore[misc]
 
     def _refuse_resizing(self, pl_module: nn.Module, network: nn.Module) -> None:
         """Refuse a detector of torchvision around the modules whose maps are taken."""
-        hooks = self.distiller._hooks if self.distiller is not None else None
+        assert self.distiller is not None
+        hooks = self.distiller._hooks
         taken = {id(module) for module in (hooks.modules if hooks is not None else [network])}
         for name, module in pl_module.named_modules():
             kinds = {kind.__name__ for kind in type(getattr(module, "transform", None)).__mro__}
             if "GeneralizedRCNNTransform" in kinds and taken & {id(part) for part in module.modules()}:
                 place = f"{name}.transform".lstrip(".")
+                self.distiller.close()
                 raise ValueError(
                     f"batch: expected a function that gives the images and boxes that the backbone saw, as {place} "
                     "resizes and pads them; or put rakd.integrations.torchvision.DistilledDetector into the module, "

@@ -132,8 +132,10 @@ def test_a_detector_that_resizes_images_needs_to_say_what_its_backbone_saw(tmp_p
 
     torch.manual_seed(0)
     options = {"apprentice": "net.backbone", "weight": 1.0, "normalize": False}
+    refused = Detecting()
     with pytest.raises(ValueError, match=r"batch: expected a function .* as net.transform resizes .*DistilledDetector"):
-        fit(Detecting(), tmp_path / "refused", callbacks=[callback(**options)])
+        fit(refused, tmp_path / "refused", callbacks=[callback(**options)])
+    assert not any(m._forward_hooks for m in refused.modules())
     with pytest.raises(ValueError, match=r"as net.transform resizes"):
         names = {"apprentice": "", "apprentice_features": "net.backbone"}
         fit(Detecting(), tmp_path / "by name", callbacks=[callback(**options | names)])
