@@ -302,7 +302,7 @@ def test_distill_hands_its_options_on(
         (["--weight", "nan"], "weights must be positive, got nan for"),
         (["--rescale", "no"], "weights must hold one for each method, pkd, rakd lack one: --weight METHOD=W"),
         (["--rescale", "no", "--weight", "rakd=1"], "weights must hold one for each method, pkd lack one"),
-        (["--methods", "rakd", "cwd"], "weights must hold one for each method, cwd lack one"),
+        (["--methods", "rakd", "fgd_attention"], "weights must hold one for each method, fgd_attention lack one"),
         (["--steps", "0"], "steps must be 1 or more, got 0"),
         (["--photometric", "2"], "photometric must lie in 0..1, got 2"),
         (["--feature-cache", "-1"], "--feature-cache: expected 0 or a number of GiB, got -1.0"),

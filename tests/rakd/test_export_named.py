@@ -42,7 +42,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     detector = config.build().eval()
     path = tmp_path_factory.mktemp("onnx") / "detector.onnx"
     export_onnx(detector, path)
-    return detector, OnnxDetector(path, threads=1)
+    return detector, OnnxDetector(path)
 
 
 def make(frame: Frame, detector: Model) -> Sample:
