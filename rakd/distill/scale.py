@@ -185,7 +185,6 @@ class TaskShare:
         """
         pair = mean_over_processes(torch.stack([_exact(task).to(loss.device), _exact(loss)]))
         value, other = pair.tolist()
-        self.known = self.known or other > 0
         if not math.isfinite(value + other):
             return
         if value < 0:
@@ -195,6 +194,7 @@ class TaskShare:
             )
         self.task = number_on(pair.device, self.task) + pair[0]
         self.loss = number_on(pair.device, self.loss) + pair[1]
+        self.known = self.known or other > 0
         self.calls += 1
 
     def factor(self, device: torch.device) -> Tensor:
