@@ -84,18 +84,7 @@ class StudySettings:
 # The paper's methods are compared at one weight, the others at their own.
 _WEIGHTS = {name: 1.0 if spec.role else spec.weight for name, spec in METHODS.items()}
 
-# For experts whose maps are rescaled: the best of those that were tried on frames that no table is evaluated on, with a
-# seed of their own (docs/evidence.md). Methods that are not here have none yet.
-_RESCALED = {
-    "pkd": 6.0,
-    "semckd": 200.0,
-    "l_roi": 60.0,
-    "hfa": 40.0,
-    "rakd": 150.0,
-    "box_l2": 120.0,
-    "cwd": 7.0,
-    "mgd": 5.8e-4,
-}
+_RESCALED = {name: spec.rescaled_weight for name, spec in METHODS.items() if spec.rescaled_weight is not None}
 
 _TINY = TrainSettings(
     steps=250,
