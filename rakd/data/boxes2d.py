@@ -75,9 +75,9 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
     out = Path(out).absolute()
     frames = {split: find_frames(Path(data), split) for split in ("train", "val")}
     for split, wanted in frames.items():
-        names = {frame.image.name for frame in wanted}
+        own = {frame.image.name for frame in wanted}
         for there in sorted((out / "images" / split).glob("[!.]*")):
-            if there.name not in names:
+            if there.name not in own:
                 raise UserError(f"out: expected a folder with no other images, got {there}")
     for split, wanted in frames.items():
         for frame in wanted:
@@ -90,8 +90,8 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
                 box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
                 lines.append(" ".join([str(label), *(f"{value:.6f}" for value in box)]) + "\n")
             write_text(out / "labels" / split / f"{frame.image.stem}.txt", "".join(lines))
-    listed = "".join(f"  {number}: {name}\n" for number, name in enumerate(CLASSES))
-    settings = f"path: {out}\ntrain: images/train\nval: images/val\nnames:\n{listed}"
+    names = "".join(f"  {number}: {name}\n" for number, name in enumerate(CLASSES))
+    settings = f"path: {out}\ntrain: images/train\nval: images/val\nnames:\n{names}"
     write_text(out / "data.yaml", settings)
     return out / "data.yaml"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rakd.distill.cache import FeatureCache, fingerprint
 from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, unwrap
 from rakd.distill.outputs import Layout, find_maps
+from rakd.distill.scale import mean_square
 
 
 def find_modules(given: Any, depth: int = 3) -> list[nn.Module]:
@@ -65,12 +66,6 @@ def _used_by(function: types.FunctionType) -> Iterator[Any]:
         for step in dis.get_instructions(code):
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
                 yield function.__globals__[step.argval]
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Root mean square of a difference beside that of the second tensor."""
-    one, other = one.float(), other.float()
-    return float((one - other).square().mean().sqrt() / other.square().mean().sqrt().clamp(min=1e-30))
 
 
 def _missing_expert() -> None:
@@ -239,8 +234,9 @@ class Expert:
         """Refuse features of another function, which no hash can tell apart, or of other images with these keys."""
         for name, feature in fresh.items():
             other = cached.get(name)
-            # Rounding differs between batches, and with the cache's dtype.
-            if other is None or other.shape != feature.shape or _distance(other, feature) > 0.05:
+            # Rounding differs between batches, and with the cache's dtype: a root mean square of 5 % is no rounding.
+            limit = 0.05**2 * mean_square(feature)
+            if other is None or other.shape != feature.shape or mean_square(other - feature) > limit:
                 raise ValueError(
                     f"cache: expected what the expert gives for this batch, got another map {name!r}: keys must hold "
                     "all that an image's pixels depend on (its id, and its augmentation), and features= by another "

@@ -134,7 +134,6 @@ class FeatureHooks:
         # the distiller.
         self.modules = [self._find(network, name) for name, _ in self.names]
         self._handles: list[Any] = []
-        self.closed = True
         self.open()
 
     def open(self) -> None:
