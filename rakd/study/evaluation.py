@@ -92,12 +92,13 @@ def _draw(
     # A run beside this one with a figure wherever there are objects: averages are over these classes and levels.
     other = next(method for method in METHODS if method != run.method)
     for draw in bar(draw_frames(frames, draws), desc="drawing frames", delay=2.0, disable=not progress):
-        own: Precisions = {}
-        whole: Precisions = {}
-        for overlaps, results in resampler.evaluate(draw).items():
-            zeros = [0.0] * len(LEVELS)
-            own[overlaps] = {"3d": {name: _counted(of["R40"], of["objects"]) for name, of in results.items()}}
-            whole[overlaps] = {"3d": {name: _counted(zeros, of["objects"]) for name, of in results.items()}}
+        own: Precisions = {name: {} for name in resampler.prepared}
+        whole: Precisions = {name: {} for name in resampler.prepared}
+        for kind in ("3d", "bev"):
+            for overlaps, results in resampler.evaluate(draw, kind).items():
+                zeros = [0.0] * len(LEVELS)
+                own[overlaps][kind] = {name: _counted(of["R40"], of["objects"]) for name, of in results.items()}
+                whole[overlaps][kind] = {name: _counted(zeros, of["objects"]) for name, of in results.items()}
         depth = resampler.depth.figures(np.bincount(draw, minlength=frames))
         there = StudyResult((replace(run, precisions=own, depth=depth), RunResult(other, run.seed, whole)))
         for metric in PRIMARY:

@@ -69,6 +69,8 @@ class Metric:
 PRIMARY = (
     Metric("3d", "Car", "moderate", "official"),
     Metric("3d", "Car", "moderate", "loose"),
+    Metric("bev", "Car", "moderate", "official"),
+    Metric("bev", "Car", "moderate", "loose"),
     Metric("3d", MEAN, MEAN, "official"),
     Metric("3d", MEAN, MEAN, "loose"),
     Metric("abs_rel", ALL),
