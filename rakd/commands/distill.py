@@ -94,7 +94,7 @@ class Distill:
     name. May be repeated; the last counts."""
 
     option: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="METHOD.NAME=VALUE")]] = ()
-    """An argument of a method's class (rakd.distill.METHODS; its documentation lists them) instead of its own value:
+    """An argument of a method's class (rakd.distill.registry.METHODS names it) instead of its own value:
     --option rakd.sigma=0.5 --option rakd.output_size=19. May be repeated; the last counts."""
 
     rescale: Literal["yes", "no"] | None = None

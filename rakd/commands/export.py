@@ -23,7 +23,7 @@ class Export:
     """
 
     detector: Annotated[Positional[str], arg(metavar="DETECTOR")]
-    """File detector.pt of a run, or a name (tiny, tiny-expert, small, kitti-r18, kitti-r50; random weights)."""
+    """File detector.pt of a run, or a name (see rakd train --help; random weights)."""
 
     out: Annotated[Path, arg(metavar="FILE")] = Path("detector.onnx")
     """File to write."""

@@ -18,7 +18,7 @@ class Latency:
     """
 
     detectors: Annotated[Positional[tuple[str, ...]], arg(metavar="DETECTOR...")] = ("tiny-expert", "tiny")
-    """Names (tiny, tiny-expert, small, kitti-r18, kitti-r50; random weights), files detector.pt of runs, or .onnx files
+    """Names (see rakd train --help; random weights), files detector.pt of runs, or .onnx files
     of rakd export."""
 
     forms: tuple[Literal["eager", "compiled", "onnxruntime"], ...] = ("eager",)
