@@ -301,10 +301,21 @@ class BuildLibraries(build_ext):
             "cuda_built": self.cuda.build,
             "cuda_reason": self.cuda.reason,
             "cuda_architectures": tuple(self.architectures),
+            "cuda_toolkit": toolkit_version(self.cuda.home) if self.cuda.build and self.cuda.home else "",
         }
         lines = ['"""How the compiled libraries were built; written by setup.py."""', ""]
         lines += [f"{key} = {value!r}" for key, value in info.items()]
         (package / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+
+def toolkit_version(home: Path) -> str:
+    """Version of a CUDA toolkit, such as "13.0"; empty if no header tells."""
+    for header in [home / "include" / "cuda_runtime_api.h", *home.glob("targets/*/include/cuda_runtime_api.h")]:
+        text = header.read_text(errors="replace") if header.is_file() else ""
+        found = re.search(r"^#define CUDART_VERSION\s+(\d+)", text, re.MULTILINE)
+        if found:
+            return f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
+    return ""
 
 
 def extension(name: str) -> Extension:

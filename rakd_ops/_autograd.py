@@ -128,6 +128,8 @@ class _DistillTotal(torch.autograd.Function):
         # Where nobody will read the saved tensors again, they become the result: no further memory, and no pass over
         # it where the factor is 1.
         last = not torch.compiler.is_compiling() and not _graph_is_kept()
+        if last and gradient.is_cuda:  # a captured backward may be replayed without the forward that left them
+            last = not torch.cuda.is_current_stream_capturing()
         if last and ctx.backend == "cuda" and all(map(is_dense, saved)):  # hooks on saved tensors may change layouts
             op("scale_gradients", "cuda")(saved, gradient)
             scaled = saved

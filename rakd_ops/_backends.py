@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,7 +64,11 @@ def _load_cuda() -> str | None:
 
 def _find_triton() -> str | None:
     # Looked for and not imported: that takes seconds, and happens when the first of its ops runs.
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if TRITON_INTERPRETED or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "triton compiles a C file at its first launch and finds no compiler (CC, gcc, clang)"
 
 
 # Why each backend's code is not there, or None. Filled by load_backends(), a plain dict so that torch.compile can read
@@ -107,12 +113,38 @@ def explain_mismatch(architectures: Iterable[str], capability: tuple[int, int]) 
     return f"the CUDA library was built for {built}; the device has {device}. Build with TORCH_CUDA_ARCH_LIST={device}"
 
 
+def _driver_version() -> int | None:
+    """Latest CUDA that the driver supports: 12080 is 12.8. None where none tells."""
+    try:
+        ask = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion
+    except (OSError, AttributeError):
+        return None
+    version = ctypes.c_int()
+    return version.value if ask(ctypes.byref(version)) == 0 else None
+
+
+def explain_driver(toolkit: str, driver: int | None) -> str | None:
+    """Return why a driver is too old for a library's CUDA runtime, or None.
+
+    Args:
+        toolkit: Version that the library was built with, ``"13.0"``; empty: not on record.
+        driver: Latest CUDA that the driver supports, 12080 is 12.8; None: not known.
+
+    Source:
+        CUDA Compatibility, "Minor Version Compatibility": a runtime needs a driver of its major version or newer.
+    """
+    if not toolkit or driver is None or driver // 1000 >= int(toolkit.partition(".")[0]):
+        return None
+    here = f"{driver // 1000}.{driver % 1000 // 10}"
+    return f"the CUDA library was built with CUDA {toolkit}; the driver here supports {here}: update it or build anew"
+
+
 # Per device, so that it is asked once.
 _MISMATCHES: dict[int, str | None] = {}
 
 
 def _mismatch(index: int) -> str | None:
-    """Return why the CUDA library has no code for a device, or None."""
+    """Return why the CUDA library cannot run on a device, or None."""
     if index not in _MISMATCHES:
         try:
             capability = torch.cuda.get_device_capability(index)
@@ -120,7 +152,8 @@ def _mismatch(index: int) -> str | None:
             return None  # fake tensors on a machine without a GPU: nothing will run here
         architectures = build_info().get("cuda_architectures", ())
         assert isinstance(architectures, tuple)
-        _MISMATCHES[index] = explain_mismatch(architectures, capability)
+        outdated = explain_driver(str(build_info().get("cuda_toolkit", "")), _driver_version())
+        _MISMATCHES[index] = outdated or explain_mismatch(architectures, capability)
     return _MISMATCHES[index]
 
 

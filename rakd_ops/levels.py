@@ -5,6 +5,8 @@ Compiled code has its own copy in ``csrc/geometry.h``; the tests hold the two eq
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,12 @@ def weigh_levels(
     name = ASSIGNMENTS[assignment]
     if name == "uniform":
         return boxes.new_full((boxes.shape[0], count), 1.0 / count)
-    levels = torch.tensor(strides, dtype=torch.float64, device=boxes.device).log2()
+    # Filled where it is: a copy of Python's numbers to a GPU would wait for it, and cannot be captured in a graph.
+    numbers = [math.log2(stride) for stride in strides]
+    levels = torch.cat([boxes.new_full((1,), number) for number in numbers])
     width, height = boxes[:, 3] - boxes[:, 1], boxes[:, 4] - boxes[:, 2]
     continuous = canonical_level + torch.log2((width * height).clamp(min=0).sqrt() / canonical_size)
-    continuous = continuous.clamp(min=levels[0], max=levels[-1])[:, None]
+    continuous = continuous.clamp(min=numbers[0], max=numbers[-1])[:, None]
     if name == "hard":
         # The coarsest level not above m + epsilon: floor(m + epsilon) where levels are consecutive integers.
         chosen = (levels <= continuous + LEVEL_EPSILON).sum(dim=1).clamp(min=1) - 1

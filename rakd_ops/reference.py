@@ -112,8 +112,8 @@ def prepare_boxes(inputs: BoxInputs, options: RoIOptions) -> tuple[Tensor, Tenso
     most = torch.inf if inputs.images is None else inputs.images
     good = rows.isfinite().all(dim=1) & (images == images.floor()) & (images >= 0) & (images < most)
     good &= (rows[:, 1] <= rows[:, 3]) & (rows[:, 2] <= rows[:, 4])
-    nobody = torch.tensor([-1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=rows.device)
-    rows = torch.where(good[:, None], rows, nobody)
+    sides = torch.where(good[:, None], rows[:, 1:], 0.0)
+    rows = torch.cat([torch.where(good, images, -1.0)[:, None], sides], dim=1)
     weights = inputs.level_weights
     if weights is None:
         weights = weigh_levels(rows, options.strides, *options.rule)

@@ -140,11 +140,17 @@ def test_what_was_built_is_recorded(setup: ModuleType, monkeypatch: pytest.Monke
     command.torch_version, command.cxx = "2.11.0", ["true"]
     command.cuda = setup.CudaDecision(True, "because", tmp_path)
     command.architectures = ["7.5", "12.0", "12.0+PTX"]
+    include = tmp_path / "targets" / "x86_64-linux" / "include"  # as conda has it
+    include.mkdir(parents=True)
+    (include / "cuda_runtime_api.h").write_text("/* */\n#define CUDART_VERSION  12060\n")
     command.write_build_info()
     found: dict[str, object] = {}
     exec((tmp_path / "_build_info.py").read_text(), found)
     assert found["cuda_architectures"] == ("7.5", "12.0", "12.0+PTX")
     assert (found["cuda_built"], found["cuda_reason"]) == (True, "because")
+    assert found["cuda_toolkit"] == "12.6"
+    (include / "cuda_runtime_api.h").unlink()
+    assert setup.toolkit_version(tmp_path) == ""
 
 
 def test_compiler(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

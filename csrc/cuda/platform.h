@@ -45,7 +45,10 @@
 #define RAKD_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 // kernel<<<grid, block, shared bytes, stream>>>(arguments...); `kernel` may be a template instance in parentheses.
-#define RAKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+// Nothing is launched after a launch that failed, whose results it might read; RAKD_CHECK_LAUNCH then tells.
+#define RAKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                               \
+  do {                                                                                                            \
+    if (cudaPeekAtLastError() == cudaSuccess) kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__); \
+  } while (false)
 
 #endif

@@ -31,6 +31,9 @@ from rakd.training.model import make_distillation_model
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 from rakd_ops import level_weights, multilevel_roi_align, soft_roi_distill
+from rakd_ops._autograd import prepare
+from rakd_ops._inputs import BoxInputs
+from rakd_ops._options import check_options
 
 torch.backends.cudnn.enabled = False  # its operations have no twin on the CPU
 for attention in ("flash", "mem_efficient", "cudnn"):  # nor have these; what is left is made of others
@@ -240,6 +243,38 @@ def test_operators_do_not_wait(gpu: FakeCuda) -> None:
     assert gpu.waits == []
     for assignment in ("soft", "hard", "uniform"):
         assert level_weights(boxes, assignment=assignment).device == GPU
+
+
+@pytest.mark.parametrize("assignment", ["soft", "hard", "uniform"])
+def test_boxes_are_prepared_for_triton_without_a_wait(assignment: Any, gpu: FakeCuda) -> None:
+    boxes = torch.tensor([[0.0, 1, 2, 40, 50], [1, 10, 3, 90, 60], [7, 1, 1, 9, 9], [0, 8, 8, 4, 9]])
+    inputs, options = BoxInputs([boxes], None, None, 2, True), check_options(assignment=assignment)
+    expected = prepare(inputs, options, "triton")
+    inputs = inputs._replace(boxes=[boxes.to(GPU)])
+    gpu.waits.clear()
+    found = prepare(inputs, options, "triton")
+    assert gpu.waits == []
+    assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, expected, strict=True))
+    # The third box's image and the fourth's sides are wrong.
+    assert expected[0][:, 0].tolist() == [0.0, 1.0, -1.0, -1.0]
+    assert not expected[0][2:, 1:].any()
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_saved_gradients_stay_where_a_graph_may_be_replayed(
+    captured: bool, gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward alone may be replayed, and must then find what the forward left, not a product of itself."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    maps = [torch.rand(1, 8, 64 // s, 96 // s, device=GPU, requires_grad=True) for s in (4, 8, 16, 32)]
+    expert = [torch.rand_like(m) for m in maps]
+    loss = soft_roi_distill(maps, expert, [torch.tensor([[1.0, 2, 40, 50]]).to(GPU)])
+    saved = list(loss.grad_fn.saved_tensors)
+    before = [s.cpu().clone() for s in saved]
+    (0.5 * loss).backward()
+    factor = 1.0 if captured else 0.5
+    assert all(torch.equal(ours.cpu(), factor * theirs) for ours, theirs in zip(saved, before, strict=True))
+    assert all(torch.equal(m.grad.cpu(), 0.5 * theirs) for m, theirs in zip(maps, before, strict=True))
 
 
 def test_the_mode_refuses_what_cuda_refuses(gpu: FakeCuda) -> None:

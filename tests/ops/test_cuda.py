@@ -12,6 +12,7 @@ from cases import backend_params, pyramid, random_boxes
 from rakd_ops import level_weights, multilevel_roi_align, reference, soft_roi_distill
 
 pytestmark = [param for backend in backend_params("cuda") for param in backend.marks]
+backends = pytest.mark.parametrize("backend", backend_params("cuda", "triton"))
 
 
 def inputs(device: str = "cuda", images: int = 2) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
@@ -20,9 +21,11 @@ def inputs(device: str = "cuda", images: int = 2) -> tuple[list[torch.Tensor], l
     return maps, expert, random_boxes(60, images, 256, 512).to(device)
 
 
-def step(maps: list[torch.Tensor], expert: list[torch.Tensor], boxes: torch.Tensor) -> list[torch.Tensor]:
-    loss = soft_roi_distill(maps, expert, boxes, backend="cuda")
-    pooled = multilevel_roi_align(maps, boxes, backend="cuda")
+def step(
+    maps: list[torch.Tensor], expert: list[torch.Tensor], boxes: torch.Tensor, backend: str = "cuda"
+) -> list[torch.Tensor]:
+    loss = soft_roi_distill(maps, expert, boxes, backend=backend)
+    pooled = multilevel_roi_align(maps, boxes, backend=backend)
     return [loss, pooled, *torch.autograd.grad(loss + pooled.square().mean(), maps)]
 
 
@@ -33,28 +36,49 @@ def test_same_bits_in_a_hundred_runs() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, step(*call), strict=True))
 
 
-def test_a_step_can_be_captured_in_a_graph() -> None:
+@backends
+def test_a_step_can_be_captured_in_a_graph(backend: str) -> None:
     maps, expert, boxes = inputs()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(maps, expert, boxes)  # warm-up outside of the capture
+        step(maps, expert, boxes, backend)  # warm-up outside of the capture
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(maps, expert, boxes)
+        captured = step(maps, expert, boxes, backend)
     for seed in (3, 4):  # other values in the same memory
         with torch.no_grad():
             for m in maps:
                 m.copy_(torch.randn_like(m))
             boxes.copy_(random_boxes(60, 2, 256, 512, seed=seed))
         graph.replay()
-        for a, b in zip(captured, step(maps, expert, boxes), strict=True):
+        for a, b in zip(captured, step(maps, expert, boxes, backend), strict=True):
             assert torch.equal(a, b)
 
 
-def test_a_step_does_not_synchronise() -> None:
-    call = inputs()
+def test_a_captured_backward_can_be_replayed_alone() -> None:
+    maps, expert, boxes = inputs()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(maps, expert, boxes)
+    torch.cuda.current_stream().wait_stream(side)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        loss = soft_roi_distill(maps, expert, boxes, backend="cuda")
+    with torch.cuda.graph(backward, pool=forward.pool()):
+        gradients = torch.autograd.grad(0.5 * loss, maps)
+    forward.replay()
+    once = torch.autograd.grad(0.5 * soft_roi_distill(maps, expert, boxes, backend="cuda"), maps)
+    for _ in range(2):
+        backward.replay()
+        assert all(torch.equal(a, b) for a, b in zip(gradients, once, strict=True))
+
+
+@backends
+def test_a_step_does_not_synchronise(backend: str) -> None:
+    call = (*inputs(), backend)
     step(*call)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from rakd_ops import _backends, available_backends
-from rakd_ops._backends import can_run, choose_backend
+from rakd_ops._backends import can_run, choose_backend, explain_driver
 
 SHIPPED = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.0+PTX")
 GPU = torch.device("cuda", 0)
@@ -39,12 +43,15 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.capability = (9, 0)
+        self.driver = 13000
         self.architectures: tuple[str, ...] = SHIPPED
         self.asked = 0
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", self.ask)
-        monkeypatch.setattr(_backends, "build_info", lambda: {"cuda_architectures": self.architectures})
+        monkeypatch.setattr(_backends, "_driver_version", lambda: self.driver)
+        built = {"cuda_toolkit": "13.0"}
+        monkeypatch.setattr(_backends, "build_info", lambda: {**built, "cuda_architectures": self.architectures})
         monkeypatch.setattr(_backends, "_MISSING", dict.fromkeys(_backends.BACKENDS))
         monkeypatch.setattr(_backends, "_MISMATCHES", {})
         _backends._warn_slow.cache_clear()
@@ -83,6 +90,59 @@ def test_auto_passes_over_a_library_that_cannot_run(
     with pytest.raises(RuntimeError, match="backend: 'cuda' cannot run here: the CUDA library was built for"):
         choose_backend("cuda", GPU)
     assert choose_backend("triton", GPU) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "good"),
+    [
+        ("13.0", 13000, True),
+        ("13.2", 13000, True),  # minor versions are compatible
+        ("13.0", 12090, False),
+        ("12.6", 12020, True),
+        ("12.6", 13010, True),
+        ("12.6", 11080, False),
+        ("", 11080, True),
+        ("13.0", None, True),
+    ],
+)
+def test_a_driver_serves_runtimes_of_its_major_version_and_older(toolkit: str, driver: int | None, good: bool) -> None:
+    assert (explain_driver(toolkit, driver) is None) is good
+
+
+def test_auto_passes_over_a_library_that_is_too_new_for_the_driver(device: Device) -> None:
+    device.driver = 12080
+    with pytest.warns(UserWarning, match=r"slower 'triton' .*built with CUDA 13\.0; the driver here supports 12\.8"):
+        assert choose_backend("auto", GPU) == "triton"
+    with pytest.raises(RuntimeError, match=r"backend: 'cuda' cannot run here: .* update it or build anew"):
+        choose_backend("cuda", GPU)
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(0, 12080), (1, None)])
+def test_the_driver_tells_its_version(answer: int, expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(version: Any) -> int:
+        version._obj.value = 12080
+        return answer
+
+    asked: list[str] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: asked.append(name) or SimpleNamespace(cuDriverGetVersion=ask))
+    assert _backends._driver_version() == expected
+    assert asked == ["libcuda.so.1"]
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert _backends._driver_version() is None
+
+
+def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_backends, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(_backends.shutil, "which", lambda name: "/usr/bin/clang" if name == "clang" else None)
+    monkeypatch.delenv("CC", raising=False)
+    assert _backends._find_triton() is None
+    monkeypatch.setattr(_backends.shutil, "which", lambda name: None)
+    assert "finds no compiler" in str(_backends._find_triton())
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert _backends._find_triton() is None
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
+    assert _backends._find_triton() == "triton is not installed"
 
 
 def test_each_device_has_its_own_answer(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
