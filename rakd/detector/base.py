@@ -56,6 +56,20 @@ class BaseDetector(nn.Module):
         """The maps that distillation compares, of those that `extract_features` gave."""
         return features
 
+    def class_scores(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """How surely each cell of the distilled maps sees an object.
+
+        Args:
+            features: Result of `extract_features`.
+
+        Returns:
+            Logits ``[B, classes, H, W]`` of each map.
+
+        Raises:
+            NotImplementedError: It gives none, see `rakd.detector.base_config.BaseConfig.has_scores`.
+        """
+        raise NotImplementedError
+
     def losses(
         self,
         features: dict[str, Tensor],

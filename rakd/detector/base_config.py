@@ -36,6 +36,7 @@ class BaseConfig:
         width: Width that images are padded to, pixels; wider ones are an error. None: whatever they need.
         parts: The fields that are dataclasses themselves, and their classes.
         stride: Height and width are multiples of it.
+        has_scores: Whether the detector gives `rakd.detector.base.BaseDetector.class_scores`.
     """
 
     backbone: BackboneConfig
@@ -43,6 +44,7 @@ class BaseConfig:
     width: int | None
     parts: ClassVar[Mapping[str, Any]]
     stride: ClassVar[int] = 32
+    has_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         step = self.stride

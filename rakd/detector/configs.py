@@ -83,6 +83,7 @@ class DetectorConfig(BaseConfig):
     height: int = 512
     width: int | None = 1760
 
+    has_scores: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, Any]] = {
         "backbone": BackboneConfig,
         "proposals": ProposalConfig,

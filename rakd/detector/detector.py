@@ -75,6 +75,12 @@ class Detector(BaseDetector):
         """See `rakd.detector.base.BaseDetector.canonical_size`."""
         return self.config.heads.canonical_size
 
+    @torch.no_grad()
+    def class_scores(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """See `rakd.detector.base.BaseDetector.class_scores`: the objectness of each shape of anchors."""
+        scores: list[Tensor] = self.proposals.head(list(features.values()))[0]
+        return scores
+
     def losses(
         self,
         features: dict[str, Tensor],

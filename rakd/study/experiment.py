@@ -108,7 +108,7 @@ class Experiment:
         Returns:
             All figures; in the main process only are they complete.
         """
-        self._check_heights()
+        self._check_expert()
         self._claim()
         if not any(map(self._is_open, self.plan)):
             self._say("all runs are finished already: only tables and pictures are made anew")
@@ -212,9 +212,6 @@ class Experiment:
                     f"{name}: batch_size must be a multiple of the number of processes, {count}, "
                     f"got {training.batch_size}"
                 )
-        for method in settings.methods:
-            if method != "none" and registry.METHODS[method].load().needs_scores:
-                raise UserError(f"methods: {method} needs an expert's class scores on its maps, which these have not")
         if "semckd" in settings.methods and settings.training.batch_size // count < 2:
             raise UserError(
                 f"training: SemCKD compares images of a batch and needs 2 or more in each of the {count} processes, "
@@ -226,13 +223,19 @@ class Experiment:
         file = self.plan[0].trained
         return DETECTORS[self.settings.expert] if file is None else load_detector(file).config
 
-    def _check_heights(self) -> None:
+    def _check_expert(self) -> None:
         """Both get the same images, and a network sees only objects of the sizes that it was trained on."""
         expert, wanted = self._expert_config, DETECTORS[self.settings.apprentice].height
         if expert.height != wanted:
             raise UserError(
                 f"expert must be for images {wanted} pixels high as the apprentice is, got one for {expert.height}"
             )
+        for method in self.settings.methods:
+            if method != "none" and registry.METHODS[method].load().needs_scores and not expert.has_scores:
+                raise UserError(
+                    f"methods: {method} needs the expert's class scores on its maps, which two-stage detectors have, "
+                    f"got {self.settings.expert}"
+                )
 
     def _do(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> RunResult | None:
         """Train, unless it is trained already, and evaluate."""

@@ -61,7 +61,9 @@ class DistillationModel(nn.Module):
                 boxes = self.distiller.expert.matched_boxes(expert, targets)
             maps = self.detector.distilled_maps(features)
             expert_maps = self.distiller.expert.distilled_maps(expert)
-            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), maps, expert_maps)
+            scored = getattr(self.distiller.method, "needs_scores", False)
+            scores = self.distiller.expert.class_scores(expert) if scored else None
+            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), maps, expert_maps, scores=scores)
         return losses
 
     def _expert_features(self, distiller: Distiller, batch: Batch, images: Tensor) -> dict[str, Tensor]:

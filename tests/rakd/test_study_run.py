@@ -355,6 +355,14 @@ def test_apprentices_that_start_differently_are_refused(
         Experiment(settings(methods=("none", "rakd")), scenes, tmp_path, CPU, quiet=True).run()
 
 
+def test_a_method_that_weights_by_scores_needs_an_expert_that_has_them(scenes: Path, tmp_path: Path) -> None:
+    given = {"expert": "monodetr-small", "apprentice": "monodetr-tiny", "weights": {"score_l2": 6.0}}
+    own = settings(methods=("score_l2",), **given)
+    with pytest.raises(ValueError, match=r"score_l2 needs the expert's class scores .*, got monodetr-small"):
+        Experiment(own, scenes, tmp_path, CPU, quiet=True).run()
+    assert not list(tmp_path.iterdir())
+
+
 def test_expert_and_apprentice_must_see_images_of_one_height(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expert must be for images 64 pixels high .*, got one for 96"):
         Experiment(settings(expert="mini-tall"), scenes, tmp_path, CPU, quiet=True).run()
