@@ -73,6 +73,7 @@ class FeatureCache:
         self._memory: OrderedDict[str, tuple[int, Features]] = OrderedDict()
         self._bytes = 0
         self._written = 0
+        self._room = max_bytes // 16  # that is made at a time in a folder
 
     def get(self, images: Tensor, keys: Sequence[Any], fingerprint: str, run: Callable[[Tensor], Features]) -> Features:
         """Give a batch's features, running the expert on the images that are not there.
@@ -154,16 +155,13 @@ class FeatureCache:
                 temporary,
             )
         self._written += size
-        # Looking through the folder costs a call per file: not at every write.
-        if self._bytes == 0 or self._written > self.max_bytes // 16:
+        # Looking through the folder costs a call per file: not at every write, also where it is full.
+        if self._bytes == 0 or self._written > self._room or self._bytes + self._written > self.max_bytes:
             self._written = 0
             self._bytes = self._trim()
-        elif self._bytes + self._written > self.max_bytes:
-            self._bytes = self._trim()
-            self._written = 0
 
     def _trim(self) -> int:
-        """Remove the files unused for longest until the rest fits, and leftovers of killed processes."""
+        """Remove the files unused for longest if there are too many, and leftovers of killed processes."""
         assert self.folder is not None
         files = []
         for path in self.folder.glob("*.pt"):
@@ -177,8 +175,9 @@ class FeatureCache:
                 files.append((status.st_mtime_ns, status.st_size, path))
         files.sort(key=lambda file: file[:2])
         total = sum(size for _, size, _ in files)
+        most = self.max_bytes if total <= self.max_bytes else self.max_bytes - self._room
         for _, size, path in files:
-            if total <= self.max_bytes:
+            if total <= most:
                 break
             path.unlink(missing_ok=True)
             total -= size

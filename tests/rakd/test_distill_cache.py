@@ -157,6 +157,23 @@ def test_it_is_bounded_and_forgets_what_was_unused_for_longest(cache: FeatureCac
         FeatureCache(max_bytes=0)
 
 
+def test_a_full_folder_is_not_looked_through_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(images: Tensor) -> Any:
+        return {"p": images}, None
+
+    FeatureCache(tmp_path).get(torch.zeros(1, 128, 128), ["x"], "expert", run)
+    size = next(tmp_path.glob("*.pt")).stat().st_size
+    cache = FeatureCache(tmp_path, max_bytes=64 * size)
+    looks, trim = [], cache._trim
+    monkeypatch.setattr(cache, "_trim", lambda: looks.append(1) or trim())
+    for i in range(192):
+        cache.get(torch.zeros(1, 128, 128), [i], "expert", run)
+        assert len(cache) <= 64 + 4
+    # Four entries, a sixteenth of the bound, are removed at a time.
+    assert len(looks) <= 192 // 4 + 1
+    assert 60 <= len(cache) <= 64 + 4
+
+
 def test_damaged_files_are_misses(tmp_path: Path) -> None:
     distiller, _, runs = make(FeatureCache(tmp_path))
     first = distiller.expert_features(images(), KEYS)
