@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first hour on a machine with a GPU: correctness, cost, profile, sanitizers; all results in one archive.
+# On a machine with a GPU, in 8 minutes: correctness, cost, profile, sanitizers; all results in one archive.
 #
 #   benchmarks/gpu_check.sh OUT [PYTHON] [STEPS]
 #

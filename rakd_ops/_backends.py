@@ -123,17 +123,21 @@ def _driver_version() -> int | None:
     return version.value if ask(ctypes.byref(version)) == 0 else None
 
 
-def explain_driver(toolkit: str, driver: int | None) -> str | None:
+def explain_driver(toolkit: str, driver: int | None, *, from_ptx: bool = False) -> str | None:
     """Return why a driver is too old for a library's CUDA runtime, or None.
 
     Args:
         toolkit: Version that the library was built with, ``"13.0"``; empty: not on record.
         driver: Latest CUDA that the driver supports, 12080 is 12.8; None: not known.
+        from_ptx: Whether the driver has to compile the device's code, which it does up to its own version.
 
     Source:
         CUDA Compatibility, "Minor Version Compatibility": a runtime needs a driver of its major version or newer.
     """
-    if not toolkit or driver is None or driver // 1000 >= int(toolkit.partition(".")[0]):
+    if not toolkit or driver is None:
+        return None
+    major, minor = map(int, toolkit.split("."))
+    if driver >= 1000 * major + (10 * minor if from_ptx else 0):
         return None
     here = f"{driver // 1000}.{driver % 1000 // 10}"
     return f"the CUDA library was built with CUDA {toolkit}; the driver here supports {here}: update it or build anew"
@@ -152,8 +156,9 @@ def _mismatch(index: int) -> str | None:
             return None  # fake tensors on a machine without a GPU: nothing will run here
         architectures = build_info().get("cuda_architectures", ())
         assert isinstance(architectures, tuple)
-        outdated = explain_driver(str(build_info().get("cuda_toolkit", "")), _driver_version())
-        _MISMATCHES[index] = outdated or explain_mismatch(architectures, capability)
+        from_ptx = not any(can_run(each, capability) for each in architectures if not each.endswith("+PTX"))
+        outdated = explain_driver(str(build_info().get("cuda_toolkit", "")), _driver_version(), from_ptx=from_ptx)
+        _MISMATCHES[index] = explain_mismatch(architectures, capability) or outdated
     return _MISMATCHES[index]
 
 

@@ -39,7 +39,7 @@ def weigh_levels(
     name = ASSIGNMENTS[assignment]
     if name == "uniform":
         return boxes.new_full((boxes.shape[0], count), 1.0 / count)
-    # Filled where it is: a copy of Python's numbers to a GPU would wait for it, and cannot be captured in a graph.
+    # Made on the boxes' device: copying Python's numbers to a GPU would wait for it, and cannot be captured in a graph.
     numbers = [math.log2(stride) for stride in strides]
     levels = torch.cat([boxes.new_full((1,), number) for number in numbers])
     width, height = boxes[:, 3] - boxes[:, 1], boxes[:, 4] - boxes[:, 2]

@@ -21,7 +21,7 @@ def to_pixels(
         boxes: ``[K, 5]`` with the image's number first, or one ``[K_b, 4]`` per image, of any real dtype. A
             torchvision ``BoundingBoxes`` is read in its own format, in pixels, whatever the next two say.
         box_format: Of the four numbers.
-        normalized: Whether they are shares of the image's width and height.
+        normalized: Whether they are normalised by the image's width and height.
         size: Height and width of the images in pixels.
         images: Their number.
         device: Of the result.

@@ -44,7 +44,8 @@ class FeatureCache:
     Args:
         folder: Folder of the entries' files; None: entries are in memory. Files are written to temporary names and
             renamed, so that several processes and data-loading workers may share the folder.
-        max_bytes: Bound of all entries together; 2 GiB unless given.
+        max_bytes: Bound of all entries together; 2 GiB unless given. Processes that share a folder may exceed it, by a
+            sixteenth each.
         dtype: To store features in, such as ``torch.float16``; None: their own.
 
     Raises:
@@ -73,7 +74,7 @@ class FeatureCache:
         self._memory: OrderedDict[str, tuple[int, Features]] = OrderedDict()
         self._bytes = 0
         self._written = 0
-        self._room = max_bytes // 16  # that is made at a time in a folder
+        self._room = max_bytes // 16  # bytes that are freed at once where a folder is full
 
     def get(self, images: Tensor, keys: Sequence[Any], fingerprint: str, run: Callable[[Tensor], Features]) -> Features:
         """Give a batch's features, running the expert on the images that are not there.
@@ -161,7 +162,10 @@ class FeatureCache:
             self._bytes = self._trim()
 
     def _trim(self) -> int:
-        """Remove the files unused for longest if there are too many, and leftovers of killed processes."""
+        """If the folder is over its bound, free a sixteenth of it, what was unused for longest first.
+
+        Leftovers of killed processes go in any case.
+        """
         assert self.folder is not None
         files = []
         for path in self.folder.glob("*.pt"):

@@ -62,7 +62,7 @@ class Distiller(Lifecycle):
             See `rakd.distill.scale.RunningEnergy`.
         adapters: False refuses channels that differ.
         box_format: "xyxy", "xywh" or "cxcywh".
-        normalized: Whether boxes are shares of the image's width and height.
+        normalized: Whether boxes are normalised by the image's width and height.
         layout: "NHWC" where the channels of the apprentice's maps come last.
         expert_layout: The same of the expert's.
         check: Whether the first step runs ``check``.

@@ -49,20 +49,22 @@ class Resampler:
     prepared: dict[Overlaps, Prepared]
     depth: DepthErrors
 
-    def evaluate(self, draw: Indices, metric: str = "3d") -> dict[Overlaps, dict[str, MetricResult]]:
+    def evaluate(
+        self, draw: Indices, metrics: Sequence[str] = ("3d", "bev")
+    ) -> dict[Overlaps, dict[str, dict[str, MetricResult]]]:
         """Score the detections on drawn frames.
 
         Args:
             draw: ``[n]`` numbers of frames. One that is drawn twice counts as two frames.
-            metric: "3d" or "bev".
+            metrics: "3d" and "bev", or one of them.
 
         Returns:
-            ``[overlaps][class]``, see `rakd.evaluation.kitti.evaluate`.
+            ``[overlaps][metric][class]``, see `rakd.evaluation.kitti.evaluate`.
         """
-        found: dict[Overlaps, dict[str, MetricResult]] = {}
+        found: dict[Overlaps, dict[str, dict[str, MetricResult]]] = {}
         for overlaps, prepared in self.prepared.items():
             drawn = _draw(prepared, draw)
-            found[overlaps] = {name: evaluate_metric(drawn, name, metric)[metric] for name in CLASSES}
+            found[overlaps] = {m: {name: evaluate_metric(drawn, name, m)[m] for name in CLASSES} for m in metrics}
         return found
 
 

@@ -92,16 +92,17 @@ def _draw(
     # A run beside this one with a figure wherever there are objects: averages are over these classes and levels.
     other = next(method for method in METHODS if method != run.method)
     for draw in bar(draw_frames(frames, draws), desc="drawing frames", delay=2.0, disable=not progress):
-        own: Precisions = {name: {} for name in resampler.prepared}
-        whole: Precisions = {name: {} for name in resampler.prepared}
-        for kind in ("3d", "bev"):
-            for overlaps, results in resampler.evaluate(draw, kind).items():
-                zeros = [0.0] * len(LEVELS)
-                own[overlaps][kind] = {name: _counted(of["R40"], of["objects"]) for name, of in results.items()}
-                whole[overlaps][kind] = {name: _counted(zeros, of["objects"]) for name, of in results.items()}
+        own: Precisions = {}
+        whole: Precisions = {}
+        zeros = [0.0] * len(LEVELS)
+        for overlaps, results in resampler.evaluate(draw).items():
+            own[overlaps], whole[overlaps] = {}, {}
+            for metric, classes in results.items():
+                own[overlaps][metric] = {name: _counted(of["R40"], of["objects"]) for name, of in classes.items()}
+                whole[overlaps][metric] = {name: _counted(zeros, of["objects"]) for name, of in classes.items()}
         depth = resampler.depth.figures(np.bincount(draw, minlength=frames))
         there = StudyResult((replace(run, precisions=own, depth=depth), RunResult(other, run.seed, whole)))
-        for metric in PRIMARY:
-            values = values_by_seed(there, run.method, metric)
-            drawn[metric.key].append(round(values.get(run.seed, math.nan), 4))
+        for primary in PRIMARY:
+            values = values_by_seed(there, run.method, primary)
+            drawn[primary.key].append(round(values.get(run.seed, math.nan), 4))
     return {key: tuple(values) for key, values in drawn.items()}

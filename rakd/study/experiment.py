@@ -224,7 +224,7 @@ class Experiment:
         return DETECTORS[self.settings.expert] if file is None else load_detector(file).config
 
     def _check_expert(self) -> None:
-        """Both get the same images, and a network sees only objects of the sizes that it was trained on."""
+        """Refuse an expert that does not fit: a network sees only objects of the sizes that it was trained on."""
         expert, wanted = self._expert_config, DETECTORS[self.settings.apprentice].height
         if expert.height != wanted:
             raise UserError(
@@ -234,7 +234,7 @@ class Experiment:
             if method != "none" and registry.METHODS[method].load().needs_scores and not expert.has_scores:
                 raise UserError(
                     f"methods: {method} needs the expert's class scores on its maps, which two-stage detectors have, "
-                    f"got {self.settings.expert}"
+                    f"got {self.plan[0].trained or self.settings.expert}"
                 )
 
     def _do(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> RunResult | None:

@@ -94,6 +94,8 @@ def make_distillation_model(
             f"expert must have maps of the apprentice's strides, {apprentice.strides}, got {expert.strides}: choose "
             "two detectors of one family"
         )
+    if getattr(method, "needs_scores", False) and not expert.config.has_scores:
+        raise UserError("method: score_l2 needs an expert with class scores on its maps, a two-stage detector")
     if regions == "expert" and not expert.has_queries:
         raise UserError("regions: expert needs an expert with queries, a MonoDETR")
     model = DistillationModel(apprentice, Distiller(expert, method, weight, cache=cache, rescale=rescale), regions)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rakd_ops import available_backends
+from rakd_ops import available_backends, multilevel_roi_align, soft_roi_distill
 
 # Triton's interpreter (TRITON_INTERPRET=1) takes tensors on the CPU.
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,3 +228,17 @@ def assert_close(got: Tensor, expected: Tensor, scale: Tensor, tolerance: float,
     error, largest = float((got - expected).abs().max()), float(scale.detach().abs().max())
     # Written so that NaN fails.
     assert error <= tolerance * largest + slack, f"error {error:.3e} against values up to {largest:.3e}"
+
+
+def gpu_inputs(device: str = "cuda", images: int = 2) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Maps of an apprentice and an expert on a GPU, and boxes."""
+    maps = pyramid(images, 40, 256, 512, dtype=torch.float32, device=device, requires_grad=True)
+    expert = pyramid(images, 40, 256, 512, dtype=torch.float32, device=device, seed=1)
+    return maps, expert, random_boxes(60, images, 256, 512).to(device)
+
+
+def gpu_step(maps: list[Tensor], expert: list[Tensor], boxes: Tensor, backend: str = "cuda") -> list[Tensor]:
+    """A loss, pooled features, and the gradients of both."""
+    loss = soft_roi_distill(maps, expert, boxes, backend=backend)
+    pooled = multilevel_roi_align(maps, boxes, backend=backend)
+    return [loss, pooled, *torch.autograd.grad(loss + pooled.square().mean(), maps)]

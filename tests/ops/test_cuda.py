@@ -1,4 +1,4 @@
-"""What only a GPU can show: captured graphs, streams, no synchronisation, several devices, many runs."""
+"""What only a GPU can show of the CUDA library: kernels launched, streams, several devices, many runs."""
 
 from __future__ import annotations
 
@@ -7,62 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from cases import backend_params, pyramid, random_boxes
+from cases import backend_params, gpu_inputs, gpu_step, pyramid, random_boxes
 
 from rakd_ops import level_weights, multilevel_roi_align, reference, soft_roi_distill
 
 pytestmark = [param for backend in backend_params("cuda") for param in backend.marks]
-backends = pytest.mark.parametrize("backend", backend_params("cuda", "triton"))
-
-
-def inputs(device: str = "cuda", images: int = 2) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    maps = pyramid(images, 40, 256, 512, dtype=torch.float32, device=device, requires_grad=True)
-    expert = pyramid(images, 40, 256, 512, dtype=torch.float32, device=device, seed=1)
-    return maps, expert, random_boxes(60, images, 256, 512).to(device)
-
-
-def step(
-    maps: list[torch.Tensor], expert: list[torch.Tensor], boxes: torch.Tensor, backend: str = "cuda"
-) -> list[torch.Tensor]:
-    loss = soft_roi_distill(maps, expert, boxes, backend=backend)
-    pooled = multilevel_roi_align(maps, boxes, backend=backend)
-    return [loss, pooled, *torch.autograd.grad(loss + pooled.square().mean(), maps)]
 
 
 def test_same_bits_in_a_hundred_runs() -> None:
-    call = inputs()
-    first = step(*call)
+    call = gpu_inputs()
+    first = gpu_step(*call)
     for _ in range(100):
-        assert all(torch.equal(a, b) for a, b in zip(first, step(*call), strict=True))
-
-
-@backends
-def test_a_step_can_be_captured_in_a_graph(backend: str) -> None:
-    maps, expert, boxes = inputs()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(maps, expert, boxes, backend)  # warm-up outside of the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(maps, expert, boxes, backend)
-    for seed in (3, 4):  # other values in the same memory
-        with torch.no_grad():
-            for m in maps:
-                m.copy_(torch.randn_like(m))
-            boxes.copy_(random_boxes(60, 2, 256, 512, seed=seed))
-        graph.replay()
-        for a, b in zip(captured, step(maps, expert, boxes, backend), strict=True):
-            assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(first, gpu_step(*call), strict=True))
 
 
 def test_a_captured_backward_can_be_replayed_alone() -> None:
-    maps, expert, boxes = inputs()
+    maps, expert, boxes = gpu_inputs()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(maps, expert, boxes)
+        gpu_step(maps, expert, boxes)
     torch.cuda.current_stream().wait_stream(side)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(forward):
@@ -74,17 +38,6 @@ def test_a_captured_backward_can_be_replayed_alone() -> None:
     for _ in range(2):
         backward.replay()
         assert all(torch.equal(a, b) for a, b in zip(gradients, once, strict=True))
-
-
-@backends
-def test_a_step_does_not_synchronise(backend: str) -> None:
-    call = (*inputs(), backend)
-    step(*call)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(*call)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def kernels(run: Callable[[], object]) -> list[str]:
@@ -106,7 +59,7 @@ TRAINING = ("prepare_boxes", "build_tables", "roi_align_forward", "roi_align_bac
 @pytest.mark.parametrize("weights", [False, True])
 def test_launches(form: str, dtype: torch.dtype, weights: bool) -> None:
     """All kernels of a call are counted: boxes are neither copied nor converted beside ours."""
-    maps, expert, rows = inputs(images=8)
+    maps, expert, rows = gpu_inputs(images=8)
     rows = rows.to(dtype)
     boxes: Any = [rows[rows[:, 0] == i][:, 1:] for i in range(8)] if form == "list" else rows
     options: dict[str, Any] = {"backend": "cuda"}
@@ -141,7 +94,7 @@ def test_launches(form: str, dtype: torch.dtype, weights: bool) -> None:
 
 @pytest.mark.parametrize("output_size", [(41, 45), (2, 3000), (1500, 1)])
 def test_any_output_size(output_size: tuple[int, int]) -> None:
-    maps, expert, boxes = inputs()
+    maps, expert, boxes = gpu_inputs()
     boxes = boxes[:4]
     loss = soft_roi_distill(maps, expert, boxes, output_size=output_size, backend="cuda")
     exact = [m.detach().double().requires_grad_() for m in maps]
@@ -154,7 +107,7 @@ def test_any_output_size(output_size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("output_size", [7, 19])
 def test_a_training_step(output_size: int) -> None:
     """Its launches, and the same bits each time."""
-    maps, expert, boxes = inputs()
+    maps, expert, boxes = gpu_inputs()
 
     def training_step() -> tuple[torch.Tensor, ...]:
         loss = soft_roi_distill(maps, expert, boxes, output_size=output_size, backend="cuda")
@@ -168,20 +121,20 @@ def test_a_training_step(output_size: int) -> None:
 
 
 def test_another_stream() -> None:
-    call = inputs()
-    expected = step(*call)
+    call = gpu_inputs()
+    expected = gpu_step(*call)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        got = step(*call)
+        got = gpu_step(*call)
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device or none: several are needed")
 def test_several_devices_in_one_process() -> None:
-    expected = [t.cpu() for t in step(*inputs("cuda:0"))]
-    got = [t.cpu() for t in step(*inputs("cuda:1"))]
+    expected = [t.cpu() for t in gpu_step(*gpu_inputs("cuda:0"))]
+    got = [t.cpu() for t in gpu_step(*gpu_inputs("cuda:1"))]
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -190,7 +143,7 @@ def test_several_devices_in_one_process() -> None:
 @pytest.mark.parametrize("output_size", [7, 19])
 def test_wrong_boxes_count_nothing(form: str, output_size: int) -> None:
     """By value, loss and gradients: boxes of no image, not finite, turned around; whoever their neighbours are."""
-    maps, expert, right = inputs()
+    maps, expert, right = gpu_inputs()
     nan, inf = float("nan"), float("inf")
     wrong = torch.tensor(
         [[7, 0, 0, 90, 90], [-1, 0, 0, 90, 90], [0.5, 0, 0, 90, 90], [nan, 0, 0, 90, 90], [1e300, 0, 0, 90, 90],

@@ -50,8 +50,12 @@ class Device:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", self.ask)
         monkeypatch.setattr(_backends, "_driver_version", lambda: self.driver)
-        built = {"cuda_toolkit": "13.0"}
-        monkeypatch.setattr(_backends, "build_info", lambda: {**built, "cuda_architectures": self.architectures})
+        self.toolkit = "13.0"
+        monkeypatch.setattr(
+            _backends,
+            "build_info",
+            lambda: {"cuda_toolkit": self.toolkit, "cuda_architectures": self.architectures},
+        )
         monkeypatch.setattr(_backends, "_MISSING", dict.fromkeys(_backends.BACKENDS))
         monkeypatch.setattr(_backends, "_MISMATCHES", {})
         _backends._warn_slow.cache_clear()
@@ -109,6 +113,22 @@ def test_a_driver_serves_runtimes_of_its_major_version_and_older(toolkit: str, d
     assert (explain_driver(toolkit, driver) is None) is good
 
 
+@pytest.mark.parametrize(
+    ("driver", "good"), [(13000, False), (13010, False), (13020, True), (14000, True), (None, True)]
+)
+def test_a_driver_compiles_ptx_up_to_its_own_version(driver: int | None, good: bool) -> None:
+    assert (explain_driver("13.2", driver, from_ptx=True) is None) is good
+
+
+def test_ptx_alone_asks_for_a_newer_driver(device: Device) -> None:
+    device.toolkit, device.architectures = "13.2", ("8.0", "9.0", "9.0+PTX")
+    assert choose_backend("cuda", GPU) == "cuda"
+    _backends._MISMATCHES.clear()
+    device.capability = (10, 0)
+    with pytest.raises(RuntimeError, match=r"built with CUDA 13\.2; the driver here supports 13\.0"):
+        choose_backend("cuda", GPU)
+
+
 def test_auto_passes_over_a_library_that_is_too_new_for_the_driver(device: Device) -> None:
     device.driver = 12080
     with pytest.warns(UserWarning, match=r"slower 'triton' .*built with CUDA 13\.0; the driver here supports 12\.8"):
@@ -128,6 +148,12 @@ def test_the_driver_tells_its_version(answer: int, expected: int | None, monkeyp
     assert _backends._driver_version() == expected
     assert asked == ["libcuda.so.1"]
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    assert _backends._driver_version() is None
+
+    def absent(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
     assert _backends._driver_version() is None
 
 

@@ -58,19 +58,20 @@ def test_drawn_frames_are_as_copied_ones(
         for place, frame in enumerate(draw):
             shutil.copy(folder / f"{FRAMES[frame]}.txt", copied / f"{place:06d}.txt")
     resampler = make_resampler(*folders, FRAMES)
-    for metric in ("3d", "bev"):
-        found = resampler.evaluate(np.array(draw), metric)
-        for overlaps in ("official", "loose"):
-            expected = evaluate(*copies, overlaps=overlaps, progress=False)
+    found = resampler.evaluate(np.array(draw))
+    for overlaps in ("official", "loose"):
+        expected = evaluate(*copies, overlaps=overlaps, progress=False)
+        for metric in ("3d", "bev"):
             for name in CLASSES:
-                assert found[overlaps][name]["objects"] == expected[name][metric]["objects"]
-                np.testing.assert_array_equal(found[overlaps][name]["R40"], expected[name][metric]["R40"])
-    ours = resampler.depth.figures(np.bincount(draw, minlength=len(FRAMES)))
+                ours = found[overlaps][metric][name]
+                assert ours["objects"] == expected[name][metric]["objects"]
+                np.testing.assert_array_equal(ours["R40"], expected[name][metric]["R40"])
+    depth = resampler.depth.figures(np.bincount(draw, minlength=len(FRAMES)))
     theirs = depth_errors(*copies, progress=False)
     for name, figures in theirs.items():
-        assert ours[name].objects == figures.objects
+        assert depth[name].objects == figures.objects
         np.testing.assert_allclose(
-            (ours[name].abs_rel, ours[name].recall), (figures.abs_rel, figures.recall), rtol=1e-12
+            (depth[name].abs_rel, depth[name].recall), (figures.abs_rel, figures.recall), rtol=1e-12
         )
 
 
@@ -91,7 +92,7 @@ def test_a_run_has_its_primary_metrics_on_drawn_frames(
     assert {len(values) for values in run.drawn.values()} == {7}
     resampler, draws = make_resampler(*folders, FRAMES), draw_frames(len(FRAMES), 7)
     for kind in ("3d", "bev"):
-        car = [resampler.evaluate(draw, kind)["loose"]["Car"]["R40"][1] for draw in draws]
+        car = [resampler.evaluate(draw, [kind])["loose"][kind]["Car"]["R40"][1] for draw in draws]
         np.testing.assert_allclose(run.drawn[f"{kind} Car moderate loose"], car, atol=5e-5)
         assert len(set(car)) > 1
     recall = [resampler.depth.figures(np.bincount(draw, minlength=6))["all"].recall for draw in draws]

@@ -113,6 +113,13 @@ def test_score_weighted_l2_takes_the_experts_objectness(config: DetectorConfig, 
     torch.testing.assert_close(got.detach(), torch.stack(terms).mean(), rtol=1e-5, atol=0)
 
 
+def test_an_expert_without_scores_is_refused_at_once(config: DetectorConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make_method("score_l2", strides=(4, 8, 16, 32), expert_channels=16, apprentice_channels=16)
+    monkeypatch.setattr(DetectorConfig, "has_scores", False)
+    with pytest.raises(ValueError, match="score_l2 needs an expert with class scores on its maps"):
+        make_distillation_model(Detector(config), Detector(config), method, 1.0, "proposals")
+
+
 def test_who_knows_all_has_nothing_to_learn(config: DetectorConfig, batch: Batch) -> None:
     detector = Detector(config)
     method = make_method("rakd", strides=detector.strides, expert_channels=16, apprentice_channels=16)

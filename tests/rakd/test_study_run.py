@@ -14,6 +14,7 @@ from rakd.checkpoints import load_weights
 from rakd.detector import export
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
+from rakd.detector.files import save_detector
 from rakd.distributed import Processes
 from rakd.files import without_nan
 from rakd.study import experiment as module
@@ -356,11 +357,16 @@ def test_apprentices_that_start_differently_are_refused(
 
 
 def test_a_method_that_weights_by_scores_needs_an_expert_that_has_them(scenes: Path, tmp_path: Path) -> None:
+    assert "score_l2" in STUDIES["scenes"].weights
     given = {"expert": "monodetr-small", "apprentice": "monodetr-tiny", "weights": {"score_l2": 6.0}}
-    own = settings(methods=("score_l2",), **given)
+    own, out, file = settings(methods=("score_l2",), **given), tmp_path / "run", tmp_path / "expert.pt"
     with pytest.raises(ValueError, match=r"score_l2 needs the expert's class scores .*, got monodetr-small"):
-        Experiment(own, scenes, tmp_path, CPU, quiet=True).run()
-    assert not list(tmp_path.iterdir())
+        Experiment(own, scenes, out, CPU, quiet=True).run()
+    save_detector(file, DETECTORS["monodetr-small"].without_download().build())
+    own = replace(own, expert="tiny-expert")
+    with pytest.raises(ValueError, match=r"score_l2 needs the expert's class scores .*, got .*expert\.pt"):
+        Experiment(own, scenes, out, CPU, quiet=True, expert=file).run()
+    assert not out.exists()
 
 
 def test_expert_and_apprentice_must_see_images_of_one_height(scenes: Path, tmp_path: Path) -> None:
