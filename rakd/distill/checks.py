@@ -226,8 +226,8 @@ def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, se
         )
     if normalized and largest > 2 * max(size):
         raise ValueError(
-            f"boxes: expected numbers from 0 to 1, normalised by the image's size, got numbers up to {largest / max(size):.4g}: "
-            "these are pixels, say normalized=False"
+            "boxes: expected numbers from 0 to 1, normalised by the image's size, got numbers up to "
+            f"{largest / max(size):.4g}: these are pixels, say normalized=False"
         )
     turned = (edges[:, 2] < edges[:, 0]) | (edges[:, 3] < edges[:, 1])
     if bool(turned.any()):

@@ -68,8 +68,8 @@ def _of_padded_images(boxes: list[Tensor], inputs: dict[str, Any]) -> list[Tenso
 class DistillMixin:
     """Adds distillation to a ``Trainer``; stands before it among the bases.
 
-    Labels are read as transformers' processors make them: boxes (cx, cy, w, h), normalised by the label's ``size``. That
-    is the size of ``pixel_values``, or where only the images were padded (``pixel_mask``), of the image in it. The
+    Labels are read as transformers' processors make them: boxes (cx, cy, w, h), normalised by the label's ``size``.
+    That is the size of ``pixel_values``, or where only the images were padded (``pixel_mask``), of the image in it. The
     loss is added to the model's own, logged as ``distill_loss``, and left out of evaluation. Saved models hold nothing
     of it; adapters are in ``optimizer.pt`` of the checkpoints, from which ``resume_from_checkpoint`` goes on.
 
