@@ -95,7 +95,7 @@ def test_score_weighted_l2_takes_the_experts_objectness(config: DetectorConfig, 
     detector, expert = Detector(config).train(), Detector(config, seed=9)
     generator = torch.Generator().manual_seed(0)
     for layer in (expert.proposals.head.conv[0][0], expert.proposals.head.cls_logits):
-        nn.init.normal_(layer.weight, std=3.0, generator=generator)  # else all scores are a half, within rounding
+        nn.init.normal_(layer.weight, std=10.0, generator=generator)  # else all scores are a half, within rounding
     sizes = {"expert_channels": 16, "apprentice_channels": 16}
     method = make_method("score_l2", strides=detector.strides, **sizes)
     got = make_distillation_model(detector, expert, method, 1.0, "proposals")(batch, [3, 4])["distillation"]
@@ -110,7 +110,7 @@ def test_score_weighted_l2_takes_the_experts_objectness(config: DetectorConfig, 
             error = (own - hers).square().mean(dim=1)
             terms.append((weight * error).sum() / weight.sum())
             alike.append(error.mean())
-    assert abs(torch.stack(alike).mean() / got.detach() - 1) > 0.01
+    assert abs(torch.stack(alike).mean() / got.detach() - 1) > 1e-3  # a hundred times the tolerance
     torch.testing.assert_close(got.detach(), torch.stack(terms).mean(), rtol=1e-5, atol=0)
 
 
