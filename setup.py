@@ -69,6 +69,12 @@ class CudaDecision:
     libraries: Path | None = None
 
 
+def find_headers(home: Path, name: str) -> list[Path]:
+    """A header's files in a toolkit. conda keeps them below ``targets``, where nvcc finds them."""
+    headers = [home / "include" / name, *home.glob(f"targets/*/include/{name}")]
+    return [header for header in headers if header.is_file()]
+
+
 def find_cuda_home() -> tuple[Path | None, str]:
     """Find a CUDA toolkit that has both a compiler and headers.
 
@@ -82,9 +88,7 @@ def find_cuda_home() -> tuple[Path | None, str]:
             candidates.append(Path(nvcc).resolve().parent.parent)
         candidates.append(Path("/usr/local/cuda"))
     for home in candidates:
-        # conda keeps headers and libraries below targets/, where nvcc finds them.
-        headers = [home / "include" / "cuda_runtime.h", *home.glob("targets/*/include/cuda_runtime.h")]
-        if (home / "bin" / "nvcc").is_file() and any(header.is_file() for header in headers):
+        if (home / "bin" / "nvcc").is_file() and find_headers(home, "cuda_runtime.h"):
             return home, f"CUDA toolkit at {home}"
     looked = ", ".join(str(home) for home in candidates)
     where = "CUDA_HOME names no CUDA toolkit" if explicit else "no CUDA toolkit"
@@ -310,9 +314,8 @@ class BuildLibraries(build_ext):
 
 def toolkit_version(home: Path) -> str:
     """Version of a CUDA toolkit, such as "13.0"; empty if no header tells."""
-    for header in [home / "include" / "cuda_runtime_api.h", *home.glob("targets/*/include/cuda_runtime_api.h")]:
-        text = header.read_text(errors="replace") if header.is_file() else ""
-        found = re.search(r"^#define CUDART_VERSION\s+(\d+)", text, re.MULTILINE)
+    for header in find_headers(home, "cuda_runtime_api.h"):
+        found = re.search(r"^#define CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"), re.MULTILINE)
         if found:
             return f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
     return ""

@@ -154,10 +154,11 @@ def _mismatch(index: int) -> str | None:
             capability = torch.cuda.get_device_capability(index)
         except (RuntimeError, AssertionError):
             return None  # fake tensors on a machine without a GPU: nothing will run here
-        architectures = build_info().get("cuda_architectures", ())
+        info = build_info()
+        architectures = info.get("cuda_architectures", ())
         assert isinstance(architectures, tuple)
         from_ptx = not any(can_run(each, capability) for each in architectures if not each.endswith("+PTX"))
-        outdated = explain_driver(str(build_info().get("cuda_toolkit", "")), _driver_version(), from_ptx=from_ptx)
+        outdated = explain_driver(str(info.get("cuda_toolkit", "")), _driver_version(), from_ptx=from_ptx)
         _MISMATCHES[index] = explain_mismatch(architectures, capability) or outdated
     return _MISMATCHES[index]
 

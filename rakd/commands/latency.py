@@ -18,8 +18,7 @@ class Latency:
     """
 
     detectors: Annotated[Positional[tuple[str, ...]], arg(metavar="DETECTOR...")] = ("tiny-expert", "tiny")
-    """Names (see rakd train --help; random weights), files detector.pt of runs, or .onnx files
-    of rakd export."""
+    """Names (see rakd train --help; random weights), files detector.pt of runs, or .onnx files of rakd export."""
 
     forms: tuple[Literal["eager", "compiled", "onnxruntime"], ...] = ("eager",)
     """Forms to time detectors in: eager; with backbone and pyramid compiled; exported to ONNX."""

@@ -242,3 +242,12 @@ def gpu_step(maps: list[Tensor], expert: list[Tensor], boxes: Tensor, backend: s
     loss = soft_roi_distill(maps, expert, boxes, backend=backend)
     pooled = multilevel_roi_align(maps, boxes, backend=backend)
     return [loss, pooled, *torch.autograd.grad(loss + pooled.square().mean(), maps)]
+
+
+def gpu_warm_up(*call: Any) -> None:
+    """A step on another stream, as it must be before one is captured in a graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gpu_step(*call)
+    torch.cuda.current_stream().wait_stream(side)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import backend_params, gpu_inputs, gpu_step, pyramid, random_boxes
+from cases import backend_params, gpu_inputs, gpu_step, gpu_warm_up, pyramid, random_boxes
 
 from rakd_ops import level_weights, multilevel_roi_align, reference, soft_roi_distill
 
@@ -23,11 +23,7 @@ def test_same_bits_in_a_hundred_runs() -> None:
 
 def test_a_captured_backward_can_be_replayed_alone() -> None:
     maps, expert, boxes = gpu_inputs()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        gpu_step(maps, expert, boxes)
-    torch.cuda.current_stream().wait_stream(side)
+    gpu_warm_up(maps, expert, boxes)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(forward):
         loss = soft_roi_distill(maps, expert, boxes, backend="cuda")

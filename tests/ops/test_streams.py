@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import backend_params, gpu_inputs, gpu_step, random_boxes
+from cases import backend_params, gpu_inputs, gpu_step, gpu_warm_up, random_boxes
 
 backends = pytest.mark.parametrize("backend", backend_params("cuda", "triton"))
 
@@ -12,11 +12,7 @@ backends = pytest.mark.parametrize("backend", backend_params("cuda", "triton"))
 @backends
 def test_a_step_can_be_captured_in_a_graph(backend: str) -> None:
     maps, expert, boxes = gpu_inputs()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        gpu_step(maps, expert, boxes, backend)  # warm-up outside of the capture
-    torch.cuda.current_stream().wait_stream(side)
+    gpu_warm_up(maps, expert, boxes, backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = gpu_step(maps, expert, boxes, backend)
