@@ -179,7 +179,6 @@ _TINY = TransformerConfig(heads=4, encoder_layers=1, decoder_layers=2, hidden=12
 
 MONODETRS = {
     "monodetr-tiny": _light(BackboneConfig("mobilenet_v3_small", 64, weights="random", frozen_norm=False), _TINY),
-    "monodetr-tiny-expert": _light(BackboneConfig("resnet18", 64, weights="random", frozen_norm=False), _TINY),
     "monodetr-small": _light(
         BackboneConfig("tf_efficientnet_lite0", 128), replace(_TINY, heads=8, decoder_layers=3, hidden=256, groups=6)
     ),
@@ -187,5 +186,5 @@ MONODETRS = {
     "monodetr-r50": MonoDETRConfig(BackboneConfig("resnet50")),
 }
 """MonoDETRs by name: ``monodetr-r50`` (expert) and ``monodetr-r18`` (apprentice) have the original's settings.
-``monodetr-tiny`` and ``monodetr-tiny-expert`` are for a processor and minutes and start from random weights;
-``monodetr-small`` is for an hour, on a backbone whose ImageNet weights come with the extra ``pretrained``."""
+``monodetr-tiny`` is for a processor and minutes and starts from random weights; ``monodetr-small`` is for an hour, on a
+backbone whose ImageNet weights come with the extra ``pretrained``."""
