@@ -70,6 +70,10 @@ class DistillationMethod(nn.Module):
     needs_scores: ClassVar[bool] = False
     """Whether it takes ``scores``, the expert's class logits."""
 
+    expert_strides: tuple[float, ...] | None = None
+    """Of the boxes' pixels, per cell of the expert's maps, where the method uses them. A distiller that finds them at
+    its first step sets them."""
+
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "DistillationMethod":
         """Make the method for two networks.
@@ -92,9 +96,6 @@ class DistillationMethod(nn.Module):
             ValueError: The method's loss does not grow with the expert's features.
         """
         raise ValueError(f"normalize: {type(self).__name__} does not depend on the features' scale, or not as a square")
-
-    def needs(self, images: int) -> None:
-        """Refuse a number of images that the method cannot work with."""
 
 
 def resize(feature: Tensor, like: Tensor) -> Tensor:

@@ -42,8 +42,9 @@ class FeatureCache:
     not there are run together. Memory and folder are bounded; the entries unused for longest go first.
 
     Args:
-        folder: Folder of the entries' files; None: entries are in memory. Files are written to temporary names and
-            renamed, so that several processes and data-loading workers may share the folder.
+        folder: Folder of the entries' files; None: entries are in memory, on the device where they were made. Files
+            are written to temporary names and renamed, so that several processes and data-loading workers may share the
+            folder.
         max_bytes: Bound of all entries together; 2 GiB unless given. Processes that share a folder may exceed it, by a
             sixteenth each.
         dtype: To store features in, such as ``torch.float16``; None: their own.
@@ -97,6 +98,13 @@ class FeatureCache:
         self.misses += len(absent)
         self.hits += len(entries) - len(absent)
         if absent:
+            for i, name in enumerate(names):
+                first = names.index(name)
+                if first < i and name in absent and not torch.equal(images[first], images[i]):
+                    raise ValueError(
+                        f"keys: expected a key of its own for each image, got {keys[i]!r} for two that differ; keys "
+                        "must hold all that an image's pixels depend on (its id, and its augmentation)"
+                    )
             picked = [names.index(name) for name in absent]
             whole = len(picked) == len(images)
             maps, scores = run(images if whole else images[picked])
@@ -126,7 +134,8 @@ class FeatureCache:
             if name not in self._memory:
                 return None
             self._memory.move_to_end(name)
-            return self._memory[name][1]
+            maps, scores = self._memory[name][1]
+            return {key: m.to(device) for key, m in maps.items()}, scores and [score.to(device) for score in scores]
         path = self.folder / f"{name}.pt"
         try:
             content = torch.load(path, map_location=device, weights_only=True)

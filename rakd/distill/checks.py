@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,10 +141,8 @@ def check_maps_agree(
     expert: Mapping[str, Tensor],
     images: int | None,
     channels: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
-    *,
-    learns: bool,
 ) -> None:
-    """Compare numbers of images and channels, and see that the apprentice can learn.
+    """Compare numbers of images and channels.
 
     Raises:
         ValueError: Says what differs, and what to do.
@@ -170,7 +169,15 @@ def check_maps_agree(
                 f"{argument}: expected the maps' numbers of channels, {counts}, got {tuple(given)}; leave them out to "
                 "have them found, or say layout='NHWC' or expert_layout='NHWC' where channels come last"
             )
-    if learns and not any(feature.requires_grad for feature in apprentice.values()):
+
+
+def check_learns(apprentice: Mapping[str, Tensor]) -> None:
+    """See that the apprentice can learn.
+
+    Raises:
+        ValueError: No gradient goes to it.
+    """
+    if not any(feature.requires_grad for feature in apprentice.values()):
         raise ValueError(
             "apprentice_features: expected maps that need a gradient, got none that do: the apprentice is frozen, ran "
             "under torch.no_grad(), or is the expert itself (a distiller freezes its expert); check=False lets it pass"
@@ -235,7 +242,7 @@ def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, se
             f"boxes: expected x1 <= x2 and y1 <= y2, got {edges[turned][0].tolist()} and {int(turned.sum())} like it "
             f"of {len(rows)}: read as box_format={box_format!r}; say box_format='cxcywh' or 'xywh' if they are"
         )
-    limits = torch.tensor([width, height, width, height], dtype=edges.dtype)
+    limits = edges.new_tensor([width, height, width, height])
     inside = (edges.clamp(min=0)).minimum(limits)
     sides = (edges[:, 2:] - edges[:, :2]).clamp(min=1e-6)
     share = ((inside[:, 2:] - inside[:, :2]).clamp(min=0) / sides).prod(dim=1)
@@ -251,7 +258,12 @@ def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, se
 
 
 def warn_of_equal_weights(rows: Tensor, strides: Sequence[float], facts: Mapping[str, Any], remedy: bool) -> Tensor:
-    """Compute the soft weights per box and level, and warn where they are the same for boxes of all sizes."""
+    """Compute the soft weights per box and level, and warn where they are the same for boxes of all sizes.
+
+    Levels of one stride, as a transformer's layers have, count each box once: methods without level weights take them.
+    """
+    if any(fine >= coarse for fine, coarse in pairwise(strides)):
+        return torch.ones(len(rows), len(strides), device=rows.device)
     known = {name: facts[name] for name in ("sigma", "canonical_size", "canonical_level") if name in facts}
     weights = level_weights(rows, strides=strides, **known)
     if remedy and len(rows) >= 4 and len(strides) > 1:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
-from rakd.distill.checks import Report
+from rakd.distill.checks import Report, check_learns
 from rakd.distill.finite import FiniteCheck
 from rakd.distill.hooks import Names
 from rakd.distill.hooks import tap as tap
@@ -18,7 +18,7 @@ from rakd.distill.optim import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
 from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
-from rakd.distill.step import Facts, Step, check_form, image_batch, inspect
+from rakd.distill.step import Facts, Step, check_form, check_sizes, image_batch, inspect
 from rakd.distributed import GradientAverage
 
 
@@ -139,7 +139,7 @@ class Distiller(Lifecycle):
         self.box_format, self.normalized = box_format, normalized
         self.layout, self.expert_layout = layout, expert_layout
         self._check = check
-        self._begun = False
+        self._begun = self._inspected = self._learns = False  # a step; a checked one with boxes; one with gradients
         self._optimizers = []
         self._sync, self._finite, self._watch = GradientAverage(), FiniteCheck(), TrainingWatch()
         self._expert = None
@@ -203,7 +203,7 @@ class Distiller(Lifecycle):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._begin(step)
-        elif self.method is None or not all(scale.known for scale in self._scales):
+        elif self._facts.expert_strides is None or self.method is None or not all(s.known for s in self._scales):
             raise RuntimeError(
                 "Distiller: expected one step before torch.compile sees it; check() is enough without rescale=True, "
                 "normalize=True and weight='auto:...', which are measured in a step with boxes"
@@ -221,12 +221,14 @@ class Distiller(Lifecycle):
             keys: See `forward`.
 
         Returns:
-            Its maps by name; no gradient flows to them.
+            Its maps by name, in the expert's layout; no gradient flows to them.
 
         Raises:
             ValueError: There is no expert, or there are no images.
         """
-        return self._run_expert(images, keys)[0]
+        maps = self._run_expert(image_batch("images", images), keys)[0]
+        last = self.expert_layout == "NHWC"
+        return {name: m.permute(0, 2, 3, 1) if last else m for name, m in maps.items()}
 
     def check(
         self, images: Any, boxes: Any, apprentice_features: Any = None, expert_features: Any = None, **options: Any
@@ -253,7 +255,8 @@ class Distiller(Lifecycle):
         options["size"] = options.pop("image_size", None)
         maps = self._apprentice_maps(images, keep=True) if apprentice_features is None else apprentice_features
         step = self._gather(images, boxes, maps, expert_features, **options)
-        report = self._inspect(step, learns=False)
+        report = self._inspect(step)
+        self._inspected = report.boxes > 0
         self._begin(step, check=False)
         return report
 
@@ -272,6 +275,7 @@ class Distiller(Lifecycle):
         if self._hooks is not None:
             if keep and not self._hooks.ready and network is not None:
                 self._hooks.watch_once(network, images)
+                keep = False
             return self._hooks.take(keep=keep)
         if callable(wanted):
             return wanted(network, images)
@@ -304,25 +308,35 @@ class Distiller(Lifecycle):
         return Step.make(batch, expert_batch, size, apprentice, expert, scores, boxes, self.box_format, self.normalized)
 
     def _begin(self, step: Step, *, check: bool | None = None) -> None:
-        """At the first step find missing facts, check, and make the method; at each, keep processes alike."""
+        """Check; at the first step find missing facts and make the method; at each, keep processes alike."""
+        learns = self.training and torch.is_grad_enabled()
+        known = step.size is not None or self._facts.strides is not None
+        if known and (self._check if check is None else check):
+            if not self._inspected:
+                self._inspected = self._inspect(step).boxes > 0
+            else:
+                check_sizes(step, self._facts)
+            if learns and not self._learns:
+                check_learns(step.apprentice)
+                self._learns = True
         if not self._begun:
-            known = step.size is not None or self._facts.strides is not None
-            if known and (self._check if check is None else check):
-                self._inspect(step, learns=self.training and torch.is_grad_enabled())
             if self.method is None or step.size is not None:
                 self._facts = self._facts.completed(step)
             if self.method is None:
                 self._build()
-            self.to(next(iter(step.apprentice.values())).device)
+            elif self._method_name is not None and self._facts.expert_strides is not None:
+                self.method.expert_strides = self._facts.expert_strides  # type: ignore[assignment]
+            with torch.inference_mode(False):
+                self.to(next(iter(step.apprentice.values())).device)
             self._begun = True
         self._sync.attach(self)
-        if self.training and torch.is_grad_enabled():
+        if learns:
             self._watch.step(list(self.parameters()))
 
-    def _inspect(self, step: Step, *, learns: bool) -> Report:
+    def _inspect(self, step: Step) -> Report:
         soft = self._method_name in ("rakd", "hfa") and "canonical_size" not in self._options
         form = (self.box_format, self.normalized)
-        return inspect(step, self._facts, self._options, form, learns=learns, advise=soft)
+        return inspect(step, self._facts, self._options, form, advise=soft)
 
     def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:
         assert self.method is not None

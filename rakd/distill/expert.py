@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill.cache import FeatureCache, fingerprint
-from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, unwrap
+from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, unwrap, version
 from rakd.distill.outputs import Layout, find_maps
 from rakd.distill.scale import mean_square
 
@@ -202,7 +202,7 @@ class Expert:
         """
         held = (t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values()))
         tensors = [tensor for tensor in held if tensor is not None]
-        state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+        state = tuple((tensor.data_ptr(), version(tensor), tensor.dtype) for tensor in tensors)
         if self._print is None or self._print[0] != state:
             self._print = (state, fingerprint(tensors, self.described))
         return self._print[1]

@@ -51,7 +51,7 @@ class FocalAttentionDistillation(DistillationMethod):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        self.expert_strides = tuple(float(stride) for stride in expert_strides)
+        self.expert_strides: tuple[float, ...] = tuple(float(stride) for stride in expert_strides)
         self.temperature = float(temperature)
         self.foreground = float(foreground)
         self.background = float(background)

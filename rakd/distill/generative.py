@@ -65,9 +65,9 @@ class MaskedGenerativeDistillation(DistillationMethod):
 
     def masks(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Draw the next masks, ``[B, 1, H, W]`` per map: 0 hides a cell."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.draws) % 2**63)
+        generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + self.draws) % 2**63)
         self.draws += 1
-        drawn = [torch.rand((m.shape[0], 1, *m.shape[2:]), generator=generator) for m in maps]
+        drawn = [torch.rand((m.shape[0], 1, *m.shape[2:]), generator=generator, device="cpu") for m in maps]
         return [(d >= self.masked).to(m.device, m.dtype, non_blocking=True) for d, m in zip(drawn, maps, strict=True)]
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:

@@ -106,7 +106,12 @@ def unwrap(network: nn.Module) -> nn.Module:
 def _versions(value: Any) -> list[int]:
     """Number of in-place changes of each tensor in a value."""
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-    return [part._version for part in parts if isinstance(part, Tensor)]
+    return [version(part) for part in parts if isinstance(part, Tensor)]
+
+
+def version(tensor: Tensor) -> int:
+    """Number of in-place changes of a tensor; those made under inference_mode do not count theirs."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class FeatureHooks:

@@ -1,6 +1,7 @@
 """Life of a distiller's expert and apprentice: attached, copied, moved, saved and detached."""
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from rakd.distributed import GradientAverage
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+_STATE_BYTES = 4096
 
 LEFT_OUT = "a function that was left out of the pickle"
 """In the place of the expert's ``features``."""
@@ -158,7 +161,8 @@ class Lifecycle(nn.Module):
         """Make the method, and give what it learns to the optimizers that wait for it."""
         if self._method_name is None:
             return
-        self.method = needed_setup(self._method_name, self._facts, self._options, self._adapters, self._seed)
+        with torch.inference_mode(False):  # a loss may be asked for in evaluation first
+            self.method = needed_setup(self._method_name, self._facts, self._options, self._adapters, self._seed)
         for optimizer, group in self._optimizers:
             add_parameters(optimizer, list(self.parameters()), group)
         self._optimizers.clear()
@@ -185,7 +189,10 @@ class Lifecycle(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Keep what was found and measured: JSON as bytes in a tensor, which all checkpoint formats and EMAs hold."""
+        """Keep what was found and measured: JSON as bytes in a tensor, which all checkpoint formats and EMAs hold.
+
+        Spaces bring it to one length, since EMAs and distributed checkpoints copy into tensors of before.
+        """
         state = {
             "facts": self._facts.state(),
             "measured": self._measured,
@@ -193,7 +200,9 @@ class Lifecycle(nn.Module):
             "energy": None if self._energy is None else self._energy.state(),
             "share": self._weight.state() if isinstance(self._weight, TaskShare) else None,
         }
-        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        text = json.dumps(state)
+        length = _STATE_BYTES * math.ceil(len(text) / _STATE_BYTES)
+        return torch.tensor(list(text.ljust(length).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take up `get_extra_state`; makes the method, so that its weights can be loaded.

@@ -73,7 +73,7 @@ class BoxMaskedL2(WeightedL2):
 
     def __init__(self, expert_strides: Sequence[float], *, adapter: ChannelAdapters | None = None) -> None:
         super().__init__(adapter=adapter)
-        self.expert_strides = tuple(float(stride) for stride in expert_strides)
+        self.expert_strides: tuple[float, ...] = tuple(float(stride) for stride in expert_strides)
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "BoxMaskedL2":

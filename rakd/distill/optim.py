@@ -22,10 +22,13 @@ def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: in
 
     Raises:
         TypeError: This is no optimizer.
+        ValueError: It has no such group.
     """
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list) or not groups:
         raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
+    if not -len(groups) <= group < len(groups):
+        raise ValueError(f"group: expected one of the optimizer's {len(groups)} groups, got {group}")
     there = {id(parameter) for each in groups for parameter in each["params"]}
     added = [parameter for parameter in parameters if id(parameter) not in there]
     groups[group]["params"].extend(added)

@@ -71,6 +71,17 @@ class RegionDistillation(DistillationMethod):
             raise ValueError(f"adapter: expected {len(strides)} levels as in strides, got {len(adapter.levels)}")
         self.adapter = adapter
 
+    @property
+    def expert_strides(self) -> tuple[float, ...]:
+        """See `rakd.distill.base.DistillationMethod.expert_strides`."""
+        own: Any = self.loss
+        return tuple(map(float, own.expert_strides or own.strides))
+
+    @expert_strides.setter
+    def expert_strides(self, strides: tuple[float, ...]) -> None:
+        own: Any = self.loss
+        own.expert_strides = None if strides == tuple(map(float, own.strides)) else strides
+
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "RegionDistillation":
         """See `rakd.distill.base.DistillationMethod.build`."""

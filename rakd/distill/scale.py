@@ -167,7 +167,11 @@ class TaskShare:
         self.calls = 0
         self.task: Tensor | float = 0.0
         self.loss: Tensor | float = 0.0
-        self.known = False  # whether there was a loss to compare with
+
+    @property
+    def known(self) -> bool:
+        """Whether there was a loss to compare with."""
+        return self.calls > 0
 
     @property
     def measuring(self) -> bool:
@@ -177,7 +181,8 @@ class TaskShare:
     def update(self, task: Tensor, loss: Tensor) -> None:
         """Count a call with its task loss and its unweighted distillation loss. Waits for the device.
 
-        A loss that is not finite, as float16 has now and then, does not count.
+        A call does not count whose loss is not finite, as float16 has now and then, or whose distillation loss is 0, as
+        without boxes.
 
         Raises:
             ValueError: The task loss is negative: a share of it would be a weight that drives the apprentice away from
@@ -192,9 +197,10 @@ class TaskShare:
                 f"weight: 'auto:{self.share:g}' is a share of the task loss, expected one that is never negative, got "
                 f"{value:g}; where it has terms such as log-likelihoods, give a number"
             )
+        if other <= 0:
+            return
         self.task = number_on(pair.device, self.task) + pair[0]
         self.loss = number_on(pair.device, self.loss) + pair[1]
-        self.known = self.known or other > 0
         self.calls += 1
 
     def factor(self, device: torch.device) -> Tensor:
@@ -209,7 +215,6 @@ class TaskShare:
     def load(self, state: list[float]) -> None:
         """Take up `state`."""
         self.calls, self.task, self.loss = int(state[0]), state[1], state[2]
-        self.known = self.loss > 0
 
 
 def parse_weight(weight: Any, default: float) -> float | TaskShare:

@@ -99,11 +99,11 @@ class Facts:
 
     def of_method(self, method: nn.Module) -> "Facts":
         """Take over the strides of a method that was made already."""
+        known = replace(self, expert_strides=getattr(method, "expert_strides", None) or self.expert_strides)
         if not isinstance(method, RegionDistillation):
-            return self
+            return known
         loss: Any = method.loss
-        strides, expert = tuple(map(float, loss.strides)), loss.expert_strides
-        return replace(self, strides=strides, expert_strides=strides if expert is None else tuple(map(float, expert)))
+        return replace(known, strides=tuple(map(float, loss.strides)))
 
     @property
     def complete(self) -> bool:
@@ -250,28 +250,39 @@ class Step:
         return method.energy(self.expert, self.boxes, self.scores)
 
 
-def inspect(
-    step: Step, facts: Facts, options: Mapping[str, Any], form: tuple[str, bool], *, learns: bool, advise: bool
-) -> Report:
+def check_sizes(step: Step, facts: Facts) -> Step:
+    """See that known strides bring a step's maps and images together; costs no look at the device.
+
+    Returns:
+        The step with its images' size.
+
+    Raises:
+        ValueError: They do not, such as where one network's images changed their size and the other's did not.
+    """
+    if step.size is None and facts.strides is not None:
+        first = next(iter(step.apprentice.values()))
+        size = (round(first.shape[2] * facts.strides[0]), round(first.shape[3] * facts.strides[0]))
+        step = replace(step, size=size, expert_size=size)
+    for argument, strides, maps in (
+        ("strides", facts.strides, step.apprentice),
+        ("expert_strides", facts.expert_strides, step.expert),
+    ):
+        if strides is not None:
+            check_strides(argument, strides, maps, step.known_size)
+    return step
+
+
+def inspect(step: Step, facts: Facts, options: Mapping[str, Any], form: tuple[str, bool], *, advise: bool) -> Report:
     """Check a step against what is known, and report.
 
     Raises:
         ValueError: Something does not fit; names the remedy.
     """
     images = None if step.size is None else step.images
-    check_maps_agree(
-        step.apprentice, step.expert, images, (facts.apprentice_channels, facts.expert_channels), learns=learns
-    )
-    size = step.size
-    if size is None and facts.strides is not None:
-        first = next(iter(step.apprentice.values()))
-        size = (round(first.shape[2] * facts.strides[0]), round(first.shape[3] * facts.strides[0]))
-        step = replace(step, size=size, expert_size=size)
-    if facts.strides is not None:
-        check_strides("strides", facts.strides, step.apprentice, step.known_size)
-    found = facts.completed(step)
+    check_maps_agree(step.apprentice, step.expert, images, (facts.apprentice_channels, facts.expert_channels))
+    found = facts.completed(check_sizes(step, facts))
+    step = check_sizes(step, found)
     assert found.strides and found.expert_strides
-    check_strides("expert_strides", found.expert_strides, step.expert, step.known_size)
     rows = check_boxes(step.given, step.boxes, step.known_size, step.images, form)
     weights = warn_of_equal_weights(rows, found.strides, options, advise)
     pairs = zip(step.apprentice.items(), step.expert.values(), strict=True)

@@ -23,13 +23,17 @@ def keep_in_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, gr
     """
     distiller.add_to(optimizer, group)
 
+    # Of several distillers in one group each takes its own, since hooks run in the order they came in.
     def save(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        state["param_groups"][group][_KEY] = dict(distiller.state_dict())
+        state["param_groups"][group].setdefault(_KEY, []).append(dict(distiller.state_dict()))
 
     def load(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         groups = [dict(saved) for saved in state["param_groups"]]
-        kept = groups[group].pop(_KEY, None) if group < len(groups) else None
-        if kept is not None:
+        every = groups[group].pop(_KEY, []) if group < len(groups) else []
+        if every:
+            kept, *others = every
+            if others:
+                groups[group][_KEY] = others
             # Makes the parameters if they are not there yet; the optimizer's state then has a place for each.
             distiller.load_state_dict(kept)
             # Where the optimizer's own parameters are, so that the state that is loaded next goes there too.

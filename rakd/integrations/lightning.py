@@ -150,6 +150,10 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         if self.distiller is not None:
             self.distiller.close()
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was: Lightning does not tear down after an error or an interruption."""
+        self.teardown(trainer, pl_module, "fit")
+
     def state_dict(self) -> dict[str, Any]:
         """Adapters and measured scales."""
         return {} if self.distiller is None else {"distiller": dict(self.distiller.state_dict())}

@@ -138,8 +138,9 @@ def _levels(
     """Name and channels of a backbone's maps by their stride; of several with one stride, the deepest."""
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
+    dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     with torch.no_grad():
-        maps = find_maps("backbone", backbone(torch.zeros(1, 3, *size, device=device)))
+        maps = find_maps("backbone", backbone(torch.zeros(1, 3, *size, device=device, dtype=dtype)))
     for module, mode in modes.items():
         module.training = mode
     # SSD's coarsest maps come from convolutions without padding; its default boxes say where their cells lie.

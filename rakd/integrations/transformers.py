@@ -86,12 +86,16 @@ class DistillMixin:
     model: Any
     optimizer: Any
     args: Any
+    compute_loss_func: Any
+    model_accepts_loss_kwargs: bool
+    current_gradient_accumulation_steps: int
 
     def __init__(self, *args: Any, expert: Any = None, distill: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._expert = expert
         self._distill = dict(distill or {})
         self._distill_keys = self._distill.pop("keys", None)
-        self._distill_losses: list[Tensor] = []
+        self._distill_sum: Tensor | float = 0.0
+        self._distill_count = 0
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,14 +133,33 @@ class DistillMixin:
         # A copy, since a Trainer with a loss function of its own takes the labels out.
         loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, **kwargs)  # type: ignore[misc]
         keys = None if self._distill_keys is None else self._distill_keys(inputs)
-        added = self.distiller(inputs["pixel_values"], boxes, task_loss=loss.detach(), keys=keys)
-        self._distill_losses.append(added.detach())
-        total = loss + added.to(loss.dtype)
+        # A Trainer divides the sum by the batches that are accumulated, unless the loss came divided.
+        parts = self.current_gradient_accumulation_steps if self._is_divided(kwargs.get("num_items_in_batch")) else 1
+        added = self.distiller(inputs["pixel_values"], boxes, task_loss=parts * loss.detach(), keys=keys)
+        self._distill_sum, self._distill_count = self._distill_sum + added.detach().float(), self._distill_count + 1
+        total = loss + (added / parts).to(loss.dtype)
         return (total, outputs) if return_outputs else total
+
+    def _is_divided(self, items: Any) -> bool:
+        """Whether the model's own loss is over all accumulated batches already, as the Trainer finds it out."""
+        told = getattr(self, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
+        return self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and items is not None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, with hooks in the model for as long as that takes."""
+        if self.distiller is not None:
+            self.distiller.attach(apprentice=unwrap(self.model))
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self.distiller is not None:
+                self.distiller.close()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the mean distillation loss since the last time beside the loss."""
-        if "loss" in logs and self._distill_losses:
-            logs = {**logs, "distill_loss": float(torch.stack(self._distill_losses).float().mean())}
-            self._distill_losses.clear()
+        if "loss" in logs and self._distill_count:
+            logs = {**logs, "distill_loss": float(self._distill_sum / self._distill_count)}
+            self._distill_sum, self._distill_count = 0.0, 0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

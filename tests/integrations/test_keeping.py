@@ -76,6 +76,29 @@ def test_loading_moves_adapters_to_the_optimizers_device(monkeypatch: pytest.Mon
     assert moved == [torch.device("cpu")]
 
 
+def test_two_distillers_in_one_group() -> None:
+    net, optimizer = Net(4, seed=0), torch.optim.AdamW(Net(4, seed=0).parameters())
+    pair = [Distiller(Net(6 + i, seed=i), weight="auto:0.2") for i in range(2)]
+    again = [Distiller(Net(6 + i, seed=i), weight="auto:0.2") for i in range(2)]
+    other = torch.optim.AdamW(Net(4, seed=0).parameters())
+    for i in range(2):
+        keep_in_optimizer(pair[i], optimizer)
+        keep_in_optimizer(again[i], other)
+        loss = pair[i](
+            torch.rand(1, 3, 32, 32),
+            [torch.tensor([[2.0, 3, 20, 28]])],
+            net(torch.rand(1, 3, 32, 32)),
+            task_loss=torch.tensor(1.0 + i),
+        )
+        loss.backward()
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    for one, two in zip(pair, again, strict=True):
+        assert one.weight == two.weight and set(one.state_dict()) == set(two.state_dict())
+        assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+    assert pair[0].weight != pair[1].weight
+
+
 def test_a_state_without_distillation_can_be_loaded_before_the_first_step() -> None:
     plain = Net(4, seed=0)
     optimizer = torch.optim.AdamW([{"params": plain.stages[0].parameters()}, {"params": plain.stages[1].parameters()}])

@@ -106,6 +106,37 @@ def test_two_fits_and_wrong_names(tmp_path: Path) -> None:
     assert isinstance(shared.net, nn.Module)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_fit_that_failed_leaves_nothing_behind(same: bool, tmp_path: Path) -> None:
+    class Fails(Module):
+        fails = True
+
+        def on_train_batch_end(self, *_: object) -> None:
+            if self.fails:
+                raise KeyboardInterrupt if same else RuntimeError("out of memory")
+
+    clean = Fails(8)
+    clean.fails = False
+    fit(clean, tmp_path / "clean", callbacks=[callback()], max_epochs=1)
+    module, added = Fails(8), callback()
+    module.load_state_dict(weights := {name: value.clone() for name, value in module.state_dict().items()})
+    with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
+        fit(module, tmp_path / "failed", callbacks=[added], max_epochs=1)
+    assert not any(part._forward_hooks for part in module.modules()) and "training_step" not in vars(module)
+    module.load_state_dict(weights)
+    module.fails = False
+    module.seen.clear()
+    module.backwards.clear()
+    fit(module, tmp_path / "again", callbacks=[added if same else callback()], max_epochs=1)
+    first = module.backwards[0] - module.seen[0]
+    alone = callback()
+    other = Module(8)
+    other.load_state_dict(weights)
+    fit(other, tmp_path / "other", callbacks=[alone], max_epochs=1)
+    # The same callback has adapters that learned for a step; a loss that is added twice is twice as large.
+    assert first == pytest.approx(other.backwards[0] - other.seen[0], rel=0.05 if same else 1e-6) and first > 0
+
+
 class Resizing(nn.Module):
     """A detector of torchvision's kind: 60 x 60 pixels become 50 x 50, padded to 64 x 64."""
 

@@ -132,6 +132,14 @@ def test_the_coarsest_maps_of_ssdlite_have_strides_of_their_own() -> None:
     assert [name for name, _ in levels.values()] == ["0", "1", "2", "3", "4", "5"]
 
 
+def test_an_expert_in_half_precision() -> None:
+    expert = make("faster", seed=1)
+    losses = DistilledDetector(make("faster"), copy.deepcopy(expert), weight=1.0).train()(*batch())
+    half = DistilledDetector(make("faster"), expert.bfloat16(), weight=1.0).train()(*batch())
+    # bfloat16 has eight bits: maps that passed thirty layers differ by some percent.
+    assert half["loss_distill"].item() == pytest.approx(losses["loss_distill"].item(), rel=0.1)
+
+
 def test_any_module_may_be_the_expert() -> None:
     class Expert(nn.Module):
         def __init__(self) -> None:

@@ -120,6 +120,26 @@ def test_a_loss_function_of_ones_own(tmp_path: Path) -> None:
     assert logged(run, "distill_loss")[0] > 0
 
 
+@pytest.mark.parametrize("weight", [1.0, "auto:10"])
+def test_a_loss_that_comes_divided_is_joined_by_a_divided_one(weight: Any, tmp_path: Path) -> None:
+    """The Trainer does not divide what a loss function of one's own gives."""
+    seen: dict[int, list[list[float]]] = {}
+    for steps in (1, 2):
+        run = trainer(
+            make("detr", 32), tmp_path / str(steps), expert=make("detr", 32, seed=1), distill={"weight": weight},
+            gradient_accumulation_steps=steps, max_steps=1, logging_steps=1, save_strategy="no", learning_rate=0.0,
+        )  # fmt: skip
+        run.compute_loss_func = lambda outputs, labels, steps=steps, **_: (0 * outputs.logits).sum() + 1 / steps
+        run.train()
+        seen[steps] = [logged(run, "loss"), logged(run, "distill_loss")]
+        assert seen[steps][0][0] == pytest.approx(1 + seen[steps][1][0], rel=1e-4)
+        assert not any(part._forward_hooks for part in run.model.modules())
+        with torch.inference_mode():
+            run.model(**{"pixel_values": torch.rand(1, 3, 64, 96)})
+    if weight != 1.0:
+        assert seen[2][1][0] == pytest.approx(10, rel=0.05)
+
+
 class Stop(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_training_stop = True

@@ -45,8 +45,10 @@ def test_hits_give_what_was_there_and_run_nothing(cache: FeatureCache) -> None:
     assert (cache.hits, cache.misses, len(cache)) == (4, 2, 2)
     distiller.expert_features(images(3), [*KEYS, "c"])  # only what is not there runs
     assert runs == [2, 2, 1]
-    distiller.expert_features(images(), ["d", "d"])  # one key twice is one image
+    distiller.expert_features(images(1).repeat(2, 1, 1, 1), ["d", "d"])  # one key twice is one image
     assert runs == [2, 2, 1, 1]
+    with pytest.raises(ValueError, match="keys: expected a key of its own for each image, got 'e' for two that differ"):
+        distiller.expert_features(images(), ["e", "e"])
     maps = Network().features(images())
     assert torch.equal(distiller(images(), BOXES, maps, keys=KEYS), distiller(images(), BOXES, maps))
 
