@@ -34,8 +34,7 @@ def save_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, o
     """
     # Cloned, since a file holds the whole storage of a tensor that is a part of one.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-    with atomic_write(Path(path)) as temporary:
-        torch.save({"format": _WEIGHTS, "config": to_jsonable(config, "config"), "state": tensors}, temporary)
+    _write(path, {"format": _WEIGHTS, "config": to_jsonable(config, "config"), "state": tensors})
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,8 +58,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         path: The file.
         content: Tensors of any device, numbers, text, None, and lists and dicts of them.
     """
-    with atomic_write(Path(path)) as temporary:
-        torch.save({"format": _CHECKPOINT, **content}, temporary)
+    _write(path, {"format": _CHECKPOINT, **content})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -132,6 +130,15 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
         else:
             result[prefix + name] = repr(value)
     return result
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        with atomic_write(Path(path)) as temporary:
+            torch.save(content, temporary)
+    except RuntimeError as error:  # of torch's writer, as where the disk is full
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: cannot be written; is the disk full? ({reason})") from error
 
 
 def _read(path: Path, format_: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from rakd.distill.registry import METHODS
 from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.scenes import make_scenes
-from rakd.study.settings import STUDIES, StudyName
+from rakd.study.settings import STUDIES, StudyName, StudySettings
 from rakd.training.settings import Precision
 
 
@@ -153,6 +154,7 @@ class Distill:
         )
         if self.expert is not None and not self.expert.is_file():
             raise UserError(f"--expert: {self.expert} is not there")
+        self._warn(settings)
         if self.data is None and not base.scenes:
             rendered = ", ".join(name for name, study in STUDIES.items() if study.scenes)
             raise UserError(
@@ -201,6 +203,19 @@ class Distill:
                     runs = [path.parent for path in sorted(self.out.glob("*/result.json"))]
                     write_waymo_tables(self.out / "waymo.md", data, self.splits[1], runs)
                 print(f"tables, curves and pictures are in {self.out}")
+
+    def _warn(self, settings: StudySettings) -> None:
+        """Tell of options that do nothing here."""
+        settings.training.warn_of_warm_up()
+        if self.expert is None:
+            settings.expert_training.warn_of_warm_up()
+        elif self.expert_steps is not None:
+            warnings.warn("--expert-steps does nothing with --expert, which is trained already", stacklevel=2)
+        told = {"--weight": [text.rpartition("=")[0] for text in self.weight], "--option": list(settings.options)}
+        for option, methods in told.items():
+            idle = [method for method in methods if method and method not in settings.methods]
+            if idle:
+                warnings.warn(f"{option} does nothing for {', '.join(idle)}, not among --methods", stacklevel=2)
 
 
 # Options that, if given, replace the study's for expert and apprentices: fields of `TrainSettings`.

@@ -1,5 +1,6 @@
 """The choice of detectors on the command line, by name or from files. Loads torch: commands import it when they run."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,19 +9,23 @@ import torch
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
 from rakd.detector.latency import Model
-from rakd.detector.onnx_model import OnnxDetector
+from rakd.detector.onnx_model import OnnxDetector, has_cuda_provider
 from rakd.errors import UserError
 
 
-def open_model(path: Path, device: torch.device) -> Model:
+def open_model(path: Path, device: torch.device, *, needed: bool = False) -> Model:
     """Read a detector from a file: ``detector.pt`` of a run, or ``.onnx`` of ``rakd export``.
 
     Args:
         path: The file.
-        device: Where it will compute; a detector in PyTorch is moved there. onnxruntime takes the CPU where torch has a
-            GPU and it has none.
+        device: Where it will compute; a detector in PyTorch is moved there.
+        needed: Whether no other device will do; else onnxruntime takes the CPU where torch has a GPU and it has none,
+            and says so.
     """
     if path.suffix == ".onnx":
+        if device.type == "cuda" and not needed and not has_cuda_provider():
+            warnings.warn(f"{path}: this onnxruntime computes on the CPU alone", stacklevel=2)
+            device = torch.device("cpu")
         return OnnxDetector(path, device)
     return load_detector(path).to(device)
 

@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rakd.data.frames import is_image, read_calibration, read_image, read_image_size
+from rakd.data.frames import is_image, read_calibration, read_image
 from rakd.errors import UserError
 from rakd.files import check_folder
-
-if TYPE_CHECKING:
-    from rakd.detector.base_config import BaseConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Predict:
         from PIL import Image
 
         from rakd.commands.models import open_model
-        from rakd.data.kitti import make_sample
+        from rakd.data.kitti import check_widths, make_sample
         from rakd.data.labels import write_objects
         from rakd.detector.inference import detect
         from rakd.distributed import choose_device
@@ -59,9 +56,9 @@ class Predict:
         self._check_names(images)
         check_folder(self.out, "--out")
         device = choose_device(self.device)
-        detector = open_model(self.checkpoint, device)
+        detector = open_model(self.checkpoint, device, needed=self.device == "cuda")
         # What is wrong with the last image is said before the first detection.
-        _check_sizes(images, detector.config)
+        check_widths(images, detector.config.height, detector.config.width)
         calibrations = [
             read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib) for path in images
         ]
@@ -100,17 +97,3 @@ class Predict:
             for path in (self.out / f"{name}.txt", self.out / f"{name}.png"):
                 if path.resolve() in inputs:
                     raise UserError(f"out must be another folder: {path}, which is an input, would be overwritten")
-
-
-def _check_sizes(images: Sequence[Path], config: "BaseConfig") -> None:
-    """Refuse images that are wider than the detector's."""
-    from rakd.data.kitti import resized_width
-
-    for path in images:
-        size = read_image_size(path)
-        width = resized_width(size, config.height)
-        if config.width is not None and width > config.width:
-            raise UserError(
-                f"{path}: too wide for the detector: resized from {size[0]} x {size[1]} pixels to its height, "
-                f"{config.height}, it is {width} wide; expected at most {config.width}"
-            )

@@ -1,6 +1,5 @@
 """``rakd train``: a detector on its own."""
 
-import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from rakd.data.kitti import KittiDataset
     from rakd.detector.base import BaseDetector
     from rakd.distributed import Processes
+    from rakd.training.log import Row
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Train:
         from rakd.commands.config import write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
-        from rakd.data.kitti import KittiDataset, cache_share
+        from rakd.data.kitti import KittiDataset, cache_share, check_widths
         from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
         from rakd.study.validation import CarValidation
@@ -103,12 +103,7 @@ class Train:
         config = DETECTORS[self.detector]
         own = {field.name for field in fields(self)}
         settings = TrainSettings(**{f.name: getattr(self, f.name) for f in fields(TrainSettings) if f.name in own})
-        if self.warm_up >= self.steps:
-            warnings.warn(
-                f"--warm-up: the learning rate rises over {self.warm_up} steps and the training has {self.steps}: "
-                "it ends before its height",
-                stacklevel=1,
-            )
+        settings.warn_of_warm_up()
         with start_processes(self.device) as processes:
             data = kitti_layout(self.data, self.out / "data", processes)
             dataset = KittiDataset(
@@ -121,6 +116,7 @@ class Train:
                 rules=config.rules,
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
+            check_widths([frame.image for frame in (*dataset.frames, *val.frames)], config.height, config.width)
             detector = config.build(self.seed) if self.init is None else start_from(self.init, config)
             if processes.is_main:
                 start = detector.init_source if self.init is None else f"starts from {self.init}"
@@ -141,12 +137,14 @@ class Train:
             # Not before the trainer has accepted what is in the folder.
             if processes.is_main:
                 write_options(self, self.out / "config.json")
-            trainer.run()
-            self._finish(detector.eval(), val, data, processes)
+            rows = trainer.run()
+            self._finish(detector.eval(), val, data, processes, rows)
             # The main process holds the connection: it must not leave earlier.
             barrier(processes)
 
-    def _finish(self, detector: "BaseDetector", val: "KittiDataset", data: Path, processes: "Processes") -> None:
+    def _finish(
+        self, detector: "BaseDetector", val: "KittiDataset", data: Path, processes: "Processes", rows: "list[Row]"
+    ) -> None:
         """Write weights and detections, which all processes make, and print their evaluation."""
         from rakd.commands.waymo_data import format_waymo_tables, is_converted
         from rakd.detector.files import save_detector
@@ -154,6 +152,7 @@ class Train:
         from rakd.evaluation.report import format_ceilings, format_table
         from rakd.study.evaluation import evaluate_run
         from rakd.study.results import write_run
+        from rakd.training.log import last_losses
 
         if processes.is_main:
             save_detector(self.out / "detector.pt", detector)
@@ -162,7 +161,9 @@ class Train:
             return
         frames = [frame.id for frame in val.frames]
         folders = data / "training" / "label_2", self.out / "detections"
-        figures, result = evaluate_run("none", self.seed, *folders, frames, progress=True)
+        figures, result = evaluate_run(
+            "none", self.seed, *folders, frames, seconds=rows[-1]["seconds"], losses=last_losses(rows), progress=True
+        )
         write_run(self.out / "result.json", figures)
         texts = [format_table(result, "R40"), format_table(result, "R11"), format_ceilings(result)]
         if is_converted(data):

@@ -160,7 +160,7 @@ def check_onnx(detector: BaseDetector, model: OnnxDetector, samples: Sequence[Sa
                 difference = torch.minimum(difference, (2 * torch.pi - difference).abs())
             if name == "location":  # what is twice as far is off by twice as much
                 difference = difference / expected[name][own, 2:].double().clamp(min=1.0)
-            worst[name] = max(worst[name], difference.amax().item())
+            worst[name] = max(worst[name], difference.nan_to_num(nan=torch.inf).amax().item())
     return Differences(total, unmatched, worst)
 
 

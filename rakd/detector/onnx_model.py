@@ -31,6 +31,16 @@ METADATA = "rakd_detector"
 Array = npt.NDArray[Any]
 
 
+_CUDA = "CUDAExecutionProvider"
+
+
+def has_cuda_provider() -> bool:
+    """Whether the installed onnxruntime computes on a GPU."""
+    import onnxruntime
+
+    return _CUDA in onnxruntime.get_available_providers()
+
+
 class OnnxDetector:
     """A detector in an ONNX file, to be used as a `rakd.detector.detector.Detector` in evaluation mode.
 
@@ -60,10 +70,10 @@ class OnnxDetector:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = ["CPUExecutionProvider"]
         if device is not None and device.type == "cuda":
-            providers.insert(0, "CUDAExecutionProvider")
-            known = onnxruntime.get_available_providers()
-            if providers[0] not in known:
-                raise UserError(f"{path}: --device cuda: this onnxruntime has no {providers[0]}, only {known}")
+            providers.insert(0, _CUDA)
+            if not has_cuda_provider():
+                known = onnxruntime.get_available_providers()
+                raise UserError(f"{path}: --device cuda: this onnxruntime has no {_CUDA}, only {known}")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own classes, which it does not document

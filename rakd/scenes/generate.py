@@ -3,8 +3,10 @@
 import json
 import math
 import multiprocessing
+import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -73,8 +75,10 @@ def make_scenes(
     _claim(out, {"version": _VERSION, "seed": seed, "width": size[0], "height": size[1]})
     camera, calibration = _camera(*size)
     _check_split(out, frames)
-    for left_over in out.glob("training/*/.*"):  # temporary files of a run that was killed
-        left_over.unlink()
+    for left_over in out.glob("training/*/.*"):  # of a run that was killed; younger ones may be another process's
+        with suppress(FileNotFoundError):
+            if time.time() - left_over.stat().st_mtime > 3600:
+                left_over.unlink()
     missing = [i for i in range(frames) if not all(path.exists() for path in _paths(out, i))]
     write = partial(_write_frame, out, seed, camera, calibration)
     with bar(total=len(missing), desc="rendering", unit="frame", delay=2, disable=not progress) as shown:

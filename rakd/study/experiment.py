@@ -16,6 +16,7 @@ import torch
 
 from rakd.checkpoints import config_diff, file_digest
 from rakd.data.frames import digest, find_frames
+from rakd.data.kitti import check_widths
 from rakd.detector.base import BaseDetector
 from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import DETECTORS
@@ -32,9 +33,10 @@ from rakd.study.jobs import run_side_by_side
 from rakd.study.plan import Run, make_plan, run_name
 from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog
-from rakd.study.runner import Runner, backbone_start, losses_of
+from rakd.study.runner import Runner, backbone_start
 from rakd.study.settings import StudySettings
 from rakd.study.versions import versions
+from rakd.training.log import losses_of
 
 
 class Experiment:
@@ -87,6 +89,7 @@ class Experiment:
         self.quiet = quiet or not processes.is_main
         self.jobs = jobs
         self.extend = extend
+        self.init = init and init.resolve()
         self.onnx = onnx
         self.plan = make_plan(settings, init, expert)
         self.runner = Runner(
@@ -101,6 +104,8 @@ class Experiment:
         for run in self.plan:
             if run.init is not None:
                 check_file(run.init, "a detector to start from (init)")
+        own = DETECTORS[settings.apprentice]
+        check_widths([frame.image for frame in (*self._train_frames, *self._val_frames)], own.height, own.width)
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.
@@ -110,7 +115,9 @@ class Experiment:
         """
         self._check_expert()
         self._claim()
-        if not any(map(self._is_open, self.plan)):
+        if any(map(self._is_open, self.plan)):
+            self._try_models()
+        else:
             self._say("all runs are finished already: only tables and pictures are made anew")
         self._train_side_by_side()
         runs: list[RunResult | None] = []
@@ -139,15 +146,27 @@ class Experiment:
         """Whether there is something to be done for a run, as far as its folder tells."""
         return self.extend or not (self.out / run.name / "result.json").exists()
 
+    def _try_models(self) -> None:
+        """Make what would be trained, before anything is: tells of missing packages and weights, and of what fits not.
+
+        Also with other settings than the defaults, such as files to start from, an expert of another kind, or regions.
+        """
+        runs = {run.method: run for run in reversed(self.plan)}
+        expert = self.runner.build(runs.pop("expert"))
+        self._note_start("expert", expert)
+        for run in runs.values():
+            detector = self.runner.build(run)
+            self._note_start("apprentice", detector)
+            self.runner.make_model(run, detector, expert if run.taught_by else None)
+
     def _train_side_by_side(self) -> None:
         """With several jobs, do the runs; what follows then finds them finished."""
         tasks = {run.name: (run,) for run in self.plan if self._is_open(run)}
         after = {run.name: run.taught_by for run in self.plan if run.taught_by}
         if self.jobs > 1 and tasks:
-            # Tells at once of packages and weights that are missing.
-            roles = {"expert" if run.method == "expert" else "apprentice": run for run in reversed(self.plan)}
-            for role in ("expert", "apprentice"):
-                self._note_start(role, self.runner.build(roles[role]))
+            for run in self.plan:
+                if run.method == "expert" and run.name not in tasks and run.trained is None:
+                    self.runner.train(run, self.runner.build(run), None)  # refuses other settings; no step is left
             run_side_by_side(self._train_alone, tasks, self.jobs, self._say, after)
 
     def _train_alone(self, slot: int, run: Run) -> None:
@@ -259,14 +278,16 @@ class Experiment:
 
     def _config(self) -> dict[str, Any]:
         config = {**asdict(self.settings), "started_from": self.started_from, "expert_file": None}
+        config |= {"init": self.init and self.init.name, "extended": sorted(self.runner.extended)}
         file = self.plan[0].trained
         if file is not None:
-            config |= {"expert": self._expert_config.to_plain(), "expert_training": None, "expert_file": file.name}
+            named = f"{file.resolve().parent.name}/{file.name}"
+            config |= {"expert": self._expert_config.to_plain(), "expert_training": None, "expert_file": named}
         return config
 
     def _describe_data(self) -> str:
         train, val = len(self._train_frames), len(self._val_frames)
-        name = self.data.name
+        name = self.data.resolve().name
         return f"{name}: {train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
 
     def _models(self) -> tuple[ModelFigures, ...]:
@@ -309,6 +330,7 @@ class Experiment:
         seed = self.settings.seeds[0]
         runs = {run.method: self.out / run.name for run in self.plan if run.seed == seed}
         models = {title: runs[method] / "detections" for method, title in titles.items() if method in runs}
+        models = {title: folder for title, folder in models.items() if folder.is_dir()}  # copies may lack them
         draw_frames(self.out / "frames.png", self._val_frames, models)
 
     def _say(self, text: str) -> None:

@@ -10,17 +10,18 @@ from rakd.detector.base import BaseDetector
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector, save_detector, start_from
 from rakd.detector.inference import write_detections
-from rakd.distill.cache import FeatureCache
+from rakd.distill.cache import FeatureCache, fingerprint
 from rakd.distill.methods import make_method
 from rakd.distributed import Processes, broadcast_object
 from rakd.errors import UserError
+from rakd.files import write_text
 from rakd.study.evaluation import DRAWS, evaluate_run
 from rakd.study.plan import Run
 from rakd.study.results import RunResult, read_run, write_run
 from rakd.study.settings import StudySettings
 from rakd.study.validation import CarValidation
-from rakd.training.log import RESERVED, Row
-from rakd.training.model import make_distillation_model
+from rakd.training.log import Row, last_losses
+from rakd.training.model import DistillationModel, make_distillation_model
 from rakd.training.trainer import Trainer
 
 
@@ -70,6 +71,7 @@ class Runner:
         self.splits = splits
         self.quiet = quiet
         self.extend = extend
+        self.extended: set[str] = set()  # names of runs that went on to more steps than they were made for
         self.cache = FeatureCache(out / "features", max_bytes=cache_bytes) if cache_bytes else None
 
     def build(self, run: Run) -> BaseDetector:
@@ -87,18 +89,8 @@ class Runner:
             detector: Before training; left in evaluation mode.
             expert: None: it is trained alone.
         """
-        settings, config = self.settings, detector.config
-        term = None
-        if expert is not None:
-            term = make_method(
-                run.method,
-                strides=detector.strides,
-                expert_channels=expert.channels,
-                apprentice_channels=detector.channels,
-                batch_size=run.training.batch_size // self.processes.count,
-                seed=run.seed,
-                **{"canonical_size": detector.canonical_size, **settings.options.get(run.method, {})},
-            )
+        settings, config, taught = self.settings, detector.config, expert is not None
+        self._check_files(run, expert)
         dataset = KittiDataset(
             self.data,
             self.splits[0],
@@ -111,17 +103,17 @@ class Runner:
         folder = self.out / run.name
         # What changes nothing by being absent is absent, so that runs of earlier versions go on.
         options: dict[str, object] = {} if run.init is None else {"init": file_digest(run.init)}
-        if term is not None and settings.options.get(run.method):
+        if taught and settings.options.get(run.method):
             options["method_options"] = settings.options[run.method]
-        if settings.rescale and term is not None:
+        if settings.rescale and taught:
             options["rescale"] = True
-        if self.cache is not None and term is not None:
+        if self.cache is not None and taught:
             options["feature_cache"] = True  # the expert sees images one by one, which rounds otherwise
         validation = None
         if run.training.validate_every:
             validation = CarValidation(detector, self._validation_frames(detector), folder, self.processes)
         trainer = Trainer(
-            make_distillation_model(detector, expert, term, run.weight, settings.regions, self.cache, settings.rescale),
+            self.make_model(run, detector, expert),
             dataset,
             run.training,
             folder,
@@ -142,9 +134,56 @@ class Runner:
         )
         if trainer.step < run.training.steps and self.processes.is_main:
             (folder / "result.json").unlink(missing_ok=True)  # of a run that is extended
+        if trainer.extended_from:
+            self.extended.add(run.name)
         rows = trainer.run()
         detector.eval()
         return rows
+
+    def make_model(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> DistillationModel:
+        """What a run trains: the detector, with a method where an expert teaches it.
+
+        Raises:
+            ValueError, TypeError: Detector, expert, method and regions do not fit each other.
+        """
+        settings, term = self.settings, None
+        if expert is not None:
+            term = make_method(
+                run.method,
+                strides=detector.strides,
+                expert_channels=expert.channels,
+                apprentice_channels=detector.channels,
+                batch_size=run.training.batch_size // self.processes.count,
+                seed=run.seed,
+                **{"canonical_size": detector.canonical_size, **settings.options.get(run.method, {})},
+            )
+        return make_distillation_model(
+            detector, expert, term, run.weight, settings.regions, self.cache, settings.rescale
+        )
+
+    def _check_files(self, run: Run, expert: BaseDetector | None) -> None:
+        """Refuse a finished run whose checkpoint is gone, and an apprentice that another expert taught.
+
+        The expert's hash is in a file of its own, since runs of earlier versions have none.
+        """
+        folder = self.out / run.name
+        digest = None if expert is None else fingerprint(list(expert.state_dict().values()), "")
+
+        def find_fault() -> str | None:
+            begun, path = (folder / "checkpoint.pt").exists(), folder / "expert.txt"
+            if (folder / "result.json").exists() and not begun:
+                return f"{folder} is finished, but its checkpoint.pt is gone: put it back, or remove the folder"
+            if digest is None:
+                return None
+            if path.exists() and path.read_text(encoding="utf-8") != digest:
+                return f"{folder} holds a run taught by another expert than {run.taught_by} now is: remove it"
+            if not begun:
+                write_text(path, digest)
+            return None
+
+        fault = broadcast_object(self.processes, find_fault)
+        if fault is not None:
+            raise UserError(fault)
 
     def evaluate(self, run: Run, detector: BaseDetector, rows: Sequence[Row] = ()) -> RunResult | None:
         """Evaluate a detector and write what was found.
@@ -179,7 +218,7 @@ class Runner:
             detections,
             frames,
             seconds=rows[-1]["seconds"] if rows else None,
-            losses=_last_losses(rows) if rows else None,
+            losses=last_losses(rows) if rows else None,
             draws=0 if run.method == "expert" else DRAWS,
             progress=not self.quiet,
         )
@@ -190,17 +229,6 @@ class Runner:
         return KittiDataset(self.data, self.splits[1], height=detector.config.height)
 
 
-def losses_of(row: Row, *others: str) -> Row:
-    """The loss terms of a row of a log, and the columns named besides."""
-    return {key: value for key, value in row.items() if key not in RESERVED or key in others}
-
-
 def backbone_start(detector: BaseDetector) -> str:
     """Weights that the backbone started from, without the reason."""
     return detector.init_source.partition(" (")[0]
-
-
-def _last_losses(rows: Sequence[Row]) -> dict[str, float]:
-    """Mean of each loss term over the last twentieth of the rows: single batches scatter."""
-    last = [losses_of(row) for row in rows[-max(1, len(rows) // 20) :]]
-    return {name: sum(row[name] for row in last) / len(last) for name in last[0]}

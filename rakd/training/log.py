@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -100,3 +100,14 @@ class Log:
             write_text(path, text.getvalue())
             lines = sorted([*self.rows, *self.validations], key=lambda row: row["step"])
             write_text(path.with_suffix(".jsonl"), "".join(json.dumps(without_nan(row)) + "\n" for row in lines))
+
+
+def losses_of(row: Row, *others: str) -> Row:
+    """The loss terms of a row of a log, and the columns named besides."""
+    return {key: value for key, value in row.items() if key not in RESERVED or key in others}
+
+
+def last_losses(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean of each loss term over the last twentieth of the rows: single batches scatter."""
+    last = [losses_of(row) for row in rows[-max(1, len(rows) // 20) :]]
+    return {name: sum(row[name] for row in last) / len(last) for name in last[0]}

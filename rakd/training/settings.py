@@ -1,5 +1,6 @@
 """Settings of a training run. Imports no torch, so that the command line can read them quickly."""
 
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
@@ -78,3 +79,12 @@ class TrainSettings:
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def warn_of_warm_up(self) -> None:
+        """Tell of a training that ends before the learning rate is at its height."""
+        if self.warm_up >= self.steps:
+            warnings.warn(
+                f"warm_up: the learning rate rises over {self.warm_up} steps and the training has {self.steps}: it "
+                "ends before its height",
+                stacklevel=2,
+            )

@@ -298,6 +298,11 @@ class Trainer:
         return to_jsonable({"settings": settings, "data": data, **given}, "fingerprint")
 
     @property
+    def extended_from(self) -> list[int]:
+        """Steps at which the run was made to go on to more than it was made for."""
+        return list(self._fingerprint.get("extended_from", ()))
+
+    @property
     def _checkpoint(self) -> Path:
         return self.out / "checkpoint.pt"
 

@@ -69,7 +69,7 @@ def test_train(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main([*train(scenes, run), "--seed", "1"]) == 2
     captured = capsys.readouterr().err
     assert "settings.seed is 0 there and 1 here" in captured
-    assert "--warm-up: the learning rate rises over 500 steps and the training has 2" in captured
+    assert "warm_up: the learning rate rises over 500 steps and the training has 2" in captured
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -397,7 +397,7 @@ def test_broken_files_are_one_line_from_any_process(
         message = f"{calib}: expected a line 'P2: <12 numbers>'"
     else:
         Image.new("RGB", (1000, 100)).save(image)
-        message = "frame 000006: too large: resized it is 1280 x 128 pixels, expected at most 448 x 128"
+        message = f"{image}: too wide for the detector: resized from 1000 x 100 pixels to its height, 128, it is 1280"
     options = ["--workers", workers, "--batch-size", "8", "--warm-up", "0"]
     before = set(multiprocessing.active_children())
     assert main([*train(data, tmp_path / "run"), *options]) == 2

@@ -13,6 +13,7 @@ from rakd.checkpoints import load_weights, save_checkpoint, save_weights
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
+from rakd.errors import UserError
 from rakd.geometry import Calibration
 
 CAMERA = Calibration(np.array([[72.0, 0, 64, 4], [0, 72, 17, 0.02], [0, 0, 1, 0.003]]))
@@ -94,6 +95,18 @@ def test_other_files_are_refused(detector: Detector, tmp_path: Path) -> None:
     save_checkpoint(path, {"step": 3})
     with pytest.raises(ValueError, match=r"file\.pt: expected the format 'rakd weights 1', got 'rakd checkpoint 1'"):
         load_detector(path)
+
+
+def test_a_full_disk_is_one_line(detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(content: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 768 vs 662\nstack")
+
+    monkeypatch.setattr(torch, "save", full)
+    for save in (lambda path: save_detector(path, detector), lambda path: save_checkpoint(path, {"step": 3})):
+        with pytest.raises(UserError, match=r"file\.pt: cannot be written; is the disk full\? .*pos 768 vs 662\)$"):
+            save(tmp_path / "file.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_broken_detectors_are_refused(detector: Detector, tmp_path: Path) -> None:

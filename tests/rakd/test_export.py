@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rakd.cli import main
+from rakd.commands.models import open_model
 from rakd.data.frames import find_frames
 from rakd.data.kitti import KittiDataset, Sample, collate
 from rakd.detector import export
@@ -152,6 +153,13 @@ def test_a_wrong_model_is_found_out(
     def fewer(own: OnnxDetector, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         return [value[1:] for value in run(own, inputs)]
 
+    def lost(own: OnnxDetector, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        values = run(own, inputs)
+        values[OUTPUTS.index("scores")] = values[OUTPUTS.index("scores")] * np.float32(np.nan)
+        return values
+
+    monkeypatch.setattr(OnnxDetector, "run", lost)
+    assert check_onnx(detector, model, samples).worst["scores"] == math.inf
     monkeypatch.setattr(OnnxDetector, "run", far)
     assert check_onnx(detector, model, samples).worst["location"] > 1e-3
     monkeypatch.setattr(OnnxDetector, "run", fewer)
@@ -263,6 +271,16 @@ def test_predict_and_latency_take_the_model(
         rows = list(csv.DictReader(opened))
     assert [row["runs"] for row in rows] == ["eager", "onnxruntime", "onnxruntime"]
     assert [row["parameters"] != "" for row in rows] == [True, False, False]
+
+
+def test_onnxruntime_without_a_gpu_beside_a_torch_that_has_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'rakd[export]'")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.warns(UserWarning, match=r"\.onnx: this onnxruntime computes on the CPU alone"):
+        model = open_model(file, torch.device("cuda"))
+    assert isinstance(model, OnnxDetector) and model.session.get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises(UserError, match="--device cuda: this onnxruntime has no CUDAExecutionProvider"):
+        open_model(file, torch.device("cuda"), needed=True)
 
 
 def test_what_is_refused(run_folder: Path, detector: Detector, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

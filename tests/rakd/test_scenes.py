@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,14 @@ def test_an_interrupted_run_is_completed(tmp_path, scenes, monkeypatch):
     out = tmp_path / "out"
     make_scenes(out, 4, seed=3, size=SIZE)
     (out / "training" / "label_2" / "000002.txt").unlink()
-    (out / "training" / "image_2" / ".000002-0123.png").write_text("half of")
+    killed, young = (out / "training" / "image_2" / f".000002-{name}.png" for name in ("0123", "4567"))
+    for path in (killed, young):
+        path.write_text("half of")
+    os.utime(killed, (0, 0))
     kept = (out / "training" / "image_2" / "000001.png").stat().st_mtime_ns
     make_scenes(out, 10, seed=3, size=SIZE)
+    assert not killed.exists()
+    young.unlink()  # it may be another process's
     assert digest(out) == digest(scenes)
     assert (out / "training" / "image_2" / "000001.png").stat().st_mtime_ns == kept
 
