@@ -9,8 +9,8 @@ Environment variables:
     RAKD_CUDA=1 / 0: build the CUDA library or fail / do not build it. Unset: build it if nvcc and a CUDA build of
         torch are there. What was decided, and why, is printed and kept in ``rakd_ops/_build_info.py``.
     CUDA_HOME: the CUDA toolkit to use.
-    TORCH_CUDA_ARCH_LIST: GPU architectures, as for torch ("8.0 9.0+PTX"). They are kept in ``rakd_ops/_build_info.py``.
-    CXX: the C++ compiler, with options if need be.
+    TORCH_CUDA_ARCH_LIST: GPU architectures, by number ("8.0 9.0+PTX"). They are kept in ``rakd_ops/_build_info.py``.
+    CXX: the C++ compiler, with options if need be. nvcc chooses its own; NVCC_CCBIN names it another.
     RAKD_WERROR=1: compiler warnings are errors (CI).
     MAX_JOBS: compilations at a time.
 """
@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ def switch(name: str) -> str:
     return value
 
 
+# Free-threaded Python has no limited API before 3.15, and setuptools refuses the tag.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 WARNINGS_ARE_ERRORS = switch("RAKD_WERROR") == "1"
 
 
@@ -230,7 +233,7 @@ class BuildLibraries(build_ext):
 
     def jobs(self) -> int:
         """Return how many compilations may run at a time; the architectures of a CUDA file are one each."""
-        return int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+        return int(os.environ.get("MAX_JOBS") or 0) or os.cpu_count() or 1
 
     def cpu_units(self) -> list[Unit]:
         """List the compilations of the CPU library."""
@@ -278,18 +281,21 @@ class BuildLibraries(build_ext):
         command = [*compiler, *unit.flags, "-c", str(unit.source), "-o", str(target)]
         record = target.with_suffix(".command")
         newest = max(path.stat().st_mtime for path in [*CSRC.rglob("*.*"), Path(__file__)])
-        current = record.exists() and record.read_text() == "\n".join(command)
+        # What is installed in the place of another torch or toolkit has the same paths.
+        content = "\n".join([*command, self.torch_version, (self.cuda.home and toolkit_version(self.cuda.home)) or ""])
+        current = record.exists() and record.read_text() == content
         if current and target.exists() and target.stat().st_mtime > newest:
             return target
         self.check_call(command)
-        record.write_text("\n".join(command))
+        record.write_text(content)
         return target
 
     def check_call(self, command: list[str]) -> None:
         """Run a compiler; a failure ends the build with the command that failed."""
         print(" ".join(command), flush=True)
         if subprocess.run(command, check=False).returncode:
-            raise SystemExit("rakd_ops: the build failed at: " + " ".join(command))
+            instead = " (RAKD_CUDA=0 builds without CUDA)" if command[0].endswith("nvcc") else ""
+            raise SystemExit(f"rakd_ops: the build failed{instead} at: " + " ".join(command))
 
     def write_build_info(self) -> None:
         """Record how the libraries were built, beside them."""
@@ -323,11 +329,11 @@ def toolkit_version(home: Path) -> str:
 
 def extension(name: str) -> Extension:
     """Describe one library; its sources are compiled by BuildLibraries, not by setuptools."""
-    return Extension(f"rakd_ops.{name}", sources=[], py_limited_api=True)
+    return Extension(f"rakd_ops.{name}", sources=[], py_limited_api=LIMITED_API)
 
 
 setup(
     ext_modules=[extension("_cpu")],
     cmdclass={"build_ext": BuildLibraries},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
 )

@@ -75,6 +75,36 @@ inline void check_maps(const Tensors& maps, const DoubleList& strides, const Ten
   }
 }
 
+// What an image's height (dimension 2) or width (3) lies between if these maps come from it.
+struct Extent {
+  double low, high;
+};
+
+inline Extent extent_of(const Tensors& maps, const DoubleList& strides, int dimension) {
+  Extent extent{0.0, INFINITY};
+  for (size_t l = 0; l < maps.size(); ++l) {
+    const auto cells = static_cast<double>(maps[l].size(dimension));
+    extent = {std::max(extent.low, (cells - 1) * strides[l]), std::min(extent.high, (cells + 1) * strides[l])};
+  }
+  return extent;
+}
+
+// Sizes times strides belong to one image: the rule of rakd_ops/_inputs.py, check_pyramid, for calls whose sizes
+// torch.compile did not know. `others` may be empty.
+inline void check_extents(const Tensors& maps, const DoubleList& strides, const Tensors& others,
+                          const DoubleList& other_strides) {
+  constexpr const char* kRule = ": expected strides that fit the maps (size times stride about the same for all maps)";
+  for (const int dimension : {2, 3}) {
+    const Extent own = extent_of(maps, strides, dimension);
+    STD_TORCH_CHECK(own.low < own.high, "strides", kRule);
+    if (others.empty()) continue;
+    const Extent other = extent_of(others, other_strides, dimension);
+    const double padding = std::max(strides.back(), other_strides.back());
+    STD_TORCH_CHECK(other.low < other.high, "expert_strides", kRule);
+    STD_TORCH_CHECK(std::max(own.low, other.low) < std::min(own.high, other.high) + padding, "expert_strides", kRule);
+  }
+}
+
 inline void check_sampling(const IntList& output_size, int64_t sampling_ratio) {
   const auto good = [](int64_t n) { return n >= 1 && n <= kMaxCount; };
   STD_TORCH_CHECK(output_size.size() == 2 && good(output_size[0]) && good(output_size[1]),

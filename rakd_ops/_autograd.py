@@ -57,7 +57,7 @@ def _graph_is_kept() -> bool:
 
 def _clone_inference_tensors(values: Sequence[Any]) -> Sequence[Any]:
     """Copy tensors made under ``torch.inference_mode``, which autograd refuses to keep (an expert's maps, say)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which cannot ask; torch's own error then says what to do
         return values
     return [v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in values]
 
@@ -219,9 +219,13 @@ def distill(inputs: Distillation, options: RoIOptions, reduction: str, backend: 
     differentiated = torch.is_grad_enabled() and any(wanted)
     if _needs_no_function(maps):
         pyramids = inputs.apprentice, inputs.expert
+        if backend == "cpu" and reduction != "none":  # see _DistillPerBox
+            total, _ = op("distill_gradient", backend)(*pyramids, rows, index, None, *geometry, False, False)
+            return total
         total, losses = op("distill_loss", backend)(*pyramids, rows, index, *geometry)
         return losses if reduction == "none" else total
-    if not differentiated or reduction == "none" or any(m.dtype == torch.float16 for m in maps):
+    taught = (*(inputs.apprentice if wanted[0] else ()), *(inputs.expert if wanted[1] else ()))
+    if not differentiated or reduction == "none" or any(m.dtype == torch.float16 for m in taught):
         arguments = (rows, index, geometry, wanted, backend, reduction != "none")
         if differentiated:
             return _DistillPerBox.apply(*arguments, *_clone_inference_tensors(maps))

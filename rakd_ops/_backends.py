@@ -167,13 +167,21 @@ def _mismatch(index: int) -> str | None:
 _mismatch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_installed(backend: str) -> bool:
+    """Whether a backend's code is there; asks no device, which would start CUDA in this process."""
+    return _MISSING[backend] is None
+
+
 def _why_not(backend: str) -> str | None:
     missing = _MISSING[backend]
     needs_device = backend == "cuda" or (backend == "triton" and not TRITON_INTERPRETED)
     if missing is None and needs_device and not torch.cuda.is_available():
         return "torch finds no CUDA device"
     if missing is None and backend == "cuda":
-        return _mismatch(torch.cuda.current_device())
+        try:
+            return _mismatch(torch.cuda.current_device())
+        except RuntimeError as error:  # as in a process that was forked from one that uses CUDA
+            return str(error).strip().split("\n")[0]
     return missing
 
 

@@ -84,7 +84,10 @@ ALIGN_ARGUMENTS = "float[] strides, int[] output_size, int sampling_ratio"
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     """Return ``value`` as a finite float, positive where asked."""
     if isinstance(value, (int, float)) and torch.compiler.is_compiling():
-        # A number that changes from call to call is symbolic here; asking whether it is finite would fix its value.
+        # A number that changes from call to call is symbolic here: asking whether it is finite would fix its value,
+        # comparing it does not.
+        if positive and not value > 0:
+            raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
         return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

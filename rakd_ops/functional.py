@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rakd_ops import _autograd, _inputs, reference
-from rakd_ops._backends import available_backends, choose_backend
+from rakd_ops._backends import choose_backend, is_installed
 from rakd_ops._inputs import Boxes, Maps
 from rakd_ops._options import RoIOptions, check_options
 
@@ -227,5 +227,5 @@ def release_memory() -> None:
     ``RAKD_CPU_KEEP_MIB`` limits it (read at the first call; 1024 unless set, 0 keeps nothing). Nothing is kept outside
     Linux, and of tensors nothing under torch 2.10. The storage of a tensor in kept memory cannot be enlarged in place.
     """
-    if available_backends()["cpu"] is True:
+    if is_installed("cpu"):
         torch.ops.rakd_ops.release_memory()

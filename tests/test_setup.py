@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shlex
 import sys
@@ -151,6 +152,42 @@ def test_what_was_built_is_recorded(setup: ModuleType, monkeypatch: pytest.Monke
     assert found["cuda_toolkit"] == "12.6"
     (include / "cuda_runtime_api.h").unlink()
     assert setup.toolkit_version(tmp_path) == ""
+
+
+def test_objects_of_another_torch_or_toolkit_are_compiled_anew(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Which may lie at the same path, with older files."""
+    command = setup.BuildLibraries(setuptools.Distribution())
+    home = make_toolkit(tmp_path / "cuda")
+    header = home / "include" / "cuda_runtime_api.h"
+    header.write_text("#define CUDART_VERSION 12060\n")
+    command.torch_version, command.cxx, command.cuda = "2.11.0", ["g++"], setup.CudaDecision(True, "", home)
+    compiled: list[str] = []
+
+    def compile_(words: list[str]) -> None:
+        compiled.append(words[0])
+        Path(words[-1]).write_bytes(b"")
+
+    monkeypatch.setattr(command, "check_call", compile_)
+    unit = setup.Unit(setup.CSRC / "cpu" / "align.cpp", ())
+    counts = []
+    for version, runtime in (("2.11.0", "12060"), ("2.11.0", "12060"), ("2.12.0", "12060"), ("2.12.0", "13000")):
+        command.torch_version = version
+        header.write_text(f"#define CUDART_VERSION {runtime}\n")
+        command.compile_unit(unit, tmp_path)
+        counts.append(len(compiled))
+    assert counts == [1, 1, 2, 3]
+
+
+def test_numbers_of_jobs_and_free_threaded_python(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = setup.BuildLibraries(setuptools.Distribution())
+    for value, expected in (("", os.cpu_count()), ("3", 3)):
+        monkeypatch.setenv("MAX_JOBS", value)
+        assert command.jobs() == expected
+    assert setup.LIMITED_API
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: 1 if name == "Py_GIL_DISABLED" else None)
+    assert not load(monkeypatch).LIMITED_API
 
 
 def test_compiler(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

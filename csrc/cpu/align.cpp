@@ -95,6 +95,7 @@ Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, In
   const PlanOptions options = plan_options(output_size, sampling_ratio);
   const Maps maps = map_batches(features, strides, "features");
   check_alike(maps, "features");
+  check_extents(features, strides, {}, {});
   const int64_t batch = maps[0].batch;
   const BoxRows boxes = box_rows(rows, index, batch, static_cast<int64_t>(maps.size()));
   Tensor output = empty_tensor(maps[0].type, {boxes.count, maps[0].channels, options.bins_y, options.bins_x});

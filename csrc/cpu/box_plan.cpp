@@ -82,8 +82,10 @@ class PlanBuilder {
     patches_.clear();
     for (int32_t i = boxes.begin[image]; i < boxes.begin[image + 1]; ++i) {
       const int32_t k = boxes.order[i];
-      const double scale = level.factor * boxes.row(k)[5 + l] * (options.box_factor ? options.box_factor[k] : 1.0);
-      if (scale != 0.0) add_patch(plan, options, level, boxes.row(k), k, scale);
+      const double weight = boxes.row(k)[5 + l];
+      const double scale = level.factor * weight * (options.box_factor ? options.box_factor[k] : 1.0);
+      // The weight by itself, since a factor that is not finite makes NaN of 0.
+      if (weight != 0.0 && scale != 0.0) add_patch(plan, options, level, boxes.row(k), k, scale);
     }
     plan.patch_count = static_cast<int64_t>(patches_.size());
     lay_out(plan, options.gradients, level.channel_blocks);

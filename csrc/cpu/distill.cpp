@@ -204,6 +204,7 @@ std::tuple<Tensor, Tensor, Tensors> distill(const Tensors& apprentice, const Ten
                     maps[l].batch, " images and ", maps[l].channels, " channels as in apprentice on level ", l,
                     ", got ", other.batch, " and ", other.channels);
   }
+  check_extents(apprentice, strides, expert, expert_strides);
   call.boxes = box_rows(rows, index, maps[0].batch, static_cast<int64_t>(maps.size()));
   const int64_t count = call.boxes.count;
   if (factor) {

@@ -60,6 +60,7 @@ std::tuple<Tensor, Tensor, Tensors> distill_as(const Tensors& apprentice, const 
   Distillation call;
   call.map[0] = maps_of(apprentice, strides, apprentice, "apprentice");
   call.map[1] = maps_of(expert, expert_strides, apprentice, "expert");
+  check_extents(apprentice, strides, expert, expert_strides);
   const Tensor& like = apprentice[0];
   bool is_double = false;
   for (const Maps& maps : call.map) {
@@ -139,6 +140,7 @@ void scale_gradients(Tensors gradients, Tensor factor) {
 Tensor align(Tensors features, Tensor rows, Tensor index, DoubleList strides, IntList output_size,
              int64_t sampling_ratio) {
   const Maps maps = maps_of(features, strides, features, "features");
+  check_extents(features, strides, {}, {});
   const Tensor& like = features[0];
   for (const Tensor& t : features) {
     STD_TORCH_CHECK(t.size(1) == like.size(1) && t.scalar_type() == like.scalar_type(),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rakd_ops import _backends, available_backends
+from rakd_ops import _backends, available_backends, release_memory
 from rakd_ops._backends import can_run, choose_backend, explain_driver
 
 SHIPPED = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.0+PTX")
@@ -181,6 +181,20 @@ def test_each_device_has_its_own_answer(device: Device, monkeypatch: pytest.Monk
 
 def test_tensors_on_the_cpu_ask_no_device(device: Device) -> None:
     assert choose_backend("auto", torch.device("cpu")) == "cpu"
+    assert device.asked == 0
+
+
+def test_a_device_that_cannot_be_asked_is_a_reason(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that was forked from one that uses CUDA; giving back memory of the CPU asks none."""
+
+    def refuse() -> int:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", refuse)
+    assert available_backends()["cuda"] == "Cannot re-initialize CUDA in forked subprocess"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("a device was asked for"))
+    release_memory()
     assert device.asked == 0
 
 

@@ -205,6 +205,18 @@ def test_a_level_of_weight_zero_is_not_read(backend: str, output_size: int) -> N
     assert pooled.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_is_not_finite_reaches_no_level_of_weight_zero(backend: str) -> None:
+    device = DEVICE_OF[backend]
+    maps, expert = pyramid(device=device, requires_grad=True), pyramid(device=device, seed=1)
+    boxes = torch.tensor([[0, 5.0, 5.0, 60.0, 50.0]], dtype=torch.float64, device=device)
+    weights = torch.tensor([[0.0, 1.0, 0.0, 0.0]], dtype=torch.float64, device=device)
+    loss = soft_roi_distill(maps, expert, boxes, level_weights=weights, reduction="none", backend=backend)
+    gradients = torch.autograd.grad(loss, maps, torch.full_like(loss, float("inf")))
+    assert [bool(gradient.isfinite().all()) for gradient in gradients] == [True, False, True, True]
+    assert all(not gradients[level].any() for level in (0, 2, 3))
+
+
 FAULTY = [
     [7, 0, 0, 90, 60],
     [-1, 0, 0, 90, 60],

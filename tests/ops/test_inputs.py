@@ -300,6 +300,54 @@ def test_compiled_code_refuses_what_python_could_not_see() -> None:
             compiled(MAPS, with_box(*row))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_code_refuses_strides_that_do_not_fit(dynamic: bool | None) -> None:
+    """Sizes may be unknown while tracing; the op sees them."""
+    torch.compiler.reset()
+
+    def loss(maps: Any, expert: Any, strides: Any, expert_strides: Any) -> torch.Tensor:
+        return soft_roi_distill(maps, expert, BOXES, strides=strides, expert_strides=expert_strides)
+
+    def pooled(maps: Any, strides: Any) -> torch.Tensor:
+        return multilevel_roi_align(maps, BOXES, strides=strides)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="eager")
+    own, twice = (4, 8, 16, 32), (2, 4, 8, 16)
+    larger = [m.repeat(1, 1, 2, 2) for m in MAPS]
+    torch.testing.assert_close(compiled(MAPS, larger, own, twice), loss(MAPS, larger, own, twice))
+    for maps, expert, strides, expert_strides, name in (
+        (MAPS[::-1], MAPS[::-1], own, own, "strides"),
+        (MAPS, MAPS[::-1], own, own, "expert_strides"),
+        (MAPS, larger, own, own, "expert_strides"),
+        (MAPS, MAPS, own, twice, "expert_strides"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"[ ,]{name}: expected strides that fit the maps"):
+            compiled(maps, expert, strides, expert_strides)
+    align = torch.compile(pooled, fullgraph=True, dynamic=dynamic, backend="eager")
+    torch.testing.assert_close(align(MAPS, own), pooled(MAPS, own))
+    with pytest.raises(RuntimeError, match=r"[ ,]strides: expected strides that fit the maps"):
+        align(MAPS[::-1], own)
+
+
+def test_compiled_numbers_are_checked() -> None:
+    torch.compiler.reset()
+    annealed = torch.compile(lambda sigma: soft_roi_distill(MAPS, MAPS, BOXES, sigma=sigma), backend="eager")
+    for sigma in (1.0, 0.9, 0.8):
+        annealed(sigma)
+    for sigma in (-0.5, 0.0):
+        with pytest.raises(ValueError, match="sigma: expected a positive finite number"):
+            annealed(sigma)
+    for name, step in (
+        ("sigma", lambda: soft_roi_distill(MAPS, MAPS, BOXES, sigma=0.0)),
+        ("sigma", lambda: soft_roi_distill(MAPS, MAPS, BOXES, sigma=-1.0)),
+        ("sigma", lambda: soft_roi_distill(MAPS, MAPS, BOXES, sigma=NAN)),
+        ("canonical_size", lambda: soft_roi_distill(MAPS, MAPS, BOXES, canonical_size=0)),
+    ):
+        torch.compiler.reset()
+        with pytest.raises(ValueError, match=f"{name}: expected a positive finite number"):
+            torch.compile(step, backend="eager")()
+
+
 def test_numpy_numbers_are_numbers() -> None:
     options = {
         "output_size": np.int64(3),
