@@ -116,7 +116,8 @@ class Train:
                 rules=config.rules,
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
-            check_widths([frame.image for frame in (*dataset.frames, *val.frames)], config.height, config.width)
+            if processes.is_main:
+                check_widths([frame.image for frame in (*dataset.frames, *val.frames)], config.height, config.width)
             detector = config.build(self.seed) if self.init is None else start_from(self.init, config)
             if processes.is_main:
                 start = detector.init_source if self.init is None else f"starts from {self.init}"

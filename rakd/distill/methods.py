@@ -63,12 +63,10 @@ def make_method(
         ValueError: The name or an option is not known, "semckd" has no batch size, or a setting is wrong.
         TypeError: A setting has the wrong type.
     """
-    if name != "none":
-        spec = METHODS.get(name)
-        if spec is None:
-            raise ValueError(f"name: expected one of {', '.join(map(repr, (*METHODS, 'none')))}, got {name!r}")
-    else:
+    if name == "none":
         return None
+    if name not in METHODS:
+        raise ValueError(f"name: expected one of {', '.join(map(repr, (*METHODS, 'none')))}, got {name!r}")
     steps = tuple(float(stride) for stride in strides)
     setup = Setup(
         strides=steps,

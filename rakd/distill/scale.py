@@ -9,19 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
-
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Average a tensor over all processes; itself without `torch.distributed`."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-        if processes > 1:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-            value = value / processes
-    return value
+from rakd.distributed import all_reduce_mean
 
 
 def _exact_dtype(device: torch.device) -> torch.dtype:
@@ -72,7 +62,7 @@ class UnitScale:
             ValueError: There are more or fewer levels than before.
         """
         self._check(len(maps))
-        squares = mean_over_processes(torch.stack([mean_square(m) for m in maps]))
+        squares = all_reduce_mean(torch.stack([mean_square(m) for m in maps]))
         there = squares.isfinite() & (squares > 0)
         self.counts = there + self.counts.to(squares)
         self.squares = torch.where(there, squares, 0.0) + self.squares.to(squares)
@@ -128,7 +118,7 @@ class RunningEnergy:
     def update(self, measure: Callable[[], Tensor]) -> None:
         """Count a call, and measure if it is due. Waits for the device until there was energy once."""
         if self.due:
-            energy = mean_over_processes(_exact(measure()))
+            energy = all_reduce_mean(_exact(measure()))
             there = energy > 0
             count = number_on(energy.device, self.count) + there
             value = number_on(energy.device, self.value)
@@ -188,7 +178,7 @@ class TaskShare:
             ValueError: The task loss is negative: a share of it would be a weight that drives the apprentice away from
                 the expert, and a share of a loss that passes through 0 may be any weight.
         """
-        pair = mean_over_processes(torch.stack([_exact(task).to(loss.device), _exact(loss)]))
+        pair = all_reduce_mean(torch.stack([_exact(task).to(loss.device), _exact(loss)]))
         value, other = pair.tolist()
         if not math.isfinite(value + other):
             return

@@ -105,7 +105,8 @@ class Experiment:
             if run.init is not None:
                 check_file(run.init, "a detector to start from (init)")
         own = DETECTORS[settings.apprentice]
-        check_widths([frame.image for frame in (*self._train_frames, *self._val_frames)], own.height, own.width)
+        if processes.is_main:
+            check_widths([frame.image for frame in (*self._train_frames, *self._val_frames)], own.height, own.width)
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.

@@ -173,12 +173,10 @@ class Runner:
             begun, path = (folder / "checkpoint.pt").exists(), folder / "expert.txt"
             if (folder / "result.json").exists() and not begun:
                 return f"{folder} is finished, but its checkpoint.pt is gone: put it back, or remove the folder"
-            if digest is None:
-                return None
-            if path.exists() and path.read_text(encoding="utf-8") != digest:
-                return f"{folder} holds a run taught by another expert than {run.taught_by} now is: remove it"
-            if not begun:
+            if digest is not None and not begun:
                 write_text(path, digest)
+            elif digest is not None and path.exists() and path.read_text(encoding="utf-8") != digest:
+                return f"{folder} holds a run taught by another expert than {run.taught_by} now is: remove it"
             return None
 
         fault = broadcast_object(self.processes, find_fault)

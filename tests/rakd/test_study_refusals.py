@@ -38,6 +38,9 @@ def test_apprentices_of_another_expert_are_not_taken(finished: Finished, scenes:
         run(scenes, out, other)
     (out / "rakd-seed0" / "expert.txt").unlink()  # as runs of before: nothing can be told
     run(scenes, out, other)
+    shutil.rmtree(out / "rakd-seed0")
+    write_text(out / "rakd-seed0" / "expert.txt", "of a run that was killed before its first checkpoint")
+    run(scenes, out, other)
 
 
 def test_a_finished_run_is_never_trained_again(finished: Finished, scenes: Path, tmp_path: Path) -> None:  # noqa: F811
