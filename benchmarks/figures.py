@@ -272,13 +272,21 @@ def format_readme(rows: Sequence[Row]) -> str:
     heads = ["workload", "layout", "ours, ms", "20–80 %", "of the bandwidth bound"]
     heads += ["host, µs", "device, µs", "launches"] * gpu + ["torchvision per map", "difference map"]
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    cases: dict[tuple[str, str, str, str, int], dict[str, Row]] = {}
     for row in wanted:
-        cases.setdefault((row.workload, row.dtype, row.layout), {})[row.implementation] = row
-    for (workload, dtype, layout), mine in cases.items():
+        case = (row.workload, row.dtype, row.layout, row.device, row.threads)
+        run = cases.get(case, {})
+        # The last run counts, whole: a ratio is of two times of one run.
+        same = all((other.commit, other.date) == (row.commit, row.date) for other in run.values())
+        cases[case] = {**(run if same else {}), row.implementation: row}
+    several = len({case[3:] for case in cases}) > 1
+    for (workload, dtype, layout, device, threads), mine in cases.items():
+        if not any(row.is_subject for row in mine.values()):
+            continue
         ours = next(row for row in mine.values() if row.is_subject)
         spread = f"{format_time(ours.p20_ms)}–{format_time(ours.p80_ms)}"
         name = f"`{workload}`" + ("" if dtype == "float32" else f", {dtype}")
+        name += f", {device}, {threads} threads" if several else ""
         cells = [name, LAYOUT_NAMES[layout], format_time(ours.median_ms), spread, f"{100 * ours.bound_fraction:.0f} %"]
         if gpu:
             cells += ["–" if n is None else f"{n:.0f}" for n in (ours.host_us, ours.device_us, ours.launches)]

@@ -132,6 +132,9 @@ class Comparison:
             **self._settings(),
             **asdict(results.describe_machine(options.device)),
         )
+        before = next((old for old in self.rows if (old.way, old.seed) == (way, seed)), None)
+        if before is not None and before.map != row.map:
+            raise ValueError(f"out: {options.out} has {before.map} for {way}, made anew it has {row.map}")
         self.rows = [*(old for old in self.rows if (old.way, old.seed) != (way, seed)), row]
         results.write_rows(options.out, ComparisonRow, self.rows)
 

@@ -2,9 +2,11 @@
 
 import codecs
 import math
+import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_stale(paths: Iterable[Path]) -> None:
+    """Remove temporary files of `atomic_write` that killed processes left.
+
+    Args:
+        paths: Files; others than temporary ones stay, and so do those younger than an hour, which may be another
+            process's.
+    """
+    for path in paths:
+        if re.fullmatch(r"\..+-[0-9a-f]{16}(\.\w+)?", path.name) and path.is_file():
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
 
 
 def check_folder(path: Path, name: str) -> None:

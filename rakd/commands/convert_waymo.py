@@ -105,6 +105,7 @@ def _read_list(path: Path) -> list[str]:
     words = [line.strip() for line in read_text(path, "a list of segments, one a line").splitlines()]
     # Lists of other converters name the files.
     names = [word.removesuffix(".parquet").removesuffix(".tfrecord") for word in words if word]
+    names = [name.removeprefix("segment-").removesuffix("_with_camera_labels") for name in names]
     if not names:
         raise UserError(f"{path} lists no segments")
     return names

@@ -147,6 +147,8 @@ def _check_scored(folder: Path) -> None:
     for path in sorted(path for path in folder.glob("*.txt") if is_frame_name(path.stem)):
         for line in read_text(path, "a result file").splitlines():
             columns = len(line.split())
+            if columns == _WAYMO_LABEL_COLUMNS:
+                raise UserError(f"PRED: {path} holds labels of convert-waymo; are GT and PRED in each other's place?")
             if columns > _LABEL_COLUMNS:
                 return
             empty = empty and not columns
@@ -158,3 +160,4 @@ def _check_scored(folder: Path) -> None:
 
 
 _LABEL_COLUMNS = 15
+_WAYMO_LABEL_COLUMNS = 17  # and the numbers of lidar points and the difficulty

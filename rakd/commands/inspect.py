@@ -57,8 +57,8 @@ class Inspect:
         count = len(together) - regions
         print(f"{self.data}: {len(frames)} frames, {count} labelled objects, {regions} DontCare regions\n")
         print(format_counts(together))
-        step = max(1, len(frames) // self.count)
-        chosen = list(zip(frames, labels, strict=True))[::step][: self.count]
+        drawn = min(self.count, len(frames))
+        chosen = [(frames[i], labels[i]) for i in (n * len(frames) // drawn for n in range(drawn))]
         sheet = [
             (f"frame {frame.id}", frame.read_image(), frame.read_calibration(), objects)
             for frame, objects in bar(chosen, desc="drawing", unit="frame", delay=2)

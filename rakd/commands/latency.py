@@ -39,7 +39,7 @@ class Latency:
         from dataclasses import asdict
         from tempfile import TemporaryDirectory
 
-        from rakd.commands.models import find_model, scene_size
+        from rakd.commands.models import find_model, onnx_device, scene_size
         from rakd.data.frames import find_frames
         from rakd.detector.latency import Model, benchmark, compiled
         from rakd.detector.onnx_model import OnnxDetector
@@ -53,6 +53,8 @@ class Latency:
                 "rakd latency: expected one process, got one of several that torchrun started: processes that time "
                 "side by side disturb each other"
             )
+        if not self.forms:
+            raise UserError("--forms: expected one or more")
         device = choose_device(self.device)
         models: list[tuple[str, Model]] = []
         with TemporaryDirectory() as folder:
@@ -65,7 +67,8 @@ class Latency:
                     if form == "onnxruntime":
                         from rakd.detector.export import exported
 
-                        models.append((name, exported(model, Path(folder) / f"{len(models)}.onnx", device)))
+                        file = Path(folder) / f"{len(models)}.onnx"
+                        models.append((name, exported(model, file, onnx_device(device, needed=self.device == "cuda"))))
                     else:
                         models.append((name, compiled(model) if form == "compiled" else model))
             scenes = Path(folder) / "scenes"
@@ -77,19 +80,26 @@ class Latency:
             f"{'detector':<{width}}  {'runs':<11}  {'image':>10}  {'median ms':>9}  {'p90 ms':>8}  {'GFLOPs':>8}  "
             f"{'params M':>8}"
         )
-        for (name, _), cost in zip(models, costs, strict=True):
+        devices = [model.device if isinstance(model, OnnxDetector) else device for model in every]
+        for (name, _), cost, own in zip(models, costs, devices, strict=True):
             size = f"{cost.size[0]} x {cost.size[1]}"
             gflops = "" if cost.gflops is None else f"{cost.gflops:.2f}"
             parameters = "" if cost.parameters is None else f"{cost.parameters / 1e6:.2f}"
             line = f"{name:<{width}}  {cost.runs:<11}  {size:>10}  {cost.median_ms:9.1f}  {cost.p90_ms:8.1f}"
-            print(f"{line}  {gflops:>8}  {parameters:>8}".rstrip())
+            elsewhere = "" if own.type == device.type else f"  on {own.type}"
+            print(f"{line}  {gflops:>8}  {parameters:>8}{elsewhere}".rstrip())
         there = versions(device)
         print(f"on {there['device']}, {there['threads']} threads, torch {there['torch']}, batch 1")
         if self.out is not None:
             text = io.StringIO()
             rows = [
-                {"detector": name, **asdict(cost), "size": "x".join(map(str, cost.size)), **there}
-                for (name, _), cost in zip(models, costs, strict=True)
+                {
+                    "detector": name,
+                    **asdict(cost),
+                    "size": "x".join(map(str, cost.size)),
+                    **versions(own),
+                }
+                for (name, _), cost, own in zip(models, costs, devices, strict=True)
             ]
             writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
             writer.writeheader()

@@ -23,11 +23,16 @@ def open_model(path: Path, device: torch.device, *, needed: bool = False) -> Mod
             and says so.
     """
     if path.suffix == ".onnx":
-        if device.type == "cuda" and not needed and not has_cuda_provider():
-            warnings.warn(f"{path}: this onnxruntime computes on the CPU alone", stacklevel=2)
-            device = torch.device("cpu")
-        return OnnxDetector(path, device)
+        return OnnxDetector(path, onnx_device(device, needed=needed))
     return load_detector(path).to(device)
+
+
+def onnx_device(device: torch.device, *, needed: bool = False) -> torch.device:
+    """The device that onnxruntime computes on; see `open_model`."""
+    if device.type == "cuda" and not needed and not has_cuda_provider():
+        warnings.warn("this onnxruntime computes on the CPU alone", stacklevel=3)
+        return torch.device("cpu")
+    return device
 
 
 def find_model(name: str, device: torch.device) -> Model:

@@ -54,8 +54,8 @@ class Show:
 
         if self.count < 1:
             raise UserError(f"count must be at least 1, got {self.count}")
-        if not self.reach > 0:
-            raise UserError(f"reach must be positive, got {self.reach}")
+        if not (self.reach > 0 and isfinite(self.reach)):
+            raise UserError(f"reach must be positive and finite, got {self.reach}")
         if not isfinite(self.min_score):
             raise UserError(f"min_score must be a finite number, got {self.min_score}")
         check_folder(self.out, "--out")
@@ -85,10 +85,10 @@ class Show:
 
 
 def _read_predictions(folder: Path, id_: str) -> Objects:
-    """Read a result file, or a label file given in its place (15 columns throughout)."""
+    """Read a result file, or a label file given in its place (15 columns throughout; 17 of convert-waymo)."""
     path = folder / f"{id_}.txt"
     if not path.is_file():
         what = f"has no {path.name}, the results of frame {id_}" if folder.is_dir() else "is not a folder"
         raise MissingFileError(f"--pred: {folder} {what}")
-    is_labels = any(len(line.split()) == 15 for line in read_text(path, "a result file").splitlines())
+    is_labels = any(len(line.split()) in (15, 17) for line in read_text(path, "a result file").splitlines())
     return read_labels(path) if is_labels else read_results(path)

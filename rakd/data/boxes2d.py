@@ -16,6 +16,7 @@ from rakd.data.frames import Frame, find_frames
 from rakd.data.labels import Objects
 from rakd.errors import UserError
 from rakd.files import atomic_write, write_text
+from rakd.geometry import FloatArray
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 """Names of the classes, by number."""
@@ -84,9 +85,9 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
             with atomic_write(out / "images" / split / frame.image.name) as temporary:
                 shutil.copyfile(frame.image, temporary)
             height, width = frame.read_image().shape[:2]
-            classes, objects = _classes(frame.read_labels())
+            classes, boxes = _classes_and_boxes(frame.read_labels(), width, height)
             lines = []
-            for label, (x1, y1, x2, y2) in zip(classes, objects.boxes.tolist(), strict=True):
+            for label, (x1, y1, x2, y2) in zip(classes, boxes.tolist(), strict=True):
                 box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
                 lines.append(" ".join([str(label), *(f"{value:.6f}" for value in box)]) + "\n")
             write_text(out / "labels" / split / f"{frame.image.stem}.txt", "".join(lines))
@@ -100,14 +101,21 @@ def _as_lists(items: Sequence[Any]) -> tuple[list[Tensor], list[dict[str, Tensor
     return [image for image, _ in items], [target for _, target in items]
 
 
-def _classes(objects: Objects) -> tuple[list[int], Objects]:
-    """The objects that have a class, and their classes."""
+def _classes_and_boxes(objects: Objects, width: int, height: int) -> tuple[list[int], FloatArray]:
+    """Classes and ``[N, 4]`` boxes of the objects that have a class and can be seen.
+
+    Boxes count from the outer edge of the first pixel, as YOLO's and torchvision's do (KITTI's from its centre), and
+    end at the image. Those without area, as where a label holds a 3D box alone, are left out: YOLO would leave out the
+    image.
+    """
     kept = objects.select(objects.is_type(*_CLASS_OF))
-    return [_CLASS_OF[name.capitalize()] for name in kept.types.tolist()], kept
+    boxes = (kept.boxes.reshape(-1, 4) + 0.5).clip(0, [width, height, width, height])
+    seen = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return [_CLASS_OF[name.capitalize()] for name in kept.types[seen].tolist()], boxes[seen]
 
 
 def _read_item(frame: Frame, first_label: int) -> tuple[Tensor, dict[str, Tensor]]:
-    classes, objects = _classes(frame.read_labels())
     image = torch.from_numpy(frame.read_image().copy()).permute(2, 0, 1).contiguous()
+    classes, boxes = _classes_and_boxes(frame.read_labels(), image.shape[2], image.shape[1])
     labels = torch.tensor(classes, dtype=torch.int64) + first_label
-    return image, {"boxes": torch.from_numpy(objects.boxes).float().reshape(-1, 4), "labels": labels}
+    return image, {"boxes": torch.from_numpy(boxes).float(), "labels": labels}

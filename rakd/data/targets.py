@@ -188,16 +188,15 @@ def visible_shares(boxes: FloatArray, distance: FloatArray) -> FloatArray:
         ``[N]`` in 0..1; 0 for an empty box.
     """
     x, y = np.unique(boxes[:, [0, 2]]), np.unique(boxes[:, [1, 3]])
-    order = np.argsort(distance, kind="stable")
-    x1, y1, x2, y2 = boxes[order].T
-    over_x = (x1[:, None] <= x[:-1]) & (x2[:, None] >= x[1:])
-    over_y = (y1[:, None] <= y[:-1]) & (y2[:, None] >= y[1:])
-    covers = over_y[:, :, None] & over_x[:, None, :]
-    free = covers & (np.cumsum(covers, axis=0) == 1)
     cells = np.diff(y)[:, None] * np.diff(x)
-    whole = (covers * cells).sum(axis=(1, 2))
-    shares = np.empty(len(boxes))
-    shares[order] = np.divide((free * cells).sum(axis=(1, 2)), whole, out=np.zeros_like(whole), where=whole > 0)
+    free, shares = np.ones(cells.shape, dtype=bool), np.zeros(len(boxes))
+    for i in np.argsort(distance, kind="stable"):
+        x1, y1, x2, y2 = boxes[i]
+        own = np.s_[np.searchsorted(y, y1) : np.searchsorted(y, y2), np.searchsorted(x, x1) : np.searchsorted(x, x2)]
+        whole = cells[own].sum()
+        if whole > 0:
+            shares[i] = (free[own] * cells[own]).sum() / whole
+            free[own] = False
     return shares
 
 

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from rakd.data.labels import Objects
 from rakd.data.waymo import CAMERAS, BoxSource, CameraName, WaymoFrame, WaymoSplit, find_segments, read_segment
 from rakd.errors import MissingFileError, UserError
-from rakd.files import write_bytes, write_text
+from rakd.files import remove_stale, write_bytes, write_text
 from rakd.geometry import Calibration, FloatArray
 from rakd.progress import bar
 
@@ -127,14 +127,16 @@ def convert_waymo(
         raise UserError(f"workers must be at least 1, got {workers}")
     if not splits or len(set(splits)) < len(splits) or not set(splits) <= set(_FIRST):
         raise UserError(f"splits must be some of {', '.join(_FIRST)}, each once, got {', '.join(splits) or 'none'}")
+    idle = [split for split in segments or {} if split not in splits]
+    if idle:
+        raise UserError(f"segments: there is a list for {idle[0]}, which is not among splits, {', '.join(splits)}")
     names = {split: find_segments(root, split, (segments or {}).get(split)) for split in splits}
     for split, found in names.items():
         most = _LIMIT[split] - _FIRST[split]
         if len(found) > most:
             raise UserError(f"{root / split}: frames have names for {most} segments of this split, got {len(found)}")
     _claim(out, settings, names)
-    for left_over in chain(out.glob("*/*/.*"), out.glob("*/.*")):  # temporary files of a run that was killed
-        left_over.unlink()
+    remove_stale(chain(out.glob("*/*/.*"), out.glob("*/.*")))
     tasks = [
         (split, _FIRST[split] + i, name)
         for split, found in names.items()

@@ -52,6 +52,7 @@ class OnnxDetector:
 
     Attributes:
         config: The detector's settings.
+        device: Where it computes.
 
     Raises:
         MissingFileError: There is no such file.
@@ -63,6 +64,7 @@ class OnnxDetector:
         import onnxruntime
 
         check_file(path, "an ONNX model of rakd export")
+        self.device = device or torch.device("cpu")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # Threads that spin between images are 1 ms faster, and take the cores from whatever runs next: in turns with

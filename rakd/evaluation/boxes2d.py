@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,7 +96,7 @@ def _average_precision(
     recall = true / objects
     precision = true / torch.arange(1, len(true) + 1)
     precision = precision.flip(0).cummax(0).values.flip(0) if len(true) else precision
-    places = torch.searchsorted(recall, torch.linspace(0, 1, _RECALLS, dtype=torch.float64))
+    places = torch.searchsorted(recall, torch.from_numpy(np.linspace(0, 1, _RECALLS)))
     reached = places < len(precision)
     return float(precision[places[reached]].sum()) / _RECALLS
 

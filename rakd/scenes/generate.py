@@ -3,10 +3,8 @@
 import json
 import math
 import multiprocessing
-import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from PIL import Image
 from rakd.data.frames import read_split, write_calibration
 from rakd.data.labels import Objects, write_objects
 from rakd.errors import UserError
-from rakd.files import atomic_write, write_text
+from rakd.files import atomic_write, remove_stale, write_text
 from rakd.geometry import Calibration
 from rakd.progress import bar
 from rakd.scenes.draws import Draws
@@ -75,10 +73,7 @@ def make_scenes(
     _claim(out, {"version": _VERSION, "seed": seed, "width": size[0], "height": size[1]})
     camera, calibration = _camera(*size)
     _check_split(out, frames)
-    for left_over in out.glob("training/*/.*"):  # of a run that was killed; younger ones may be another process's
-        with suppress(FileNotFoundError):
-            if time.time() - left_over.stat().st_mtime > 3600:
-                left_over.unlink()
+    remove_stale(out.glob("training/*/.*"))
     missing = [i for i in range(frames) if not all(path.exists() for path in _paths(out, i))]
     write = partial(_write_frame, out, seed, camera, calibration)
     with bar(total=len(missing), desc="rendering", unit="frame", delay=2, disable=not progress) as shown:

@@ -91,6 +91,23 @@ def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(yolo_comparison.Comparison, "_train", train)
     yolo_comparison.Comparison(options).run()
     assert asked == [("expert", 0), ("rakd", 0), ("alone", 1), ("rakd", 1)]
+    monkeypatch.undo()
+    again = yolo_comparison.Comparison(options)
+    again.rows = [_row("expert", 0, 0.4), _row("rakd", 0, 0.1)]
+
+    class Trained:
+        """Trains in no time, to another expert than that of the rows."""
+
+        def __init__(self, name: str) -> None:
+            self.box = argparse.Namespace(map=0.3, map50=0.6)
+
+        def train(self, **_: Any) -> Any:
+            return self
+
+    ultralytics = pytest.importorskip("ultralytics", reason="pip install 'rakd[ultralytics]'")
+    monkeypatch.setattr(ultralytics, "YOLO", Trained, raising=False)
+    with pytest.raises(ValueError, match=r"has 0\.4 for expert, made anew it has 0\.3"):
+        again._train("expert", 0, tmp_path / "best.pt")
     other = argparse.Namespace(**{**vars(options), "epochs": 2})
     with pytest.raises(ValueError, match="choose another file"):
         yolo_comparison.Comparison(other)

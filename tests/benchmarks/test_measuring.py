@@ -270,6 +270,15 @@ def test_readme_table(make_row: Callable[..., Row]) -> None:
         "9.8×",
     ]
     assert "host" not in head
+    later = replace(rows[0], threads=1, median_ms=1000.0, commit="f" * 40)
+    lines = figures.format_readme([*rows, later]).splitlines()[2:4]  # another measurement: no ratio is of two runs
+    assert [("| 100 |" in each, "20×" in each, "| 1000 |" in each) for each in lines] == [
+        (True, True, False),
+        (False, False, True),
+    ]
+    assert "cpu, 1 threads" in lines[1]
+    lines = figures.format_readme([*rows, replace(later, threads=rows[0].threads)]).splitlines()
+    assert "1000" in lines[2] and "×" not in lines[2]
     gpu = [replace(row, device="NVIDIA H100", host_us=50.0, device_us=140.0, launches=4) for row in rows]
     head, _, line, *_ = figures.format_readme(gpu).splitlines()
     assert "| host, µs | device, µs | launches |" in head and "| 50 | 140 | 4 |" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,7 +33,10 @@ def test_items_are_images_and_pixel_boxes(scenes: Path) -> None:
         kept = objects.select(objects.is_type("Car", "Van", "Pedestrian", "Cyclist"))
         assert image.shape == (3, 96, 160) and image.dtype == torch.float32
         assert float(image.min()) >= 0 and 0.5 < float(image.max()) <= 1
-        torch.testing.assert_close(target["boxes"], torch.tensor(kept.boxes.tolist()).reshape(-1, 4))
+        # KITTI's pixels count from the first one's centre, these from its outer edge, and end at the image.
+        wanted = (torch.tensor(kept.boxes.tolist()).reshape(-1, 4) + 0.5).clamp(min=0)
+        wanted = wanted.minimum(torch.tensor([160.0, 96, 160, 96]))
+        torch.testing.assert_close(target["boxes"], wanted)
         names = ["Car" if name == "Van" else name for name in kept.types.tolist()]
         assert [CLASSES[label - 1] for label in target["labels"].tolist()] == names
         count += len(kept)
@@ -59,6 +63,20 @@ def test_yolo_labels_give_the_boxes_back(scenes: Path, tmp_path: Path) -> None:
                 assert rows[:, 0].tolist() == target["labels"].tolist()
             seen += len(rows)
     assert seen > 5
+
+
+def test_boxes_that_cannot_be_seen_are_left_out(scenes: Path, tmp_path: Path) -> None:
+    """YOLO leaves out an image with a negative number; torchvision's detectors stop at a box without area."""
+    data = shutil.copytree(scenes, tmp_path / "data")
+    frame = find_frames(data, "train")[0]
+    assert frame.label is not None
+    boxes = ("-1 -1 -1 -1", "0 0 159 95", "-40 10 20 300", "170 10 200 20", "12 10 12 20")
+    frame.label.write_text("".join(f"Car 0 0 0 {box} 1.5 1.6 4 1 1.5 20 0\n" for box in boxes))
+    _, target = BoxDataset(data, "train")[0]
+    assert target["boxes"].tolist() == [[0.5, 0.5, 159.5, 95.5], [0, 10.5, 20.5, 96]] and len(target["labels"]) == 2
+    write_yolo(data, tmp_path / "yolo")
+    text = (tmp_path / "yolo" / "labels" / "train" / f"{frame.image.stem}.txt").read_text()
+    assert text.splitlines()[0] == "0 0.500000 0.500000 0.993750 0.989583" and len(text.splitlines()) == 2
 
 
 def test_yolo_folders_hold_no_frames_of_before(scenes: Path, tmp_path: Path) -> None:
@@ -88,6 +106,11 @@ def test_average_precision_by_hand() -> None:
     # An object is found once.
     twice = [_one([[0, 0, 10, 10], [0, 0, 10, 9]], [0, 0], [0.9, 0.8])]
     assert mean_average_precision(twice, truth, [0.5]) == pytest.approx(51 / 101)
+    # COCOeval's recalls are numpy's: 7 of 10 reach the 71st, 0.7000000000000001, which torch's linspace has as 0.7.
+    ten = [[20 * i, 0, 20 * i + 10, 10] for i in range(10)]
+    seven = [_one(ten[:7], [0] * 7, [0.9 - 0.1 * i for i in range(7)])]
+    reached = sum(recall <= 7 / 10 for recall in np.linspace(0, 1, 101)) / 101
+    assert mean_average_precision(seven, [_one(ten, [0] * 10)], [0.5]) == pytest.approx(reached)
     # IoU 0.8 counts up to the threshold of 0.8: 7 of 10.
     close = [_one([[0, 0, 10, 8], [20, 20, 30, 30]], [0, 0], [0.5, 0.9])]
     assert mean_average_precision(close, truth) == pytest.approx((7 * 1 + 3 * 51 / 101) / 10)

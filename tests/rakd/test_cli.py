@@ -88,6 +88,7 @@ def test_help_lists_the_commands(capsys):
         (["show", "--data", "nowhere"], "expected a KITTI folder"),
         (["show", "--data", "nowhere", "--count", "0"], "count must be at least 1"),
         (["show", "--data", "nowhere", "--reach", "-1"], "reach must be positive"),
+        (["show", "--data", "nowhere", "--reach", "inf"], "reach must be positive and finite, got inf"),
         (["show", "--data", "nowhere", "--min-score", "nan"], "min_score must be a finite number, got nan"),
         (["show", "--data", "nowhere", "--out", "file/a"], "--out: expected a folder to write to, file is a file"),
         (
@@ -131,6 +132,7 @@ def test_help_lists_the_commands(capsys):
         (["compare", "nowhere"], "RUN: nowhere holds no finished run: expected result.json in it or in its folders"),
         (["latency", "huge"], "DETECTOR must be one of tiny"),
         (["latency", "tiny", "--repeats", "0"], "repeats must be 1 or more, got 0"),
+        (["latency", "tiny", "--forms"], "--forms: expected one or more"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -390,6 +392,14 @@ def test_inspect(scenes, tmp_path, capsys):
     assert [int(value) for value in rows["Car"]] == sorted(int(value) for value in rows["Car"])
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.size[0] > 1500
+
+
+@pytest.mark.parametrize(("count", "drawn"), [(4, [0, 2, 5, 7]), (10, list(range(10))), (7, [0, 1, 2, 4, 5, 7, 8])])
+def test_drawn_frames_are_evenly_spaced(count, drawn, scenes, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr("rakd.visualize.draw_sheet", lambda path, sheet, title: sheets.append(sheet))
+    assert main(["inspect", "--data", str(scenes), "--out", str(tmp_path / "a.png"), "--count", str(count)]) == 0
+    assert [int(name.split()[1]) for name, *_ in sheets[0]] == drawn
 
 
 def test_labels_that_cannot_be_meant_are_told(scenes, tmp_path, capsys):

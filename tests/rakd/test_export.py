@@ -276,7 +276,7 @@ def test_predict_and_latency_take_the_model(
 def test_onnxruntime_without_a_gpu_beside_a_torch_that_has_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'rakd[export]'")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.warns(UserWarning, match=r"\.onnx: this onnxruntime computes on the CPU alone"):
+    with pytest.warns(UserWarning, match=r"this onnxruntime computes on the CPU alone"):
         model = open_model(file, torch.device("cuda"))
     assert isinstance(model, OnnxDetector) and model.session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(UserError, match="--device cuda: this onnxruntime has no CUDAExecutionProvider"):

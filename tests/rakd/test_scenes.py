@@ -62,13 +62,18 @@ def test_an_interrupted_run_is_completed(tmp_path, scenes, monkeypatch):
     out = tmp_path / "out"
     make_scenes(out, 4, seed=3, size=SIZE)
     (out / "training" / "label_2" / "000002.txt").unlink()
-    killed, young = (out / "training" / "image_2" / f".000002-{name}.png" for name in ("0123", "4567"))
-    for path in (killed, young):
+    killed, young = (
+        out / "training" / "image_2" / f".000002-{name}.png" for name in ("0123456789abcdef", "fedcba9876543210")
+    )
+    mine = out / "training" / "label_2" / ".mine"
+    for path in (killed, young, mine):
         path.write_text("half of")
-    os.utime(killed, (0, 0))
+    for path in (killed, mine):
+        os.utime(path, (0, 0))
     kept = (out / "training" / "image_2" / "000001.png").stat().st_mtime_ns
     make_scenes(out, 10, seed=3, size=SIZE)
     assert not killed.exists()
+    mine.unlink()  # not one of ours
     young.unlink()  # it may be another process's
     assert digest(out) == digest(scenes)
     assert (out / "training" / "image_2" / "000001.png").stat().st_mtime_ns == kept

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from waymo_files import write_waymo
 
 from rakd.cli import main
 from rakd.commands import distill as distill_module
+from rakd.commands.convert_waymo import _read_list
+from rakd.commands.show import _read_predictions
 from rakd.commands.waymo_data import format_waymo_tables
 from rakd.data.frames import find_frames
 from rakd.data.labels import read_labels, read_results, write_objects
@@ -148,6 +152,36 @@ def test_evaluate(converted, perfect, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_folders_are_found_from_within_them(converted, perfect, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(converted / "training" / "label_2")
+    assert main(["evaluate", "--waymo", ".", str(perfect), "--split", "val", "--let"]) == 0
+    captured = capsys.readouterr()
+    assert "LET-3D-APL [official]" in captured.out and "these are lidar boxes" in captured.err
+    assert "DontCare" not in captured.err
+
+
+def test_labels_in_the_place_of_results(converted, perfect, tmp_path, capsys):
+    """The 16th column of Waymo's labels is a number of points, no score."""
+    truth = str(converted / "training" / "label_2")
+    assert main(["evaluate", str(perfect), truth]) == 2
+    assert "holds labels of convert-waymo; are GT and PRED in each other's place?" in capsys.readouterr().err
+    name = find_frames(converted, "val")[0].id
+    shown = _read_predictions(Path(truth), name)
+    assert shown.scores is None and len(shown) == len(read_labels(Path(truth) / f"{name}.txt"))
+
+
+def test_regions_of_few_points_are_told(converted, tmp_path):
+    """Of training: objects are missing from the truths, and who finds them is counted wrong."""
+    label = converted / "training" / "label_2" / f"{find_frames(converted, 'val')[0].id}.txt"
+    data = shutil.copytree(converted, tmp_path / "data")
+    copy = data / "training" / "label_2" / label.name
+    copy.write_text(label.read_text() + "DontCare -1 -1 -10 1 1 9 9 -1 -1 -1 -1000 -1000 -1000 -10\n")
+    pred = tmp_path / "pred"
+    write_objects(pred / label.name, replace(read_labels(label), scores=np.ones(len(read_labels(label)))), decimals=8)
+    with pytest.warns(UserWarning, match="1 objects with few lidar points are DontCare regions"):
+        evaluate(copy.parent, pred, frames=[label.stem])
+
+
 def test_let_of_synced_boxes(waymo, tmp_path, capsys):
     out = tmp_path / "synced"
     words = [
@@ -214,7 +248,7 @@ def test_export_refuses_what_waymo_would(converted, perfect, tmp_path, capsys):
     error("has no frame 123456", tmp_path / "empty")
     (tmp_path / "empty" / "123456.txt").unlink()
     (tmp_path / "empty" / "798000.txt").write_text(text.replace(" 1.000000\n", " 2.000000\n"))
-    error("scores must lie in 0..1 for Waymo's metric, got 2", tmp_path / "empty")
+    error("scores must lie in 0..1 for Waymo's metric, they reach from 2 to 2", tmp_path / "empty")
 
 
 def test_convert_takes_lists(waymo, tmp_path, capsys):
@@ -226,6 +260,10 @@ def test_convert_takes_lists(waymo, tmp_path, capsys):
     assert main([*words, "--train-list", str(tmp_path / "train.txt")]) == 0
     assert [frame.id for frame in find_frames(tmp_path / "out", "train")] == ["000000"]
     assert main([*words, "--train-list", str(tmp_path / "no.txt")]) == 2
+    assert main([*words, "--splits", "validation", "--train-list", str(tmp_path / "train.txt")]) == 2
+    assert "there is a list for training, which is not among splits, validation" in capsys.readouterr().err
+    (tmp_path / "train.txt").write_text("segment-20_b_with_camera_labels.tfrecord\n")
+    assert _read_list(tmp_path / "train.txt") == ["20_b"]
     assert main([*words, "--workers", "-1"]) == 2
 
 

@@ -345,10 +345,23 @@ def test_the_same_files_from_any_number_of_processes_and_after_an_interruption(w
     # As a killed run leaves it: a segment is incomplete, a temporary file lies about, the lists are missing.
     (parallel / "waymo" / "training" / "20_b.csv").unlink()
     (parallel / "training" / "label_2" / "001001.txt").unlink()
-    (parallel / "training" / "image_2" / ".001001-0123.jpg").write_bytes(b"half")
-    shutil.rmtree(parallel / "ImageSets")
+    folder = parallel / "training" / "image_2"
+    killed, young = (folder / f".001001-{name}.jpg" for name in ("0123456789abcdef", "fedcba9876543210"))
+    mine = parallel / "ImageSets" / ".notes.md"
+    for path in (killed, young, mine):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+    for path in (killed, mine):
+        os.utime(path, (0, 0))
+    (parallel / "ImageSets" / ".ipynb_checkpoints").mkdir()
+    for path in (parallel / "ImageSets").glob("[!.]*"):
+        path.unlink()
     untouched = (parallel / "training" / "image_2" / "000000.jpg").stat().st_mtime_ns
     convert_waymo(root, parallel, ALL_POINTS)
+    assert not killed.exists() and young.exists() and mine.exists()  # others' files, or another process's
+    young.unlink()
+    mine.unlink()
+    (parallel / "ImageSets" / ".ipynb_checkpoints").rmdir()
     assert digest(parallel) == expected
     assert (parallel / "training" / "image_2" / "000000.jpg").stat().st_mtime_ns == untouched
 

@@ -36,7 +36,8 @@ def collect_results(pred_dir: Path, data: Path, *, testing: bool = False) -> Way
             raise UserError(f"{path}: {data} has no frame {path.stem}")
         objects = read_results(path)
         if objects.scores is not None and len(objects) and not 0 <= objects.scores.min() <= objects.scores.max() <= 1:
-            raise UserError(f"{path}: scores must lie in 0..1 for Waymo's metric, got {objects.scores.max():g}")
+            reach = f"{objects.scores.min():g} to {objects.scores.max():g}"
+            raise UserError(f"{path}: scores must lie in 0..1 for Waymo's metric, they reach from {reach}")
         columns.add(path, objects, read_transform(calibrations / path.name))
         name = names[path.stem]
         # Frames of 3D truths have no camera, and the devkit tells frames by it too.

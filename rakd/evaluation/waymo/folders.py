@@ -5,6 +5,7 @@ an annotator gave. ``rakd convert-waymo`` writes such labels, and other converte
 transform from the vehicle frame, ``Tr_velo_to_cam`` in ``../calib/NNNNNN.txt`` beside the labels, takes boxes back.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,13 @@ def read_waymo_folders(
     names = sorted(path.stem for path in label_files(gt_dir)) if frames is None else list(frames)
     transforms = _Transforms(gt_dir.parent / "calib")
     truth, predictions = ObjectColumns(), ObjectColumns()
+    regions = sum(int(label.is_type("DontCare").sum()) for label in labels)
+    if regions:
+        warnings.warn(
+            f"{gt_dir}: {regions} objects with few lidar points are DontCare regions, as for training: they are "
+            "missing here, and detections of them count as false; convert with --min-points 0 0 to score these frames",
+            stacklevel=2,
+        )
     for name, label, result in zip(names, labels, results, strict=True):
         points, difficulty = _read_counts(gt_dir / f"{name}.txt")
         named = label.types != "DontCare"

@@ -1,5 +1,6 @@
 """Average precision by Waymo's rules: the entry point, and what the two modes do differently."""
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -276,6 +277,7 @@ def _read(
     if gt.is_dir() != pred.is_dir():
         raise UserError(f"gt and pred must both be folders or both .bin files, got {gt} and {pred}")
     if gt.is_dir():
+        gt = Path(os.path.abspath(gt))  # noqa: PTH100 - calibrations lie beside it, and "." has no parent
         axes: Axes = "vehicle" if mode == "official" else "camera"
         manifest = gt.parent.parent / MANIFEST
         if let and manifest.is_file() and read_manifest(gt.parent.parent).get("boxes") != "synced":
