@@ -248,7 +248,7 @@ def test_export_refuses_what_waymo_would(converted, perfect, tmp_path, capsys):
     error("has no frame 123456", tmp_path / "empty")
     (tmp_path / "empty" / "123456.txt").unlink()
     (tmp_path / "empty" / "798000.txt").write_text(text.replace(" 1.000000\n", " 2.000000\n"))
-    error("scores must lie in 0..1 for Waymo's metric, they reach from 2 to 2", tmp_path / "empty")
+    error("scores must lie in 0..1 for Waymo's metric, they reach from 0.2 to 2", tmp_path / "empty")
 
 
 def test_convert_takes_lists(waymo, tmp_path, capsys):
