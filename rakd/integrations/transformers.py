@@ -88,7 +88,6 @@ class DistillMixin:
     args: Any
     compute_loss_func: Any
     model_accepts_loss_kwargs: bool
-    current_gradient_accumulation_steps: int
 
     def __init__(self, *args: Any, expert: Any = None, distill: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._expert = expert
@@ -134,7 +133,8 @@ class DistillMixin:
         loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, **kwargs)  # type: ignore[misc]
         keys = None if self._distill_keys is None else self._distill_keys(inputs)
         # A Trainer divides the sum by the batches that are accumulated, unless the loss came divided.
-        parts = self.current_gradient_accumulation_steps if self._is_divided(kwargs.get("num_items_in_batch")) else 1
+        divided = self._is_divided(kwargs.get("num_items_in_batch"))
+        parts = getattr(self, "current_gradient_accumulation_steps", 1) if divided else 1  # not in all versions
         added = self.distiller(inputs["pixel_values"], boxes, task_loss=parts * loss.detach(), keys=keys)
         self._distill_sum, self._distill_count = self._distill_sum + added.detach().float(), self._distill_count + 1
         total = loss + (added / parts).to(loss.dtype)
