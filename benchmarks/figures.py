@@ -281,9 +281,9 @@ def format_readme(rows: Sequence[Row]) -> str:
         cases[case] = {**(run if same else {}), row.implementation: row}
     several = len({case[3:] for case in cases}) > 1
     for (workload, dtype, layout, device, threads), mine in cases.items():
-        if not any(row.is_subject for row in mine.values()):
+        ours = next((row for row in mine.values() if row.is_subject), None)
+        if ours is None:
             continue
-        ours = next(row for row in mine.values() if row.is_subject)
         spread = f"{format_time(ours.p20_ms)}–{format_time(ours.p80_ms)}"
         name = f"`{workload}`" + ("" if dtype == "float32" else f", {dtype}")
         name += f", {device}, {threads} threads" if several else ""

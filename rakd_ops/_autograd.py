@@ -97,6 +97,24 @@ def _place_gradients(gradients: Sequence[Tensor], wanted: tuple[bool, bool], lev
     return tuple(next(remaining) if side else None for side in wanted for _ in range(levels))
 
 
+def _loss_alone(
+    apprentice: Sequence[Tensor],
+    expert: Sequence[Tensor],
+    rows: Tensor,
+    index: Tensor,
+    geometry: tuple[Any, ...],
+    backend: str,
+    *,
+    reduce: bool,
+) -> Tensor:
+    """Sum of the boxes' losses, or each, without a gradient."""
+    if reduce and backend == "cpu":  # which need not compute the boxes' losses to have their sum
+        total, _ = op("distill_gradient", backend)(apprentice, expert, rows, index, None, *geometry, False, False)
+        return total
+    total, losses = op("distill_loss", backend)(apprentice, expert, rows, index, *geometry)
+    return total if reduce else losses
+
+
 class _DistillTotal(torch.autograd.Function):
     """Sum of the losses; the gradient is computed with the loss and only scaled on the way back."""
 
@@ -162,11 +180,7 @@ class _DistillPerBox(torch.autograd.Function):
     ) -> Tensor:
         levels = len(maps) // 2
         pyramids = maps[:levels], maps[levels:]
-        if reduce and backend == "cpu":  # which need not compute the boxes' losses to have their sum
-            result, _ = op("distill_gradient", backend)(*pyramids, rows, index, None, *geometry, False, False)
-        else:
-            total, losses = op("distill_loss", backend)(*pyramids, rows, index, *geometry)
-            result = total if reduce else losses
+        result = _loss_alone(*pyramids, rows, index, geometry, backend, reduce=reduce)
         ctx.save_for_backward(rows, index, *maps)
         ctx.geometry = geometry
         ctx.wanted = wanted
@@ -219,11 +233,7 @@ def distill(inputs: Distillation, options: RoIOptions, reduction: str, backend: 
     differentiated = torch.is_grad_enabled() and any(wanted)
     if _needs_no_function(maps):
         pyramids = inputs.apprentice, inputs.expert
-        if backend == "cpu" and reduction != "none":  # see _DistillPerBox
-            total, _ = op("distill_gradient", backend)(*pyramids, rows, index, None, *geometry, False, False)
-            return total
-        total, losses = op("distill_loss", backend)(*pyramids, rows, index, *geometry)
-        return losses if reduction == "none" else total
+        return _loss_alone(*pyramids, rows, index, geometry, backend, reduce=reduction != "none")
     taught = (*(inputs.apprentice if wanted[0] else ()), *(inputs.expert if wanted[1] else ()))
     if not differentiated or reduction == "none" or any(m.dtype == torch.float16 for m in taught):
         arguments = (rows, index, geometry, wanted, backend, reduction != "none")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from rakd.data.frames import is_frame_name, read_split
+from rakd.data.labels import LABEL_COLUMNS, WAYMO_LABEL_COLUMNS
 from rakd.errors import NotAFolderError, UserError
 from rakd.evaluation import report
 from rakd.evaluation.kitti import Overlaps, evaluate
@@ -147,9 +148,9 @@ def _check_scored(folder: Path) -> None:
     for path in sorted(path for path in folder.glob("*.txt") if is_frame_name(path.stem)):
         for line in read_text(path, "a result file").splitlines():
             columns = len(line.split())
-            if columns == _WAYMO_LABEL_COLUMNS:
+            if columns == WAYMO_LABEL_COLUMNS:
                 raise UserError(f"PRED: {path} holds labels of convert-waymo; are GT and PRED in each other's place?")
-            if columns > _LABEL_COLUMNS:
+            if columns > LABEL_COLUMNS:
                 return
             empty = empty and not columns
     if not empty:
@@ -157,7 +158,3 @@ def _check_scored(folder: Path) -> None:
             f"PRED: no row in {folder} has a score (16th column): expected results; "
             "are GT and PRED in each other's place?"
         )
-
-
-_LABEL_COLUMNS = 15
-_WAYMO_LABEL_COLUMNS = 17  # and the numbers of lidar points and the difficulty

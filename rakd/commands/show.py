@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from rakd.data.frames import find_frames
-from rakd.data.labels import Objects, read_labels, read_results
+from rakd.data.labels import LABEL_COLUMNS, WAYMO_LABEL_COLUMNS, Objects, read_labels, read_results
 from rakd.errors import MissingFileError, UserError
 from rakd.files import check_folder, read_text
 from rakd.progress import bar
@@ -90,5 +90,6 @@ def _read_predictions(folder: Path, id_: str) -> Objects:
     if not path.is_file():
         what = f"has no {path.name}, the results of frame {id_}" if folder.is_dir() else "is not a folder"
         raise MissingFileError(f"--pred: {folder} {what}")
-    is_labels = any(len(line.split()) in (15, 17) for line in read_text(path, "a result file").splitlines())
+    kinds = (LABEL_COLUMNS, WAYMO_LABEL_COLUMNS)
+    is_labels = any(len(line.split()) in kinds for line in read_text(path, "a result file").splitlines())
     return read_labels(path) if is_labels else read_results(path)

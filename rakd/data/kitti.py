@@ -242,10 +242,12 @@ def check_widths(images: Iterable[Path], height: int, width: int | None) -> None
     Raises:
         UserError: Names the image.
     """
-    for path in images if width is not None else ():
+    if width is None:
+        return
+    for path in images:
         size = read_image_size(path)
         wide = resized_width(size, height)
-        if width is not None and wide > width:
+        if wide > width:
             raise UserError(
                 f"{path}: too wide for the detector: resized from {size[0]} x {size[1]} pixels to its height, "
                 f"{height}, it is {wide} wide; expected at most {width}"

@@ -35,7 +35,8 @@ _COLUMNS = (
     *("truncation", "occlusion", "alpha", "x1", "y1", "x2", "y2"),
     *("height", "width", "length", "x", "y", "z", "rotation_y", "score"),
 )
-_LABEL_COLUMNS = 15
+LABEL_COLUMNS = 15
+WAYMO_LABEL_COLUMNS = 17  # and the numbers of lidar points and the difficulty, as convert-waymo writes them
 # Quotes, commas or stray marks would make another class of a known one, which nothing then counts.
 _TYPE = re.compile(r"\w[\w./+-]*")
 
@@ -222,12 +223,12 @@ def _read(path: Path, *, scored: bool) -> Objects:
         words = line.split()
         if not words:
             continue
-        if len(words) < _LABEL_COLUMNS:
+        if len(words) < LABEL_COLUMNS:
             what = "16 columns (15 and a score)" if scored else "15 columns"
             raise UserError(f"{path}:{number}: expected {what}, got {len(words)}: {line.strip()!r}")
         if not _TYPE.fullmatch(words[0]):
             raise UserError(f"{path}:{number}: type must be a plain word such as Car, got {words[0]!r}")
-        if scored and len(words) == _LABEL_COLUMNS:
+        if scored and len(words) == LABEL_COLUMNS:
             missing_score = missing_score or number
             continue
         values = words[1 : count + 1]

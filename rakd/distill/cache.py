@@ -3,16 +3,16 @@
 import hashlib
 import json
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rakd.files import atomic_write
+from rakd.files import atomic_write, remove_stale
 
 Features = tuple[dict[str, Tensor], list[Tensor] | None]
 """Maps by name, and class logits where they were asked for."""
@@ -176,15 +176,11 @@ class FeatureCache:
         Leftovers of killed processes go in any case.
         """
         assert self.folder is not None
+        remove_stale(self.folder.glob(".*.pt"))
         files = []
-        for path in self.folder.glob("*.pt"):
-            try:
+        for path in self.folder.glob("[!.]*.pt"):
+            with suppress(FileNotFoundError):  # another process removed it
                 status = path.stat()
-            except FileNotFoundError:  # another process removed it
-                continue
-            if path.name.startswith(".") and time.time() - status.st_mtime > 3600:
-                path.unlink(missing_ok=True)
-            elif not path.name.startswith("."):
                 files.append((status.st_mtime_ns, status.st_size, path))
         files.sort(key=lambda file: file[:2])
         total = sum(size for _, size, _ in files)

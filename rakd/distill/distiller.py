@@ -139,7 +139,9 @@ class Distiller(Lifecycle):
         self.box_format, self.normalized = box_format, normalized
         self.layout, self.expert_layout = layout, expert_layout
         self._check = check
-        self._begun = self._inspected = self._learns = False  # a step; a checked one with boxes; one with gradients
+        self._begun = False
+        self._inspected = False  # a step with boxes was
+        self._gradients_checked = False
         self._optimizers = []
         self._sync, self._finite, self._watch = GradientAverage(), FiniteCheck(), TrainingWatch()
         self._expert = None
@@ -316,9 +318,9 @@ class Distiller(Lifecycle):
                 self._inspected = self._inspect(step).boxes > 0
             else:
                 check_sizes(step, self._facts)
-            if learns and not self._learns:
+            if learns and not self._gradients_checked:
                 check_learns(step.apprentice)
-                self._learns = True
+                self._gradients_checked = True
         if not self._begun:
             if self.method is None or step.size is not None:
                 self._facts = self._facts.completed(step)

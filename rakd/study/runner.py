@@ -90,7 +90,7 @@ class Runner:
             expert: None: it is trained alone.
         """
         settings, config, taught = self.settings, detector.config, expert is not None
-        self._check_files(run, expert)
+        self._claim(run, expert)
         dataset = KittiDataset(
             self.data,
             self.splits[0],
@@ -161,15 +161,15 @@ class Runner:
             detector, expert, term, run.weight, settings.regions, self.cache, settings.rescale
         )
 
-    def _check_files(self, run: Run, expert: BaseDetector | None) -> None:
-        """Refuse a finished run whose checkpoint is gone, and an apprentice that another expert taught.
+    def _claim(self, run: Run, expert: BaseDetector | None) -> None:
+        """Note who teaches; refuse a finished run whose checkpoint is gone, and one that another expert taught.
 
         The expert's hash is in a file of its own, since runs of earlier versions have none.
         """
         folder = self.out / run.name
         digest = None if expert is None else fingerprint(list(expert.state_dict().values()), "")
 
-        def find_fault() -> str | None:
+        def claim() -> str | None:
             begun, path = (folder / "checkpoint.pt").exists(), folder / "expert.txt"
             if (folder / "result.json").exists() and not begun:
                 return f"{folder} is finished, but its checkpoint.pt is gone: put it back, or remove the folder"
@@ -179,7 +179,7 @@ class Runner:
                 return f"{folder} holds a run taught by another expert than {run.taught_by} now is: remove it"
             return None
 
-        fault = broadcast_object(self.processes, find_fault)
+        fault = broadcast_object(self.processes, claim)
         if fault is not None:
             raise UserError(fault)
 
