@@ -132,7 +132,7 @@ class Train:
                 name=self.detector,
                 fingerprint={"detector": config.to_plain(), **init},
                 image_size=config.image_size,
-                validation=CarValidation(detector, val, self.out, processes),
+                validation=CarValidation(detector, val, self.out, processes) if settings.validate_every else None,
                 extend=self.extend,
             )
             # Not before the trainer has accepted what is in the folder.

@@ -39,6 +39,7 @@ class Sample:
         objects: All labels, in this image's pixels; None in ``testing``.
         targets: Objects to learn; None in ``testing``.
         mirrored: Whether augmentation mirrored it.
+        expert_image: The same image in the height of an expert's images, where that is another.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Sample:
     objects: Objects | None
     targets: Targets | None
     mirrored: bool = False
+    expert_image: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +61,14 @@ class Batch:
         sizes: (width, height) of each image without the padding.
         samples: What the batch is made of; their images are views of ``images``.
         packed: The samples' targets for a device; None where a sample has none.
+        expert_images: The same images in the size of an expert's, padded too; None: the expert sees ``images``.
     """
 
     images: Tensor
     sizes: list[tuple[int, int]]
     samples: list[Sample]
     packed: PackedTargets | None
+    expert_images: Tensor | None = None
 
     def targets(self, device: torch.device | str) -> list[Targets]:
         """The samples' targets on a device.
@@ -80,11 +84,12 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same in pinned memory, from which a GPU copies faster and without a wait; loaders call it."""
         images = self.images.pin_memory()
+        expert_images = None if self.expert_images is None else self.expert_images.pin_memory()
         samples = [
             replace(sample, image=image[:, :height, :width])
             for sample, image, (width, height) in zip(self.samples, images, self.sizes, strict=True)
         ]
-        return Batch(images, self.sizes, samples, self.packed and self.packed.pin_memory())
+        return Batch(images, self.sizes, samples, self.packed and self.packed.pin_memory(), expert_images)
 
 
 class KittiDataset(Dataset[Sample]):
@@ -103,6 +108,8 @@ class KittiDataset(Dataset[Sample]):
         cache_bytes: Images kept in memory, in every worker process of a loader: as they were read (1.4 MB for each of
             KITTI's), or resized where mirroring alone varies them. Those that do not fit are read again.
         rules: Which objects are learned, and how augmentation zooms; see `rakd.detector.base_config.BaseConfig.rules`.
+        expert_size: (width, height) that an expert's images are padded to, where their height is another than
+            ``height``: samples then bring both.
 
     Raises:
         MissingFileError: A folder, list or file is missing.
@@ -121,6 +128,7 @@ class KittiDataset(Dataset[Sample]):
         seed: int = 0,
         cache_bytes: int = 0,
         rules: DataRules | None = None,
+        expert_size: tuple[int, int] | None = None,
     ) -> None:
         if height is not None and height < 1:
             raise ValueError(f"height must be positive, got {height}")
@@ -128,12 +136,13 @@ class KittiDataset(Dataset[Sample]):
             raise ValueError(f"seed must be 0 or more, got {seed}")
         self.frames = find_frames(Path(root), split, part)
         self.height = height
+        self.expert_size = expert_size
         self.augmentation = augmentation
         self.seed = seed
         self.cache_bytes = cache_bytes
         self.rules = DataRules() if rules is None else rules
         varies = augmentation is not None and (augmentation.photometric > 0 or self.rules.zoom > 0)
-        self._resize_first = height is not None and not varies
+        self._resize_first = height is not None and expert_size is None and not varies
         self._images: dict[tuple[int, bool], tuple[Image.Image, tuple[int, int]]] = {}
         self._image_bytes = 0
         # In shared memory, so that workers that live through epochs see it change.
@@ -199,7 +208,8 @@ class KittiDataset(Dataset[Sample]):
             image = distort(image, self.augmentation, rng)
             image, calibration, objects = zoom(image, calibration, objects, self.rules, rng)
         sample = make_sample(frame.id, image, calibration, objects, self.height, self.rules, original=original)
-        return replace(sample, mirrored=mirror)
+        expert_image = None if self.expert_size is None else _pixels(_resized(image, self.expert_size[1]))
+        return replace(sample, mirrored=mirror, expert_image=expert_image)
 
     def _image(self, index: int, mirror: bool) -> tuple[Image.Image, tuple[int, int]]:
         """An image, mirrored or not, and its size in the file; resized already where nothing comes before that."""
@@ -223,6 +233,11 @@ class KittiDataset(Dataset[Sample]):
 
 def _mirrored(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """``[3, height, width]`` float32 in 0..1."""
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255).contiguous()
 
 
 def _resized(image: Image.Image, height: int | None) -> Image.Image:
@@ -292,41 +307,60 @@ def make_sample(
     if objects is not None:
         rules = DataRules() if rules is None else rules
         targets = make_targets(objects, calibration, image.size, scale=scale_y, rules=rules)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return Sample(name, pixels.contiguous(), calibration, original, objects, targets)
+    return Sample(name, _pixels(image), calibration, original, objects, targets)
 
 
-def collate(samples: Sequence[Sample], *, divisor: int = 32, size: tuple[int, int] | None = None) -> Batch:
+def collate(
+    samples: Sequence[Sample],
+    *,
+    divisor: int = 32,
+    size: tuple[int, int] | None = None,
+    expert_size: tuple[int, int] | None = None,
+) -> Batch:
     """Pad samples of any sizes to one tensor. Padding goes right and below, so calibrations still hold.
 
     Args:
         samples: At least one.
         divisor: Width and height become multiples of it.
         size: (width, height) to pad to instead, for batches that all have one shape.
+        expert_size: The same for the expert's images, where samples bring them.
 
     Raises:
-        ValueError: There are no samples.
+        ValueError: There are no samples, or not all bring an expert's image.
         UserError: One does not fit into ``size``.
     """
     if not samples:
         raise ValueError("samples must hold at least one sample, got none")
-    sizes = [(sample.image.shape[2], sample.image.shape[1]) for sample in samples]
+    names = [sample.id for sample in samples]
+    images, sizes = _padded(names, [sample.image for sample in samples], divisor, size)
+    # A batch travels from worker to trainer: it should not carry each image twice.
+    padded = [
+        replace(sample, image=image[:, :height, :width], expert_image=None)
+        for sample, image, (width, height) in zip(samples, images, sizes, strict=True)
+    ]
+    targets = [sample.targets for sample in samples if sample.targets is not None]
+    packed = PackedTargets.pack(targets) if len(targets) == len(samples) else None
+    seen = [sample.expert_image for sample in samples if sample.expert_image is not None]
+    if seen and len(seen) < len(samples):
+        raise ValueError(f"samples must all bring an expert's image or none, got {len(seen)} of {len(samples)}")
+    expert_images = _padded(names, seen, divisor, expert_size)[0] if seen else None
+    return Batch(images, sizes, padded, packed, expert_images)
+
+
+def _padded(
+    names: Sequence[str], images: Sequence[Tensor], divisor: int, size: tuple[int, int] | None
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Images in one tensor, zeros right of and below each, and their (width, height)."""
+    sizes = [(image.shape[2], image.shape[1]) for image in images]
     if size is None:
         width, height = (-(-max(lengths) // divisor) * divisor for lengths in zip(*sizes, strict=True))
         size = (width, height)
-    for sample, (width, height) in zip(samples, sizes, strict=True):
+    padded = images[0].new_zeros((len(images), 3, size[1], size[0]))
+    for name, image, place, (width, height) in zip(names, images, padded, sizes, strict=True):
         if width > size[0] or height > size[1]:
             raise UserError(
-                f"frame {sample.id}: too large: resized it is {width} x {height} pixels, expected at most "
+                f"frame {name}: too large: resized it is {width} x {height} pixels, expected at most "
                 f"{size[0]} x {size[1]}"
             )
-    images = samples[0].image.new_zeros((len(samples), 3, size[1], size[0]))
-    padded = []
-    for image, sample in zip(images, samples, strict=True):
-        view = image[:, : sample.image.shape[1], : sample.image.shape[2]]
-        view.copy_(sample.image)
-        # A batch travels from worker to trainer: it should not carry each image twice.
-        padded.append(replace(sample, image=view))
-    targets = [sample.targets for sample in samples if sample.targets is not None]
-    packed = PackedTargets.pack(targets) if len(targets) == len(samples) else None
-    return Batch(images, sizes, padded, packed)
+        place[:, :height, :width] = image
+    return padded, sizes

@@ -125,6 +125,7 @@ DETECTORS: dict[str, BaseConfig] = {
     "tiny": _scaled(128, 448, "mobilenet_v3_small", 64, sampled=64, hidden=256),
     "tiny-expert": _scaled(128, 448, "resnet18", 64, sampled=64, hidden=256),
     "tiny-lite0": _scaled(128, 448, "tf_efficientnet_lite0", 64, sampled=64, hidden=256, weights="pretrained"),
+    "small-lite0": _scaled(192, 672, "tf_efficientnet_lite0", 64, sampled=64, hidden=256, weights="pretrained"),
     "small": _scaled(192, 640, "resnet18", 64, sampled=128, hidden=512),
     "kitti-r18": DetectorConfig(BackboneConfig("resnet18")),
     "kitti-r50": DetectorConfig(BackboneConfig("resnet50")),

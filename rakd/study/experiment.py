@@ -37,6 +37,7 @@ from rakd.study.runner import Runner, backbone_start
 from rakd.study.settings import StudySettings
 from rakd.study.versions import versions
 from rakd.training.log import losses_of
+from rakd.training.model import expert_size
 
 
 class Experiment:
@@ -59,7 +60,7 @@ class Experiment:
     Raises:
         FileNotFoundError: The data or the expert's file are not there.
         ValueError: The folder holds a run with other settings, a file does not hold what it should, or the expert
-            is for images of another height than the apprentice.
+            is for images of other proportions than the apprentice's.
     """
 
     def __init__(
@@ -104,9 +105,9 @@ class Experiment:
         for run in self.plan:
             if run.init is not None:
                 check_file(run.init, "a detector to start from (init)")
-        own = DETECTORS[settings.apprentice]
-        if processes.is_main:
-            check_widths([frame.image for frame in (*self._train_frames, *self._val_frames)], own.height, own.width)
+        images = [frame.image for frame in (*self._train_frames, *self._val_frames)]
+        for config in (DETECTORS[settings.apprentice], self._expert_config) if processes.is_main else ():
+            check_widths(images, config.height, config.width)
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.
@@ -244,12 +245,9 @@ class Experiment:
         return DETECTORS[self.settings.expert] if file is None else load_detector(file).config
 
     def _check_expert(self) -> None:
-        """Refuse an expert that does not fit: a network sees only objects of the sizes that it was trained on."""
-        expert, wanted = self._expert_config, DETECTORS[self.settings.apprentice].height
-        if expert.height != wanted:
-            raise UserError(
-                f"expert must be for images {wanted} pixels high as the apprentice is, got one for {expert.height}"
-            )
+        """Refuse an expert that does not fit; each network sees images of the height that it was trained on."""
+        expert = self._expert_config
+        expert_size(DETECTORS[self.settings.apprentice], expert)
         for method in self.settings.methods:
             if method != "none" and registry.METHODS[method].load().needs_scores and not expert.has_scores:
                 raise UserError(

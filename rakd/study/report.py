@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import DETECTORS
 from rakd.files import atomic_write, write_text
 from rakd.study.metrics import METHOD_NAMES
@@ -144,7 +145,7 @@ def _provenance(study: StudyResult) -> str:
 
 
 def _detectors(study: StudyResult) -> str:
-    """Names or files, backbones, and the size of images: both detectors get the same."""
+    """Names or files, backbones, and the size of images."""
     parts = []
     for role in ("expert", "apprentice"):
         name, model = study.config.get(role), study.model(role)
@@ -156,8 +157,17 @@ def _detectors(study: StudyResult) -> str:
     config = DETECTORS.get(str(study.config.get("apprentice")))
     if config is not None:
         width = f", padded to a width of {config.width}" if config.width else ""
-        parts.append(f"images {config.height} pixels high{width}")
+        parts.append(f"images {config.height} pixels high{width}{_expert_images(study.config, config)}")
     return ", ".join(parts)
+
+
+def _expert_images(config: Mapping[str, Any], apprentice: BaseConfig) -> str:
+    """The size of the expert's images, where it is another."""
+    expert = config.get("expert")
+    given = expert if isinstance(expert, Mapping) else vars(DETECTORS.get(str(expert), apprentice))
+    if given["height"] == apprentice.height:
+        return ""
+    return f", the expert's {given['height']} high and {given['width']} wide"
 
 
 def _training(config: Mapping[str, Any]) -> str:

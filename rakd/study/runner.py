@@ -21,7 +21,7 @@ from rakd.study.results import RunResult, read_run, write_run
 from rakd.study.settings import StudySettings
 from rakd.study.validation import CarValidation
 from rakd.training.log import Row, last_losses
-from rakd.training.model import DistillationModel, make_distillation_model
+from rakd.training.model import DistillationModel, expert_size, expert_strides, make_distillation_model
 from rakd.training.trainer import Trainer
 
 
@@ -99,6 +99,7 @@ class Runner:
             seed=run.seed,
             cache_bytes=cache_share(run.training.workers),
             rules=config.rules,
+            expert_size=None if expert is None else expert_size(config, expert.config),
         )
         folder = self.out / run.name
         # What changes nothing by being absent is absent, so that runs of earlier versions go on.
@@ -151,6 +152,7 @@ class Runner:
             term = make_method(
                 run.method,
                 strides=detector.strides,
+                expert_strides=expert_strides(detector, expert),
                 expert_channels=expert.channels,
                 apprentice_channels=detector.channels,
                 batch_size=run.training.batch_size // self.processes.count,

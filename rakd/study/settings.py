@@ -149,6 +149,15 @@ STUDIES: dict[str, StudySettings] = {
         scenes=2500,
         takes="some 80 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
     ),
+    "scenes-resolution": replace(
+        _SCENES,
+        expert="small-lite0",
+        apprentice="tiny-lite0",
+        expert_training=replace(_LONG, steps=1800, amp="bfloat16"),
+        training=replace(_LONG, steps=1000, amp="bfloat16"),
+        methods=("none", "rakd"),
+        scenes=2500,
+    ),
     "kitti": StudySettings(
         expert="kitti-r50",
         apprentice="kitti-r18",

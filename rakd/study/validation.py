@@ -1,7 +1,6 @@
 """Validation in the course of a training: a detector's figure on the frames it is evaluated on, and its best state."""
 
 from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 
 from rakd.data.kitti import KittiDataset
@@ -10,7 +9,8 @@ from rakd.detector.files import save_detector
 from rakd.detector.inference import write_detections
 from rakd.distributed import Processes
 from rakd.errors import UserError
-from rakd.evaluation.kitti import LEVELS, evaluate
+from rakd.evaluation.kitti import LEVELS, evaluate, truth_flags
+from rakd.evaluation.matching import VALID
 from rakd.study.evaluation import precisions_of
 
 
@@ -24,6 +24,9 @@ class CarValidation:
         out: The run's folder. Gets ``best.pt``, and in ``validation`` the last validation's detections.
         processes: That train together; all of them detect.
         metric: Its name in the log.
+
+    Raises:
+        UserError: No frame has a car of this difficulty.
     """
 
     detector: BaseDetector
@@ -32,12 +35,14 @@ class CarValidation:
     processes: Processes
     metric: str = "car_3d_moderate"
 
-    def measure(self) -> float:
-        """Detect and evaluate; the main process has the figure, percent.
+    def __post_init__(self) -> None:
+        moderate = LEVELS.index("moderate")
+        flags = (truth_flags(frame.read_labels(), "Car", moderate) for frame in self.dataset.frames)
+        if not any((own == VALID).any() for own in flags):
+            raise UserError("validate_every: the frames to evaluate on hold no Car of moderate difficulty to measure")
 
-        Raises:
-            UserError: No frame has a car of this difficulty.
-        """
+    def measure(self) -> float:
+        """Detect and evaluate; the main process has the figure, percent."""
         folder = self.out / "validation"
         write_detections(
             self.detector, self.dataset, folder, self.processes.device, processes=self.processes, progress=False
@@ -48,10 +53,7 @@ class CarValidation:
         frames = [frame.id for frame in self.dataset.frames]
         assert frame.label is not None  # of training
         result = evaluate(frame.label.parent, folder, frames=frames, progress=False)
-        figure = precisions_of(official=result)["official"]["3d"]["Car"][LEVELS.index("moderate")]
-        if isnan(figure):
-            raise UserError("validate_every: the frames to evaluate on hold no Car of moderate difficulty to measure")
-        return figure
+        return precisions_of(official=result)["official"]["3d"]["Car"][LEVELS.index("moderate")]
 
     def keep(self) -> None:
         """Write the detector as the best so far."""

@@ -40,7 +40,7 @@ def make_loader(
         _ByIndex(dataset),  # type: ignore[arg-type]  # batches of SampleIndex make batches of Sample, which collate makes a Batch
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=partial(_collate, image_size=image_size),
+        collate_fn=partial(_collate, image_size=image_size, expert_size=dataset.expert_size),
         pin_memory=pin,
         worker_init_fn=_share_by_name if workers else None,
     )
@@ -59,8 +59,10 @@ def each_of(loader: DataLoader[T]) -> Iterator[T]:
         raise
 
 
-def _collate(samples: Sequence[Sample], image_size: tuple[int, int] | None) -> Batch:
-    return collate(samples, size=image_size)
+def _collate(
+    samples: Sequence[Sample], image_size: tuple[int, int] | None, expert_size: tuple[int, int] | None
+) -> Batch:
+    return collate(samples, size=image_size, expert_size=expert_size)
 
 
 def _share_by_name(_worker: int) -> None:

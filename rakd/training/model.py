@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rakd.data.kitti import Batch
 from rakd.data.targets import pooling_boxes
 from rakd.detector.base import BaseDetector
+from rakd.detector.base_config import BaseConfig
 from rakd.distill import Regions
 from rakd.distill.cache import FeatureCache
 from rakd.distill.distiller import Distiller
@@ -50,7 +51,10 @@ class DistillationModel(nn.Module):
         targets = batch.targets(device)
         features = self.detector.extract_features(images)
         # Before the losses, which wait for the device: so it has the expert's work to do meanwhile.
-        expert = None if self.distiller is None else self._expert_features(self.distiller, batch, images)
+        expert_images = images
+        if batch.expert_images is not None:
+            expert_images = batch.expert_images.to(device, non_blocking=True)
+        expert = None if self.distiller is None else self._expert_features(self.distiller, batch, expert_images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             assert expert is not None
@@ -63,10 +67,13 @@ class DistillationModel(nn.Module):
             expert_maps = self.distiller.expert.distilled_maps(expert)
             scored = getattr(self.distiller.method, "needs_scores", False)
             scores = self.distiller.expert.class_scores(expert) if scored else None
-            losses["distillation"] = self.distiller(images, pooling_boxes(boxes), maps, expert_maps, scores=scores)
+            losses["distillation"] = self.distiller(
+                images, pooling_boxes(boxes), maps, expert_maps, scores=scores, expert_images=expert_images
+            )
         return losses
 
     def _expert_features(self, distiller: Distiller, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+        """The expert's maps of its own images."""
         if not self.cached:
             return distiller.expert_features(images)
         keys = [(sample.id, sample.mirrored) for sample in batch.samples]
@@ -75,6 +82,34 @@ class DistillationModel(nn.Module):
             name: torch.cat([each[name] for each in maps]).contiguous(memory_format=torch.channels_last)
             for name in maps[0]
         }
+
+
+def expert_size(apprentice: BaseConfig, expert: BaseConfig) -> tuple[int, int] | None:
+    """(width, height) of an expert's images where they are larger or smaller than the apprentice's.
+
+    Returns:
+        None: They are of one height, and the expert sees the apprentice's.
+
+    Raises:
+        UserError: Their proportions differ, so that methods which compare whole maps would compare other parts of an
+            image.
+    """
+    if expert.height == apprentice.height:
+        return None
+    size, own = expert.image_size, apprentice.image_size
+    if size is None or own is None or size[0] * own[1] != own[0] * size[1]:
+        sizes = [f"{c.width or 'any'} x {c.height}" for c in (apprentice, expert)]
+        raise UserError(
+            f"expert must be for images as high as the apprentice's or of their proportions: the apprentice's are "
+            f"{sizes[0]} pixels, the expert's {sizes[1]}"
+        )
+    return size
+
+
+def expert_strides(apprentice: BaseDetector, expert: BaseDetector) -> tuple[float, ...]:
+    """Pixels of the apprentice's images per cell of each of the expert's maps."""
+    ratio = apprentice.config.height / expert.config.height
+    return tuple(ratio * stride for stride in expert.strides)
 
 
 def make_distillation_model(
@@ -98,6 +133,11 @@ def make_distillation_model(
         raise UserError("method: score_l2 needs an expert with class scores on its maps, a two-stage detector")
     if regions == "expert" and not expert.has_queries:
         raise UserError("regions: expert needs an expert with queries, a MonoDETR")
+    if regions == "expert" and expert.config.height != apprentice.config.height:
+        raise UserError(
+            f"regions: expert needs an expert for images of the apprentice's height, {apprentice.config.height}, got "
+            f"one for {expert.config.height}: take objects or proposals"
+        )
     model = DistillationModel(apprentice, Distiller(expert, method, weight, cache=cache, rescale=rescale), regions)
     model.cached = cache is not None
     return model

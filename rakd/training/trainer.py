@@ -294,6 +294,8 @@ class Trainer:
             "seed": dataset.seed,
             "image_size": self.image_size,
         }
+        if dataset.expert_size is not None:  # absent where it is not, so that runs of earlier versions go on
+            data["expert_size"] = dataset.expert_size
         settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
         return to_jsonable({"settings": settings, "data": data, **given}, "fingerprint")
 

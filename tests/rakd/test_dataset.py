@@ -13,6 +13,8 @@ from rakd.data.frames import Frame, read_image
 from rakd.data.kitti import KittiDataset, collate
 from rakd.errors import UserError
 from rakd.geometry import box_corners, box_iou, project_boxes
+from rakd.training.loading import make_loader
+from rakd.training.order import InfiniteShuffle, StepSampler
 
 DONTCARE = "DontCare -1 -1 -10 5 5 9 9 -1 -1 -1 -1000 -1000 -1000 -10"
 
@@ -159,6 +161,30 @@ def test_collate_pads_images_of_different_sizes(scenes, plain):
     assert batch.images[1, :, 60:].abs().sum() == batch.images[1, :, :, 199:].abs().sum() == 0
     assert [len(targets) for targets in batch.targets("cpu")] == [len(plain[0].targets), len(small.targets)]
     assert collate([small], size=(512, 256)).images.shape == (1, 3, 256, 512)
+
+
+def test_an_experts_images_come_along(scenes):
+    augmentation = Augmentation(photometric=0)
+    options = {"augmentation": augmentation, "seed": 5, "cache_bytes": 10**7}
+    both = KittiDataset(scenes, "train", height=64, expert_size=(448, 128), **options)
+    own, experts = (KittiDataset(scenes, "train", height=height, **options) for height in (64, 128))
+    samples = [both.load(index, epoch) for index in range(3) for epoch in range(3)]
+    assert {sample.mirrored for sample in samples} == {False, True}
+    for i, sample in enumerate(samples):
+        assert torch.equal(sample.image, own.load(i // 3, i % 3).image)
+        assert torch.equal(sample.expert_image, experts.load(i // 3, i % 3).image)
+    sampler = StepSampler(InfiniteShuffle(len(both), 1), range(2), 3, range(3))
+    for workers in (0, 1):
+        batches = list(make_loader(both, sampler, image_size=(224, 64), workers=workers, pin=False))
+        for step, batch in enumerate(batches):
+            draws = sampler.order.step(step, 3)
+            wanted = collate([experts.load(draw.frame, draw.epoch) for draw in draws], size=(448, 128))
+            assert torch.equal(batch.expert_images, wanted.images)
+            assert batch.images.shape == (3, 3, 64, 224)
+            assert all(sample.expert_image is None for sample in batch.samples)
+    assert collate([own[0]]).expert_images is None
+    with pytest.raises(ValueError, match="samples must all bring an expert's image or none, got 1 of 2"):
+        collate([both[0], own[0]])
 
 
 def test_bad_input(scenes, plain):

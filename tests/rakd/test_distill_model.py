@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
 from rakd.data.kitti import Batch, KittiDataset, collate
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
+from rakd.detector.monodetr.configs import MONODETRS
 from rakd.distill import MethodName
 from rakd.distill.methods import make_method
 from rakd.distill.registry import METHODS
-from rakd.training.model import DistillationModel, make_distillation_model
+from rakd.training.model import DistillationModel, expert_size, expert_strides, make_distillation_model
+from rakd_ops import level_weights
 
 
 class Noting(nn.Module):
@@ -65,6 +68,58 @@ def test_where_features_are_compared(regions: str, config: DetectorConfig, batch
         assert len(rows) > 0
         # Half a pixel on: from counting at pixel centres to counting at edges, as RoIAlign does.
         torch.testing.assert_close(got, rows + 0.5)
+
+
+def test_an_expert_of_larger_images_compares_the_same_objects(scenes: Path, config: DetectorConfig) -> None:
+    detector = Detector(config)
+    expert = Detector(replace(config, height=128, width=448), seed=9)
+    assert expert_size(config, config) is None
+    data = KittiDataset(scenes, "train", height=64, expert_size=expert_size(config, expert.config))
+    batch = collate([data[0], data[1]], size=config.image_size, expert_size=data.expert_size)
+    assert batch.images.shape[2:] == (64, 224)
+    strides = expert_strides(detector, expert)
+    assert strides == (2.0, 4.0, 8.0, 16.0)
+    sizes = {"expert_channels": 16, "apprentice_channels": 16}
+    method = make_method("rakd", strides=detector.strides, expert_strides=strides, canonical_size=28.0, **sizes)
+    model = make_distillation_model(detector, expert, method, 2.0, "objects")
+    got = model(batch, [3, 4])["distillation"]
+    # The same boxes, twice as large, on maps of images that are twice as large.
+    large = KittiDataset(scenes, "train", height=128)
+    images = collate([large[0], large[1]], size=(448, 128)).images
+    with torch.no_grad():
+        theirs = list(expert.extract_features(images).values())
+        ours = list(detector.extract_features(batch.images).values())
+    boxes = [target.boxes.double() + 0.5 for target in batch.targets("cpu")]
+    image = torch.cat([torch.full((len(rows), 1), float(i)) for i, rows in enumerate(boxes)])
+    rows = torch.cat([image, torch.cat(boxes)], dim=1)
+    weights = level_weights(rows, strides=detector.strides, canonical_size=28.0)
+    total = torch.zeros((), dtype=torch.float64)
+    for level, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        pooled = [
+            roi_align(maps.double(), rows * factor, 7, 1 / stride, 2, aligned=True)
+            for maps, factor, stride in (
+                (own, 1.0, detector.strides[level]),
+                (other, torch.tensor([1.0, 2.0, 2.0, 2.0, 2.0]), expert.strides[level]),
+            )
+        ]
+        error = (pooled[0] - pooled[1]).square().mean(dim=(1, 2, 3))
+        total += (weights[:, level] * error).sum()
+    torch.testing.assert_close(got.detach().double(), 2 * total / len(rows), rtol=1e-4, atol=0)
+
+
+def test_what_fits_no_expert_of_larger_images_is_refused(config: DetectorConfig) -> None:
+    for other in (replace(config, height=96, width=320), replace(config, height=128, width=None)):
+        with pytest.raises(
+            ValueError, match=r"the apprentice's are 224 x 64 pixels, the expert's (320 x 96|any x 128)"
+        ):
+            expert_size(config, other)
+    apprentice = MONODETRS["monodetr-tiny"]
+    small, large = (replace(apprentice, height=height, width=width) for height, width in ((64, 256), (128, 512)))
+    method = make_method("rakd", strides=(8,), expert_channels=1, apprentice_channels=1)
+    with pytest.raises(ValueError, match="regions: expert needs an expert for images of the apprentice's height, 64"):
+        make_distillation_model(
+            small.without_download().build(), large.without_download().build(), method, 1.0, "expert"
+        )
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -42,6 +42,18 @@ def test_validation_is_that_of_the_detectors_then(run: Path) -> None:
     assert same == (figures[2] >= figures[1])
 
 
+def test_without_moderate_cars_nothing_is_trained(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    for file in (data / "training" / "label_2").iterdir():
+        file.write_text(file.read_text().replace("Car ", "Van "))
+    assert main(options(data, tmp_path / "run", validate_every=1)) == 2
+    assert "validate_every: the frames to evaluate on hold no Car of moderate difficulty" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "log.csv").exists()
+
+
 def test_a_file_of_options_comes_back(run: Path, scenes: Path, tmp_path: Path) -> None:
     content = json.loads((run / "config.json").read_text())
     assert content["command"] == "train" and content["steps"] == 2 and content["splits"] == ["train", "val"]
