@@ -11,7 +11,6 @@ from rakd.errors import UserError
 from rakd.files import read_text, write_text
 
 _OPTION = "--config"
-_GONE = ("cache",)  # options of earlier versions, which their files hold and nobody needs
 
 
 def write_options(command: Any, path: Path) -> None:
@@ -52,7 +51,6 @@ def _read(path: Path, name: str, command: type) -> list[str]:
         raise UserError(f"{path}: expected options by name, got {type(content).__name__}")
     if content.pop("command", name) != name:
         raise UserError(f"{path} holds the options of another command than {name}")
-    content = {option: value for option, value in content.items() if option not in _GONE}
     known = [field.name for field in fields(command) if field.name != "config"]
     unknown = [option for option in content if option not in known]
     if unknown:

@@ -82,19 +82,7 @@ class BaseConfig:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "Self":
         """Settings from plain values, as ``dataclasses.asdict`` or JSON give them."""
-        current = with_current_names(values)
-        return cls(**{name: _restored(cls.parts.get(name), value) for name, value in current.items()})
-
-
-_EARLIER_NAMES = {"candidates": "pre_nms_top_n", "kept": "post_nms_top_n"}  # of fields, in files of earlier versions
-
-
-def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values of settings, their fields by the names of today."""
-    return {
-        _EARLIER_NAMES.get(name, name): with_current_names(value) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-    }
+        return cls(**{name: _restored(cls.parts.get(name), value) for name, value in values.items()})
 
 
 def _restored(part: Any, value: Any) -> Any:

@@ -244,7 +244,6 @@ class FeatureHooks:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook the modules that were copied along; their own copies of the hooks are inert."""
-        self.closed = state.pop("_closed", False)  # as earlier versions called it
         self.__dict__.update(state)
         if not self.closed:
             self.open()

@@ -217,8 +217,7 @@ class Lifecycle(nn.Module):
             raise ValueError(f"rescale: expected {scale is not None} as when the state was saved, got {scale is None}")
         share = content["share"] if isinstance(self._weight, TaskShare) else None
         energy = None if self._energy is None else content["energy"]
-        # Files of earlier versions do not tell.
-        before = content.get("measured", self._measured)
+        before = content["measured"]
         counted = [state is not None and state[0] > 0 for state in (share, energy)]  # calls
         for name, matters in (("method", any(counted)), ("normalize", counted[0])):
             if not matters or before[name] == self._measured[name]:

@@ -188,7 +188,6 @@ class Experiment:
     def _claim(self) -> None:
         """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
         here = {
-            # Not in the words of earlier versions, in which one expert taught in all seeds.
             "expert": "each seed's own" if self.plan[0].trained is None else file_digest(self.plan[0].trained),
             "evaluated frames": digest(self._val_frames),
         }

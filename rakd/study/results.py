@@ -59,7 +59,7 @@ class RunResult:
         seconds: Training time; None if unknown.
         losses: Last values of the losses, by name.
         drawn: Primary metrics on frames drawn with replacement, by `rakd.study.metrics.Metric.key`; the same draws
-            for all runs that were evaluated on the same frames. Runs of earlier versions have none.
+            for all runs that were evaluated on the same frames. Empty where nothing was drawn.
         by_size: Depth and recall of objects by size, see `rakd.evaluation.depth.SIZES`; empty where not measured.
 
     Raises:
@@ -208,9 +208,6 @@ def read_run(path: Path) -> RunResult:
     return run
 
 
-_EARLIER_NAMES = {"error": "abs_rel", "found": "recall"}  # of fields, in files of earlier versions
-
-
 def _record(cls: type, content: Any, where: str) -> dict[str, Any]:
     """A copy of a JSON object, after checking that it has no fields that the class lacks."""
     if not isinstance(content, Mapping):
@@ -237,8 +234,7 @@ def _model(content: Any, where: str) -> Any:
 
 
 def _depth(content: Mapping[str, Any]) -> DepthFigures:
-    by_name = {_EARLIER_NAMES.get(key, key): value for key, value in content.items()}
-    return DepthFigures(_number(by_name["abs_rel"]), _number(by_name["recall"]), by_name["objects"])
+    return DepthFigures(_number(content["abs_rel"]), _number(content["recall"]), content["objects"])
 
 
 def _run(content: Any, where: str) -> Any:

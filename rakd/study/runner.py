@@ -14,7 +14,7 @@ from rakd.distill.cache import FeatureCache, fingerprint
 from rakd.distill.methods import make_method
 from rakd.distributed import Processes, broadcast_object
 from rakd.errors import UserError
-from rakd.files import write_text
+from rakd.files import read_text, write_text
 from rakd.study.evaluation import DRAWS, evaluate_run
 from rakd.study.plan import Run
 from rakd.study.results import RunResult, read_run, write_run
@@ -102,7 +102,7 @@ class Runner:
             expert_size=None if expert is None else expert_size(config, expert.config),
         )
         folder = self.out / run.name
-        # What changes nothing by being absent is absent, so that runs of earlier versions go on.
+        # An option that is off is absent, so that a new one does not keep runs that have begun from going on.
         options: dict[str, object] = {} if run.init is None else {"init": file_digest(run.init)}
         if taught and settings.options.get(run.method):
             options["method_options"] = settings.options[run.method]
@@ -164,10 +164,7 @@ class Runner:
         )
 
     def _claim(self, run: Run, expert: BaseDetector | None) -> None:
-        """Note who teaches; refuse a finished run whose checkpoint is gone, and one that another expert taught.
-
-        The expert's hash is in a file of its own, since runs of earlier versions have none.
-        """
+        """Note who teaches; refuse a finished run whose checkpoint is gone, and one that another expert taught."""
         folder = self.out / run.name
         digest = None if expert is None else fingerprint(list(expert.state_dict().values()), "")
 
@@ -177,7 +174,7 @@ class Runner:
                 return f"{folder} is finished, but its checkpoint.pt is gone: put it back, or remove the folder"
             if digest is not None and not begun:
                 write_text(path, digest)
-            elif digest is not None and path.exists() and path.read_text(encoding="utf-8") != digest:
+            elif digest is not None and read_text(path, "the hash of the run's expert") != digest:
                 return f"{folder} holds a run taught by another expert than {run.taught_by} now is: remove it"
             return None
 

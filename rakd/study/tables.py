@@ -144,11 +144,9 @@ def make_tables(study: StudyResult) -> list[Table]:
             _precisions(study, "table3_loose", f"Table 3. {ways}", compared, "3d", "loose"),
             _precisions(study, "table3_bev", f"Table 3. {ways}", compared, "bev", "official"),
             _precisions(study, "table3_bev_loose", f"Table 3. {ways}", compared, "bev", "loose"),
+            _precisions(study, "table3_2d", f"Table 3. {ways}", compared, "bbox", "official"),
             _depths(study, "table3_depth", f"Table 3. {ways}", compared),
         ]
-        # Results of earlier versions have none.
-        if any("bbox" in run.precisions.get("official", {}) for run in study.runs):
-            tables.insert(-1, _precisions(study, "table3_2d", f"Table 3. {ways}", compared, "bbox", "official"))
     if set(ablated) - set(compared):
         tables += [
             _precisions(study, "ablation", f"Ablation. {terms}", ablated, "3d", "official"),

@@ -82,7 +82,7 @@ class Log:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.rows, self._steps = list(state["rows"]), list(state["steps"])
-        self.validations = list(state.get("validations", ()))  # earlier versions had none
+        self.validations = list(state["validations"])
         self._seconds = float(state["seconds"])
 
     def write(self, path: Path) -> None:

@@ -16,7 +16,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from rakd.checkpoints import config_diff, load_checkpoint, remove_leftovers, save_checkpoint, to_jsonable
 from rakd.data.frames import digest
 from rakd.data.kitti import Batch, KittiDataset
-from rakd.detector.base_config import with_current_names
 from rakd.distributed import (
     all_gather_object,
     all_reduce_mean,
@@ -294,7 +293,7 @@ class Trainer:
             "seed": dataset.seed,
             "image_size": self.image_size,
         }
-        if dataset.expert_size is not None:  # absent where it is not, so that runs of earlier versions go on
+        if dataset.expert_size is not None:
             data["expert_size"] = dataset.expert_size
         settings = {name: value for name, value in asdict(self.settings).items() if name not in _FREE}
         return to_jsonable({"settings": settings, "data": data, **given}, "fingerprint")
@@ -345,13 +344,9 @@ class Trainer:
             raise UserError(
                 f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder{instead}"
             )
-        # Earlier versions left the optimizer out of finished runs.
-        if state["optimizer"] is None and state["step"] < self.settings.steps:
-            raise UserError(f"{self._checkpoint} has no state of the optimizer: this run cannot be extended")
         try:
             self.model.load_state_dict(state["model"])
-            if state["optimizer"] is not None:
-                self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{self._checkpoint} holds another model: {error}") from error
         self.scaler.load_state_dict(state["scaler"])
@@ -375,9 +370,4 @@ class Trainer:
         remove_leftovers(self._checkpoint)
         remove_leftovers(self.out / "log.csv")
         remove_leftovers(self.out / "log.jsonl")
-        state = load_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
-        if state is not None and "learner" in state:
-            # Names of earlier versions.
-            state["model"] = state.pop("learner")
-            state["fingerprint"] = with_current_names(state["fingerprint"])
-        return state
+        return load_checkpoint(self._checkpoint) if self._checkpoint.exists() else None

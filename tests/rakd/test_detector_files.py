@@ -62,13 +62,6 @@ def test_all_settings_survive(name: str, detector: Detector, tmp_path: Path, mon
     assert load_weights(tmp_path / "again.pt")[1] == load_weights(tmp_path / "detector.pt")[1]
 
 
-def test_files_of_earlier_versions_are_read(small_config: DetectorConfig) -> None:
-    plain = small_config.to_plain()
-    proposals = dict(plain["proposals"])
-    earlier = {"candidates": proposals.pop("pre_nms_top_n"), "kept": proposals.pop("post_nms_top_n")}
-    assert DetectorConfig.from_plain({**plain, "proposals": {**proposals, **earlier}}) == small_config
-
-
 def test_other_files_are_refused(detector: Detector, tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     with pytest.raises(FileNotFoundError, match=r"file\.pt is not there"):

@@ -65,7 +65,7 @@ def test_several_seeds_have_students_interval(seeds: int, t: float) -> None:
 def test_no_interval_without_draws_of_every_seed() -> None:
     whole = pairs([1.0, 2.0], np.tile(deviations(-1, 1), (2, 1)))
     assert all(map(math.isfinite, difference_interval(whole, "rakd", "none", LOOSE)))
-    # A seed of an earlier version, draws of another number, equal runs, and draws that leave no figure.
+    # A seed without draws, draws of another number, equal runs, and draws that leave no figure.
     for study in (
         StudyResult((*whole.runs, run("none", 2, 7.0), run("rakd", 2, 8.0))),
         StudyResult((*whole.runs, run("none", 2, 7.0, (7.0,)), run("rakd", 2, 8.0, (8.0,)))),

@@ -122,12 +122,6 @@ def test_a_file_that_holds_no_study_is_an_error_that_names_it(study, tmp_path, c
         read_study(tmp_path / "study.json")
 
 
-def test_files_of_earlier_versions_are_read(study):
-    text = study.to_json().replace('"abs_rel"', '"error"').replace('"recall"', '"found"')
-    assert StudyResult.from_json(text).runs[0].depth == study.runs[0].depth
-    assert text != study.to_json()
-
-
 def test_text_that_is_not_json_is_an_error(tmp_path):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ValueError, match=r"study\.json: "):
@@ -225,15 +219,6 @@ def test_tables_hold_the_methods_that_are_planned_or_done():
     assert not any(key.startswith("ablation") for key in methods)  # nothing of it that table 3 has not
     study = study_of(*runs, config={"methods": ["none", "hfa", "rakd"]})
     assert [row.method for row in table(study, "ablation").rows] == ["expert", "none", "hfa", "rakd"]
-
-
-def test_results_of_earlier_versions_have_no_2d_table(study):
-    def without(one):
-        return dataclasses.replace(one, precisions={k: {"3d": v["3d"]} for k, v in one.precisions.items()})
-
-    earlier = dataclasses.replace(study, runs=tuple(map(without, study.runs)))
-    missing = {one.key for one in make_tables(study)} - {one.key for one in make_tables(earlier)}
-    assert missing == {"table3_2d"}
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)

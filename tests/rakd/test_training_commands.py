@@ -66,9 +66,7 @@ def test_a_file_of_options_comes_back(run: Path, scenes: Path, tmp_path: Path) -
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     # The command line overrides the file, wherever the file is named.
     other = tmp_path / "other"
-    earlier = tmp_path / "earlier.json"  # of a version that had another option
-    earlier.write_text(json.dumps({**content, "cache": True}))
-    words = ["train", "--steps", "1", "--no-augment", f"--config={earlier}", "--out", str(other)]
+    words = ["train", "--steps", "1", "--no-augment", f"--config={run / 'config.json'}", "--out", str(other)]
     assert main(words) == 0
     changed = {**content, "out": str(other), "steps": 1, "augment": False}
     assert json.loads((other / "config.json").read_text()) == changed
