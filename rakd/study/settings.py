@@ -194,8 +194,9 @@ STUDIES: dict[str, StudySettings] = {
     ),
 }
 """Comparisons by name: ``scenes``, ``tiny`` and ``monodetr-tiny`` run on two processor cores in minutes,
-``scenes-long`` in hours; ``kitti`` has the paper's detectors and steps; ``waymo`` those of monocular work on Waymo;
-``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and ``monodetr-kitti`` have not been run on those data here."""
+``scenes-long`` and ``scenes-resolution`` in hours; ``kitti`` has the paper's detectors and steps; ``waymo`` those of
+monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and ``monodetr-kitti`` have not been
+run on those data here."""
 
 if TYPE_CHECKING:
     StudyName = str
