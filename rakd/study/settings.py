@@ -98,6 +98,7 @@ _TINY = TrainSettings(
 )
 
 _LONG = replace(_TINY, steps=3000, checkpoint_every=200)
+_FIVE = (0, 1, 2, 3, 4)
 
 # DEVIANT's length and batch: 30 epochs of the 52,386 frames that are every third of training, 40 at once. The rate is
 # Detectron2's for this kind of detector, 0.02 for 16 images, in proportion.
@@ -117,6 +118,9 @@ _MONODETR = TrainSettings(
 )
 
 _MONODETR_TINY = replace(_TINY, steps=1200, learning_rate=5e-4, clip=1.0, checkpoint_every=200)
+
+# From the networks that learned on scenes, on few frames.
+_REAL = replace(_LONG, steps=600, learning_rate=5e-4)
 
 _SCENES = StudySettings(
     expert="tiny-lite0",
@@ -146,8 +150,18 @@ STUDIES: dict[str, StudySettings] = {
         _SCENES,
         expert_training=_LONG,
         training=_LONG,
+        seeds=_FIVE,
         scenes=2500,
         takes="some 80 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
+    ),
+    "scenes-methods": replace(
+        _SCENES,
+        expert_training=replace(_LONG, steps=1500),
+        training=replace(_LONG, steps=1000),
+        methods=("none", *_RESCALED),
+        seeds=_FIVE,
+        scenes=2500,
+        takes="some 65 minutes a seed on a core of an AMD EPYC with --feature-cache 40, and 8 to render the scenes",
     ),
     "scenes-resolution": replace(
         _SCENES,
@@ -156,7 +170,17 @@ STUDIES: dict[str, StudySettings] = {
         expert_training=replace(_LONG, steps=1800, amp="bfloat16"),
         training=replace(_LONG, steps=1000, amp="bfloat16"),
         methods=("none", "rakd"),
+        seeds=_FIVE,
         scenes=2500,
+    ),
+    "real-frames": replace(
+        _SCENES,
+        expert_training=_REAL,
+        training=_REAL,
+        seeds=_FIVE,
+        photometric=0.5,
+        scenes=0,
+        takes="some 15 minutes a seed on a core of an AMD EPYC, with 59 frames",
     ),
     "kitti": StudySettings(
         expert="kitti-r50",
@@ -177,12 +201,14 @@ STUDIES: dict[str, StudySettings] = {
         apprentice="monodetr-tiny",
         expert_training=replace(_MONODETR_TINY, steps=1500, learning_rate=3e-4),
         training=_MONODETR_TINY,
-        weights=_WEIGHTS,
+        weights={"pkd": 135.0, "rakd": 420.0},  # ten times the task loss at first, see docs/monodetr.md
         methods=("none", "pkd", "rakd"),
+        seeds=(0, 1, 2),
+        rescale=True,
         regions="objects",
         photometric=0.0,
         scenes=500,
-        takes="some 50 minutes a seed on a core of an AMD EPYC",
+        takes="some 40 minutes a seed on a core of an AMD EPYC",
     ),
     "monodetr-kitti": StudySettings(
         expert="monodetr-r50",
@@ -193,10 +219,11 @@ STUDIES: dict[str, StudySettings] = {
         regions="objects",
     ),
 }
-"""Comparisons by name: ``scenes``, ``tiny`` and ``monodetr-tiny`` run on two processor cores in minutes,
-``scenes-long`` and ``scenes-resolution`` in hours; ``kitti`` has the paper's detectors and steps; ``waymo`` those of
-monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and ``monodetr-kitti`` have not been
-run on those data here."""
+"""Comparisons by name. ``scenes`` and ``tiny`` run on two processor cores in minutes. The tables of docs/evidence.md
+and docs/monodetr.md are ``scenes-long``, ``scenes-methods``, ``scenes-resolution``, ``real-frames`` (which goes on
+from one of the others) and ``monodetr-tiny``: hours each. ``kitti`` has the paper's detectors and steps; ``waymo``
+those of monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and ``monodetr-kitti``
+have not been run on those data here."""
 
 if TYPE_CHECKING:
     StudyName = str

@@ -23,7 +23,7 @@ from rakd.study.experiment import Experiment
 from rakd.study.plan import make_plan
 from rakd.study.results import StudyResult, read_study
 from rakd.study.runner import Runner
-from rakd.study.settings import PAPER_METHODS, STUDIES, StudySettings
+from rakd.study.settings import ALL_METHODS, PAPER_METHODS, STUDIES, StudySettings
 from rakd.training.model import expert_size
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
@@ -433,8 +433,9 @@ def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
 def test_named_studies_can_run_every_method() -> None:
     for name, study in STUDIES.items():
         # These have fewer, for two processor cores.
-        short = dict.fromkeys(("scenes", "scenes-long", "monodetr-tiny"), ("none", "pkd", "rakd"))
+        short = dict.fromkeys(("scenes", "scenes-long", "real-frames", "monodetr-tiny"), ("none", "pkd", "rakd"))
         short["scenes-resolution"] = ("none", "rakd")
+        short["scenes-methods"] = tuple(name for name in ALL_METHODS if name != "fgd_attention")
         assert study.methods == short.get(name, PAPER_METHODS)
         larger = expert_size(DETECTORS[study.apprentice], DETECTORS[study.expert])
         assert larger == ((672, 192) if name == "scenes-resolution" else None)
