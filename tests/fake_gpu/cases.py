@@ -27,7 +27,7 @@ from rakd.detector.detector import Detector, target_rows
 from rakd.detector.files import save_detector
 from rakd.distill.methods import make_method
 from rakd.scenes import make_scenes
-from rakd.training.model import make_distillation_model
+from rakd.training.model import expert_size, expert_strides, make_distillation_model
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
 from rakd_ops import level_weights, multilevel_roi_align, soft_roi_distill
@@ -89,16 +89,19 @@ def make_trainer(
     *,
     batch: int = 2,
     config: BaseConfig = CONFIG,
+    larger: int = 1,
     **options: Any,
 ) -> Trainer:
-    wide: Any = replace(config, backbone=replace(config.backbone, channels=24))  # type: ignore[type-var]
+    size: dict[str, Any] = {"height": larger * config.height, "width": config.width and larger * config.width}
+    wide: Any = replace(config, backbone=replace(config.backbone, channels=24), **size)  # type: ignore[type-var]
     detector, expert = config.build(1), wide.build(2)
-    term = make_method(method, strides=detector.strides, expert_channels=24, apprentice_channels=16, batch_size=batch)
+    sizes: dict[str, Any] = {"expert_channels": 24, "apprentice_channels": 16, "batch_size": batch}
+    term = make_method(method, strides=detector.strides, expert_strides=expert_strides(detector, expert), **sizes)
     defaults = {"steps": 2, "batch_size": batch, "learning_rate": 1e-3, "warm_up": 0, "log_every": 1}
     # Without mixed precision a GPU rounds as the CPU does; by itself it takes bfloat16.
     settings = TrainSettings(**{"amp": "off", **defaults, **options})
     model = make_distillation_model(detector, expert, term, 1.0, "proposals")
-    data = KittiDataset(scenes, "train", height=64, rules=config.rules)
+    data = KittiDataset(scenes, "train", height=64, rules=config.rules, expert_size=expert_size(config, wide))
     return Trainer(model, data, settings, out, device, image_size=config.image_size, quiet=True)
 
 
@@ -123,6 +126,7 @@ def train_and_count(trainer: Trainer, gpu: FakeCuda) -> tuple[list[dict[str, Any
         ("pkd", {}, None),
         ("semckd", {}, None),
         ("rakd", {"config": QUERIES, "steps": 1}, None),
+        pytest.param("rakd", {"larger": 2}, STEP, id="an expert of larger images"),
     ],
 )
 def test_training_is_that_of_the_cpu(
