@@ -61,12 +61,13 @@ def measure(options: argparse.Namespace) -> list[ImitationRow]:
     """Measure each apprentice beside the expert of its seed.
 
     Raises:
-        ValueError: The study is not finished, or its apprentices were not to imitate the values of rescaled maps.
+        ValueError: The study is not finished, its apprentices were not to imitate the expert's maps at a root mean
+            square of 1, or they see images of another height.
     """
     if not (options.run / "study.json").is_file():
         raise ValueError(f"{options.run / 'study.json'}: no such file; is the study finished?")
-    if not read_study(options.run / "study.json").config.get("rescale"):
-        raise ValueError(f"{options.run}: its apprentices imitated maps that were not rescaled")
+    if read_study(options.run / "study.json").config.get("rescale") is not True:
+        raise ValueError(f"{options.run}: its apprentices did not imitate the expert's maps at a root mean square of 1")
     machine = asdict(results.describe_machine("cpu"))
     truth = options.data / "training" / "label_2"
     rows = []
@@ -80,6 +81,8 @@ def measure(options: argparse.Namespace) -> list[ImitationRow]:
         expert_ap = _precision(expert, val, truth)
         for method in options.methods:
             apprentice = _load(options.run / f"{method}-seed{seed}")
+            if apprentice.config.height != expert.config.height:
+                raise ValueError(f"{options.run}: expert and apprentice see images of different heights")
             maps: list[tuple[int, Sequence[str], float | None, float | None]] = [(0, list(factors), None, None)]
             shares = explained(expert, apprentice, factors, val)
             maps += [

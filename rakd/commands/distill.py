@@ -102,9 +102,10 @@ class Distill:
     """An argument of a method's class (rakd.distill.registry.METHODS names it) instead of its own value:
     --option rakd.sigma=0.5 --option rakd.output_size=19. May be repeated; the last counts."""
 
-    rescale: Literal["yes", "no"] | None = None
-    """Whether the apprentice imitates the expert's maps at a root mean square of 1 instead of their own. Other than the
-    study's, it needs the weight of each method (--weight), since those that fit one do not fit the other."""
+    rescale: Literal["yes", "no", "both"] | None = None
+    """Whose maps are brought to a root mean square of 1 before they are compared: the expert's (yes), those of both
+    networks (both), or nobody's (no). Other than the study's, it needs the weight of each method (--weight), since
+    those that fit one do not fit the other."""
 
     photometric: Annotated[float | None, arg(metavar="P")] = None
     """Probability of each distortion of light and colour instead of the study's."""
@@ -142,7 +143,7 @@ class Distill:
         steps, expert_steps = ({} if count is None else {"steps": count} for count in (self.steps, self.expert_steps))
         training: dict[str, Any] = {**changed, **steps}
         expert_training: dict[str, Any] = {**changed, **expert_steps}
-        rescale = base.rescale if self.rescale is None else self.rescale == "yes"
+        rescale = base.rescale if self.rescale is None else _RESCALE[self.rescale]
         settings = replace(
             base,
             methods=base.methods if self.methods is None else tuple(self.methods),
@@ -221,6 +222,8 @@ class Distill:
             if idle:
                 warnings.warn(f"{option} does nothing for {', '.join(idle)}, not among --methods", stacklevel=2)
 
+
+_RESCALE: dict[str, bool | Literal["both"]] = {"yes": True, "no": False, "both": "both"}
 
 # Options that, if given, replace the study's for expert and apprentices: fields of `TrainSettings`.
 _SHARED = ("batch_size", "learning_rate", "amp", "workers", "validate_every")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
-from rakd.distill.checks import Report, check_learns
+from rakd.distill.checks import Report, check_learns, warn_of_other_scales
 from rakd.distill.finite import FiniteCheck
 from rakd.distill.hooks import Names
 from rakd.distill.hooks import tap as tap
@@ -17,7 +17,7 @@ from rakd.distill.methods import check_options
 from rakd.distill.optim import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
-from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
+from rakd.distill.scale import Rescale, RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
 from rakd.distill.step import Facts, Step, check_form, check_sizes, image_batch, inspect
 from rakd.distributed import GradientAverage
 
@@ -55,9 +55,10 @@ class Distiller(Lifecycle):
         expert_strides: Of the boxes' pixels, per cell of the expert's maps.
         expert_channels: Per level.
         apprentice_channels: Per level.
-        rescale: Bring each of the expert's maps to a root mean square of 1, measured over the first 20 training steps,
-            then fixed and saved. A loss of squared differences becomes smaller by their mean square: give a weight as
-            much larger, or ``"auto:10"``.
+        rescale: "both" brings each map of both networks to a root mean square of 1 before they are compared, so that
+            neither imitates the other's scale; True the expert's alone, to which the apprentice's then shrink or grow.
+            Measured over the first 20 training steps, then fixed and saved. A loss of squared differences becomes
+            smaller by the mean square: give a weight as much larger, or ``"auto:10"``.
         normalize: Divide by the expert's own energy in the regions: 0 is equal, 1 as good as zeros, in any network.
             See `rakd.distill.scale.RunningEnergy`.
         adapters: False refuses channels that differ.
@@ -106,7 +107,7 @@ class Distiller(Lifecycle):
         expert_strides: Sequence[float] | Tensor | None = None,
         expert_channels: int | Sequence[int] | None = None,
         apprentice_channels: int | Sequence[int] | None = None,
-        rescale: bool = False,
+        rescale: Rescale = False,
         normalize: bool = False,
         adapters: bool = True,
         box_format: BoxFormat = "xyxy",
@@ -130,6 +131,9 @@ class Distiller(Lifecycle):
         # A method's default weight belongs to its loss as it is; a share of the expert's energy needs none.
         default = find_method(method).weight if isinstance(method, str) and not normalize else 1.0
         self._weight = parse_weight(weight, default)
+        if not (isinstance(rescale, bool) or rescale == "both"):
+            raise ValueError(f"rescale: expected False, True or 'both', got {rescale!r}")
+        self._rescale = rescale
         self._scale = UnitScale() if rescale else None
         self._energy = RunningEnergy() if normalize else None
         self._facts = Facts.of(strides, expert_strides, expert_channels, apprentice_channels, batch_size)
@@ -338,14 +342,17 @@ class Distiller(Lifecycle):
     def _inspect(self, step: Step) -> Report:
         soft = self._method_name in ("rakd", "hfa") and "canonical_size" not in self._options
         form = (self.box_format, self.normalized)
-        return inspect(step, self._facts, self._options, form, advise=soft)
+        report = inspect(step, self._facts, self._options, form, advise=soft)
+        if self._rescale is True:
+            warn_of_other_scales(report.levels)
+        return report
 
     def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:
         assert self.method is not None
         device = next(iter(step.apprentice.values())).device
         factor = None
         if self._scale is not None:
-            maps = list(step.expert.values())
+            maps = [*step.expert.values(), *(step.apprentice.values() if self._rescale == "both" else ())]
             if update and (not self._scale.calls or (self.training and self._scale.calls < UnitScale.CALLS)):
                 self._scale.update(maps)
             step = step.rescaled(self._scale.factors(maps))

@@ -13,7 +13,7 @@ from rakd.distill.expert import Expert, find_modules
 from rakd.distill.hooks import FeatureHooks, check_function, unwrap
 from rakd.distill.optim import add_parameters
 from rakd.distill.outputs import Layout
-from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale
+from rakd.distill.scale import Rescale, RunningEnergy, TaskShare, UnitScale
 from rakd.distill.step import Facts, needed_setup
 from rakd.distributed import GradientAverage
 
@@ -53,6 +53,7 @@ class Lifecycle(nn.Module):
     _seed: int
     _facts: Facts
     _weight: float | TaskShare
+    _rescale: Rescale
     _scale: UnitScale | None
     _energy: RunningEnergy | None
     _expert: Expert | None
@@ -196,6 +197,7 @@ class Lifecycle(nn.Module):
         state = {
             "facts": self._facts.state(),
             "measured": self._measured,
+            "rescale": self._rescale,
             "scale": None if self._scale is None else self._scale.state(),
             "energy": None if self._energy is None else self._energy.state(),
             "share": self._weight.state() if isinstance(self._weight, TaskShare) else None,
@@ -212,9 +214,10 @@ class Lifecycle(nn.Module):
                 what was measured of one loss would scale another.
         """
         content = json.loads(bytes(state.cpu().tolist()))
-        scale = content.get("scale")
-        if (scale is None) != (self._scale is None):
-            raise ValueError(f"rescale: expected {scale is not None} as when the state was saved, got {scale is None}")
+        if content["rescale"] != self._rescale:
+            raise ValueError(
+                f"rescale: expected {content['rescale']!r} as when the state was saved, got {self._rescale!r}"
+            )
         share = content["share"] if isinstance(self._weight, TaskShare) else None
         energy = None if self._energy is None else content["energy"]
         before = content["measured"]
@@ -231,7 +234,7 @@ class Lifecycle(nn.Module):
         if self.method is None and self._facts.complete:
             self._build()
         if self._scale is not None:
-            self._scale.load(scale)
+            self._scale.load(content["scale"])
         if self._energy is not None and energy is not None:
             self._energy.load(energy)
         if isinstance(self._weight, TaskShare) and share is not None:

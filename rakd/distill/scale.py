@@ -6,7 +6,7 @@ distiller's state: a float written as text comes back to the bit.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,8 +36,12 @@ def mean_square(values: Tensor) -> Tensor:
     return norm.square() / values.numel()
 
 
+Rescale = bool | Literal["both"]
+"""Whose maps are brought to a root mean square of 1: nobody's, the expert's (True), or each network's."""
+
+
 class UnitScale:
-    """Factors that bring each of the expert's maps to a root mean square of 1: measured over 20 calls, then fixed.
+    """Factors that bring each map to a root mean square of 1: measured over 20 calls, then fixed.
 
     Fixed, since an apprentice would follow a target that moves. Maps that are all zeros, or not finite, do not count;
     a level without any other keeps a factor of 1.

@@ -224,9 +224,12 @@ class Step:
         return tuple(ratio * stride for stride in find_strides("expert_strides", self.expert, expert_size))
 
     def rescaled(self, factors: Tensor) -> "Step":
-        """The same with the expert's maps multiplied, each by its factor."""
-        maps = {name: m * f.to(m.dtype) for (name, m), f in zip(self.expert.items(), factors, strict=True)}
-        return replace(self, expert=maps)
+        """The same with the expert's maps multiplied, each by its factor, and the apprentice's by those that follow."""
+        levels = len(self.expert)
+        expert = _multiplied(self.expert, factors[:levels])
+        if len(factors) == levels:
+            return replace(self, expert=expert)
+        return replace(self, expert=expert, apprentice=_multiplied(self.apprentice, factors[levels:]))
 
     def loss(self, method: nn.Module, factor: Tensor | None) -> Tensor:
         """Call a method; a factor goes into the op where the method has one, and costs nothing there."""
@@ -292,6 +295,10 @@ def inspect(step: Step, facts: Facts, options: Mapping[str, Any], form: tuple[st
         for ((name, a), e), (stride, expert_stride, share) in zip(pairs, steps, strict=True)
     )
     return Report(step.images, step.known_size, len(rows), levels)
+
+
+def _multiplied(maps: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
+    return {name: m * f.to(m.dtype) for (name, m), f in zip(maps.items(), factors, strict=True)}
 
 
 def _rms(feature: Tensor) -> float:

@@ -124,6 +124,7 @@ def _provenance(study: StudyResult) -> str:
     regions = config.get("regions")
     machine = {name: study.versions[name] for name in ("device", "threads") if name in study.versions}
     done = sorted({run.seed for run in study.runs})
+    rescaled = "Maps of both networks" if config.get("rescale") == "both" else "Expert's maps"
     parts = {
         "Data": study.data,
         "Detectors": _detectors(study),
@@ -131,7 +132,7 @@ def _provenance(study: StudyResult) -> str:
         "Seeds": ", ".join(map(str, study.seeds or done)),
         "Runs": str(len(study.runs)),
         "Regions that RAKD and its ablations compare": _REGIONS.get(str(regions), regions),
-        "Expert's maps": "brought to a root mean square of 1" if config.get("rescale") else None,
+        rescaled: "brought to a root mean square of 1" if config.get("rescale") else None,
         "Loss weights": _weights(config),
         "Options of methods": _options(config),
         "Detectors started from": f"those in {config['init']}" if config.get("init") else None,

@@ -107,7 +107,7 @@ class Runner:
         if taught and settings.options.get(run.method):
             options["method_options"] = settings.options[run.method]
         if settings.rescale and taught:
-            options["rescale"] = True
+            options["rescale"] = settings.rescale
         if self.cache is not None and taught:
             options["feature_cache"] = True  # the expert sees images one by one, which rounds otherwise
         validation = None

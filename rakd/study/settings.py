@@ -31,8 +31,7 @@ class StudySettings:
         training: How apprentices are trained; its seed is replaced.
         weights: Factor of each method's loss.
         options: Arguments of methods' classes by the method's name, such as ``{"rakd": {"sigma": 0.5}}``.
-        rescale: Whether the apprentice imitates the expert's maps at a root mean square of 1, see
-            `rakd.distill.distiller.Distiller`.
+        rescale: Whose maps are brought to a root mean square of 1, see `rakd.distill.distiller.Distiller`.
         regions: Where RAKD and its ablations compare features.
         flip: Probability of mirroring a training image.
         photometric: Probability of each distortion of light and colour.
@@ -51,7 +50,7 @@ class StudySettings:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: tuple[MethodName, ...] = PAPER_METHODS
     seeds: tuple[int, ...] = (0,)
-    rescale: bool = False
+    rescale: bool | Literal["both"] = False
     regions: Regions = "proposals"
     flip: float = 0.5
     photometric: float = 0.5

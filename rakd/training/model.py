@@ -12,6 +12,7 @@ from rakd.detector.base_config import BaseConfig
 from rakd.distill import Regions
 from rakd.distill.cache import FeatureCache
 from rakd.distill.distiller import Distiller
+from rakd.distill.scale import Rescale
 from rakd.errors import UserError
 
 
@@ -119,7 +120,7 @@ def make_distillation_model(
     weight: float,
     regions: Regions,
     cache: FeatureCache | None = None,
-    rescale: bool = False,
+    rescale: Rescale = False,
 ) -> DistillationModel:
     """The apprentice with its losses; without a method or expert it is trained alone."""
     if method is None or expert is None:

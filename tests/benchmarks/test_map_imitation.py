@@ -80,9 +80,13 @@ def test_rows_and_table(
         measure(parse([*words, "--seeds", "4"]))
     with pytest.raises(ValueError, match="methods: invalid choice: 'pkd'"):
         parse([*words, "--methods", "pkd"])
-    write_study(run / "study.json", StudyResult(()))
-    with pytest.raises(ValueError, match="its apprentices imitated maps that were not rescaled"):
-        measure(parse(words))
+    save_detector(run / "rakd-seed3" / "detector.pt", DETECTORS["small"].build(1))
+    with pytest.raises(ValueError, match="expert and apprentice see images of different heights"):
+        measure(parse([*words, "--seeds", "3"]))
+    for config in ({}, {"rescale": "both"}):
+        write_study(run / "study.json", StudyResult((), config=config))
+        with pytest.raises(ValueError, match="did not imitate the expert's maps at a root mean square of 1"):
+            measure(parse(words))
     (run / "study.json").unlink()
     with pytest.raises(ValueError, match=r"study\.json: no such file; is the study finished\?"):
         measure(parse(words))

@@ -287,3 +287,21 @@ def test_images_may_be_missing() -> None:
         Distiller(None)(None, BOXES, maps, expert)
     with pytest.raises(ValueError, match="image_size: expected the images' height and width"):
         Distiller(None, strides=(4, 8, 16), normalized=True)(None, BOXES, maps, expert)
+
+
+@pytest.mark.parametrize("rescale", [True, "both", False])
+def test_an_apprentice_that_would_have_to_shrink_is_told(rescale: Any) -> None:
+    theirs = Network((4, 6, 8), seed=1).features(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for factor in (1.0, 30.0) if rescale is not True else (1.0,):
+            ours = [factor * m for m in Network((4, 6, 8), seed=2).features(images())]
+            Distiller(None, rescale=rescale, canonical_size=24)(images(), BOXES, ours, theirs)
+        # Adapters bring other channels to any scale.
+        ours = [30 * m for m in Network((3, 5, 7), seed=2).features(images())]
+        Distiller(None, rescale=rescale, canonical_size=24)(images(), BOXES, ours, theirs)
+    if rescale is True:
+        ours = [factor * m for factor, m in zip((1, 30, 9), Network((4, 6, 8), seed=2).features(images()), strict=True)]
+        rms = ours[1].square().mean().sqrt().item()
+        with pytest.warns(UserWarning, match=rf"the apprentice's map '1' has {rms:.2g}: it will shrink"):
+            Distiller(None, rescale=True, canonical_size=24)(images(), BOXES, ours, theirs)

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import warnings
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,36 @@ def test_rescaled_experts_teach_as_if_their_maps_had_a_mean_square_of_one(method
         assert abs(plain.item() / expected.item() - 1) > 0.01
 
 
+@pytest.mark.parametrize("method", ["rakd", "box_l2", "cwd"])
+def test_maps_of_both_networks_are_brought_to_a_mean_square_of_one(method: str) -> None:
+    """So that an apprentice of large maps need not shrink them, nor one of small maps blow them up."""
+    theirs = Network((4, 6, 8), seed=1).features(images())
+    options = {"canonical_size": 24} if method == "rakd" else {}
+    unit = [[m / m.double().square().mean().sqrt().float() for m in maps] for maps in (features(), theirs)]
+    ours = [m.detach().requires_grad_() for m in unit[0]]
+    expected = Distiller(None, method, **options)(images(), BOXES, ours, unit[1])
+    expected.backward()
+    for scale in (0.01, 1.0, 30.0):
+        own = [(scale * m).detach().requires_grad_() for m in features()]
+        distiller = Distiller(None, method, rescale="both", **options)
+        loss = distiller(images(), BOXES, own, [7 * m for m in theirs])
+        torch.testing.assert_close(loss, expected, rtol=2e-5, atol=1e-7)
+        loss.backward()
+        for mine, other, feature in zip(own, ours, features(), strict=True):
+            factor = 1 / (scale * feature.detach().square().mean().sqrt().item())
+            assert mine.grad is not None and other.grad is not None
+            torch.testing.assert_close(mine.grad, factor * other.grad, rtol=1e-3, atol=1e-6 * factor)
+        # An apprentice that grows is compared as it is: factors stay.
+        distiller.train()
+        for _ in range(20):
+            distiller(images(), BOXES, own, [7 * m for m in theirs])
+        grown = distiller(images(), BOXES, [2 * m for m in own], [7 * m for m in theirs])
+        assert abs(grown.item() / loss.item() - 1) > 0.01
+        again = Distiller(None, method, rescale="both", **options).train()
+        again.load_state_dict(distiller.state_dict())
+        assert torch.equal(again(images(), BOXES, [2 * m for m in own], [7 * m for m in theirs]), grown)
+
+
 def test_the_maps_scale_is_measured_over_twenty_training_steps_then_fixed() -> None:
     distiller = Distiller(None, rescale=True, normalize=True, canonical_size=24).train()
     theirs = [m.detach() for m in Network((4, 6, 8), seed=1).features(images())]
@@ -144,11 +175,17 @@ def test_levels_without_a_scale_stay_as_they_are() -> None:
 
 
 def test_a_state_of_maps_at_another_scale_is_refused() -> None:
-    for saved in (False, True):
-        one, other = (Distiller(None, rescale=rescale, canonical_size=24) for rescale in (saved, not saved))
+    for saved, now in permutations((False, True, "both"), 2):
+        one, other = (Distiller(None, rescale=rescale, canonical_size=24) for rescale in (saved, now))
         one(images(), BOXES, features(), [m.detach() for m in Network((4, 6, 8), seed=1).features(images())])
-        with pytest.raises(ValueError, match=f"rescale: expected {saved} as when the state was saved, got {not saved}"):
+        with pytest.raises(ValueError, match=f"rescale: expected {saved!r} as when the state was saved, got {now!r}"):
             other.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("wrong", ["yes", 2, None, 1])
+def test_whose_maps_are_rescaled_is_one_of_three(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=f"rescale: expected False, True or 'both', got {wrong!r}"):
+        Distiller(None, rescale=wrong)
 
 
 def test_without_boxes_nothing_is_divided_by_zero() -> None:

@@ -166,8 +166,9 @@ def test_kept_features_change_nothing_but_rounding(
             r"method_options\.sigma is absent there and 0\.5 here",
         ),
         ({"rescale": True}, "rescale is absent there and True here"),
+        ({"rescale": "both"}, "rescale is absent there and 'both' here"),
     ],
-    ids=["arguments", "rescaled maps"],
+    ids=["arguments", "rescaled maps", "both networks' maps rescaled"],
 )
 def test_what_changes_a_method_changes_its_training_alone(
     changes: dict[str, Any],

@@ -413,6 +413,9 @@ def test_provenance_tells_what_a_reader_must_know(tmp_path):
     write_report(study_of(config=config | {"rescale": True}, **more), tmp_path)
     rescaled = text.replace("Loss weights", "Expert's maps: brought to a root mean square of 1. Loss weights")
     assert f"\n{rescaled}\n" in (tmp_path / "tables.md").read_text()
+    write_report(study_of(config=config | {"rescale": "both"}, **more), tmp_path)
+    rescaled = text.replace("Loss weights", "Maps of both networks: brought to a root mean square of 1. Loss weights")
+    assert f"\n{rescaled}\n" in (tmp_path / "tables.md").read_text()
 
 
 def test_provenance_of_an_expert_from_a_file_and_of_other_weights():
