@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
-from rakd.distill import MethodName, Regions
+from rakd.distill import MethodName, Regions, Rescale
 from rakd.distill.registry import METHODS
 from rakd.errors import UserError
 from rakd.files import check_folder
@@ -223,7 +223,7 @@ class Distill:
                 warnings.warn(f"{option} does nothing for {', '.join(idle)}, not among --methods", stacklevel=2)
 
 
-_RESCALE: dict[str, bool | Literal["both"]] = {"yes": True, "no": False, "both": "both"}
+_RESCALE: dict[str, Rescale] = {"yes": True, "no": False, "both": "both"}
 
 # Options that, if given, replace the study's for expert and apprentices: fields of `TrainSettings`.
 _SHARED = ("batch_size", "learning_rate", "amp", "workers", "validate_every")

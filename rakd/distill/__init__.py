@@ -26,6 +26,10 @@ Regions = Literal["proposals", "objects", "expert"]
 """Regions in which features are compared: the apprentice's proposals (of MonoDETR: its queries' boxes) that lie on
 objects, the labelled boxes, or the boxes of an expert's queries that lie on objects."""
 
+Rescale = bool | Literal["both"]
+"""Whose maps are brought to a root mean square of 1 before they are compared: nobody's, the expert's alone (True), or
+those of both networks."""
+
 _LAZY = {
     "Distiller": "rakd.distill.distiller",
     "Expert": "rakd.distill.expert",

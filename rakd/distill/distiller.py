@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rakd.distill import Rescale
 from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
 from rakd.distill.checks import Report, check_learns, warn_of_other_scales
@@ -17,7 +18,7 @@ from rakd.distill.methods import check_options
 from rakd.distill.optim import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
-from rakd.distill.scale import Rescale, RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
+from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
 from rakd.distill.step import Facts, Step, check_form, check_sizes, image_batch, inspect
 from rakd.distributed import GradientAverage
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rakd.distill import Rescale
 from rakd.distill.expert import Expert, find_modules
 from rakd.distill.hooks import FeatureHooks, check_function, unwrap
 from rakd.distill.optim import add_parameters
 from rakd.distill.outputs import Layout
-from rakd.distill.scale import Rescale, RunningEnergy, TaskShare, UnitScale
+from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale
 from rakd.distill.step import Facts, needed_setup
 from rakd.distributed import GradientAverage
 

@@ -6,7 +6,7 @@ distiller's state: a float written as text comes back to the bit.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +34,6 @@ def mean_square(values: Tensor) -> Tensor:
     """Mean of the squares, in float64 where the device has it; no gradient."""
     norm: Tensor = torch.linalg.vector_norm(values.detach(), dtype=_exact_dtype(values.device))
     return norm.square() / values.numel()
-
-
-Rescale = bool | Literal["both"]
-"""Whose maps are brought to a root mean square of 1: nobody's, the expert's (True), or each network's."""
 
 
 class UnitScale:

@@ -5,7 +5,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from rakd.detector.configs import DETECTORS
-from rakd.distill import MethodName, Regions
+from rakd.distill import MethodName, Regions, Rescale
 from rakd.distill.registry import IN_PAPER, METHODS
 from rakd.errors import UserError
 from rakd.training.settings import TrainSettings
@@ -50,7 +50,7 @@ class StudySettings:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: tuple[MethodName, ...] = PAPER_METHODS
     seeds: tuple[int, ...] = (0,)
-    rescale: bool | Literal["both"] = False
+    rescale: Rescale = False
     regions: Regions = "proposals"
     flip: float = 0.5
     photometric: float = 0.5

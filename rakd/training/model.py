@@ -9,10 +9,9 @@ from rakd.data.kitti import Batch
 from rakd.data.targets import pooling_boxes
 from rakd.detector.base import BaseDetector
 from rakd.detector.base_config import BaseConfig
-from rakd.distill import Regions
+from rakd.distill import Regions, Rescale
 from rakd.distill.cache import FeatureCache
 from rakd.distill.distiller import Distiller
-from rakd.distill.scale import Rescale
 from rakd.errors import UserError
 
 
