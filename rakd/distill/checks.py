@@ -260,7 +260,8 @@ def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, se
 def warn_of_other_scales(levels: Sequence[Level]) -> None:
     """Warn where the apprentice itself would have to change its maps' scale to imitate an expert's that is rescaled.
 
-    Where channels differ an adapter does. 4 lies between those of docs/evidence.md: maps of 2 gained, maps of 13 lost.
+    Where channels differ an adapter does. 4 lies between the apprentices of docs/evidence.md: one of 2 gained by
+    rescaled maps, one of 13 lost by them at ten times the task loss.
     """
     far = [level for level in levels if level.channels == level.expert_channels and level.rms > 4]
     if far:

@@ -168,10 +168,10 @@ STUDIES: dict[str, StudySettings] = {
         apprentice="tiny-lite0",
         expert_training=replace(_LONG, steps=1800, amp="bfloat16"),
         training=replace(_LONG, steps=1000, amp="bfloat16"),
-        weights={"rakd": 0.35},  # ten times the task loss at first; both networks' maps have a root mean square near 10
-        rescale=False,
+        weights={"rakd": 0.35},  # ten times the task loss at first
+        rescale=False,  # the maps of both networks are of one scale
         methods=("none", "rakd"),
-        seeds=_FIVE,
+        seeds=(0, 1, 2, 3),
         scenes=2500,
         takes="some 60 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
     ),

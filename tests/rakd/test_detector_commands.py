@@ -340,6 +340,17 @@ def test_distill_without_options_is_the_named_study(
     assert STUDIES["scenes"].takes and STUDIES["scenes-long"].takes
 
 
+def test_distill_tells_that_real_frames_go_on_from_a_study(
+    asked: type[FakeExperiment], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["distill", "--study", "real-frames", "--data", "d", "--out", str(tmp_path), "--device", "cpu"]
+    told = "real-frames without --init trains on these few frames alone"
+    assert main(words) == 0
+    assert told in capsys.readouterr().err
+    assert main([*words, "--init", str(tmp_path)]) == 0
+    assert told not in capsys.readouterr().err
+
+
 def test_distill_renders_what_it_learns_from(
     asked: type[FakeExperiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
