@@ -106,8 +106,10 @@ class Experiment:
             if run.init is not None:
                 check_file(run.init, "a detector to start from (init)")
         images = [frame.image for frame in (*self._train_frames, *self._val_frames)]
-        for config in (DETECTORS[settings.apprentice], self._expert_config) if processes.is_main else ():
-            check_widths(images, config.height, config.width)
+        # Once for both networks where they see images of one size: it reads the headers of all of them.
+        sizes = {(config.height, config.width) for config in (DETECTORS[settings.apprentice], self._expert_config)}
+        for height, width in sorted(sizes, key=str) if processes.is_main else ():
+            check_widths(images, height, width)
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.

@@ -51,9 +51,8 @@ class DistillationModel(nn.Module):
         targets = batch.targets(device)
         features = self.detector.extract_features(images)
         # Before the losses, which wait for the device: so it has the expert's work to do meanwhile.
-        expert_images = images
-        if batch.expert_images is not None:
-            expert_images = batch.expert_images.to(device, non_blocking=True)
+        larger = batch.expert_images
+        expert_images = images if larger is None else larger.to(device, non_blocking=True)
         expert = None if self.distiller is None else self._expert_features(self.distiller, batch, expert_images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
