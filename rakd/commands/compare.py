@@ -25,7 +25,7 @@ class Compare:
     Reads result.json of each trained model. Models whose folders differ in -seedN only make one column.
     """
 
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")]
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...", help_behavior_hint="(required)")]
     """Folders: of rakd train, of rakd distill (all of its models), or of one of its models."""
 
     def run(self) -> None:

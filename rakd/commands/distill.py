@@ -29,8 +29,9 @@ class Distill:
     Markdown, CSV, JSON), training curves, pictures of detections and all weights to the run's folder, and prints the
     tables. An interrupted run is continued by repeating the command. Seeds, and methods once the seed's expert is
     trained, can be shared out over commands with one folder; repeat it with all of them in the end for the tables. On
-    several GPUs or machines start it with torchrun: torchrun --nproc-per-node 4 -m rakd distill --study kitti
-    --data KITTI
+    several GPUs or machines start it with torchrun:
+
+    torchrun --nproc-per-node 4 -m rakd distill --study kitti --data KITTI
     """
 
     study: StudyName = "scenes"

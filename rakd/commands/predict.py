@@ -20,7 +20,7 @@ class Predict:
     For each image NAME.png writes NAME.txt and NAME.png (the image with 3D boxes, and the bird's-eye view).
     """
 
-    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...", help_behavior_hint="(required)")]
     """Images, PNG or JPEG (turned as their EXIF orientation says), or folders of them."""
 
     calib: Annotated[Path, arg(metavar="FILE")]

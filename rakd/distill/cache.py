@@ -54,8 +54,8 @@ class FeatureCache:
 
     Example:
         >>> cache = FeatureCache("features", max_bytes=20 * 2**30)
-        >>> distiller = Distiller(expert, cache=cache, apprentice=apprentice)
-        >>> loss = distiller(images, boxes, keys=[(image_id, flipped) for image_id, flipped in batch])
+        >>> distiller = Distiller(expert, cache=cache)
+        >>> loss = distiller(images, boxes, maps, keys=[(image_id, flipped) for image_id, flipped in batch])
     """
 
     def __init__(

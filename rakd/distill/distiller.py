@@ -31,9 +31,10 @@ class Distiller(Lifecycle):
     it; deep copies (such as EMA models) share it, and pickles leave it out. ``to``, ``cuda`` and the like take it
     along.
 
-    Channels that differ are adapted by 1×1 convolutions, which must be trained: give ``parameters()`` to the optimizer,
-    or call ``add_to`` where one exists already. Over several processes their gradients are averaged here, whether or
-    not DistributedDataParallel wraps the distiller; every process must then call it equally often.
+    Channels that differ are adapted by 1×1 convolutions, which must be trained: call ``add_to(optimizer)``. They are
+    made at the first step, so ``parameters()`` is empty before it, unless ``strides`` and both numbers of channels are
+    given or ``check`` has run. Over several processes their gradients are averaged here, whether or not
+    DistributedDataParallel wraps the distiller; every process must then call it equally often.
 
     Args:
         expert: Gives feature maps for a batch of images: a module, an object with ``extract_features``, a function or
@@ -83,7 +84,8 @@ class Distiller(Lifecycle):
         whole expert would normalise them again.
 
         >>> distiller = Distiller(expert.backbone, apprentice=apprentice, apprentice_features="backbone", weight=0.5)
-        >>> optimizer = torch.optim.SGD([*apprentice.parameters(), *distiller.parameters()], lr=0.001)
+        >>> optimizer = torch.optim.SGD(apprentice.parameters(), lr=0.001)
+        >>> distiller.add_to(optimizer)
         >>> for images, targets in loader:
         ...     with tap(apprentice.transform) as transform:
         ...         losses = apprentice(images, targets)
@@ -242,8 +244,8 @@ class Distiller(Lifecycle):
     ) -> Report:
         """See whether levels, strides, channels and boxes fit each other; ``print`` shows a small table.
 
-        Makes what the method learns, if the first step has not. Runs the apprentice in eval mode where its maps are
-        hooked and have not been noted.
+        Makes what the method learns, if the first step has not. Where the apprentice's maps are hooked and have not
+        been noted, runs it in eval mode, but for batch normalisation that trains, which keeps its statistics.
 
         Args:
             images: See `forward`, as all others.

@@ -3,6 +3,7 @@
 import dis
 import functools
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -220,6 +221,10 @@ class Expert:
             ValueError: The first batch with features from the cache has others there than the expert gives.
         """
         if self.cache is None or keys is None:
+            if self.cache is not None and not torch.compiler.is_compiling():
+                warnings.warn(
+                    "cache: keeps nothing of calls without keys; give keys=, one for each image", stacklevel=2
+                )
             return self._fresh(images)
         kind, autocast = self._autocast(images)
         precision = f"-{torch.get_autocast_dtype(kind)}" if autocast else ""

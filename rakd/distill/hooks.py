@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Names = str | tuple[str, str] | Sequence[str | tuple[str, str]]
 """Module names; ``"input:NAME"`` or ``(NAME, "input")`` means what the module is given."""
@@ -210,9 +211,17 @@ class FeatureHooks:
         return taken[0] if len(taken) == 1 else taken
 
     def watch_once(self, network: nn.Module, images: Any) -> None:
-        """Run a network on images for its maps alone: in eval mode, without gradients, no further than needed."""
+        """Run a network on images for its maps alone: in eval mode, without gradients, no further than needed.
+
+        Batch normalisation that trains takes the batch's statistics, for a fresh one has no others, and keeps its own.
+        """
         modes = [(module, module.training) for module in network.modules()]
+        # Not the kind that waits for other processes, which may not be here.
+        norms = [m for m, on in modes if on and isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+        kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
         network.eval()
+        for norm in norms:
+            norm.training = True
         self.stop_when = lambda: self.ready
         try:
             with torch.no_grad():
@@ -223,6 +232,9 @@ class FeatureHooks:
             self.stop_when = None
             for module, mode in modes:
                 module.training = mode
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
 
     def close(self) -> None:
         """Remove the hooks."""

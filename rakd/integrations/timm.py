@@ -1,6 +1,7 @@
 """A timm backbone as expert or apprentice: strides, channels and layout from its ``feature_info``.
 
 distiller = distill("convnext_tiny", apprentice, weight=1.0)
+distiller.add_to(optimizer)
 loss = task_loss + distiller(images, boxes, apprentice(images))
 """
 

@@ -53,6 +53,16 @@ def test_hits_give_what_was_there_and_run_nothing(cache: FeatureCache) -> None:
     assert torch.equal(distiller(images(), BOXES, maps, keys=KEYS), distiller(images(), BOXES, maps))
 
 
+def test_a_cache_without_keys_is_told(cache: FeatureCache) -> None:
+    distiller, _, runs = make(cache)
+    maps = Network().features(images())
+    with pytest.warns(UserWarning, match="cache: keeps nothing of calls without keys; give keys="):
+        loss = distiller(images(), BOXES, maps)
+    assert torch.equal(loss, distiller(images(), BOXES, maps, keys=KEYS))
+    assert runs == [2, 2]
+    assert len(cache) == 2
+
+
 def test_other_experts_states_and_sizes_are_misses(cache: FeatureCache) -> None:
     distiller, expert, runs = make(cache)
     first = distiller.expert_features(images(), KEYS)

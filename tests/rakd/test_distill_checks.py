@@ -249,7 +249,7 @@ def test_the_report_is_a_small_table() -> None:
     )
     report = distiller.check(images(), BOXES)
     one, two, three = level_weights(ROWS, strides=(4, 8, 16), canonical_size=24).sum(dim=0).tolist()
-    maps = (deepcopy(network).eval().features(images()) for network in (expert, apprentice))
+    maps = (network.features(images()) for network in (deepcopy(expert).eval(), deepcopy(apprentice)))
     theirs, own = ([f"{m.square().mean().sqrt():.2g}" for m in network] for network in maps)
     title, *rows = str(report).splitlines()
     assert title == "2 images of 32×48 pixels, 3 boxes"
@@ -262,11 +262,27 @@ def test_the_report_is_a_small_table() -> None:
     ]
     assert len({len(row) for row in rows}) == 1
     assert sum(level.boxes for level in report.levels) == pytest.approx(3)
-    # The apprentice ran for its maps alone: in eval mode, and not its head.
+    # The apprentice ran for its maps alone, and not its head.
     assert all(torch.equal(v, before[k]) for k, v in apprentice.state_dict().items())
     assert apprentice.training
     assert apprentice.head.runs == 0
     assert len(list(distiller.parameters())) == 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_fresh_apprentice_is_shown_as_it_trains(frozen: bool) -> None:
+    apprentice = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4, bias=False), nn.BatchNorm2d(8), nn.Dropout(0.5))
+    nn.init.normal_(apprentice[0].weight, std=1e-2)  # which fresh statistics would leave as it is
+    apprentice[1].train(not frozen)
+    before = {k: v.clone() for k, v in apprentice.state_dict().items()}
+    distiller = Distiller(Network((4, 8, 8)), apprentice=apprentice, features=STAGES[:1], apprentice_features="2")
+    report = distiller.check(images(), BOXES)
+    assert all(torch.equal(v, before[k]) for k, v in apprentice.state_dict().items())
+    assert [module.training for module in apprentice] == [True, not frozen, True]
+    as_trained = deepcopy(apprentice)
+    as_trained[2].eval()
+    assert report.levels[0].rms == pytest.approx(as_trained(images()).square().mean().sqrt().item(), rel=1e-5)
+    assert (report.levels[0].rms > 0.5) is not frozen
 
 
 def test_equal_weights_on_small_images_are_told() -> None:
