@@ -81,12 +81,6 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that killed processes left when they were writing ``path``."""
-    for leftover in Path(path).parent.glob(f".{path.stem}-*{path.suffix}"):
-        leftover.unlink(missing_ok=True)
-
-
 def to_jsonable(values: Mapping[str, object], name: str) -> dict[str, Any]:
     """Values as they come back from a file: tuples become lists.
 
@@ -134,8 +128,9 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
-        with atomic_write(Path(path)) as temporary:
-            torch.save(content, temporary)
+        # Into an open file: given a path, torch puts its random name into the file, which then has another digest.
+        with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
     except RuntimeError as error:  # of torch's writer, as where the disk is full
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: cannot be written; is the disk full? ({reason})") from error

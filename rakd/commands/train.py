@@ -95,6 +95,7 @@ class Train:
         from rakd.data.kitti import KittiDataset, cache_share, check_widths
         from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
+        from rakd.study.runner import backbone_start
         from rakd.study.validation import CarValidation
         from rakd.training.model import DistillationModel
         from rakd.training.trainer import Trainer
@@ -130,7 +131,7 @@ class Train:
                 self.out,
                 processes.device,
                 name=self.detector,
-                fingerprint={"detector": config.to_plain(), **init},
+                fingerprint={"detector": config.to_plain(), "started_from": backbone_start(detector), **init},
                 image_size=config.image_size,
                 validation=CarValidation(detector, val, self.out, processes) if settings.validate_every else None,
                 extend=self.extend,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -74,6 +75,7 @@ class FeatureCache:
         self.misses = 0
         self._memory: OrderedDict[str, tuple[int, Features]] = OrderedDict()
         self._bytes = 0
+        self._writes = True
         self._written = 0
         self._room = max_bytes // 16  # bytes that are freed at once where a folder is full
 
@@ -139,18 +141,22 @@ class FeatureCache:
         path = self.folder / f"{name}.pt"
         try:
             content = torch.load(path, map_location=device, weights_only=True)
-            os.utime(path)  # what was used last goes last
         except FileNotFoundError:
             return None
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # a damaged file raises nearly anything
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return None
+        with suppress(OSError):  # of another user, or in a folder to be read only
+            os.utime(path)  # what was used last goes last
         return content["maps"], content["scores"]
 
     def _write(self, name: str, entry: Features) -> None:
         maps, scores = entry
         size = sum(t.numel() * t.element_size() for t in (*maps.values(), *(scores or ())))
-        if size > self.max_bytes:
+        if size > self.max_bytes or not self._writes:
             return
         if self.folder is None:
             self._memory[name] = (size, entry)
@@ -159,11 +165,16 @@ class FeatureCache:
                 _, (freed, _) = self._memory.popitem(last=False)
                 self._bytes -= freed
             return
-        with atomic_write(self.folder / f"{name}.pt") as temporary:
-            torch.save(
-                {"maps": {k: m.cpu() for k, m in maps.items()}, "scores": scores and [s.cpu() for s in scores]},
-                temporary,
-            )
+        content = {"maps": {k: m.cpu() for k, m in maps.items()}, "scores": scores and [s.cpu() for s in scores]}
+        try:
+            with atomic_write(self.folder / f"{name}.pt") as temporary:
+                torch.save(content, temporary)
+        except (OSError, RuntimeError) as error:  # the latter of torch's writer
+            # A training does not depend on it.
+            self._writes = False
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(f"cache: {self.folder} cannot be written, so no more is kept there: {reason}", stacklevel=2)
+            return
         self._written += size
         # Looking through the folder costs a call per file: not at every write, also where it is full.
         if self._bytes == 0 or self._written > self._room or self._bytes + self._written > self.max_bytes:

@@ -49,7 +49,7 @@ class Distiller(Lifecycle):
             parameters with it.
         features: Source of the expert's maps: names of its modules whose outputs they are, ``"input:NAME"`` or
             ``(NAME, "input")`` for a module's input, or a function ``features(expert, images)``. Default: what
-            the expert returns. By names, the rest of the expert's forward is not run.
+            the expert returns. By names, the rest of the expert's forward is run at the first call only.
         apprentice_features: The same of the apprentice; hooks stay until ``close``. Default: calls bring the maps.
         scores: Names of the expert's modules that give class logits, for methods that take them.
         strides: Pixels per cell of the apprentice's maps, fine to coarse. Default: found at the first step, as are the

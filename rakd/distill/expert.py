@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill.cache import FeatureCache, fingerprint
-from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, unwrap, version
+from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, run_for_maps, unwrap, version
 from rakd.distill.outputs import Layout, find_maps
 from rakd.distill.scale import mean_square
 
@@ -159,6 +159,7 @@ class Expert:
         # A compiled network cannot be left in the middle.
         plain = not compiled and all(not hasattr(root, "_orig_mod") for root in self.roots)
         self._leave_early = named and plain
+        self._ran_whole = False
         self.prepare()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Expert":
@@ -199,7 +200,7 @@ class Expert:
         """Hash of what features depend on besides the image: parameters, buffers, and the names of the modules.
 
         The contents are hashed anew only when autograd's version counters, addresses or dtypes changed, which costs no
-        look at the values. Changes through ``tensor.data`` are not seen.
+        look at the values. Changes through ``tensor.data`` and by fused optimizers are not seen.
         """
         held = (t for m in self._modules for t in (*m._parameters.values(), *m._buffers.values()))
         tensors = [tensor for tensor in held if tensor is not None]
@@ -284,7 +285,19 @@ class Expert:
             if hooks.closed:
                 hooks.open()
             hooks.clear()
-            hooks.stop_when = (lambda: all(g.ready for g in groups)) if self._leave_early else None
+        if not self._leave_early:
+            self._run(images)
+        elif not self._ran_whole:  # to see whether each module runs once
+            run_for_maps(self._run, images, groups)
+            self._leave_early, self._ran_whole = not any(hooks.repeated for hooks in groups), True
+        else:
+            self._leave(images, groups)
+        return self.hooks.take()
+
+    def _leave(self, images: Tensor, groups: Sequence[FeatureHooks]) -> None:
+        """Run until all maps are there."""
+        for hooks in groups:
+            hooks.stop_when = lambda: all(g.ready for g in groups)
         try:
             self._run(images)
         except Enough:
@@ -292,7 +305,6 @@ class Expert:
         finally:
             for hooks in groups:
                 hooks.stop_when = None
-        return self.hooks.take()
 
     def close(self) -> None:
         """Remove the hooks. They come back when the expert runs again, for others may use it."""

@@ -57,5 +57,7 @@ def blame(apprentice: Mapping[str, Tensor], expert: Mapping[str, Tensor]) -> str
                 largest.append((float(feature.detach().abs().max()), side, level))
     if told:
         return "; ".join(told)
+    if not largest:
+        return "the maps hold no values, as of a batch without images"
     value, side, level = max(largest)
     return f"all maps are finite, the largest value is {value:.3g} in the {side}'s map {level!r}"

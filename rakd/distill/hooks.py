@@ -52,6 +52,16 @@ class _Hook(_Inert):
             self.hooks.note(self.key, rest[0])
 
 
+class _Start(_Inert):
+    """Forgets what was noted, when the network runs anew."""
+
+    def __init__(self, hooks: "FeatureHooks") -> None:
+        self.hooks = hooks
+
+    def __call__(self, module: nn.Module, arguments: Any) -> None:
+        self.hooks.begin()
+
+
 def parse_name(argument: str, name: Any) -> tuple[str, str]:
     """Split a name into the module's and "input" or "output".
 
@@ -110,6 +120,12 @@ def _versions(value: Any) -> list[int]:
     return [version(part) for part in parts if isinstance(part, Tensor)]
 
 
+def _sizes(value: Any) -> list[torch.Size]:
+    """Rows and columns of each map in a value."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+    return [part.shape[2:] for part in parts if isinstance(part, Tensor)]
+
+
 def version(tensor: Tensor) -> int:
     """Number of in-place changes of a tensor; those made under inference_mode do not count theirs."""
     return -1 if tensor.is_inference() else tensor._version
@@ -129,22 +145,26 @@ class FeatureHooks:
 
     def __init__(self, network: nn.Module, names: Names, argument: str) -> None:
         self.argument = argument
+        self.whole = False  # what is noted is of one forward of the network
         self.stop_when: Callable[[], bool] | None = None  # raise `Enough` in the network when this holds
         self.names = [parse_name(argument, name) for name in list_names(names)]
         if not self.names:
             raise ValueError(f"{argument}: expected at least one name of a module, got none")
         self.values: dict[str, Any] = {}
         self.versions: dict[str, list[int]] = {}
-        network = unwrap(network)
-        # The modules, not the network: in a copy they are complete before the hooks are, even where the network holds
+        self.repeated: dict[str, bool] = {}  # modules that ran again in one forward: whether with maps of another size
+        self.network: nn.Module | None = unwrap(network)
+        # Copies have the modules, not the network: they are complete before the hooks are, even where the network holds
         # the distiller.
-        self.modules = [self._find(network, name) for name, _ in self.names]
+        self.modules = [self._find(self.network, name) for name, _ in self.names]
         self._handles: list[Any] = []
         self.open()
 
     def open(self) -> None:
         """Hook the modules."""
         self.closed = False
+        if self.network is not None:
+            self._handles.append(self.network.register_forward_pre_hook(_Start(self)))
         for module, (name, side) in zip(self.modules, self.names, strict=True):
             hook = _Hook(self, f"{side}:{name}", side)
             if side == "input":
@@ -166,10 +186,15 @@ class FeatureHooks:
 
     def note(self, key: str, value: Any) -> None:
         """Keep a value (called by the hooks): a copy of a list, since detection heads put their results into it."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._current_graph_task_id() != -1:
+            return  # gradient checkpointing runs the module again in a backward
         if type(value) in (list, dict):
             value = value.copy()
+        if not compiling and key in self.values:
+            self.repeated[key] = self.repeated.get(key, False) or _sizes(value) != _sizes(self.values[key])
         self.values[key] = value
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self.versions[key] = _versions(value)
             if self.stop_when is not None and self.stop_when():
                 raise Enough
@@ -179,10 +204,17 @@ class FeatureHooks:
         """Whether all modules have run since the last `take`."""
         return len(self.values) == len(self.names)
 
+    def begin(self) -> None:
+        """Forget what was noted in other forwards of the network (called by the hooks)."""
+        self.clear()
+        self.whole = True
+
     def clear(self) -> None:
         """Forget what was noted, and with it the graph."""
         self.values.clear()
         self.versions.clear()
+        self.repeated.clear()
+        self.whole = False
 
     def take(self, *, keep: bool = False) -> Any:
         """Hand over what was noted: the value of a single name, or a list in the order of the names.
@@ -191,7 +223,8 @@ class FeatureHooks:
             keep: Leave it noted.
 
         Raises:
-            RuntimeError: A module did not run since the last time, or its output was changed in place afterwards.
+            RuntimeError: A module did not run since the last time, ran on maps of several sizes in one forward of the
+                network, or its output was changed in place afterwards.
         """
         keys = [f"{side}:{name}" for name, side in self.names]
         for key in keys:
@@ -199,6 +232,11 @@ class FeatureHooks:
                 raise RuntimeError(
                     f"{self.argument}: {key} did not run since the last step, so there are no maps; run the network "
                     "before the distiller, call modules as module(...), and step the distiller once for each run"
+                )
+            if self.whole and self.repeated.get(key):
+                raise RuntimeError(
+                    f"{self.argument}: {key} ran more than once in a forward, on maps of several sizes, as a head that "
+                    "all levels share does; name the modules that give each level, or all of them at once"
                 )
             if key in self.versions and _versions(self.values[key]) != self.versions[key]:
                 raise RuntimeError(
@@ -211,25 +249,23 @@ class FeatureHooks:
         return taken[0] if len(taken) == 1 else taken
 
     def watch_once(self, network: nn.Module, images: Any) -> None:
-        """Run a network on images for its maps alone: in eval mode, without gradients, no further than needed.
+        """Run a network on images for its maps alone: in eval mode and without gradients.
 
-        Batch normalisation that trains takes the batch's statistics, for a fresh one has no others, and keeps its own.
+        Batch normalisation that trains takes the statistics of the batch, unless it is one image, for a fresh one has
+        no others; its own stay as they are.
         """
         modes = [(module, module.training) for module in network.modules()]
         # Not the kind that waits for other processes, which may not be here.
         norms = [m for m, on in modes if on and isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+        norms = norms if len(images) > 1 else []
         kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
         network.eval()
         for norm in norms:
             norm.training = True
-        self.stop_when = lambda: self.ready
         try:
             with torch.no_grad():
-                network(images)
-        except Enough:
-            pass
+                run_for_maps(network, images, [self])
         finally:
-            self.stop_when = None
             for module, mode in modes:
                 module.training = mode
             with torch.no_grad():
@@ -248,9 +284,12 @@ class FeatureHooks:
         """Leave out handles and tensors, which cannot be copied."""
         return {
             **self.__dict__,
+            "network": None,
+            "whole": False,
             "_handles": [],
             "values": {},
             "versions": {},
+            "repeated": {},
             "stop_when": None,
         }
 
@@ -259,6 +298,15 @@ class FeatureHooks:
         self.__dict__.update(state)
         if not self.closed:
             self.open()
+
+
+def run_for_maps(run: Callable[..., Any], images: Any, groups: Sequence[FeatureHooks]) -> None:
+    """Run a network whole; what fails behind its maps does not matter."""
+    try:
+        run(images)
+    except Exception:
+        if not all(hooks.ready for hooks in groups):
+            raise
 
 
 class Tap:

@@ -70,7 +70,7 @@ class Lifecycle(nn.Module):
         """Take an expert or an apprentice, such as after unpickling, which leaves out the expert.
 
         Args:
-            expert: See the class.
+            expert: See the class. In the place of another one, its scales are measured anew.
             apprentice: See the class.
 
         Raises:
@@ -93,6 +93,9 @@ class Lifecycle(nn.Module):
                     f"apprentice, such as {shared[:1]}; the expert is frozen: give another network, or a deep copy"
                 )
         if expert is not None:
+            if self._expert is not None:
+                self._expert.close()
+                self._measure_anew()
             if isinstance(expert, Expert):
                 left = (None, LEFT_OUT)
                 listed = [name for name, value in self._expert_settings.items() if value not in left]
@@ -116,6 +119,13 @@ class Lifecycle(nn.Module):
             elif wanted is not None:
                 assert learns is not None
                 self._hooks = FeatureHooks(learns, wanted, "apprentice_features")
+
+    def _measure_anew(self) -> None:
+        """Forget scales, which belong to one expert."""
+        self._scale = UnitScale() if self._rescale else None
+        self._energy = None if self._energy is None else RunningEnergy()
+        if isinstance(self._weight, TaskShare):
+            self._weight = TaskShare(self._weight.share)
 
     @property
     def expert(self) -> Any:

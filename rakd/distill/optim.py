@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: int = 0) -> int:
@@ -42,17 +43,22 @@ class TrainingWatch:
 
     def __init__(self) -> None:
         self._steps = 0
-        self._versions: list[int] = []
+        self._before: list[Tensor] = []
 
     def step(self, parameters: Sequence[nn.Parameter]) -> None:
         """Count a training step."""
-        if self._steps > self.STEPS or not parameters:
+        if self._steps >= self.STEPS or not parameters:
             return
-        versions = [parameter._version for parameter in parameters]
-        if len(versions) != len(self._versions):
-            self._versions, self._steps = versions, 0
+        if len(parameters) != len(self._before):
+            # Values, since fused optimizers do not raise version counters.
+            self._before, self._steps = [parameter.detach().clone() for parameter in parameters], 0
         self._steps += 1
-        if self._steps == self.STEPS and versions == self._versions:
+        if self._steps < self.STEPS:
+            return
+        pairs = zip(parameters, self._before, strict=True)
+        same = all(torch.equal(now, before.to(now)) for now, before in pairs)
+        self._before = []
+        if same:
             warnings.warn(
                 f"the distiller's {len(parameters)} parameters (adapters) did not change in {self.STEPS} steps: give "
                 "distiller.parameters() to the optimizer, or call distiller.add_to(optimizer)",

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite
+from math import inf, isfinite, isnan
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ class Log:
             self.rows.append(row)
 
     def add_validation(self, step: int, metric: str, value: float) -> bool:
-        """Add a validation, and tell whether it is the best so far; of equals, the last."""
-        best = max((row[metric] for row in self.validations if metric in row), default=-inf)
+        """Add a validation, and tell whether it is the best so far; of equals, the last; NaN never is."""
+        best = max((row[metric] for row in self.validations if metric in row and not isnan(row[metric])), default=-inf)
         self.validations.append({"step": step, metric: value})
         return value >= best
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from rakd.checkpoints import config_diff, load_checkpoint, remove_leftovers, save_checkpoint, to_jsonable
+from rakd.checkpoints import config_diff, load_checkpoint, save_checkpoint, to_jsonable
 from rakd.data.frames import digest
 from rakd.data.kitti import Batch, KittiDataset
 from rakd.distributed import (
@@ -26,6 +26,7 @@ from rakd.distributed import (
     current_processes,
 )
 from rakd.errors import UserError
+from rakd.files import remove_stale
 from rakd.progress import bar
 from rakd.training.loading import each_of, make_loader
 from rakd.training.log import RESERVED, Log, Row
@@ -367,7 +368,5 @@ class Trainer:
         return there
 
     def _read(self) -> dict[str, Any] | None:
-        remove_leftovers(self._checkpoint)
-        remove_leftovers(self.out / "log.csv")
-        remove_leftovers(self.out / "log.jsonl")
+        remove_stale(self.out.glob(".*"))
         return load_checkpoint(self._checkpoint) if self._checkpoint.exists() else None

@@ -3,6 +3,7 @@
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -60,6 +61,8 @@ def test_all_settings_survive(name: str, detector: Detector, tmp_path: Path, mon
     # And a second trip changes nothing.
     save_detector(tmp_path / "again.pt", read)
     assert load_weights(tmp_path / "again.pt")[1] == load_weights(tmp_path / "detector.pt")[1]
+    # Not in the file either, by whose digest studies know their expert.
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "detector.pt").read_bytes()
 
 
 def test_other_files_are_refused(detector: Detector, tmp_path: Path) -> None:
@@ -91,8 +94,8 @@ def test_other_files_are_refused(detector: Detector, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(content: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full(content: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 768 vs 662\nstack")
 
     monkeypatch.setattr(torch, "save", full)

@@ -2,6 +2,7 @@
 
 import functools
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,44 @@ def test_a_full_folder_is_not_looked_through_at_every_write(tmp_path: Path, monk
     # Four entries, a sixteenth of the bound, are removed at a time.
     assert len(looks) <= 192 // 4 + 1
     assert 60 <= len(cache) <= 64 + 4
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(FeatureCache(tmp_path))[0].expert_features(images(), KEYS)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    cache = FeatureCache(tmp_path)
+    distiller, _, runs = make(cache)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("it is another's")
+
+    for name in ("utime", "replace"):
+        monkeypatch.setattr("os." + name, refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert equal(distiller.expert_features(images(), KEYS), first)
+    assert (cache.hits, cache.misses) == (2, 0)
+    with pytest.warns(UserWarning, match="cannot be written, so no more is kept there: it is another's"):
+        distiller.expert_features(images(seed=1), ["c", "d"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distiller.expert_features(images(seed=1), ["c", "d"])
+    assert runs == [2, 2, 2]  # the first out of the cache is compared
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [OSError("too many open files"), torch.OutOfMemoryError("no room")])
+def test_files_that_are_sound_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    distiller = make(FeatureCache(tmp_path))[0]
+    distiller.expert_features(images(), KEYS)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        with pytest.raises(type(error)):
+            distiller.expert_features(images(), KEYS)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_damaged_files_are_misses(tmp_path: Path) -> None:

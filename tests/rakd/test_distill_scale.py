@@ -369,6 +369,39 @@ def test_a_resumed_run_has_the_same_bits(method: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "options", [{"rescale": True}, {"rescale": "both"}, {"normalize": True}, {"weight": "auto:10"}], ids=str
+)
+def test_another_expert_is_measured_anew(options: dict[str, Any]) -> None:
+    maps = [m.detach().requires_grad_() for m in Network((4, 8, 8), seed=2).features(images())]
+    small, large = Network((4, 8, 8), seed=1), Network((4, 8, 8), seed=1)
+    with torch.no_grad():
+        for stage in large.stages:
+            stage.norm.weight.mul_(10)
+
+    def last(distiller: Distiller) -> Tensor:
+        return [distiller(images(), BOXES, maps, task_loss=torch.ones(())) for _ in range(25)][-1]
+
+    expected = last(Distiller(large, features=STAGES, canonical_size=24, **options))
+    distiller = Distiller(small, features=STAGES, canonical_size=24, **options)
+    assert not torch.equal(last(distiller), expected) or "weight" in options
+    distiller.attach(expert=large)
+    assert torch.equal(last(distiller), expected)
+    assert not any(module._forward_hooks for module in small.modules())
+
+
+def test_what_a_fused_optimizer_changes_has_changed() -> None:
+    distiller = make()
+    maps = [m.detach().requires_grad_() for m in Network((4, 8, 8), seed=2).features(images())]
+    distiller.check(images(), BOXES, maps)
+    optimizer = torch.optim.AdamW(distiller.parameters(), fused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(101):
+            distiller(images(), BOXES, maps).backward()
+            optimizer.step()
+
+
 def test_what_no_optimizer_has_is_told() -> None:
     distiller = make(expert_channels=None)
     apprentice = Network((4, 8, 8), seed=2)

@@ -114,6 +114,14 @@ def test_optimizer_decays_weights_but_neither_norms_nor_biases() -> None:
         make_optimizer(network.requires_grad_(False), TrainSettings())
 
 
+def test_the_best_validation_is_never_nan() -> None:
+    log = Log(every=1, batch_size=1)
+    values = [float("nan"), 5.0, 3.0, float("nan"), 5.0, 10.0]
+    assert [log.add_validation(step, "ap", value) for step, value in enumerate(values)] == [
+        False, True, False, False, True, True,
+    ]  # fmt: skip
+
+
 def test_log_rows_are_means(tmp_path: Path) -> None:
     log = Log(every=2, batch_size=8)
     log.write(tmp_path / "log.csv")
