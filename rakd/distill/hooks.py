@@ -120,6 +120,11 @@ def _versions(value: Any) -> list[int]:
     return [version(part) for part in parts if isinstance(part, Tensor)]
 
 
+def _in_backward() -> bool:
+    """Whether a backward runs, in which gradient checkpointing runs modules again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _sizes(value: Any) -> list[torch.Size]:
     """Rows and columns of each map in a value."""
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
@@ -186,9 +191,9 @@ class FeatureHooks:
 
     def note(self, key: str, value: Any) -> None:
         """Keep a value (called by the hooks): a copy of a list, since detection heads put their results into it."""
+        if _in_backward():
+            return
         compiling = torch.compiler.is_compiling()
-        if not compiling and torch._C._current_graph_task_id() != -1:
-            return  # gradient checkpointing runs the module again in a backward
         if type(value) in (list, dict):
             value = value.copy()
         if not compiling and key in self.values:
@@ -206,8 +211,9 @@ class FeatureHooks:
 
     def begin(self) -> None:
         """Forget what was noted in other forwards of the network (called by the hooks)."""
-        self.clear()
-        self.whole = True
+        if not _in_backward():
+            self.clear()
+            self.whole = True
 
     def clear(self) -> None:
         """Forget what was noted, and with it the graph."""
@@ -257,7 +263,7 @@ class FeatureHooks:
         modes = [(module, module.training) for module in network.modules()]
         # Not the kind that waits for other processes, which may not be here.
         norms = [m for m, on in modes if on and isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
-        norms = norms if len(images) > 1 else []
+        norms = [] if isinstance(images, Tensor) and len(images) == 1 else norms
         kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
         network.eval()
         for norm in norms:

@@ -268,6 +268,20 @@ def test_the_report_is_a_small_table() -> None:
     assert len(list(distiller.parameters())) == 2
 
 
+def test_one_image_through_a_pooled_normalisation() -> None:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    class Pooling(Network):
+        def forward(self, x: Tensor) -> Any:
+            maps = self.features(x)
+            return [maps[0] + pooled(maps[0])]
+
+    apprentice = Pooling()
+    apprentice.add_module("pooled", pooled)
+    distiller = Distiller(Network((4, 8, 8)), apprentice=apprentice, features=STAGES[:1], apprentice_features="")
+    assert distiller.check(images(1), BOXES[:1]).images == 1
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_fresh_apprentice_is_shown_as_it_trains(frozen: bool) -> None:
     apprentice = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4, bias=False), nn.BatchNorm2d(8), nn.Dropout(0.5))
