@@ -93,9 +93,10 @@ class Lifecycle(nn.Module):
                     f"apprentice, such as {shared[:1]}; the expert is frozen: give another network, or a deep copy"
                 )
         if expert is not None:
-            if self._expert is not None:
+            if self._expert is not None and expert is not self._expert:
                 self._expert.close()
-                self._measure_anew()
+                if expert is not self._expert.given:
+                    self._measure_anew()
             if isinstance(expert, Expert):
                 left = (None, LEFT_OUT)
                 listed = [name for name, value in self._expert_settings.items() if value not in left]
@@ -240,10 +241,10 @@ class Lifecycle(nn.Module):
                 f"{name}: expected {before[name]!r}, for whose loss the saved scale was measured, got "
                 f"{self._measured[name]!r}; to measure anew, start without the saved state, or give a number as weight"
             )
-        if not self._facts.complete:
-            self._facts = Facts.load(content["facts"])
-        if self.method is None and self._facts.complete:
-            self._build()
+        if self.method is None:
+            self._facts = self._facts.filled(Facts.load(content["facts"]))
+            if self._facts.complete:
+                self._build()
         if self._scale is not None:
             self._scale.load(content["scale"])
         if self._energy is not None and energy is not None:

@@ -121,6 +121,11 @@ class Facts:
             self.batch_size or step.images,
         )
 
+    def filled(self, other: "Facts") -> "Facts":
+        """Take over what is missing."""
+        missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
+        return replace(self, **{name: getattr(other, name) for name in missing})
+
     def state(self) -> dict[str, Any]:
         """Plain values to save."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

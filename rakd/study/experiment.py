@@ -331,7 +331,8 @@ class Experiment:
         runs = {run.method: self.out / run.name for run in self.plan if run.seed == seed}
         models = {title: runs[method] / "detections" for method, title in titles.items() if method in runs}
         models = {title: folder for title, folder in models.items() if folder.is_dir()}  # copies may lack them
-        draw_frames(self.out / "frames.png", self._val_frames, models)
+        if models:
+            draw_frames(self.out / "frames.png", self._val_frames, models)
 
     def _say(self, text: str) -> None:
         if not self.quiet:

@@ -94,10 +94,11 @@ def test_dicts_hooks_by_name_and_bf16(tmp_path: Path) -> None:
 
 
 def test_two_fits_and_wrong_names(tmp_path: Path) -> None:
-    added, module = callback(), Module(8)
+    added, module = callback(weight="auto:10"), Module(8)
     fit(module, tmp_path / "one", callbacks=[added], max_epochs=1)
     fit(module, tmp_path / "two", callbacks=[added], max_epochs=1)
     assert len(module.backwards) == 6
+    assert added.distiller._weight.calls == 6  # measured on, not anew
     with pytest.raises(AttributeError, match="no_such"):
         fit(Module(8), tmp_path / "three", callbacks=[callback(apprentice="no_such")])
     shared = Module(8)

@@ -344,9 +344,12 @@ def parts(method: str, **options: Any) -> tuple[Distiller, Network, Any, Any]:
 NORMALIZED = ("rakd", "box_l2", "score_l2", "mgd")
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("hfa", "l_roi")])
-def test_a_resumed_run_has_the_same_bits(method: str) -> None:
+def test_a_resumed_run_has_the_same_bits(method: str, told: bool) -> None:
     options = {"weight": "auto:0.1", "normalize": method in NORMALIZED, "rescale": True}
+    if told:
+        options |= {"strides": (4, 8, 16), "expert_channels": (4, 8, 8), "apprentice_channels": (4, 6, 8)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="boxes from .* all get the same")
         distiller, apprentice, optimizer, scheduler = parts(method, **options)
@@ -385,6 +388,8 @@ def test_another_expert_is_measured_anew(options: dict[str, Any]) -> None:
     expected = last(Distiller(large, features=STAGES, canonical_size=24, **options))
     distiller = Distiller(small, features=STAGES, canonical_size=24, **options)
     assert not torch.equal(last(distiller), expected) or "weight" in options
+    distiller.attach(expert=small)  # which it was
+    assert all(scale.known for scale in distiller._scales)
     distiller.attach(expert=large)
     assert torch.equal(last(distiller), expected)
     assert not any(module._forward_hooks for module in small.modules())

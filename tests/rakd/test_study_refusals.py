@@ -109,7 +109,7 @@ def test_pictures_and_names_of_what_is_there(
     _DRAW(own)
     (out / "none-seed0" / "detections").mkdir()
     _DRAW(own)
-    assert drawn == [[], ["apprentice alone"]]
+    assert drawn == [["apprentice alone"]]
 
 
 def test_the_report_tells_what_runs_started_from_and_which_went_on(
