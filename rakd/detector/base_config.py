@@ -1,7 +1,7 @@
 """Settings that all families of detectors share. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rakd.data.rules import DataRules
@@ -34,7 +34,6 @@ class BaseConfig:
         backbone: Backbone and its maps.
         height: Height that images are resized to, pixels.
         width: Width that images are padded to, pixels; wider ones are an error. None: whatever they need.
-        parts: The fields that are dataclasses themselves, and their classes.
         stride: Height and width are multiples of it.
         has_scores: Whether the detector gives `rakd.detector.base.BaseDetector.class_scores`.
     """
@@ -42,7 +41,6 @@ class BaseConfig:
     backbone: BackboneConfig
     height: int
     width: int | None
-    parts: ClassVar[Mapping[str, Any]]
     stride: ClassVar[int] = 32
     has_scores: ClassVar[bool] = False
 
@@ -82,7 +80,8 @@ class BaseConfig:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "Self":
         """Settings from plain values, as ``dataclasses.asdict`` or JSON give them."""
-        return cls(**{name: _restored(cls.parts.get(name), value) for name, value in values.items()})
+        parts = {field.name: field.type for field in fields(cls) if is_dataclass(field.type)}  # type: ignore[arg-type]
+        return cls(**{name: _restored(parts.get(name), value) for name, value in values.items()})
 
 
 def _restored(part: Any, value: Any) -> Any:

@@ -84,11 +84,6 @@ class DetectorConfig(BaseConfig):
     width: int | None = 1760
 
     has_scores: ClassVar[bool] = True
-    parts: ClassVar[Mapping[str, Any]] = {
-        "backbone": BackboneConfig,
-        "proposals": ProposalConfig,
-        "heads": HeadConfig,
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

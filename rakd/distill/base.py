@@ -62,9 +62,12 @@ class Setup:
 class DistillationMethod(nn.Module):
     """A method: a module called as ``method(expert, apprentice, boxes)``.
 
-    No gradient flows to the expert's maps, and the loss carries no weight of its own. A subclass also says how it is
-    made from a `Setup` (`build`), and, where its loss is a squared difference, what the expert alone amounts to
-    (`energy`).
+    No gradient flows to the expert's maps, and the loss carries no weight of its own. A subclass needs `forward`. Where
+    its constructor takes more than options and an adapter, it says how it is made from a `Setup` (`build`); where its
+    loss is a squared difference, what the expert alone amounts to (`energy`).
+
+    Args:
+        adapter: Brings the apprentice's maps to the expert's channels; None: they agree.
     """
 
     needs_scores: ClassVar[bool] = False
@@ -74,6 +77,10 @@ class DistillationMethod(nn.Module):
     """Of the boxes' pixels, per cell of the expert's maps, where the method uses them. A distiller that finds them at
     its first step sets them."""
 
+    def __init__(self, *, adapter: ChannelAdapters | None = None) -> None:
+        super().__init__()
+        self.adapter = adapter
+
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "DistillationMethod":
         """Make the method for two networks.
@@ -81,6 +88,23 @@ class DistillationMethod(nn.Module):
         Args:
             setup: The networks.
             options: Further arguments of the constructor.
+        """
+        return cls(adapter=setup.adapter(), **options)
+
+    def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            expert: Maps with the apprentice's names.
+            apprentice: Fine to coarse; resized bilinearly where sizes differ.
+            boxes: ``[K, 5]``, or ``[K_b, 4]`` per image, in pixels of the apprentice's input. All methods are called
+                alike, also those that do not use them.
+
+        Returns:
+            A scalar, float64 for float64 maps, else float32.
+
+        Raises:
+            ValueError, TypeError: Names, shapes or channels are wrong.
         """
         raise NotImplementedError
 

@@ -1,13 +1,11 @@
 """CWD: the spatial distribution of each channel."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
+from rakd.distill.base import Boxes, DistillationMethod, Maps, pair_maps, resize
 from rakd.nn import widen
 
 
@@ -29,31 +27,13 @@ class ChannelWiseDistillation(DistillationMethod):
     """
 
     def __init__(self, *, temperature: float = 1.0, adapter: ChannelAdapters | None = None) -> None:
-        super().__init__()
+        super().__init__(adapter=adapter)
         if not temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         self.temperature = float(temperature)
-        self.adapter = adapter
-
-    @classmethod
-    def build(cls, setup: Setup, **options: Any) -> "ChannelWiseDistillation":
-        """See `rakd.distill.base.DistillationMethod.build`."""
-        return cls(adapter=setup.adapter(), **options)
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            expert: Maps with the apprentice's names.
-            apprentice: Resized bilinearly where sizes differ.
-            boxes: Not used; here so that all methods are called alike.
-
-        Returns:
-            A scalar, float64 for float64 maps, else float32.
-
-        Raises:
-            ValueError, TypeError: Names, shapes or channels are wrong.
-        """
+        """See `rakd.distill.base.DistillationMethod.forward`."""
         expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         losses = []
         for ours, theirs in zip(maps, expert_maps, strict=True):

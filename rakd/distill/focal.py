@@ -48,7 +48,7 @@ class FocalAttentionDistillation(DistillationMethod):
         attention: float = 1e-3,
         adapter: ChannelAdapters | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(adapter=adapter)
         if not temperature > 0:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         self.expert_strides: tuple[float, ...] = tuple(float(stride) for stride in expert_strides)
@@ -56,7 +56,6 @@ class FocalAttentionDistillation(DistillationMethod):
         self.foreground = float(foreground)
         self.background = float(background)
         self.attention = float(attention)
-        self.adapter = adapter
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "FocalAttentionDistillation":
@@ -72,19 +71,7 @@ class FocalAttentionDistillation(DistillationMethod):
         return spatial.view(images, height, width), channel
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            expert: Maps with the apprentice's names.
-            apprentice: Resized bilinearly where sizes differ.
-            boxes: ``[K, 5]``, or ``[K_b, 4]`` per image, in pixels of the apprentice's input.
-
-        Returns:
-            A scalar, float64 for float64 maps, else float32.
-
-        Raises:
-            ValueError, TypeError: Names, shapes or channels are wrong.
-        """
+        """See `rakd.distill.base.DistillationMethod.forward`."""
         expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         rows = indexed_boxes(boxes, expert_maps[0].device)
         losses = []

@@ -37,13 +37,12 @@ class MaskedGenerativeDistillation(DistillationMethod):
     def __init__(
         self, channels: Sequence[int], *, masked: float = 0.65, seed: int = 0, adapter: ChannelAdapters | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(adapter=adapter)
         if not 0 <= masked <= 1:
             raise ValueError(f"masked: expected a share from 0 to 1, got {masked}")
         self.masked = float(masked)
         self.seed = seed
         self.draws = 0
-        self.adapter = adapter
         with seeded_modules(seed + 1):
             self.generators = nn.ModuleList(
                 nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1))
@@ -71,19 +70,7 @@ class MaskedGenerativeDistillation(DistillationMethod):
         return [(d >= self.masked).to(m.device, m.dtype, non_blocking=True) for d, m in zip(drawn, maps, strict=True)]
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            expert: Maps with the apprentice's names.
-            apprentice: Resized bilinearly where sizes differ.
-            boxes: Not used; here so that all methods are called alike.
-
-        Returns:
-            A scalar, float64 for float64 maps, else float32.
-
-        Raises:
-            ValueError, TypeError: Names, shapes or channels are wrong.
-        """
+        """See `rakd.distill.base.DistillationMethod.forward`."""
         expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         resized = [resize(ours, theirs) for ours, theirs in zip(maps, expert_maps, strict=True)]
         losses = []

@@ -16,10 +16,6 @@ from rakd.nn import widen
 class WeightedL2(DistillationMethod):
     """``mean over levels of Σ_x w(x) mean_c d(x)² / Σ_x w(x)``; a subclass gives ``w``."""
 
-    def __init__(self, *, adapter: ChannelAdapters | None = None) -> None:
-        super().__init__()
-        self.adapter = adapter
-
     def _weights(self, expert: list[Tensor], boxes: Boxes, scores: Sequence[Tensor] | None) -> list[Tensor]:
         raise NotImplementedError
 
@@ -34,19 +30,9 @@ class WeightedL2(DistillationMethod):
         return torch.stack(losses).mean()
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
-        """Compute the loss.
+        """See `rakd.distill.base.DistillationMethod.forward`; 0 where all weights are.
 
-        Args:
-            expert: Maps with the apprentice's names.
-            apprentice: Resized bilinearly where sizes differ.
-            boxes: ``[K, 5]``, or ``[K_b, 4]`` per image, in pixels of the apprentice's input.
-            scores: Class logits ``[B, classes, H, W]`` of the expert's levels, where the method takes them.
-
-        Returns:
-            A scalar, float64 for float64 maps, else float32; 0 where all weights are.
-
-        Raises:
-            ValueError, TypeError: Names, shapes or channels are wrong, or scores are missing.
+        ``scores``: class logits ``[B, classes, H, W]`` of the expert's levels, where the method takes them.
         """
         expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         return self._loss(maps, expert_maps, self._weights(expert_maps, boxes, scores))
@@ -104,11 +90,6 @@ class ScoreWeightedL2(WeightedL2):
     def __init__(self, *, logits: bool = True, adapter: ChannelAdapters | None = None) -> None:
         super().__init__(adapter=adapter)
         self.logits = logits
-
-    @classmethod
-    def build(cls, setup: Setup, **options: Any) -> "ScoreWeightedL2":
-        """See `rakd.distill.base.DistillationMethod.build`."""
-        return cls(adapter=setup.adapter(), **options)
 
     def _weights(self, expert: list[Tensor], boxes: Boxes, scores: Sequence[Tensor] | None) -> list[Tensor]:
         if scores is None:

@@ -1,13 +1,10 @@
 """PKD: Pearson correlation of whole feature maps, channel by channel."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
+from rakd.distill.base import Boxes, DistillationMethod, Maps, pair_maps, resize
 from rakd.nn import widen
 
 
@@ -27,30 +24,8 @@ class PearsonDistillation(DistillationMethod):
         NeurIPS 2022, arXiv 2207.02039.
     """
 
-    def __init__(self, *, adapter: ChannelAdapters | None = None) -> None:
-        super().__init__()
-        self.adapter = adapter
-
-    @classmethod
-    def build(cls, setup: Setup, **options: Any) -> "PearsonDistillation":
-        """See `rakd.distill.base.DistillationMethod.build`."""
-        return cls(adapter=setup.adapter(), **options)
-
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            expert: Maps with the apprentice's names.
-            apprentice: The apprentice's, fine to coarse.
-            boxes: Not used; here so that all methods are called alike.
-
-        Returns:
-            A scalar, float64 for float64 maps, else float32.
-
-        Raises:
-            ValueError: Names or channels differ, or a map has but one value per channel.
-            TypeError: These are no dicts of maps.
-        """
+        """See `rakd.distill.base.DistillationMethod.forward`."""
         expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
         losses = []
         for name, ours, theirs in zip(apprentice, maps, expert_maps, strict=True):

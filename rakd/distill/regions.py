@@ -54,7 +54,7 @@ class RegionDistillation(DistillationMethod):
         backend: str = "auto",
         adapter: ChannelAdapters | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(adapter=adapter)
         self.loss = SoftRoIDistillLoss(
             strides=strides,
             expert_strides=expert_strides,
@@ -69,7 +69,6 @@ class RegionDistillation(DistillationMethod):
         )
         if adapter is not None and len(adapter.levels) != len(strides):
             raise ValueError(f"adapter: expected {len(strides)} levels as in strides, got {len(adapter.levels)}")
-        self.adapter = adapter
 
     @property
     def expert_strides(self) -> tuple[float, ...]:
@@ -110,7 +109,15 @@ class RegionDistillation(DistillationMethod):
             ValueError, TypeError: Names, shapes, channels, dtypes or boxes are wrong.
         """
         expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
-        return self._compare(maps, expert_maps, boxes, scale)
+        if not isinstance(boxes, (Tensor, Sequence)):
+            raise TypeError(
+                f"boxes: expected [K, 5] or a sequence of tensors, one per image, got {type(boxes).__name__}"
+            )
+        share = self._share(boxes, maps[0].device)
+        if scale is not None:
+            share = share * scale.to(share)
+        loss: Tensor = self.loss(maps, expert_maps, boxes, share)
+        return loss
 
     def energy(self, expert: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
         """See `rakd.distill.base.DistillationMethod.energy`."""
@@ -142,17 +149,6 @@ class RegionDistillation(DistillationMethod):
                 reduction="sum",
                 backend=own.backend,
             )
-        return loss
-
-    def _compare(self, maps: list[Tensor], expert: list[Tensor], boxes: Boxes, scale: Tensor | None) -> Tensor:
-        if not isinstance(boxes, (Tensor, Sequence)):
-            raise TypeError(
-                f"boxes: expected [K, 5] or a sequence of tensors, one per image, got {type(boxes).__name__}"
-            )
-        share = self._share(boxes, maps[0].device)
-        if scale is not None:
-            share = share * scale.to(share)
-        loss: Tensor = self.loss(maps, expert, boxes, share)
         return loss
 
     @staticmethod

@@ -79,20 +79,7 @@ class SemanticCalibration(DistillationMethod):
         return cls(setup.expert_channels, setup.apprentice_channels, setup.batch_size, seed=setup.seed, **options)
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            expert: Maps ``[batch_size, C, H, W]``; no gradient flows to them.
-            apprentice: The apprentice's; names, number and sizes may be others.
-            boxes: Not used; here so that all methods are called alike.
-
-        Returns:
-            A scalar, float64 for float64 maps, else float32.
-
-        Raises:
-            ValueError: Another batch size, number of maps or channels than the constructor was told.
-            TypeError: These are no dicts of maps.
-        """
+        """See `rakd.distill.base.DistillationMethod.forward`."""
         experts, apprentices = check_both(expert, apprentice)
         self._check("expert", experts, self.expert_channels)
         self._check("apprentice", apprentices, self.apprentice_channels)

@@ -1,8 +1,7 @@
 """Settings of MonoDETR. Imports no torch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rakd.data.rules import DataRules
 from rakd.detector.base_config import BackboneConfig, BaseConfig
@@ -126,13 +125,6 @@ class MonoDETRConfig(BaseConfig):
     width: int | None = 1280
     family: Literal["monodetr"] = "monodetr"
 
-    parts: ClassVar[Mapping[str, Any]] = {
-        "backbone": BackboneConfig,
-        "depth": DepthConfig,
-        "transformer": TransformerConfig,
-        "losses": LossConfig,
-        "rules": DataRules,
-    }
     stride: ClassVar[int] = 64
 
     def __post_init__(self) -> None:
