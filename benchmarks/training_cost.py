@@ -36,7 +36,7 @@ from rakd.data.targets import Targets
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.distill.distiller import Distiller
-from rakd.distill.methods import RegionDistillation
+from rakd.distill.regions import RegionDistillation
 from rakd.scenes import make_scenes
 from rakd.training.optim import make_optimizer
 from rakd.training.settings import Optimizer, TrainSettings

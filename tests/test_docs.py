@@ -43,7 +43,7 @@ def code_of(page: str, first: str) -> Any:
 
 def test_the_method_that_the_guide_adds() -> None:
     scope: dict[str, Any] = {"__name__": "guide"}
-    exec(code_of("extending.md", "class CosineDistillation"), scope)
+    exec(code_of("extending.md", "import torch\nfrom torch import Tensor"), scope)
     method = scope["CosineDistillation"]()
     generator = torch.Generator().manual_seed(0)
     maps = {name: torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) for name in "ab"}

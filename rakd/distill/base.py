@@ -31,7 +31,6 @@ class Setup:
         batch_size: Images in every batch of a process; None: not known.
         seed: Of initial weights.
         adapters: Whether channels may be adapted.
-        facts: More that only some methods take (such as ``canonical_size``): passed to those that do.
     """
 
     strides: tuple[float, ...]
@@ -41,7 +40,6 @@ class Setup:
     batch_size: int | None = None
     seed: int = 0
     adapters: bool = True
-    facts: Mapping[str, Any] | None = None
 
     def adapter(self) -> ChannelAdapters | None:
         """Make the adapters that the channels need; None if they agree.

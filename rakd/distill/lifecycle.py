@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from rakd.distill import Rescale
 from rakd.distill.expert import Expert, find_modules
 from rakd.distill.hooks import FeatureHooks, check_function, unwrap
+from rakd.distill.methods import make_method
 from rakd.distill.optim import add_parameters
 from rakd.distill.outputs import Layout
 from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale
-from rakd.distill.step import Facts, needed_setup
+from rakd.distill.step import Facts
 from rakd.distributed import GradientAverage
 
 if TYPE_CHECKING:
@@ -175,7 +177,10 @@ class Lifecycle(nn.Module):
         if self._method_name is None:
             return
         with torch.inference_mode(False):  # a loss may be asked for in evaluation first
-            self.method = needed_setup(self._method_name, self._facts, self._options, self._adapters, self._seed)
+            facts = {field.name: getattr(self._facts, field.name) for field in fields(self._facts)}
+            self.method = make_method(
+                self._method_name, **facts, seed=self._seed, adapters=self._adapters, **self._options
+            )
         for optimizer, group in self._optimizers:
             add_parameters(optimizer, list(self.parameters()), group)
         self._optimizers.clear()

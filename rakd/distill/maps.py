@@ -77,13 +77,20 @@ def check_pairs(expert: Any, apprentice: Any) -> tuple[list[Tensor], list[Tensor
     return check_both(expert, apprentice)
 
 
-def check_channels(argument: str, channels: Any) -> tuple[int, ...]:
+def check_channels(argument: str, channels: Any, levels: int = 0) -> tuple[int, ...]:
     """Check the numbers of channels of a network's levels.
 
+    Args:
+        argument: Its name, for errors.
+        channels: One for each level; where ``levels`` is given, also one number for all.
+        levels: Their number; 0: not known.
+
     Raises:
-        ValueError: There are none, or one is not positive.
+        ValueError: There are none, more or fewer than levels, or one is not positive.
         TypeError: They are no sequence of integers.
     """
+    if levels and isinstance(channels, int) and not isinstance(channels, bool):
+        channels = (channels,) * levels
     if isinstance(channels, (str, bytes)) or not isinstance(channels, Sequence):
         raise TypeError(f"{argument}: expected a sequence of integers, one per level, got {type(channels).__name__}")
     if not channels:
@@ -93,4 +100,6 @@ def check_channels(argument: str, channels: Any) -> tuple[int, ...]:
             raise TypeError(f"{argument}[{i}]: expected an integer, got {count!r}")
         if count < 1:
             raise ValueError(f"{argument}[{i}]: expected 1 or more channels, got {count}")
+    if levels and len(channels) != levels:
+        raise ValueError(f"{argument}: expected {levels} numbers, one per stride, got {len(channels)}")
     return tuple(channels)

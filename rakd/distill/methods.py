@@ -12,19 +12,7 @@ from torch import nn
 
 from rakd.distill.base import DistillationMethod, Setup
 from rakd.distill.maps import check_channels
-from rakd.distill.pearson import PearsonDistillation
-from rakd.distill.regions import Assignment, RegionDistillation
 from rakd.distill.registry import METHODS, find_method
-from rakd.distill.semckd import SemanticCalibration
-
-__all__ = [
-    "Assignment",
-    "PearsonDistillation",
-    "RegionDistillation",
-    "SemanticCalibration",
-    "build_method",
-    "make_method",
-]
 
 _FACTS = ("canonical_size", "canonical_level", "backend")
 """Settings that belong to a detector or a machine: given for all methods, taken by those that know them."""
@@ -67,37 +55,22 @@ def make_method(
         return None
     if name not in METHODS:
         raise ValueError(f"name: expected one of {', '.join(map(repr, (*METHODS, 'none')))}, got {name!r}")
+    check_options(name, options)
+    spec = METHODS[name]
+    cls = spec.load()
+    taken = cls.option_names()
+    options = {key: value for key, value in options.items() if key not in _FACTS or key in taken}
     steps = tuple(float(stride) for stride in strides)
     setup = Setup(
         strides=steps,
         expert_strides=steps if expert_strides is None else tuple(float(stride) for stride in expert_strides),
-        expert_channels=_per_level("expert_channels", expert_channels, len(strides)),
-        apprentice_channels=_per_level("apprentice_channels", apprentice_channels, len(strides)),
+        expert_channels=check_channels("expert_channels", expert_channels, len(strides)),
+        apprentice_channels=check_channels("apprentice_channels", apprentice_channels, len(strides)),
         batch_size=batch_size,
         seed=seed,
         adapters=adapters,
     )
-    return build_method(name, setup, options)
-
-
-def build_method(name: str, setup: Setup, options: Mapping[str, Any]) -> DistillationMethod:
-    """Make a method of the registry.
-
-    Args:
-        name: One of `rakd.distill.registry.METHODS`.
-        setup: The two networks; its ``facts`` are set here.
-        options: See `make_method`.
-
-    Raises:
-        ValueError: The method takes no such option.
-    """
-    spec = find_method(name)
-    cls = spec.load()
-    check_options(name, options)
-    taken = cls.option_names()
-    facts = {key: value for key, value in options.items() if key in _FACTS and key in taken}
-    others = {key: value for key, value in options.items() if key not in _FACTS}
-    method: DistillationMethod = cls.build(Setup(**{**setup.__dict__, "facts": facts}), **{**spec.options, **others})
+    method: DistillationMethod = cls.build(setup, **{**spec.options, **options})
     return method
 
 
@@ -116,10 +89,3 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in own and option not in _FACTS:
             raise ValueError(f"{option}: {spec.label} takes no such option; it takes {', '.join((*own, *_FACTS))}")
-
-
-def _per_level(argument: str, channels: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    listed = check_channels(argument, (channels,) * levels if isinstance(channels, int) else channels)
-    if len(listed) != levels:
-        raise ValueError(f"{argument}: expected {levels} numbers, one per stride, got {len(listed)}")
-    return listed

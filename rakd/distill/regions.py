@@ -89,7 +89,7 @@ class RegionDistillation(DistillationMethod):
             strides=setup.strides,
             expert_strides=expert_strides,
             adapter=setup.adapter(),
-            **{**(setup.facts or {}), **options},
+            **options,
         )
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes, scale: Tensor | None = None) -> Tensor:

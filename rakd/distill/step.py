@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rakd.distill.base import Boxes, DistillationMethod, Setup
+from rakd.distill.base import Boxes, DistillationMethod
 from rakd.distill.boxes import BOX_FORMATS, BoxFormat, to_pixels
 from rakd.distill.checks import (
     Level,
@@ -20,7 +20,6 @@ from rakd.distill.checks import (
     warn_of_equal_weights,
 )
 from rakd.distill.maps import check_channels
-from rakd.distill.methods import build_method
 from rakd.distill.regions import RegionDistillation
 from rakd.distill.scale import mean_square
 
@@ -87,14 +86,10 @@ class Facts:
         """Read the constructor's arguments."""
         found = _numbers("strides", strides)
         levels = 0 if found is None else len(found)
-        channels = []
-        for argument, given in (("expert_channels", expert), ("apprentice_channels", apprentice)):
-            if isinstance(given, int) and not isinstance(given, bool) and levels:
-                given = (given,) * levels
-            listed = None if given is None else check_channels(argument, given)
-            if listed is not None and levels and len(listed) != levels:
-                raise ValueError(f"{argument}: expected {levels} numbers, one per stride, got {len(listed)}")
-            channels.append(listed)
+        channels = [
+            None if given is None else check_channels(argument, given, levels)
+            for argument, given in (("expert_channels", expert), ("apprentice_channels", apprentice))
+        ]
         return cls(found, _numbers("expert_strides", expert_strides), channels[0], channels[1], batch_size)
 
     def of_method(self, method: nn.Module) -> "Facts":
@@ -135,21 +130,6 @@ class Facts:
         """Take up `state`."""
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state.items()}
         return cls(**values)
-
-
-def needed_setup(name: str, facts: Facts, options: Mapping[str, Any], adapters: bool, seed: int) -> DistillationMethod:
-    """Make a method of the registry for the networks that are known."""
-    assert facts.strides and facts.expert_channels and facts.apprentice_channels
-    setup = Setup(
-        strides=facts.strides,
-        expert_strides=facts.expert_strides or facts.strides,
-        expert_channels=facts.expert_channels,
-        apprentice_channels=facts.apprentice_channels,
-        batch_size=facts.batch_size,
-        seed=seed,
-        adapters=adapters,
-    )
-    return build_method(name, setup, options)
 
 
 @dataclass(frozen=True)

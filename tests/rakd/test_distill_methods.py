@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from rakd.distill import MethodName
 from rakd.distill.adapters import ChannelAdapters
-from rakd.distill.methods import PearsonDistillation, RegionDistillation, make_method
+from rakd.distill.methods import make_method
+from rakd.distill.pearson import PearsonDistillation
+from rakd.distill.regions import RegionDistillation
 from rakd.distill.semckd import SemanticCalibration
 from rakd_ops import reference, soft_roi_distill
 
