@@ -234,23 +234,6 @@ def resize_boxes(boxes: npt.ArrayLike, scale_x: float, scale_y: float) -> FloatA
     return np.asarray((boxes + 0.5) * scales - 0.5)
 
 
-def box_iou(a: npt.ArrayLike, b: npt.ArrayLike) -> FloatArray:
-    """Intersection over union of 2D boxes, pair by pair (leading axes broadcast); 0 for empty unions.
-
-    Args:
-        a: ``[..., 4]`` (x1, y1, x2, y2).
-        b: ``[..., 4]``.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    width = np.minimum(a[..., 2], b[..., 2]) - np.maximum(a[..., 0], b[..., 0])
-    height = np.minimum(a[..., 3], b[..., 3]) - np.maximum(a[..., 1], b[..., 1])
-    inter = np.clip(width, 0, None) * np.clip(height, 0, None)
-    area_a = (a[..., 2] - a[..., 0]) * (a[..., 3] - a[..., 1])
-    area_b = (b[..., 2] - b[..., 0]) * (b[..., 3] - b[..., 1])
-    union = area_a + area_b - inter
-    return np.asarray(np.divide(inter, union, out=np.zeros_like(inter), where=union > 0))
-
-
 def _check_scales(scale_x: float, scale_y: float) -> None:
     if not (np.isfinite(scale_x) and np.isfinite(scale_y) and scale_x > 0 and scale_y > 0):
         raise ValueError(f"scale_x and scale_y must be positive and finite, got {scale_x} and {scale_y}")

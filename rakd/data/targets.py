@@ -51,10 +51,6 @@ class Targets:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def to(self, device: torch.device | str) -> "Targets":
-        """The same targets on another device."""
-        return Targets(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
-
 
 @dataclass(frozen=True, eq=False)
 class PackedTargets:

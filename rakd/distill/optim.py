@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: int = 0) -> int:
+def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: int = 0) -> None:
     """Put parameters into a group that the optimizer has.
 
     A new group would break schedulers that exist already: they keep one rate per group.
@@ -17,9 +17,6 @@ def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: in
         optimizer: A torch optimizer, or a wrapper with ``param_groups``.
         parameters: To be added, unless they are in it already.
         group: Index of the group whose settings they take.
-
-    Returns:
-        Number of parameters added.
 
     Raises:
         TypeError: This is no optimizer.
@@ -31,9 +28,7 @@ def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: in
     if not -len(groups) <= group < len(groups):
         raise ValueError(f"group: expected one of the optimizer's {len(groups)} groups, got {group}")
     there = {id(parameter) for each in groups for parameter in each["params"]}
-    added = [parameter for parameter in parameters if id(parameter) not in there]
-    groups[group]["params"].extend(added)
-    return len(added)
+    groups[group]["params"].extend(parameter for parameter in parameters if id(parameter) not in there)
 
 
 class TrainingWatch:

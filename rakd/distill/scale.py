@@ -148,12 +148,12 @@ class TaskShare:
 
     Args:
         share: Of the task loss.
-        calls: Calls to measure over, as the ratio of sums.
     """
 
-    def __init__(self, share: float, calls: int = 20) -> None:
+    CALLS = 20  # to measure over, as the ratio of sums
+
+    def __init__(self, share: float) -> None:
         self.share = share
-        self.calls_to_measure = calls
         self.calls = 0
         self.task: Tensor | float = 0.0
         self.loss: Tensor | float = 0.0
@@ -166,7 +166,7 @@ class TaskShare:
     @property
     def measuring(self) -> bool:
         """Whether the weight is not fixed yet."""
-        return self.calls < self.calls_to_measure
+        return self.calls < self.CALLS
 
     def update(self, task: Tensor, loss: Tensor) -> None:
         """Count a call with its task loss and its unweighted distillation loss. Waits for the device.

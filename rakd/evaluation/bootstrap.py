@@ -49,22 +49,19 @@ class Resampler:
     prepared: dict[Overlaps, Prepared]
     depth: DepthErrors
 
-    def evaluate(
-        self, draw: Indices, metrics: Sequence[str] = ("3d", "bev")
-    ) -> dict[Overlaps, dict[str, dict[str, MetricResult]]]:
+    def evaluate(self, draw: Indices) -> dict[Overlaps, dict[str, dict[str, MetricResult]]]:
         """Score the detections on drawn frames.
 
         Args:
             draw: ``[n]`` numbers of frames. One that is drawn twice counts as two frames.
-            metrics: "3d" and "bev", or one of them.
 
         Returns:
-            ``[overlaps][metric][class]``, see `rakd.evaluation.kitti.evaluate`.
+            ``[overlaps][metric][class]`` of "3d" and "bev", see `rakd.evaluation.kitti.evaluate`.
         """
         found: dict[Overlaps, dict[str, dict[str, MetricResult]]] = {}
         for overlaps, prepared in self.prepared.items():
             drawn = _draw(prepared, draw)
-            found[overlaps] = {m: {name: evaluate_metric(drawn, name, m)[m] for name in CLASSES} for m in metrics}
+            found[overlaps] = {m: {name: evaluate_metric(drawn, name, m)[m] for name in CLASSES} for m in ("3d", "bev")}
         return found
 
 

@@ -1,6 +1,6 @@
 """Batches for the trainer: the frames of each step, loaded here or by worker processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from traceback import clear_frames
 from typing import TypeVar
@@ -40,7 +40,7 @@ def make_loader(
         _ByIndex(dataset),  # type: ignore[arg-type]  # batches of SampleIndex make batches of Sample, which collate makes a Batch
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=partial(_collate, image_size=image_size, expert_size=dataset.expert_size),
+        collate_fn=partial(collate, size=image_size, expert_size=dataset.expert_size),
         pin_memory=pin,
         worker_init_fn=_share_by_name if workers else None,
     )
@@ -57,12 +57,6 @@ def each_of(loader: DataLoader[T]) -> Iterator[T]:
     except Exception as error:
         clear_frames(error.__traceback__)
         raise
-
-
-def _collate(
-    samples: Sequence[Sample], image_size: tuple[int, int] | None, expert_size: tuple[int, int] | None
-) -> Batch:
-    return collate(samples, size=image_size, expert_size=expert_size)
 
 
 def _share_by_name(_worker: int) -> None:

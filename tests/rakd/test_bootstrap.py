@@ -92,7 +92,7 @@ def test_a_run_has_its_primary_metrics_on_drawn_frames(
     assert {len(values) for values in run.drawn.values()} == {7}
     resampler, draws = make_resampler(*folders, FRAMES), draw_frames(len(FRAMES), 7)
     for kind in ("3d", "bev"):
-        car = [resampler.evaluate(draw, [kind])["loose"][kind]["Car"]["R40"][1] for draw in draws]
+        car = [resampler.evaluate(draw)["loose"][kind]["Car"]["R40"][1] for draw in draws]
         np.testing.assert_allclose(run.drawn[f"{kind} Car moderate loose"], car, atol=5e-5)
         assert len(set(car)) > 1
     recall = [resampler.depth.figures(np.bincount(draw, minlength=6))["all"].recall for draw in draws]

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.ops import box_iou
 
 from rakd.data.augment import Augmentation, distort
 from rakd.data.frames import Frame, read_image
 from rakd.data.kitti import KittiDataset, collate
 from rakd.errors import UserError
-from rakd.geometry import box_corners, box_iou, project_boxes
+from rakd.geometry import box_corners, project_boxes
 from rakd.training.loading import make_loader
 from rakd.training.order import InfiniteShuffle, StepSampler
 
@@ -29,7 +30,7 @@ def projected_iou(sample):
     objects = sample.objects.select(sample.objects.has_box_3d & (sample.objects.truncation == 0))
     corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)
     boxes = project_boxes(sample.calibration, corners, (sample.image.shape[2], sample.image.shape[1]))
-    return box_iou(boxes, objects.boxes).mean()
+    return box_iou(torch.as_tensor(boxes), torch.as_tensor(objects.boxes)).diagonal().mean()
 
 
 def test_samples(plain):

@@ -96,7 +96,7 @@ def test_an_apprentice_that_cannot_learn_is_told_at_the_first_training_step(firs
 
 def test_a_share_is_measured_where_there_are_boxes() -> None:
     distiller, raw = make(weight="auto:10").train(), make()
-    for _ in range(TaskShare(10).calls_to_measure + 5):
+    for _ in range(TaskShare.CALLS + 5):
         assert float(distiller(images(), EMPTY, maps(), task_loss=torch.tensor(2.0))) == 0
     loss = distiller(images(), BOXES, maps(), task_loss=torch.tensor(3.0))
     assert float(loss) == pytest.approx(30, rel=1e-6)

@@ -12,7 +12,6 @@ from rakd.geometry import (
     alpha_from_rotation,
     box_centers,
     box_corners,
-    box_iou,
     flip_boxes,
     flip_rotation,
     project_boxes,
@@ -172,13 +171,6 @@ def test_projected_box_holds_all_corners_in_the_image(place, size, rotation):
     inside = (depth > 0.1) & (pixels >= 0).all(axis=1) & (pixels <= [WIDTH - 1, HEIGHT - 1]).all(axis=1)
     assert (pixels[inside] >= box[:2] - 1e-9).all()
     assert (pixels[inside] <= box[2:] + 1e-9).all()
-
-
-def test_iou_of_known_boxes():
-    a = [[0, 0, 10, 10]] * 4
-    b = [[0, 0, 10, 10], [5, 0, 15, 10], [10, 0, 20, 10], [2, 2, 4, 4]]
-    np.testing.assert_allclose(box_iou(a, b), [1, 50 / 150, 0, 4 / 100])
-    assert box_iou([1, 1, 1, 1], [1, 1, 1, 1]) == 0
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.ops import box_iou
 
 from rakd.data.frames import find_frames, read_split
-from rakd.geometry import alpha_from_rotation, box_corners, box_iou, project_boxes
+from rakd.geometry import alpha_from_rotation, box_corners, project_boxes
 from rakd.scenes import make_scenes
 from rakd.scenes.draws import Draws, hash_cells
 from rakd.scenes.paint import plain
@@ -139,7 +141,7 @@ def test_labels_agree_with_the_camera(scenes):
         objects = objects.select(objects.has_box_3d)
         corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)
         boxes = project_boxes(frame.read_calibration(), corners, SIZE)
-        ious += box_iou(boxes, objects.boxes).tolist()
+        ious += box_iou(torch.as_tensor(boxes), torch.as_tensor(objects.boxes)).diagonal().tolist()
         turned = alpha_from_rotation(objects.rotation_y, objects.location) - objects.alpha
         assert np.abs(np.cos(turned) - 1).max(initial=0) < 1e-3
         assert ((objects.truncation >= 0) & (objects.truncation <= 1)).all()

@@ -78,7 +78,6 @@ def test_no_objects():
     assert len(targets) == 0
     assert targets.keypoints.shape == (0, 9, 2)
     assert targets.ignored.shape == (0, 4)
-    assert len(targets.to("cpu")) == 0
 
 
 def test_flipping_mirrors_targets():
