@@ -59,3 +59,7 @@ class TrainingWatch:
                 "distiller.parameters() to the optimizer, or call distiller.add_to(optimizer)",
                 stacklevel=4,
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Start anew in copies."""
+        return {"_steps": 0, "_before": []}
