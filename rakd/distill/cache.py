@@ -140,10 +140,13 @@ class FeatureCache:
             return {key: m.to(device) for key, m in maps.items()}, scores and [score.to(device) for score in scores]
         path = self.folder / f"{name}.pt"
         try:
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
-        except (OSError, MemoryError, torch.OutOfMemoryError):
+        except OSError as error:  # the expert can run instead
+            warnings.warn(f"cache: {path} cannot be read: {error}", stacklevel=2)
+            return None
+        except MemoryError:
             raise
         except Exception:  # a damaged file raises nearly anything
             with suppress(OSError):
@@ -151,7 +154,8 @@ class FeatureCache:
             return None
         with suppress(OSError):  # of another user, or in a folder to be read only
             os.utime(path)  # what was used last goes last
-        return content["maps"], content["scores"]
+        maps, scores = content["maps"], content["scores"]
+        return {key: m.to(device) for key, m in maps.items()}, scores and [score.to(device) for score in scores]
 
     def _write(self, name: str, entry: Features) -> None:
         maps, scores = entry

@@ -241,8 +241,8 @@ class FeatureHooks:
                 )
             if self.whole and self.repeated.get(key):
                 raise RuntimeError(
-                    f"{self.argument}: {key} ran more than once in a forward, on maps of several sizes, as a head that "
-                    "all levels share does; name the modules that give each level, or all of them at once"
+                    f"{self.argument}: {key} ran more than once since the network's forward began, on maps of several "
+                    "sizes, as a head that all levels share does; name modules that give each level, or all at once"
                 )
             if key in self.versions and _versions(self.values[key]) != self.versions[key]:
                 raise RuntimeError(
@@ -263,7 +263,7 @@ class FeatureHooks:
         modes = [(module, module.training) for module in network.modules()]
         # Not the kind that waits for other processes, which may not be here.
         norms = [m for m, on in modes if on and isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
-        norms = [] if isinstance(images, Tensor) and len(images) == 1 else norms
+        norms = [] if isinstance(images, (Tensor, list, tuple)) and len(images) == 1 else norms
         kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
         network.eval()
         for norm in norms:

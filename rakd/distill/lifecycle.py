@@ -95,10 +95,7 @@ class Lifecycle(nn.Module):
                     f"apprentice, such as {shared[:1]}; the expert is frozen: give another network, or a deep copy"
                 )
         if expert is not None:
-            if self._expert is not None and expert is not self._expert:
-                self._expert.close()
-                if expert is not self._expert.given:
-                    self._measure_anew()
+            before = self._expert
             if isinstance(expert, Expert):
                 left = (None, LEFT_OUT)
                 listed = [name for name, value in self._expert_settings.items() if value not in left]
@@ -113,6 +110,10 @@ class Lifecycle(nn.Module):
                     )
                 self._expert = Expert(expert, layout=self.expert_layout, **self._expert_settings)
             self._owns_expert = True
+            if before is not None and before is not self._expert:
+                before.close()
+                if before.given is not self._expert.given:
+                    self._measure_anew()
         if apprentice is not None:
             self._apprentice = (learns,)
             if self._hooks is not None:
@@ -246,10 +247,10 @@ class Lifecycle(nn.Module):
                 f"{name}: expected {before[name]!r}, for whose loss the saved scale was measured, got "
                 f"{self._measured[name]!r}; to measure anew, start without the saved state, or give a number as weight"
             )
-        if self.method is None:
+        if self.method is None or not self._facts.complete:
             self._facts = self._facts.filled(Facts.load(content["facts"]))
-            if self._facts.complete:
-                self._build()
+        if self.method is None and self._facts.complete:
+            self._build()
         if self._scale is not None:
             self._scale.load(content["scale"])
         if self._energy is not None and energy is not None:

@@ -140,7 +140,7 @@ def test_a_head_that_levels_share_is_told(side: str) -> None:
     names = {side: "input:head", other: "stages.0"}
     distiller = Distiller(copy.deepcopy(network), apprentice=network, canonical_size=24, **names)
     network(images())
-    with pytest.raises(RuntimeError, match=rf"^{side}: input:head ran more than once in a forward"):
+    with pytest.raises(RuntimeError, match=rf"^{side}: input:head ran more than once since"):
         distiller(images(), BOXES)
 
 
@@ -190,13 +190,6 @@ def test_what_gradient_checkpointing_runs_again_is_not_noted() -> None:
     assert distiller._hooks is not None and not distiller._hooks.values  # nor the graph behind it kept
     with pytest.raises(RuntimeError, match="did not run since the last step"):
         distiller(images(), BOXES)
-    plain = Network()
-    other = Distiller(
-        Network((4, 8, 8), seed=1), apprentice=plain, features=STAGES, apprentice_features=STAGES, canonical_size=24
-    )
-    plain(images())
-    assert torch.isfinite(other(images(), BOXES))
-    assert apprentice.stages[0].conv.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
 
 
 def test_functions_and_settings_that_do_nothing_are_told() -> None:

@@ -14,7 +14,7 @@ from distill_cases import BOXES, STAGES, Network, images
 from processes import run_two_processes
 from torch import Tensor, nn
 
-from rakd.distill import Distiller
+from rakd.distill import Distiller, Expert
 from rakd.distill.registry import METHODS
 from rakd.distill.scale import RunningEnergy, UnitScale
 
@@ -389,6 +389,8 @@ def test_another_expert_is_measured_anew(options: dict[str, Any]) -> None:
     distiller = Distiller(small, features=STAGES, canonical_size=24, **options)
     assert not torch.equal(last(distiller), expected) or "weight" in options
     distiller.attach(expert=small)  # which it was
+    with pytest.raises(ValueError, match="expected as an argument of the Expert"):
+        distiller.attach(expert=Expert(large))
     assert all(scale.known for scale in distiller._scales)
     distiller.attach(expert=large)
     assert torch.equal(last(distiller), expected)
