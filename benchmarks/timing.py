@@ -8,6 +8,7 @@ time of its kernels in a replayed CUDA graph, with other memory written before e
 from __future__ import annotations
 
 import ctypes
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -217,6 +218,7 @@ def measure_peak_mib(step: Step, cuda: bool) -> float | None:
         peak = torch.cuda.max_memory_allocated()
         del result
         return (peak - before) / 2**20
+    gc.collect()  # garbage that goes during the step would hide what the step takes
     _trim_heap()
     try:
         Path("/proc/self/clear_refs").write_text("5")
