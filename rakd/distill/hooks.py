@@ -114,10 +114,15 @@ def unwrap(network: nn.Module) -> nn.Module:
         network = inner
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in what a module gave or was given."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 def _versions(value: Any) -> list[int]:
     """Number of in-place changes of each tensor in a value."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-    return [version(part) for part in parts if isinstance(part, Tensor)]
+    return [version(tensor) for tensor in _tensors(value)]
 
 
 def _in_backward() -> bool:
@@ -127,8 +132,7 @@ def _in_backward() -> bool:
 
 def _sizes(value: Any) -> list[torch.Size]:
     """Rows and columns of each map in a value."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-    return [part.shape[2:] for part in parts if isinstance(part, Tensor)]
+    return [tensor.shape[2:] for tensor in _tensors(value)]
 
 
 def version(tensor: Tensor) -> int:

@@ -4,7 +4,6 @@ import json
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,9 +177,8 @@ class Lifecycle(nn.Module):
         if self._method_name is None:
             return
         with torch.inference_mode(False):  # a loss may be asked for in evaluation first
-            facts = {field.name: getattr(self._facts, field.name) for field in fields(self._facts)}
             self.method = make_method(
-                self._method_name, **facts, seed=self._seed, adapters=self._adapters, **self._options
+                self._method_name, **self._facts.state(), seed=self._seed, adapters=self._adapters, **self._options
             )
         for optimizer, group in self._optimizers:
             add_parameters(optimizer, list(self.parameters()), group)

@@ -74,9 +74,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         if self.distiller is None:
             self.distiller = Distiller(apprentice=network, **self._settings)
         else:
-            # A copy in another process has lost it.
-            expert = None if self.distiller.expert is not None else self._settings["expert"]
-            self.distiller.attach(expert=expert, apprentice=network)
+            self.distiller.attach(expert=self._settings["expert"], apprentice=network)
         if self._reads_batch:
             self._refuse_resizing(pl_module, network)
         self._stepped = self._added = False
