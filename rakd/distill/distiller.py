@@ -37,10 +37,9 @@ class Distiller(Lifecycle):
     DistributedDataParallel wraps the distiller; every process must then call it equally often.
 
     Args:
-        expert: Gives feature maps for a batch of images: a module, an object with ``extract_features``, a function or
-            method, or ``(module, function)`` where the module cannot be found in the function; an
-            `rakd.distill.expert.Expert` for one with its own dtype, memory format or compilation. None where all calls
-            bring ``expert_features``.
+        expert: Gives feature maps for a batch of images: a module, a method of one, an object with
+            ``extract_features``, or ``(module, function)``; an `rakd.distill.expert.Expert` for one with its own dtype,
+            memory format or compilation. None where all calls bring ``expert_features``.
         method: A name of `rakd.distill.registry.METHODS`, or a module called as ``method(expert, apprentice, boxes)``.
         weight: Factor of the loss; None: the method's own default, 1 with ``normalize``. ``"auto:10"``: so many times
             the task loss, which calls then bring as ``task_loss`` and which must not be negative, measured over the

@@ -1,10 +1,9 @@
 """The expert: found in whatever was given, frozen, run without gradients, never copied."""
 
-import dis
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,56 +16,29 @@ from rakd.distill.scale import mean_square
 
 
 def find_modules(given: Any, depth: int = 3) -> list[nn.Module]:
-    """Find the modules in an expert: itself, the object whose method it is, or those that a function uses.
+    """Find the modules in an expert: itself, the object whose method it is, or what an object holds.
 
     Args:
-        given: A module, a method, a function (its closure, defaults and globals are searched), a ``partial``, or an
-            object with modules as attributes.
-        depth: Levels of functions and objects to follow.
+        given: A module, a method, a ``partial``, a list, or an object with modules as attributes. Functions are not
+            searched.
+        depth: Levels of objects to follow.
 
     Returns:
-        Modules; empty where there are none.
+        Modules, each once; empty where there are none.
     """
     if isinstance(given, nn.Module):
         return [given]
-    if depth == 0 or given is None or isinstance(given, (types.ModuleType, type, Tensor, str, int, float)):
-        return []
-    parts: list[Any] = []
+    parts: Iterable[Any] = ()
     if isinstance(given, functools.partial):
-        parts = [given.func, *given.args, *given.keywords.values()]
+        parts = (given.func, *given.args, *given.keywords.values())
     elif isinstance(given, types.MethodType):
-        parts = [given.__self__, given.__func__] if not isinstance(given.__self__, nn.Module) else [given.__self__]
-    elif isinstance(given, types.FunctionType):
-        parts = list(_used_by(given))
+        parts = (given.__self__,)
     elif isinstance(given, (list, tuple)):
-        parts = list(given)
-    elif isinstance(given, dict):
-        parts = list(given.values())
-    elif hasattr(given, "__dict__"):
-        parts = list(vars(given).values())
-    found: dict[int, nn.Module] = {}
-    for part in parts:
-        for module in find_modules(part, depth - 1):
-            found[id(module)] = module
-    return list(found.values())
-
-
-def _used_by(function: types.FunctionType) -> Iterator[Any]:
-    """Objects that a function reads from outside: closure, defaults and the globals it loads by name."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    codes = [function.__code__]
-    while codes:
-        code = codes.pop()
-        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-        for step in dis.get_instructions(code):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__:
-                yield function.__globals__[step.argval]
+        parts = given
+    elif not isinstance(given, (types.FunctionType, types.ModuleType, type, Tensor)):
+        parts = getattr(given, "__dict__", {}).values()
+    inner = (find_modules(part, depth - 1) for part in parts) if depth else ()
+    return list({id(module): module for modules in inner for module in modules}.values())
 
 
 def _missing_expert() -> None:
@@ -87,7 +59,7 @@ class Expert:
         cache: Keeps features.
 
     Raises:
-        TypeError: This is no expert, or its module cannot be found.
+        TypeError: This is no expert, or its module cannot be found, as in a function.
     """
 
     def __init__(
@@ -125,8 +97,8 @@ class Expert:
         if not self.roots and source is not None:
             raise TypeError(
                 f"expert: could not find the module inside this {type(given).__name__}, so that it cannot be frozen "
-                "and put into eval mode; pass the module (with features=), or (module, function), or (None, function) "
-                "for an expert that is no torch module"
+                "and put into eval mode; pass the module, with features=function(module, images), or "
+                "(module, function), or (None, function) for an expert that is no torch module"
             )
         self._modules = [module for root in self.roots for module in root.modules()]
         self._parameters = [parameter for root in self.roots for parameter in root.parameters()]

@@ -153,7 +153,7 @@ def test_a_module_that_repeats_gives_its_last_maps_on_both_sides() -> None:
     for _ in range(3):
         network(images())
         assert distiller(images(), BOXES) == 0
-    last = Distiller(lambda x: expert(x)[2], canonical_size=24)
+    last = Distiller(expert, features=lambda e, x: e(x)[2], canonical_size=24)
     with torch.no_grad():
         network.stages[2].weight.mul_(2)
     maps = network(images())
@@ -442,15 +442,15 @@ def test_modules_of_wrappers_are_found() -> None:
 
     wrapper = Wrapper()
     assert find_modules(wrapper) == [wrapper.model]
-    assert find_modules(lambda x: wrapper(x)) == [wrapper.model]
+    assert find_modules(functools.partial(Wrapper.__call__, wrapper)) == [wrapper.model]
     assert find_modules(wrapper.__call__) == [wrapper.model]
     distiller = Distiller(wrapper)
     distiller(images(), BOXES, [m.requires_grad_() for m in Network((3, 3, 3), 4).features(images())])
     assert not wrapper.model.training
     with pytest.raises(
-        TypeError, match=r"expert: could not find the module .* \(module, function\), or \(None, function"
+        TypeError, match=r"expert: could not find the module inside this function.* features=function\(module, images"
     ):
-        Distiller(lambda x: [x])
+        Distiller(lambda x: wrapper(x))
 
 
 class Stubborn(Network):
@@ -476,7 +476,7 @@ def test_an_expert_that_is_or_shares_the_apprentice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expert: expected a network of its own, got one that shares 18 parameters"):
         Distiller(network, apprentice=network)
     with pytest.raises(ValueError, match="shares 18 parameters"):
-        Distiller(lambda x: network.features(x), apprentice=network)
+        Distiller(network.features, apprentice=network)
     other.stages[0] = network.stages[0]
     with pytest.raises(
         ValueError, match=r"shares 4 parameters with the apprentice, such as \['stages.0.conv.weight'\]"

@@ -40,7 +40,7 @@ def test_normalized_zeros_are_one_and_equals_are_zero_in_every_network(method: s
 
     options = {"canonical_size": 24} if method != "box_l2" else {}
     expert = Scaled((4, 6, 8), seed=1)
-    distiller = Distiller(lambda x: expert.features(x), method, normalize=True, **options)  # type: ignore[arg-type]
+    distiller = Distiller(expert.features, method, normalize=True, **options)  # type: ignore[arg-type]
     assert distiller.weight == 1
     # float32 keeps seven digits.
     assert distiller(images(), BOXES, zeros()).item() == pytest.approx(1, rel=1e-6)

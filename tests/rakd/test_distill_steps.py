@@ -153,9 +153,9 @@ def test_an_experts_features_given_back_are_what_it_gives() -> None:
 @pytest.mark.parametrize("method", ["pkd", "cwd", "mgd"])
 def test_layers_of_one_stride(method: str) -> None:
     """Of a transformer: methods without level weights compare them."""
-    layers = [nn.Conv2d(3, 4, 16, 16) for _ in range(2)]
+    layers = nn.ModuleList(nn.Conv2d(3, 4, 16, 16) for _ in range(2))
     found = [(layer(images()) + 1).detach().requires_grad_() for layer in reversed(layers)]
-    distiller = Distiller(lambda x: [layer(x) for layer in layers], method, strides=(16, 16))
+    distiller = Distiller((layers, lambda x: [layer(x) for layer in layers]), method, strides=(16, 16))
     assert float(distiller(images(), BOXES, found)) > 0
     report = distiller.check(images(), BOXES, found)
     assert [level.boxes for level in report.levels] == [3, 3]

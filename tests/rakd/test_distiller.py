@@ -116,9 +116,9 @@ def test_kinds_of_experts(kind: str) -> None:
         "module": detector.network,
         "extract_features": detector,
         "method": detector.extract_features,
-        "function": lambda images: detector.network(images),
-        "list": lambda images: list(detector.network(images).values()),
-        "ordered dict": lambda images: OrderedDict(detector.network(images)),
+        "function": (detector, lambda images: detector.network(images)),
+        "list": (detector, lambda images: list(detector.network(images).values())),
+        "ordered dict": (detector, lambda images: OrderedDict(detector.network(images))),
     }
     distiller = make_distiller(experts[kind])
     assert distiller.expert is experts[kind]
