@@ -15,9 +15,7 @@ segments) and its number in the segment. Images are Waymo's JPEG files, byte for
 import csv
 import io
 import json
-import multiprocessing
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -32,7 +30,7 @@ from rakd.data.waymo import CAMERAS, BoxSource, CameraName, WaymoFrame, WaymoSpl
 from rakd.errors import MissingFileError, UserError
 from rakd.files import remove_stale, write_bytes, write_text
 from rakd.geometry import Calibration, FloatArray
-from rakd.progress import bar
+from rakd.progress import do_all
 
 MANIFEST = "waymo.json"
 _VERSION = 1
@@ -144,9 +142,7 @@ def convert_waymo(
         if not _index(out, split, name).exists()
     ]
     write = partial(_convert_segment, root, out, settings)
-    with bar(total=len(tasks), desc="converting", unit="segment", delay=2, disable=not progress) as shown:
-        for _ in _run(write, tasks, min(workers, max(1, len(tasks)))):
-            shown.update()
+    do_all(write, tasks, workers, desc="converting", unit="segment", disable=not progress)
     return _write_lists(out)
 
 
@@ -247,19 +243,6 @@ def _claim(out: Path, settings: WaymoConversion, names: dict[WaymoSplit, list[st
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out: {out} is not an empty folder and holds no {MANIFEST}; choose another folder")
     write_text(path, json.dumps(here, indent=1) + "\n")
-
-
-def _run(write: "partial[None]", tasks: list[tuple[WaymoSplit, int, str]], workers: int) -> Iterable[None]:
-    if workers == 1:
-        yield from map(write, tasks)
-        return
-    # Fresh processes: forking one that holds threads (PyTorch's, say) may hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from pool.map(write, tasks)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _convert_segment(root: Path, out: Path, settings: WaymoConversion, task: tuple[WaymoSplit, int, str]) -> None:

@@ -2,9 +2,6 @@
 
 import json
 import math
-import multiprocessing
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from rakd.data.labels import Objects, write_objects
 from rakd.errors import UserError
 from rakd.files import atomic_write, remove_stale, write_text
 from rakd.geometry import Calibration
-from rakd.progress import bar
+from rakd.progress import do_all
 from rakd.scenes.draws import Draws
 from rakd.scenes.raster import Camera, Drawn
 from rakd.scenes.render import render
@@ -76,9 +73,7 @@ def make_scenes(
     remove_stale(out.glob("training/*/.*"))
     missing = [i for i in range(frames) if not all(path.exists() for path in _paths(out, i))]
     write = partial(_write_frame, out, seed, camera, calibration)
-    with bar(total=len(missing), desc="rendering", unit="frame", delay=2, disable=not progress) as shown:
-        for _ in _run(write, missing, min(workers, max(1, len(missing)))):
-            shown.update()
+    do_all(write, missing, workers, chunk=2, desc="rendering", unit="frame", disable=not progress)
     _write_splits(out, frames)
 
 
@@ -134,20 +129,6 @@ def _paths(out: Path, index: int) -> tuple[Path, Path, Path]:
         training / "label_2" / f"{name}.txt",
         training / "calib" / f"{name}.txt",
     )
-
-
-def _run(write: "partial[None]", indices: list[int], workers: int) -> Iterable[None]:
-    if workers == 1:
-        yield from map(write, indices)
-        return
-    # Fresh processes: forking one that holds threads (PyTorch's, say) may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        try:
-            yield from pool.map(write, indices, chunksize=2)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _write_frame(out: Path, seed: int, camera: Camera, calibration: Calibration, index: int) -> None:
