@@ -13,6 +13,14 @@ from rakd.data.frames import find_frames, read_image_size
 from rakd.data.labels import LABEL_TYPES, Objects, concatenate
 from rakd.errors import UserError
 from rakd.evaluation.kitti import DIFFICULTIES, LEVELS
+from rakd.geometry import (
+    Calibration,
+    FloatArray,
+    alpha_from_rotation,
+    box_corners,
+    project_boxes,
+    wrap_angle,
+)
 from rakd.progress import bar
 
 
@@ -21,7 +29,8 @@ class Inspect:
     """Count the objects of a data set by type and difficulty, and draw a sheet of labelled frames.
 
     Reads every label and calibration file and the size of every image, so malformed ones show up with file and line;
-    impossible values, such as a negative size or a box beyond the image, are warnings.
+    impossible values, such as a negative size, an alpha that does not belong to rotation_y, or a 3D box that the
+    calibration takes elsewhere than to its 2D box, are warnings.
     """
 
     data: Annotated[Path, arg(metavar="DIR")]
@@ -46,9 +55,8 @@ class Inspect:
         frames = find_frames(self.data, self.split)
         labels = []
         for frame in bar(frames, desc="reading", unit="frame", delay=2):
-            frame.read_calibration()
             objects = frame.read_labels()
-            doubts = doubtful(objects, read_image_size(frame.image))
+            doubts = doubtful(objects, frame.read_calibration(), read_image_size(frame.image))
             if doubts:
                 warnings.warn(f"{frame.label}: {'; '.join(doubts)}", stacklevel=1)
             labels.append(objects)
@@ -67,11 +75,12 @@ class Inspect:
         print(f"\nsheet of {len(sheet)} frames: {self.out}")
 
 
-def doubtful(objects: Objects, size: tuple[int, int]) -> list[str]:
+def doubtful(objects: Objects, calibration: Calibration, size: tuple[int, int]) -> list[str]:
     """Name values of a label file that can be read but are impossible.
 
     Args:
         objects: Labels.
+        calibration: Of their frame.
         size: (width, height) of their image in pixels.
 
     Returns:
@@ -81,6 +90,8 @@ def doubtful(objects: Objects, size: tuple[int, int]) -> list[str]:
     outside = (objects.boxes < -1) | (objects.boxes > np.array(size * 2))
     huge = (objects.dimensions > _MAX_SIZE).any(axis=1) | (np.abs(objects.location) > _MAX_DISTANCE).any(axis=1)
     width, height = (objects.boxes[:, 2:] - objects.boxes[:, :2]).T
+    turned = np.abs(wrap_angle(objects.observed_alpha - alpha_from_rotation(objects.rotation_y, objects.location)))
+    overlap = _overlaps(objects, calibration, size)
     faults = {
         "a 2D box without area": (width <= 0) | (height <= 0),
         f"a 2D box that leaves the image, {size[0]} x {size[1]} pixels": outside.any(axis=1),
@@ -88,11 +99,26 @@ def doubtful(objects: Objects, size: tuple[int, int]) -> list[str]:
         f"a 3D box over {_MAX_SIZE:g} m in size or {_MAX_DISTANCE:g} m away": objects.has_box_3d & huge,
         "a place behind the camera": objects.has_box_3d & (objects.location[:, 2] <= 0),
         "an angle beyond half a turn": objects.has_box_3d & (np.abs(objects.rotation_y) > _HALF_TURN),
+        "an alpha that is not rotation_y - atan2(x, z)": objects.has_box_3d & (turned > _MOST_TURNED),
+        f"a 3D box whose image overlaps the 2D box by less than {_LEAST_OVERLAP:.0%}; is the calibration this "
+        "frame's, and for images of this size?": objects.has_box_3d & (width > 0) & (overlap < _LEAST_OVERLAP),
     }
     counts = {fault: int(np.count_nonzero(rows)) for fault, rows in faults.items()}
     return [f"{count} of {len(objects)} objects: {fault}" for fault, count in counts.items() if count]
 
 
+def _overlaps(objects: Objects, calibration: Calibration, size: tuple[int, int]) -> FloatArray:
+    """IoU ``[N]`` of each 2D box and the image of its 3D box; 0 where that lies outside the image."""
+    corners = box_corners(objects.location, objects.dimensions, objects.rotation_y)
+    projected = project_boxes(calibration, corners, size)
+    sides = np.minimum(projected, objects.boxes)[:, 2:] - np.maximum(projected, objects.boxes)[:, :2]
+    shared = np.clip(sides, 0, None).prod(axis=1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (projected, objects.boxes)]
+    return np.nan_to_num(shared / (areas[0] + areas[1] - shared))
+
+
+# KITTI's labels: alphas are within 0.1 but for 13 of 40,570; overlaps of 401 real and 2,597 rendered ones over 39 %.
+_MOST_TURNED, _LEAST_OVERLAP = 0.2, 0.2
 _HALF_TURN = np.pi + 0.01  # files round to two digits
 _MAX_SIZE, _MAX_DISTANCE = 100.0, 1000.0  # metres; a tram of two cars is under 60 long
 

@@ -20,10 +20,11 @@ import rakd
 import rakd_ops
 from rakd import cli
 from rakd.cli import main
-from rakd.data.frames import find_frames
+from rakd.data.frames import find_frames, write_calibration
 from rakd.data.labels import write_objects
 from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.depth import DepthFigures
+from rakd.geometry import box_corners, project_boxes
 from rakd.study.results import RunResult, write_run
 from rakd.training.loading import each_of
 
@@ -384,7 +385,8 @@ def test_show_says_what_it_leaves_out(scenes, results, tmp_path, capsys):
 
 def test_inspect(scenes, tmp_path, capsys):
     assert main(["inspect", "--data", str(scenes), "--out", str(tmp_path / "sheet.png"), "--count", "4"]) == 0
-    text = capsys.readouterr().out
+    text, err = capsys.readouterr()
+    assert "warning" not in err
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
     everything = [str(name) for frame in find_frames(scenes) for name in frame.read_labels().types]
     assert rows["Car"][3] == str(everything.count("Car"))
@@ -407,13 +409,18 @@ def test_labels_that_cannot_be_meant_are_told(scenes, tmp_path, capsys):
         (tmp_path / "training").mkdir(exist_ok=True)
         (tmp_path / "training" / name).symlink_to(scenes / "training" / name)
     (tmp_path / "training" / "label_2").mkdir()
-    good = "Car 0 0 1.5 10 20 50 60 1.5 1.6 4 1 1.6 9 1.57"
+    corners = box_corners([[1, 1.6, 9]], [[1.5, 1.6, 4]], [1.57])
+    box = project_boxes(find_frames(scenes)[0].read_calibration(), corners, (414, 125))[0]
+    good = "Car 0 0 1.46 {:.0f} {:.0f} {:.0f} {:.0f} 1.5 1.6 4 1 1.6 9 1.57".format(*box)
+    edges = "{2:.0f} {3:.0f} 1.5".format(*box)
     region = "DontCare -1 -1 -10 5 5 9 9 -1 -1 -1 -1000 -1000 -1000 -10"
     bad = {
+        1: (good.replace("1.46", "0"), "an alpha that is not rotation_y - atan2(x, z)"),
         2: (good.replace("1.5 1.6 4 ", "-1.5 0 -4 "), "no 3D box"),
         3: (good.replace("1.57", "-99"), "an angle beyond half a turn"),
-        5: (good.replace("50 60", "10 60"), "a 2D box without area"),
-        6: (good.replace("50 60", "1000000 60"), "a 2D box that leaves the image, 414 x 125 pixels"),
+        4: (good.replace(" 1 1.6 9 1.57", " 4 1.6 9 1.57").replace("1.46", "-10"), "a 3D box whose image overlaps the"),
+        5: (good.replace(edges, "1 1 1.5"), "a 2D box without area"),
+        6: (good.replace(edges, "1000000 1000 1.5"), "a 2D box that leaves the image, 414 x 125 pixels"),
         7: (good.replace("1.6 9", "1.6 -9"), "a place behind the camera"),
         8: (good.replace("1.6 4 ", "1.6 4000 "), "a 3D box over 100 m in size or 1000 m away"),
         9: (good.replace("1.6 9", "1.6 1e6"), "a 3D box over 100 m in size or 1000 m away"),
@@ -423,12 +430,25 @@ def test_labels_that_cannot_be_meant_are_told(scenes, tmp_path, capsys):
         (tmp_path / "training" / "label_2" / f"{i:06d}.txt").write_text(text)
     assert main(["inspect", "--data", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
     captured = capsys.readouterr()
-    assert "10 frames, 17 labelled objects, 3 DontCare regions" in captured.out
+    assert "10 frames, 19 labelled objects, 1 DontCare regions" in captured.out
     lines = captured.err.splitlines()
     assert len(lines) == len(bad)
     for line, (i, (_, fault)) in zip(lines, bad.items(), strict=True):
         assert line.startswith("rakd: warning: ")
         assert f"{i:06d}.txt: 1 of 2 objects: {fault}" in line
+
+
+def test_calibrations_of_other_images_are_told(scenes, tmp_path, capsys):
+    for name in ("image_2", "label_2"):
+        (tmp_path / "training").mkdir(exist_ok=True)
+        (tmp_path / "training" / name).symlink_to(scenes / "training" / name)
+    for frame in find_frames(scenes):
+        file = tmp_path / "training" / "calib" / f"{frame.id}.txt"
+        write_calibration(file, frame.read_calibration().resized(0.5, 0.5))
+    assert main(["inspect", "--data", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == sum(len(frame.read_labels()) > 0 for frame in find_frames(scenes))
+    assert all("overlaps the 2D box by less than 20%; is the calibration this frame's" in line for line in told)
 
 
 def test_malformed_labels_are_told_with_file_and_line(scenes, tmp_path, capsys):

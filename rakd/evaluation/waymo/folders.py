@@ -36,7 +36,8 @@ def read_waymo_folders(
         gt_dir: Folder of labels ``NNNNNN.txt`` with the number of lidar points in column 16. DontCare rows are skipped.
         pred_dir: Folder of result files, one for each frame.
         axes: "vehicle" takes boxes to the vehicle frame, by the calibrations beside ``gt_dir``. "camera" takes each row
-            as PCT does: the camera's (x, y, z) of the bottom centre as if z were up, in single precision.
+            as PCT does: the camera's (x, y, z) of the bottom centre as if z were up, in single precision, without the
+            annotated difficulty of column 17.
         frames: Frames to read instead of all in ``gt_dir``.
         progress: Show a progress bar when it takes more than two seconds.
 
@@ -62,6 +63,7 @@ def read_waymo_folders(
         named = label.types != "DontCare"
         if axes == "camera":
             named &= (label.boxes[:, 2] > label.boxes[:, 0]) & (label.boxes[:, 3] > label.boxes[:, 1])
+            difficulty = 0 * difficulty  # PCT's come from points alone
         transform = transforms.read(name) if axes == "vehicle" else None
         path = gt_dir / f"{name}.txt"
         truth.add(path, label.select(named), transform, points[named], difficulty[named])
