@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from rakd.data.frames import is_frame_name, read_split
-from rakd.data.labels import LABEL_COLUMNS, WAYMO_LABEL_COLUMNS
+from rakd.data.labels import LABEL_COLUMNS, WAYMO_LABEL_COLUMNS, is_label_row
 from rakd.errors import NotAFolderError, UserError
 from rakd.evaluation import report
 from rakd.evaluation.kitti import Overlaps, evaluate
@@ -119,6 +119,8 @@ class Evaluate:
         files += [] if self.out is None else [self.out / "evaluation.json"]
         for file in files:
             check_folder(file.parent, "--json" if file == self.json else "--out")
+        if self.split is not None and self.gt.is_file():
+            raise UserError("--split: expected folders as GT and PRED, since .bin files name no frames of a list")
         frames = None if self.split is None else read_split(self._split_file(self.split))
         if self.pred.is_dir():
             _check_scored(self.pred)
@@ -147,8 +149,9 @@ def _check_scored(folder: Path) -> None:
     empty = True
     for path in sorted(path for path in folder.glob("*.txt") if is_frame_name(path.stem)):
         for line in read_text(path, "a result file").splitlines():
-            columns = len(line.split())
-            if columns == WAYMO_LABEL_COLUMNS:
+            words = line.split()
+            columns = len(words)
+            if columns == WAYMO_LABEL_COLUMNS and is_label_row(words):
                 raise UserError(f"PRED: {path} holds labels of convert-waymo; are GT and PRED in each other's place?")
             if columns > LABEL_COLUMNS:
                 return

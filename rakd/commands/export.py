@@ -19,7 +19,8 @@ class Export:
 
     Inputs: image [1, 3, H, W] (RGB, 0..1, zeros right of and below the image), size [2] (width and height without the
     padding), projection [3, 4] (camera of the image as it was resized); all float32. Outputs, a row a detection, best
-    first: boxes, classes, scores, dimensions, location, rotation_y, alpha, as in KITTI's labels.
+    first: boxes (in pixels of the resized image), classes (0 Car, 1 Pedestrian, 2 Cyclist), scores, dimensions,
+    location, rotation_y, alpha, as in KITTI's labels. examples/onnx_model.py runs one without PyTorch.
     """
 
     detector: Annotated[Positional[str], arg(metavar="DETECTOR")]

@@ -36,6 +36,9 @@ class Predict:
     min_score: float = 0.1
     """Lowest score in pictures; result files hold all detections."""
 
+    pictures: bool = True
+    """Draw pictures; without them, result files alone, as for a whole data set."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on; auto takes a GPU if there is one."""
 
@@ -69,9 +72,11 @@ class Predict:
             write_objects(self.out / f"{path.stem}.txt", objects)
             scores = objects.scores
             shown = objects if scores is None else objects.select(scores >= self.min_score)
-            draw_frame(self.out / f"{path.stem}.png", pixels, calibration, [prediction_layer(shown)], title=path.stem)
+            if self.pictures:
+                picture = self.out / f"{path.stem}.png"
+                draw_frame(picture, pixels, calibration, [prediction_layer(shown)], title=path.stem)
             print(f"{path}: {len(objects)} objects, {len(shown)} of them with a score of {self.min_score:g} or more")
-        print(f"results and pictures are in {self.out}")
+        print(f"results{' and pictures' if self.pictures else ''} are in {self.out}")
 
     def _find_images(self) -> list[Path]:
         """The images, with those of folders in the order of their names."""
@@ -94,6 +99,6 @@ class Predict:
         calibrations = self.calib.iterdir() if self.calib.is_dir() else [self.calib]
         inputs = {path.resolve() for path in (*images, *calibrations)}
         for name in names:
-            for path in (self.out / f"{name}.txt", self.out / f"{name}.png"):
+            for path in (self.out / f"{name}{ending}" for ending in (".txt", ".png")[: 1 + self.pictures]):
                 if path.resolve() in inputs:
                     raise UserError(f"out must be another folder: {path}, which is an input, would be overwritten")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from rakd.data.frames import find_frames
-from rakd.data.labels import LABEL_COLUMNS, WAYMO_LABEL_COLUMNS, Objects, read_labels, read_results
+from rakd.data.labels import Objects, is_label_row, read_labels, read_results
 from rakd.errors import MissingFileError, UserError
 from rakd.files import check_folder, read_text
 from rakd.progress import bar
@@ -85,11 +85,10 @@ class Show:
 
 
 def _read_predictions(folder: Path, id_: str) -> Objects:
-    """Read a result file, or a label file given in its place (15 columns throughout; 17 of convert-waymo)."""
+    """Read a result file, or a label file given in its place."""
     path = folder / f"{id_}.txt"
     if not path.is_file():
         what = f"has no {path.name}, the results of frame {id_}" if folder.is_dir() else "is not a folder"
         raise MissingFileError(f"--pred: {folder} {what}")
-    kinds = (LABEL_COLUMNS, WAYMO_LABEL_COLUMNS)
-    is_labels = any(len(line.split()) in kinds for line in read_text(path, "a result file").splitlines())
-    return read_labels(path) if is_labels else read_results(path)
+    rows = [line.split() for line in read_text(path, "a result file").splitlines() if line.strip()]
+    return read_labels(path) if rows and all(map(is_label_row, rows)) else read_results(path)

@@ -51,11 +51,11 @@ class Train:
     batch_size: int = TrainSettings.batch_size
     """Frames a step, over all processes."""
 
-    learning_rate: float = TrainSettings.learning_rate
-    """Learning rate after the warm-up."""
+    learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Learning rate after the warm-up. Without it, the detector's own: 2e-4 for MonoDETR, 0.02 for the others."""
 
-    optimizer: Optimizer = TrainSettings.optimizer
-    """sgd (momentum 0.9) or adamw."""
+    optimizer: Annotated[Optimizer | None, arg(metavar="{sgd,adamw}")] = None
+    """sgd (momentum 0.9) or adamw. Without it, the detector's own: adamw for MonoDETR, sgd for the others."""
 
     schedule: Schedule = TrainSettings.schedule
     """steps: the rate falls to a tenth after 2/3 and 8/9 of the steps. cosine: it falls along a half cosine."""
@@ -102,8 +102,10 @@ class Train:
 
         check_folder(self.out, "--out")
         config = DETECTORS[self.detector]
-        own = {field.name for field in fields(self)}
-        settings = TrainSettings(**{f.name: getattr(self, f.name) for f in fields(TrainSettings) if f.name in own})
+        options = {f.name: getattr(self, f.name) for f in fields(TrainSettings) if hasattr(self, f.name)}
+        for name in ("optimizer", "learning_rate"):
+            options[name] = getattr(config, name) if options[name] is None else options[name]
+        settings = TrainSettings(**options)
         settings.warn_of_warm_up()
         with start_processes(self.device) as processes:
             data = kitti_layout(self.data, self.out / "data", processes)

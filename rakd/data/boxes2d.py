@@ -3,6 +3,7 @@
 Three classes: cars (with vans), pedestrians and cyclists. Other objects, DontCare regions among them, are background.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rakd.data.frames import Frame, find_frames
+from rakd.data.frames import Frame, find_frames, read_image_size
 from rakd.data.labels import Objects
 from rakd.errors import UserError
 from rakd.files import atomic_write, write_text
@@ -84,7 +85,7 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
         for frame in wanted:
             with atomic_write(out / "images" / split / frame.image.name) as temporary:
                 shutil.copyfile(frame.image, temporary)
-            height, width = frame.read_image().shape[:2]
+            width, height = read_image_size(frame.image)
             classes, boxes = _classes_and_boxes(frame.read_labels(), width, height)
             lines = []
             for label, (x1, y1, x2, y2) in zip(classes, boxes.tolist(), strict=True):
@@ -92,7 +93,7 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
                 lines.append(" ".join([str(label), *(f"{value:.6f}" for value in box)]) + "\n")
             write_text(out / "labels" / split / f"{frame.image.stem}.txt", "".join(lines))
     names = "".join(f"  {number}: {name}\n" for number, name in enumerate(CLASSES))
-    settings = f"path: {out}\ntrain: images/train\nval: images/val\nnames:\n{names}"
+    settings = f"path: {json.dumps(str(out))}\ntrain: images/train\nval: images/val\nnames:\n{names}"
     write_text(out / "data.yaml", settings)
     return out / "data.yaml"
 

@@ -19,6 +19,9 @@ from rakd.data.targets import CLASSES, PackedTargets, Targets, make_targets
 from rakd.errors import UserError
 from rakd.geometry import Calibration
 
+DIVISOR = 64
+"""Width and height of padded images are multiples of it unless a size is given: the coarsest stride of a detector."""
+
 _CACHE_BYTES = 1 << 30  # of images that a training keeps in memory
 
 
@@ -270,8 +273,8 @@ def check_widths(images: Iterable[Path], height: int, width: int | None) -> None
 
 
 def resized_width(size: tuple[int, int], height: int) -> int:
-    """The width in pixels that an image of ``size``, (width, height), has when it is resized to a height."""
-    return round(size[0] * height / size[1])
+    """The width, 1 pixel or more, that an image of ``size``, (width, height), has when it is resized to a height."""
+    return max(1, round(size[0] * height / size[1]))
 
 
 def make_sample(
@@ -313,7 +316,6 @@ def make_sample(
 def collate(
     samples: Sequence[Sample],
     *,
-    divisor: int = 32,
     size: tuple[int, int] | None = None,
     expert_size: tuple[int, int] | None = None,
 ) -> Batch:
@@ -321,8 +323,7 @@ def collate(
 
     Args:
         samples: At least one.
-        divisor: Width and height become multiples of it.
-        size: (width, height) to pad to instead, for batches that all have one shape.
+        size: (width, height) to pad to, for batches that all have one shape; None: multiples of `DIVISOR`.
         expert_size: The same for the expert's images, where samples bring them.
 
     Raises:
@@ -332,7 +333,7 @@ def collate(
     if not samples:
         raise ValueError("samples must hold at least one sample, got none")
     names = [sample.id for sample in samples]
-    images, sizes = _padded(names, [sample.image for sample in samples], divisor, size)
+    images, sizes = _padded(names, [sample.image for sample in samples], size)
     # A batch travels from worker to trainer: it should not carry each image twice.
     padded = [
         replace(sample, image=image[:, :height, :width], expert_image=None)
@@ -343,17 +344,17 @@ def collate(
     seen = [sample.expert_image for sample in samples if sample.expert_image is not None]
     if seen and len(seen) < len(samples):
         raise ValueError(f"samples must all bring an expert's image or none, got {len(seen)} of {len(samples)}")
-    expert_images = _padded(names, seen, divisor, expert_size)[0] if seen else None
+    expert_images = _padded(names, seen, expert_size)[0] if seen else None
     return Batch(images, sizes, padded, packed, expert_images)
 
 
 def _padded(
-    names: Sequence[str], images: Sequence[Tensor], divisor: int, size: tuple[int, int] | None
+    names: Sequence[str], images: Sequence[Tensor], size: tuple[int, int] | None
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """Images in one tensor, zeros right of and below each, and their (width, height)."""
     sizes = [(image.shape[2], image.shape[1]) for image in images]
     if size is None:
-        width, height = (-(-max(lengths) // divisor) * divisor for lengths in zip(*sizes, strict=True))
+        width, height = (-(-max(lengths) // DIVISOR) * DIVISOR for lengths in zip(*sizes, strict=True))
         size = (width, height)
     padded = images[0].new_zeros((len(images), 3, size[1], size[0]))
     for name, image, place, (width, height) in zip(names, images, padded, sizes, strict=True):

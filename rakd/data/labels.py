@@ -152,6 +152,12 @@ def concatenate(frames: Sequence[Objects]) -> Objects:
     return Objects(**columns)
 
 
+def is_label_row(words: Sequence[str]) -> bool:
+    """Whether a row's words are a label's: 15, or 17 where convert-waymo adds a count of points and a difficulty."""
+    added = words[LABEL_COLUMNS:]
+    return len(words) in (LABEL_COLUMNS, WAYMO_LABEL_COLUMNS) and all(word.isdigit() for word in added)
+
+
 def read_labels(path: Path) -> Objects:
     """Read a label file.
 

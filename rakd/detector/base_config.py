@@ -35,6 +35,8 @@ class BaseConfig:
         height: Height that images are resized to, pixels.
         width: Width that images are padded to, pixels; wider ones are an error. None: whatever they need.
         stride: Height and width are multiples of it.
+        optimizer: That ``rakd train`` takes where none is given, one of `rakd.training.settings.Optimizer`.
+        learning_rate: The same.
         has_scores: Whether the detector gives `rakd.detector.base.BaseDetector.class_scores`.
     """
 
@@ -42,6 +44,8 @@ class BaseConfig:
     height: int
     width: int | None
     stride: ClassVar[int] = 32
+    optimizer: ClassVar[str] = "sgd"
+    learning_rate: ClassVar[float] = 0.02
     has_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

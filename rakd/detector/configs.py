@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rakd.detector.base_config import BackboneConfig as BackboneConfig
@@ -26,6 +27,9 @@ class ProposalConfig:
         pre_nms_top_n: Best anchors of each level that enter suppression, in training and evaluation.
         post_nms_top_n: Proposals an image that leave it, in training and evaluation.
         nms_iou: Overlap at which the lesser proposal is suppressed.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
@@ -36,6 +40,14 @@ class ProposalConfig:
     pre_nms_top_n: tuple[int, int] = (2000, 1000)
     post_nms_top_n: tuple[int, int] = (2000, 1000)
     nms_iou: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "positive_iou", "negative_iou", "nms_iou")
+        if not self.negative_iou <= self.positive_iou:
+            raise ValueError(f"negative_iou must be at most positive_iou, {self.positive_iou}, got {self.negative_iou}")
+        for name in ("anchor_sizes", "aspect_ratios", "pre_nms_top_n", "post_nms_top_n"):
+            _check_positive(name, getattr(self, name))
+        _check_positive("sampled", (self.sampled,))
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,9 @@ class HeadConfig:
         score_limit: Detections below are dropped.
         nms_iou: Overlap at which the lesser detection of a class is suppressed.
         detections: Most an image.
+
+    Raises:
+        ValueError: A value is out of range.
     """
 
     sampled: int = 512
@@ -63,6 +78,24 @@ class HeadConfig:
     score_limit: float = 0.05
     nms_iou: float = 0.5
     detections: int = 50
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "positive_share", "positive_iou", "score_limit", "nms_iou")
+        for name in ("sampled", "width", "canonical_size", "detections"):
+            _check_positive(name, (getattr(self, name),))
+        if not (self.corner_weight >= 0 and isfinite(self.corner_weight)):
+            raise ValueError(f"corner_weight must be 0 or more, got {self.corner_weight}")
+
+
+def _check_shares(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must lie in 0..1, got {getattr(config, name)}")
+
+
+def _check_positive(name: str, values: tuple[float, ...]) -> None:
+    if not values or not all(value > 0 and isfinite(value) for value in values):
+        raise ValueError(f"{name} must be positive, got {', '.join(map(str, values)) or 'nothing'}")
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,22 @@ def mean_average_precision(
         0..1; NaN where there is no object at all.
 
     Raises:
-        ValueError: The numbers of images differ.
+        ValueError: The numbers of images, or of boxes, scores and labels in one, differ; a score is NaN; or there are
+            no thresholds.
 
     Source:
         pycocotools' COCOeval without crowds and areas.
     """
     if len(predictions) != len(targets):
         raise ValueError(f"predictions: expected {len(targets)} images as in targets, got {len(predictions)}")
+    if not thresholds:
+        raise ValueError("thresholds: expected at least one IoU, got none")
+    for i, boxes in enumerate(predictions):
+        counts = {name: len(boxes[name]) for name in ("boxes", "scores", "labels")}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"predictions: expected as many boxes as scores and labels, image {i} has {counts}")
+        if bool(torch.isnan(boxes["scores"]).any()):
+            raise ValueError(f"predictions: expected scores that are numbers, image {i} has NaN")
     classes = sorted({int(label) for target in targets for label in target["labels"]})
     if not classes:
         return float("nan")

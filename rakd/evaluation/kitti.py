@@ -1,6 +1,7 @@
 """Evaluation of KITTI results by the official rules: 2D boxes, orientation, bird's-eye view, 3D boxes."""
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,8 +173,10 @@ def _frame_names(gt_dir: Path, pred_dir: Path, frames: Sequence[str] | None) -> 
             raise UserError(f"gt_dir: {gt_dir} holds no label files NNNNNN.txt")
     else:
         names = [f"{frame}.txt" for frame in frames]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"frames must list at least one frame and none twice, got {len(names)}")
+        if not names:
+            raise ValueError("frames must list at least one frame, got none")
+        for twice in (frame for frame, count in Counter(frames).items() if count > 1):
+            raise ValueError(f"frames must list each frame once, {twice} stands there several times")
     for argument, folder in (("gt_dir", gt_dir), ("pred_dir", pred_dir)):
         there = {path.name for path in folder.iterdir()}
         missing = [name for name in names if name not in there]

@@ -3,7 +3,9 @@
 import json
 import math
 from functools import partial
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -77,8 +79,8 @@ def make_scenes(
     _write_splits(out, frames)
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):  # also NumPy's
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise UserError(f"{name} must be at least {least}, got {value}")

@@ -92,7 +92,7 @@ class Trainer:
         fingerprint: Plain values that say what is learned (such as the model's configuration), under other keys
             than "settings", "data" and "extended_from"; a run goes on only with the same.
         image_size: (width, height) that all images are padded to. None: each process's batch to the next multiple
-            of 32 of its largest image, which makes padding depend on the number of processes.
+            of 64 of its largest image, which makes padding depend on the number of processes.
         quiet: Show no progress bar.
         validation: Measures the model from time to time, which changes nothing that is learned, and keeps the best;
             of equals, the last.

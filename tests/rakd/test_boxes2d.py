@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -45,7 +46,10 @@ def test_items_are_images_and_pixel_boxes(scenes: Path) -> None:
 
 def test_yolo_labels_give_the_boxes_back(scenes: Path, tmp_path: Path) -> None:
     settings = write_yolo(scenes, tmp_path / "yolo").read_text(encoding="utf-8")
-    assert f"path: {tmp_path / 'yolo'}\n" in settings and "  2: Cyclist\n" in settings
+    assert f'path: "{tmp_path / "yolo"}"\n' in settings and "  2: Cyclist\n" in settings
+    # What follows a bare # is a comment in YAML, whose strings in quotes are JSON's.
+    odd = write_yolo(scenes, tmp_path / "a #1").read_text(encoding="utf-8")
+    assert json.loads(odd.splitlines()[0].removeprefix("path: ")) == str(tmp_path / "a #1")
     seen = 0
     for split in ("train", "val"):
         data = BoxDataset(scenes, split)
@@ -117,6 +121,12 @@ def test_average_precision_by_hand() -> None:
     assert torch.isnan(torch.tensor(mean_average_precision([_one([], [], [])], [_one([], [])])))
     with pytest.raises(ValueError, match="expected 1 images"):
         mean_average_precision([], truth)
+    with pytest.raises(ValueError, match="thresholds: expected at least one"):
+        mean_average_precision(twice, truth, [])
+    with pytest.raises(ValueError, match=r"as many boxes as scores and labels, image 0 has .*'scores': 1"):
+        mean_average_precision([_one([[0, 0, 10, 10]] * 2, [0, 0], [0.9])], truth)
+    with pytest.raises(ValueError, match="scores that are numbers, image 0 has NaN"):
+        mean_average_precision([_one([[0, 0, 10, 10]], [0], [float("nan")])], truth)
 
 
 def test_average_precision_beside_pycocotools() -> None:

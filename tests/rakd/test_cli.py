@@ -20,6 +20,7 @@ import rakd
 import rakd_ops
 from rakd import cli
 from rakd.cli import main
+from rakd.commands.show import _read_predictions
 from rakd.data.frames import find_frames, write_calibration
 from rakd.data.labels import write_objects
 from rakd.errors import MissingFileError, UserError
@@ -372,6 +373,20 @@ def test_show(scenes, results, tmp_path, capsys):
     assert f"--pred: {tmp_path} has no 000000.txt, the results of frame 000000" in capsys.readouterr().err
     assert main(["show", "--data", str(scenes), "--out", str(out), "--pred", str(tmp_path / "none")]) == 2
     assert "none is not a folder" in capsys.readouterr().err
+
+
+def test_result_files_of_other_tools_are_no_labels(tmp_path):
+    row = "Car 0 0 0 1 1 9 9 1 1 1 1 1 9 0"
+    for text, scores in (
+        (f"{row} 0.9 7\n", [0.9]),  # further columns are skipped
+        (f"{row}\n{row} 0.5\n", [0.5]),  # a row without a score is skipped
+        (f"{row} 120 2\n", None),  # convert-waymo's points and difficulty
+        (f"{row}\n", None),
+    ):
+        (tmp_path / "000000.txt").write_text(text)
+        objects = _read_predictions(tmp_path, "000000")
+        assert (objects.scores is None) == (scores is None)
+        assert scores is None or objects.scores.tolist() == scores
 
 
 def test_show_says_what_it_leaves_out(scenes, results, tmp_path, capsys):

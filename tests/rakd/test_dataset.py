@@ -11,7 +11,8 @@ from torchvision.ops import box_iou
 
 from rakd.data.augment import Augmentation, distort
 from rakd.data.frames import Frame, read_image
-from rakd.data.kitti import KittiDataset, collate
+from rakd.data.kitti import DIVISOR, KittiDataset, collate
+from rakd.detector.configs import DETECTORS
 from rakd.errors import UserError
 from rakd.geometry import box_corners, project_boxes
 from rakd.training.loading import make_loader
@@ -153,7 +154,7 @@ def test_distortion_changes_with_the_draws(plain):
 def test_collate_pads_images_of_different_sizes(scenes, plain):
     small = KittiDataset(scenes, "train", height=60)[1]
     batch = collate([plain[0], small])
-    assert batch.images.shape == (2, 3, 128, 416)
+    assert batch.images.shape == (2, 3, 128, 448)
     assert batch.sizes == [(414, 125), (199, 60)]
     torch.testing.assert_close(batch.images[1, :, :60, :199], small.image)
     for place, sample in enumerate((plain[0], small)):
@@ -162,6 +163,9 @@ def test_collate_pads_images_of_different_sizes(scenes, plain):
     assert batch.images[1, :, 60:].abs().sum() == batch.images[1, :, :, 199:].abs().sum() == 0
     assert [len(targets) for targets in batch.targets("cpu")] == [len(plain[0].targets), len(small.targets)]
     assert collate([small], size=(512, 256)).images.shape == (1, 3, 256, 512)
+    # MonoDETR's coarsest stride is 64.
+    assert {config.stride for config in DETECTORS.values()} == {32, 64}
+    assert all(DIVISOR % config.stride == 0 for config in DETECTORS.values())
 
 
 def test_an_experts_images_come_along(scenes):

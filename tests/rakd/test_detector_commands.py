@@ -116,7 +116,9 @@ def test_predict(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.Capture
     (images / "notes.txt").touch()
     (images / f"._{frames[0].image.name}").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves on other file systems
     arguments = ["predict", str(images), "--checkpoint", str(run / "detector.pt"), "--out", str(tmp_path / "again")]
-    assert main([*arguments, "--calib", str(frames[0].calib.parent), "--device", "cpu"]) == 0
+    options = ["--calib", str(frames[0].calib.parent), "--device", "cpu", "--no-pictures"]
+    assert main([*arguments, *options]) == 0
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {f"{frame.id}.txt" for frame in frames}
     for frame in frames:
         name = f"{frame.id}.txt"
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "out" / name).read_text()

@@ -1,7 +1,7 @@
 """Detectors that have a name, and the checks of their settings."""
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from detector_cases import LOSSES, MANY, images, losses
@@ -45,6 +45,29 @@ def test_the_papers_settings(name: str) -> None:
 def test_settings_are_checked(small_config: DetectorConfig, change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(small_config, **change)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("heads", {"score_limit": float("nan")}, r"score_limit must lie in 0..1, got nan"),
+        ("heads", {"nms_iou": -1.0}, r"nms_iou must lie in 0..1, got -1"),
+        ("heads", {"positive_share": 2.0}, r"positive_share must lie in 0..1, got 2"),
+        ("heads", {"detections": 0}, "detections must be positive, got 0"),
+        ("heads", {"canonical_size": -1.0}, "canonical_size must be positive, got -1"),
+        ("heads", {"corner_weight": -1.0}, "corner_weight must be 0 or more, got -1"),
+        ("proposals", {"sampled": 0}, "sampled must be positive, got 0"),
+        ("proposals", {"aspect_ratios": ()}, "aspect_ratios must be positive, got nothing"),
+        ("proposals", {"pre_nms_top_n": (100, 0)}, "pre_nms_top_n must be positive, got 100, 0"),
+        ("proposals", {"nms_iou": 1.5}, r"nms_iou must lie in 0..1, got 1.5"),
+        ("proposals", {"negative_iou": 0.8}, "negative_iou must be at most positive_iou, 0.7, got 0.8"),
+    ],
+)
+def test_settings_of_parts_are_checked(
+    small_config: DetectorConfig, part: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(getattr(small_config, part), **change)
 
 
 def test_the_number_of_anchor_sizes_is_checked(small_config: DetectorConfig) -> None:

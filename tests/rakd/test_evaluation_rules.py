@@ -137,7 +137,7 @@ def test_missing_files_and_folders(tmp_path):
         evaluate(empty, pred)
     with pytest.raises(ValueError, match="frames must list at least one"):
         evaluate(gt, pred, frames=[])
-    with pytest.raises(ValueError, match="none twice, got 2"):
+    with pytest.raises(ValueError, match="frames must list each frame once, 000000 stands"):
         evaluate(gt, pred, frames=["000000", "000000"])
 
 

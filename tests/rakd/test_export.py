@@ -6,6 +6,8 @@ import io
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from rakd.cli import main
 from rakd.commands.models import open_model
 from rakd.data.frames import find_frames
 from rakd.data.kitti import KittiDataset, Sample, collate
+from rakd.data.labels import read_results
 from rakd.detector import export
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
@@ -271,6 +274,28 @@ def test_predict_and_latency_take_the_model(
         rows = list(csv.DictReader(opened))
     assert [row["runs"] for row in rows] == ["eager", "onnxruntime", "onnxruntime"]
     assert [row["parameters"] != "" for row in rows] == [True, False, False]
+
+
+def test_the_example_needs_neither_torch_nor_rakd(file: Path, scenes: Path, tmp_path: Path) -> None:
+    frame = find_frames(scenes)[0]
+    options = ["--calib", str(frame.calib), "--checkpoint", str(file), "--device", "cpu", "--no-pictures"]
+    assert main(["predict", str(frame.image), *options, "--out", str(tmp_path)]) == 0
+    expected = read_results(tmp_path / f"{frame.id}.txt")
+    example = Path(__file__).parents[2] / "examples" / "onnx_model.py"
+    script = "import runpy, sys; sys.modules.update(torch=None, rakd=None); runpy.run_path(sys.argv.pop(1))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(example), str(file), str(frame.image), str(frame.calib)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) > 5 and [row[0] for row in rows] == expected.types.tolist()
+    assert expected.scores is not None
+    table = np.array([[float(value) for value in row[1:]] for row in rows])
+    places = (expected.boxes, expected.dimensions, expected.location, expected.rotation_y[:, None])
+    np.testing.assert_allclose(table, np.concatenate([expected.scores[:, None], *places], axis=1), atol=0.0051)
 
 
 def test_onnxruntime_without_a_gpu_beside_a_torch_that_has_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

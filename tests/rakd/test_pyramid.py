@@ -41,6 +41,7 @@ def test_backbones(name: str) -> None:
             {},
             "name must be a ResNet or a network with a sequence of features, got",
         ),
+        ("swin_t", {}, r"channels first, 'swin_t' has a map of \(1, 16, 16, 96\) for 64 x 64 pixels at 4"),
         ("mobilenet_v3_small", {"deformable": True}, "deformable needs a ResNet, got 'mobilenet_v3_small'"),
     ],
 )
@@ -76,11 +77,16 @@ def test_frozen_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     class Weights:
         """torchvision's entry for a network whose weights are at hand."""
 
-        DEFAULT: Any = SimpleNamespace(get_state_dict=lambda **_: torchvision.models.resnet18().state_dict())
+        DEFAULT: Any = SimpleNamespace(
+            get_state_dict=lambda **_: torchvision.models.resnet18().state_dict(),
+            transforms=lambda: SimpleNamespace(mean=[0.5] * 3, std=[0.25] * 3),
+        )
 
     monkeypatch.setattr(module, "get_model_weights", lambda name: Weights)
     pyramid = Pyramid("resnet18", "pretrained", 0, channels=8, frozen_norm=True).train()
     assert pyramid.init_source == "ImageNet weights"
+    # The preprocessing of these weights, such as efficientnet_v2_l's, and not of most.
+    assert pyramid.body.mean.tolist() == [[[0.5]]] * 3 and pyramid.body.std.tolist() == [[[0.25]]] * 3
     before = {name: value.clone() for name, value in pyramid.named_buffers()}
     assert before
     sum(feature.sum() for feature in pyramid(images()).values()).backward()
@@ -122,6 +128,12 @@ def test_backbones_of_timm(name: str) -> None:
     assert shapes == {"p2": (2, 8, 16, 32), "p3": (2, 8, 8, 16), "p4": (2, 8, 4, 8), "p5": (2, 8, 2, 4)}
     again = Pyramid(name, "random", 0, channels=8).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in pyramid.state_dict().items())
+
+
+@TIMM
+def test_a_network_of_timm_for_one_size() -> None:
+    with pytest.raises(ValueError, match="'swin_tiny_patch4_window7_224' fails on one of 64 x 64 pixels: Input height"):
+        Pyramid("swin_tiny_patch4_window7_224", "random", 0)
 
 
 @TIMM

@@ -10,7 +10,9 @@ import torch
 
 from rakd.cli import main
 from rakd.detector.files import load_detector
+from rakd.errors import UserError
 from rakd.study.results import read_run
+from rakd.training.settings import TrainSettings
 
 
 def options(scenes: Path, out: Path, **more: Any) -> list[str]:
@@ -30,6 +32,29 @@ def run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("train") / "run"
     assert main(options(scenes, out, validate_every=1)) == 0
     return out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--detector", "tiny"], ("sgd", 0.02)),
+        (["--detector", "monodetr-tiny"], ("adamw", 2e-4)),
+        (["--detector", "monodetr-tiny", "--optimizer", "sgd", "--learning-rate", "0.1"], ("sgd", 0.1)),
+    ],
+)
+def test_each_family_learns_as_its_own_unless_told(
+    words: list[str], expected: tuple[str, float], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[TrainSettings] = []
+
+    def stop(_: Any, __: Any, settings: TrainSettings, *___: Any, **____: Any) -> None:
+        taken.append(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr("rakd.training.trainer.Trainer", stop)
+    options = ["--data", str(scenes), "--out", str(tmp_path), "--device", "cpu"]
+    assert main(["train", *options, *words]) == 2
+    assert (taken[0].optimizer, taken[0].learning_rate) == expected
 
 
 def test_validation_is_that_of_the_detectors_then(run: Path) -> None:

@@ -147,6 +147,7 @@ def test_evaluate(converted, perfect, tmp_path, capsys):
         ([*words, "--iou", "papers", "papers"], "--iou: expected one or more names, each once"),
         (["evaluate", "--waymo", truth, truth, "--split", "val"], "are GT and PRED in each other's place?"),
         (["evaluate", "--waymo", truth, str(tmp_path / "no.bin")], "no.bin is not there"),
+        (["evaluate", "--waymo", __file__, __file__, "--split", "val"], "--split: expected folders as GT and PRED"),
     ):
         assert main(wrong) == 2
         assert message in capsys.readouterr().err

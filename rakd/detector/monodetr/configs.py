@@ -126,6 +126,8 @@ class MonoDETRConfig(BaseConfig):
     family: Literal["monodetr"] = "monodetr"
 
     stride: ClassVar[int] = 64
+    optimizer: ClassVar[str] = "adamw"
+    learning_rate: ClassVar[float] = 2e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
