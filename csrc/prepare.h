@@ -3,7 +3,7 @@
 //   row = (image, x1, y1, x2, y2, w_1 .. w_L)      w_l = factor * box weight * level weight
 //
 // All later steps read these rows and nothing else of boxes, weights or the level rule. A box that is not finite, that
-// is turned around, or whose image does not exist gets image -1 and zeros: every later step skips it in the same way.
+// is inverted, or whose image does not exist gets image -1 and zeros: every later step skips it in the same way.
 #pragma once
 
 #include <cstring>

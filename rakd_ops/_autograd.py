@@ -81,7 +81,7 @@ def _double_backward_guard() -> None:
         )
 
 
-def _needs_no_function(maps: Sequence[Tensor]) -> bool:
+def _skips_autograd_function(maps: Sequence[Tensor]) -> bool:
     """Whether the op alone will do: without gradients under ``torch.compile``.
 
     Dynamo there calls ``forward`` itself, and leaves its ``ctx`` out where the number of maps makes the arguments as
@@ -115,7 +115,7 @@ def _loss_alone(
     return total if reduce else losses
 
 
-class _DistillTotal(torch.autograd.Function):
+class _GradientInForward(torch.autograd.Function):
     """Sum of the losses; the gradient is computed with the loss and only scaled on the way back."""
 
     @staticmethod
@@ -160,7 +160,7 @@ class _DistillTotal(torch.autograd.Function):
         return None, None, None, None, None, *_place_gradients(scaled, ctx.wanted, ctx.levels)
 
 
-class _DistillPerBox(torch.autograd.Function):
+class _GradientInBackward(torch.autograd.Function):
     """Losses per box, or their sum; the gradient is computed on the way back, when its scale is known.
 
     For ``reduction="none"``, and for float16: gradients of a mean over boxes and channels lie below float16's range
@@ -231,16 +231,16 @@ def distill(inputs: Distillation, options: RoIOptions, reduction: str, backend: 
     geometry = options.for_distill()
     wanted = (any(m.requires_grad for m in inputs.apprentice), any(m.requires_grad for m in inputs.expert))
     differentiated = torch.is_grad_enabled() and any(wanted)
-    if _needs_no_function(maps):
+    if _skips_autograd_function(maps):
         pyramids = inputs.apprentice, inputs.expert
         return _loss_alone(*pyramids, rows, index, geometry, backend, reduce=reduction != "none")
-    taught = (*(inputs.apprentice if wanted[0] else ()), *(inputs.expert if wanted[1] else ()))
-    if not differentiated or reduction == "none" or any(m.dtype == torch.float16 for m in taught):
+    differentiated_maps = (*(inputs.apprentice if wanted[0] else ()), *(inputs.expert if wanted[1] else ()))
+    if not differentiated or reduction == "none" or any(m.dtype == torch.float16 for m in differentiated_maps):
         arguments = (rows, index, geometry, wanted, backend, reduction != "none")
         if differentiated:
-            return _DistillPerBox.apply(*arguments, *_clone_inference_tensors(maps))
-        return _DistillPerBox.apply(*arguments, *maps)
-    return _DistillTotal.apply(rows, index, geometry, wanted, backend, *maps)
+            return _GradientInBackward.apply(*arguments, *_clone_inference_tensors(maps))
+        return _GradientInBackward.apply(*arguments, *maps)
+    return _GradientInForward.apply(rows, index, geometry, wanted, backend, *maps)
 
 
 def align(maps: list[Tensor], boxes: BoxInputs, options: RoIOptions, backend: str) -> Tensor:
@@ -248,6 +248,6 @@ def align(maps: list[Tensor], boxes: BoxInputs, options: RoIOptions, backend: st
     _refuse_transforms()
     rows, index = prepare(boxes, options, backend)
     geometry = options.for_align()
-    if _needs_no_function(maps):
+    if _skips_autograd_function(maps):
         return op("align", backend)(maps, rows, index, *geometry)
     return _Align.apply(rows, index, geometry, backend, *maps)

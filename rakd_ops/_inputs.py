@@ -2,7 +2,7 @@
 
 Only shapes, dtypes and devices are looked at here. Values of boxes and weights are read where they are read anyway, by
 ``prepare_boxes``; where that op finds a fault on the CPU, :func:`refuse_values` words the error. On other devices, and
-under ``torch.compile``, faulty boxes count zero, since looking would wait for the device.
+under ``torch.compile``, faulty boxes contribute zero, since looking would wait for the device.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def check_pyramid(groups: tuple[tuple[str, str, tuple[tuple[int, int], ...], tup
                 )
 
 
-def _plain(name: str, rows: Any) -> Any:
+def _to_xyxy(name: str, rows: Any) -> Any:
     """Return boxes of ``torchvision.tv_tensors`` as a plain tensor (x1, y1, x2, y2), by the format they carry."""
     if type(rows) is Tensor or not isinstance(rows, Tensor) or not hasattr(rows, "canvas_size"):
         return rows
@@ -178,7 +178,7 @@ def _check_numbers(name: str, values: Any, device: torch.device | None) -> Tenso
 
 
 def _check_box_tensor(name: str, boxes: Any, columns: int, device: torch.device | None) -> Tensor:
-    checked = _check_numbers(name, _plain(name, boxes), device)
+    checked = _check_numbers(name, _to_xyxy(name, boxes), device)
     if checked.dim() != 2 or checked.shape[1] != columns:
         raise ValueError(f"{name}: expected shape [K, {columns}], {BOX_LAYOUTS[columns]}, got {list(checked.shape)}")
     return checked

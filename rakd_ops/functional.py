@@ -66,7 +66,7 @@ def soft_roi_distill(
             of one ``[K_b, 4]`` per image; any real dtype. Boxes of ``torchvision.tv_tensors`` are read by the format
             they carry. Data: no gradient flows to them.
         strides: Pixels per cell of each of the apprentice's maps, increasing.
-        expert_strides: Number of the boxes' pixels that one cell of each expert map covers; default ``strides``.
+        expert_strides: Pixels of the apprentice's images per cell of the expert's maps; default ``strides``.
         output_size: Bins of RoIAlign: one integer, or (height, width).
         sampling_ratio: Samples per bin and axis; 0 adapts to the box, ``ceil(box size in cells / bins)``.
         assignment: ``"soft"`` (Gaussian over levels, the paper's SFA), ``"hard"`` (one level, HFA) or ``"uniform"``
@@ -85,7 +85,7 @@ def soft_roi_distill(
     Raises:
         ValueError: A shape, value, device or name is wrong, or a gradient with respect to boxes is asked for. Values of
             boxes and weights on a GPU are not looked at, since that would wait for the device: there, a box whose
-            batch index is no image's, or that is not finite or turned around, counts zero (and counts in the mean), as
+            batch index is no image's, or that is not finite or inverted, contributes zero (and counts in the mean), as
             does a weight that is not finite.
         TypeError: An argument has the wrong type or dtype.
         RuntimeError: The backend asked for cannot run; or a box on the CPU is invalid under ``torch.compile``, where

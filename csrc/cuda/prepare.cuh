@@ -1,6 +1,6 @@
 // Preparation of boxes on the GPU: one launch turns boxes, box weights and level weights as the caller has them into
-// the rows of ../prepare.h, and sorts box numbers by image. A box that is wrong counts zero; its values are not looked
-// at on the host, which would wait for the device.
+// the rows of ../prepare.h, and sorts box numbers by image. A box that is wrong contributes zero; its values are not
+// looked at on the host, which would wait for the device.
 #pragma once
 
 #include "elements.cuh"

@@ -99,7 +99,7 @@ struct BuildTables {
   Numbers factor;                 // of all weights: [K], or one number (stride 0); data == nullptr: 1
 };
 
-// The samples of a box along one axis. Prepared rows are finite and not turned around; rows of a caller of the raw op
+// The samples of a box along one axis. Prepared rows are finite and not inverted; rows of a caller of the raw op
 // may be anything, and then have no samples.
 RAKD_HD AxisSamples box_samples(const double* row, int axis, double stride, int32_t bins, int32_t sampling_ratio) {
   const double low = axis == 0 ? row[2] : row[1], high = axis == 0 ? row[4] : row[3];

@@ -22,7 +22,7 @@ _SEED = re.compile(r"-seed\d+$")
 class Compare:
     """Print the metrics of finished runs side by side: means, and standard deviations over seeds.
 
-    Reads result.json of each trained model. Models whose folders differ in -seedN only make one column.
+    Reads result.json of each trained model. Folders that differ only in -seedN share a column.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...", help_behavior_hint="(required)")]

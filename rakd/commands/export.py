@@ -10,7 +10,7 @@ from rakd.errors import UserError
 
 # Of the detections, found by one side alone. Rounding tips a suppression whose overlap lies at its very limit; with
 # random weights, of whose boxes hundreds overlap, that happened to 1 of 100 (kitti-r50).
-MOST_ALONE = 0.05
+MAX_UNMATCHED = 0.05
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Export:
             size = temporary.stat().st_size / 1e6
             worst = ", ".join(f"{name} {value:.2g}" for name, value in found.worst.items())
             told = f"{found.detections} detections in {len(samples)} frames, {found.unmatched} found by one side alone"
-            if found.unmatched > MOST_ALONE * found.detections or max(found.worst.values()) > self.tolerance:
+            if found.unmatched > MAX_UNMATCHED * found.detections or max(found.worst.values()) > self.tolerance:
                 raise UserError(
                     f"the model differs from PyTorch by more than --tolerance, {self.tolerance:g}, and is not kept: "
                     f"{told}; largest differences: {worst}"

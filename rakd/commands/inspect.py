@@ -99,9 +99,9 @@ def doubtful(objects: Objects, calibration: Calibration, size: tuple[int, int]) 
         f"a 3D box over {_MAX_SIZE:g} m in size or {_MAX_DISTANCE:g} m away": objects.has_box_3d & huge,
         "a place behind the camera": objects.has_box_3d & (objects.location[:, 2] <= 0),
         "an angle beyond half a turn": objects.has_box_3d & (np.abs(objects.rotation_y) > _HALF_TURN),
-        "an alpha that is not rotation_y - atan2(x, z)": objects.has_box_3d & (turned > _MOST_TURNED),
-        f"a 3D box whose image overlaps the 2D box by less than {_LEAST_OVERLAP:.0%}; is the calibration this "
-        "frame's, and for images of this size?": objects.has_box_3d & (width > 0) & (overlap < _LEAST_OVERLAP),
+        "an alpha that is not rotation_y - atan2(x, z)": objects.has_box_3d & (turned > _MAX_ALPHA_ERROR),
+        f"a 3D box whose image overlaps the 2D box by less than {_MIN_OVERLAP:.0%}; is the calibration this "
+        "frame's, and for images of this size?": objects.has_box_3d & (width > 0) & (overlap < _MIN_OVERLAP),
     }
     counts = {fault: int(np.count_nonzero(rows)) for fault, rows in faults.items()}
     return [f"{count} of {len(objects)} objects: {fault}" for fault, count in counts.items() if count]
@@ -119,7 +119,7 @@ def _overlaps(objects: Objects, calibration: Calibration, size: tuple[int, int])
 
 
 # KITTI's labels: alphas are within 0.1 but for 13 of 40,570; overlaps of 401 real and 2,597 rendered ones over 39 %.
-_MOST_TURNED, _LEAST_OVERLAP = 0.2, 0.2
+_MAX_ALPHA_ERROR, _MIN_OVERLAP = 0.2, 0.2
 _HALF_TURN = np.pi + 0.01  # files round to two digits
 _MAX_SIZE, _MAX_DISTANCE = 100.0, 1000.0  # metres; a tram of two cars is under 60 long
 

@@ -60,7 +60,7 @@ class Predict:
         check_folder(self.out, "--out")
         device = choose_device(self.device)
         detector = open_model(self.checkpoint, device, needed=self.device == "cuda")
-        # What is wrong with the last image is said before the first detection.
+        # All images are checked before the first detection.
         check_widths(images, detector.config.height, detector.config.width)
         calibrations = [
             read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib) for path in images

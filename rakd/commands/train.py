@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Train:
     """Train a detector, such as an expert, and write its weights and its detections.
 
-    Writes detector.pt, log.csv, log.jsonl, detections/NNNNNN.txt, result.json and config.json (these options) to the
-    run's folder, and prints the evaluation. An interrupted run is continued by repeating the command; on several GPUs
-    or machines start it with torchrun.
+    Writes detector.pt, checkpoint.pt (to go on from), log.csv, log.jsonl, detections/NNNNNN.txt, result.json and
+    config.json (these options) to the run's folder, and prints the evaluation. An interrupted run is continued by
+    repeating the command; on several GPUs or machines start it with torchrun.
     """
 
     data: Annotated[Path, arg(metavar="DIR")]

@@ -163,7 +163,8 @@ DETECTORS: dict[str, BaseConfig] = {
 }
 """Detectors by name: ``kitti-r18`` (apprentice) and ``kitti-r50`` (expert) have the paper's settings, ``waymo-r18`` and
 ``waymo-r50`` the same on images 768 x 512; ``tiny``, ``tiny-expert`` and ``small`` are for a processor and minutes:
-they start from random weights. ``tiny-lite0`` starts from ImageNet weights out of a package (extra ``pretrained``).
+they start from random weights. ``tiny-lite0`` and ``small-lite0`` start from ImageNet weights out of a package (extra
+``pretrained``).
 Those named ``monodetr-...``: see `rakd.detector.monodetr.configs.MONODETRS`."""
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The detector: MonoRCNN++ in outline (arXiv 2104.03775 and its successor), on torchvision's parts.
+"""The detector: a simplified MonoRCNN++ (arXiv 2104.03775 and its successor) of torchvision's components.
 
 Images → `rakd.detector.pyramid` → p2 .. p5 → `rakd.detector.proposals` → pooling by `rakd_ops.multilevel_roi_align` →
 box head → suppression → pooling of what is left → attribute and distance heads → `rakd.detector.decode`.

@@ -1,4 +1,4 @@
-"""What a detector costs: time for one image, operations, parameters."""
+"""Cost of a detector: time for one image, operations, parameters."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -19,7 +19,7 @@ from rakd.errors import UserError
 from rakd.progress import bar
 
 Model = BaseDetector | OnnxDetector
-"""What can be timed."""
+"""Models that can be timed."""
 
 
 @dataclass(frozen=True)

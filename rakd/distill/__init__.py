@@ -27,8 +27,8 @@ Regions = Literal["proposals", "objects", "expert"]
 objects, the labelled boxes, or the boxes of an expert's queries that lie on objects."""
 
 Rescale = bool | Literal["both"]
-"""Whose maps are brought to a root mean square of 1 before they are compared: nobody's, the expert's alone (True), or
-those of both networks."""
+"""Networks whose maps are brought to a root mean square of 1 before they are compared: none, the expert alone (True),
+or both."""
 
 _LAZY = {
     "Distiller": "rakd.distill.distiller",

@@ -62,7 +62,7 @@ class ChannelAdapters(nn.Module):
 
 
 def _adapt(adapter: nn.Module, feature: Tensor) -> Tensor:
-    """Apply an adapter in the map's dtype: autocast of the model alone makes maps of another than the weights'."""
+    """Apply an adapter in the map's dtype, which differs from the weights' where autocast covered the model alone."""
     if not isinstance(adapter, nn.Conv2d):
         return feature
     dtype = feature.dtype

@@ -25,7 +25,7 @@ class Setup:
 
     Attributes:
         strides: Pixels per cell of the apprentice's maps.
-        expert_strides: Of the boxes' pixels, per cell of the expert's maps.
+        expert_strides: Pixels of the apprentice's images per cell of the expert's maps.
         expert_channels: Per level.
         apprentice_channels: Per level.
         batch_size: Images in every batch of a process; None: not known.
@@ -72,8 +72,8 @@ class DistillationMethod(nn.Module):
     """Whether it takes ``scores``, the expert's class logits."""
 
     expert_strides: tuple[float, ...] | None = None
-    """Of the boxes' pixels, per cell of the expert's maps, where the method uses them. A distiller that finds them at
-    its first step sets them."""
+    """Pixels of the apprentice's images per cell of the expert's maps, where the method uses them. A distiller that
+    finds them at its first step sets them."""
 
     def __init__(self, *, adapter: ChannelAdapters | None = None) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ class Level:
     channels: int
     stride: float
     rms: float
-    expert_size: tuple[int, int]
+    expert_map_size: tuple[int, int]
     expert_channels: int
     expert_stride: float
     expert_rms: float
@@ -62,7 +62,7 @@ class Report:
                 str(level.channels),
                 f"{level.stride:g}",
                 f"{level.rms:.2g}",
-                f"{level.expert_size[0]}×{level.expert_size[1]}",
+                f"{level.expert_map_size[0]}×{level.expert_map_size[1]}",
                 str(level.expert_channels),
                 f"{level.expert_stride:g}",
                 f"{level.expert_rms:.2g}",
@@ -257,7 +257,7 @@ def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, se
     return rows
 
 
-def warn_of_other_scales(levels: Sequence[Level]) -> None:
+def warn_of_large_apprentice_maps(levels: Sequence[Level]) -> None:
     """Warn where the apprentice itself would have to change its maps' scale to imitate an expert's that is rescaled.
 
     Where channels differ an adapter does. 4 lies between the apprentices of docs/evidence.md: one of 2 gained by
@@ -274,16 +274,16 @@ def warn_of_other_scales(levels: Sequence[Level]) -> None:
         )
 
 
-def warn_of_equal_weights(rows: Tensor, strides: Sequence[float], facts: Mapping[str, Any], remedy: bool) -> Tensor:
+def warn_of_equal_weights(rows: Tensor, strides: Sequence[float], options: Mapping[str, Any], advise: bool) -> Tensor:
     """Compute the soft weights per box and level, and warn where they are the same for boxes of all sizes.
 
     Levels of one stride, as a transformer's layers have, count each box once: methods without level weights take them.
     """
     if any(fine >= coarse for fine, coarse in pairwise(strides)):
         return torch.ones(len(rows), len(strides), device=rows.device)
-    known = {name: facts[name] for name in ("sigma", "canonical_size", "canonical_level") if name in facts}
+    known = {name: options[name] for name in ("sigma", "canonical_size", "canonical_level") if name in options}
     weights = level_weights(rows, strides=strides, **known)
-    if remedy and len(rows) >= 4 and len(strides) > 1:
+    if advise and len(rows) >= 4 and len(strides) > 1:
         sides = ((rows[:, 3] - rows[:, 1]) * (rows[:, 4] - rows[:, 2])).clamp(min=0).sqrt()
         if float(sides.max()) > 2 * float(sides.min()) and bool((weights == weights[0]).all()):
             middle = float(sides.median())

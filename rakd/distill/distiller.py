@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rakd.distill import Rescale
 from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
-from rakd.distill.checks import Report, check_learns, warn_of_other_scales
+from rakd.distill.checks import Report, check_learns, warn_of_large_apprentice_maps
 from rakd.distill.finite import FiniteCheck
 from rakd.distill.hooks import Names
 from rakd.distill.hooks import tap as tap
@@ -19,7 +19,7 @@ from rakd.distill.optim import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
 from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
-from rakd.distill.step import Facts, Step, check_form, check_sizes, image_batch, inspect
+from rakd.distill.step import PartialSetup, Step, check_form, check_sizes, image_batch, inspect
 from rakd.distributed import GradientAverage
 
 
@@ -53,7 +53,7 @@ class Distiller(Lifecycle):
         scores: Names of the expert's modules that give class logits, for methods that take them.
         strides: Pixels per cell of the apprentice's maps, fine to coarse. Default: found at the first step, as are the
             next three.
-        expert_strides: Of the boxes' pixels, per cell of the expert's maps.
+        expert_strides: Pixels of the apprentice's images per cell of the expert's maps.
         expert_channels: Per level.
         apprentice_channels: Per level.
         rescale: "both" brings each map of both networks to a root mean square of 1 before they are compared, so that
@@ -138,7 +138,7 @@ class Distiller(Lifecycle):
         self._rescale = rescale
         self._scale = UnitScale() if rescale else None
         self._energy = RunningEnergy() if normalize else None
-        self._facts = Facts.of(strides, expert_strides, expert_channels, apprentice_channels, batch_size)
+        self._facts = PartialSetup.of(strides, expert_strides, expert_channels, apprentice_channels, batch_size)
         self._method_name = method if isinstance(method, str) else None
         self._options = options
         self._adapters, self._seed = adapters, seed
@@ -243,8 +243,9 @@ class Distiller(Lifecycle):
     ) -> Report:
         """See whether levels, strides, channels and boxes fit each other; ``print`` shows a small table.
 
-        Makes what the method learns, if the first step has not. Where the apprentice's maps are hooked and have not
-        been noted, runs it in eval mode, but for batch normalisation that trains, which keeps its statistics.
+        Creates the method's parameters if the first step has not. Where hooks take the apprentice's maps and none are
+        stored, the apprentice runs once in eval mode; its batch normalisation, where it trains, uses the batch's
+        statistics, and keeps its own as they were.
 
         Args:
             images: See `forward`, as all others.
@@ -346,7 +347,7 @@ class Distiller(Lifecycle):
         form = (self.box_format, self.normalized)
         report = inspect(step, self._facts, self._options, form, advise=soft)
         if self._rescale is True:
-            warn_of_other_scales(report.levels)
+            warn_of_large_apprentice_maps(report.levels)
         return report
 
     def _weighted(self, step: Step, task_loss: Tensor | None, *, update: bool) -> Tensor:

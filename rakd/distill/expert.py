@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill.cache import FeatureCache, fingerprint
-from rakd.distill.hooks import Enough, FeatureHooks, Names, check_function, run_for_maps, unwrap, version
+from rakd.distill.hooks import FeatureHooks, Names, StopForward, check_function, run_for_maps, unwrap, version
 from rakd.distill.outputs import Layout, find_maps
 from rakd.distill.scale import mean_square
 
@@ -130,7 +130,7 @@ class Expert:
             self._run = torch.compile(run, **(compiled if isinstance(compiled, dict) else {}))
         # A compiled network cannot be left in the middle.
         plain = not compiled and all(not hasattr(root, "_orig_mod") for root in self.roots)
-        self._leave_early = named and plain
+        self._stops_early = named and plain
         self._ran_whole = False
         self.prepare()
 
@@ -257,22 +257,22 @@ class Expert:
             if hooks.closed:
                 hooks.open()
             hooks.clear()
-        if not self._leave_early:
+        if not self._stops_early:
             self._run(images)
         elif not self._ran_whole:  # to see whether each module runs once
             run_for_maps(self._run, images, groups)
-            self._leave_early, self._ran_whole = not any(hooks.repeated for hooks in groups), True
+            self._stops_early, self._ran_whole = not any(hooks.repeated for hooks in groups), True
         else:
-            self._leave(images, groups)
+            self._run_until_ready(images, groups)
         return self.hooks.take()
 
-    def _leave(self, images: Tensor, groups: Sequence[FeatureHooks]) -> None:
+    def _run_until_ready(self, images: Tensor, groups: Sequence[FeatureHooks]) -> None:
         """Run until all maps are there."""
         for hooks in groups:
             hooks.stop_when = lambda: all(g.ready for g in groups)
         try:
             self._run(images)
-        except Enough:
+        except StopForward:
             pass
         finally:
             for hooks in groups:

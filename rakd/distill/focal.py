@@ -24,7 +24,7 @@ class FocalAttentionDistillation(DistillationMethod):
     and levels are summed.
 
     Args:
-        expert_strides: Of the boxes' pixels, per cell of the expert's maps.
+        expert_strides: Pixels of the apprentice's images per cell of the expert's maps.
         temperature: T.
         foreground: Weight. The defaults are those of one-stage detectors; Faster R-CNN: 5e-5, 2.5e-5, 5e-5.
         background: Weight.

@@ -20,7 +20,7 @@ Names = str | tuple[str, str] | Sequence[str | tuple[str, str]]
 """Module names; ``"input:NAME"`` or ``(NAME, "input")`` means what the module is given."""
 
 
-class Enough(BaseException):
+class StopForward(BaseException):
     """Raised by the last of a network's hooks where the rest of its forward is not needed.
 
     A network's own ``except Exception`` does not stop it.
@@ -155,7 +155,7 @@ class FeatureHooks:
     def __init__(self, network: nn.Module, names: Names, argument: str) -> None:
         self.argument = argument
         self.whole = False  # what is noted is of one forward of the network
-        self.stop_when: Callable[[], bool] | None = None  # raise `Enough` in the network when this holds
+        self.stop_when: Callable[[], bool] | None = None  # raise `StopForward` in the network when this holds
         self.names = [parse_name(argument, name) for name in list_names(names)]
         if not self.names:
             raise ValueError(f"{argument}: expected at least one name of a module, got none")
@@ -206,7 +206,7 @@ class FeatureHooks:
         if not compiling:
             self.versions[key] = _versions(value)
             if self.stop_when is not None and self.stop_when():
-                raise Enough
+                raise StopForward
 
     @property
     def ready(self) -> bool:

@@ -16,7 +16,7 @@ from rakd.distill.methods import make_method
 from rakd.distill.optim import add_parameters
 from rakd.distill.outputs import Layout
 from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale
-from rakd.distill.step import Facts
+from rakd.distill.step import PartialSetup
 from rakd.distributed import GradientAverage
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Lifecycle(nn.Module):
     _options: dict[str, Any]
     _adapters: bool
     _seed: int
-    _facts: Facts
+    _facts: PartialSetup
     _weight: float | TaskShare
     _rescale: Rescale
     _scale: UnitScale | None
@@ -149,7 +149,7 @@ class Lifecycle(nn.Module):
 
     @property
     def _scales(self) -> list[UnitScale | RunningEnergy | TaskShare]:
-        """What is measured in training steps."""
+        """Scales that are measured in training steps."""
         share = self._weight if isinstance(self._weight, TaskShare) else None
         return [scale for scale in (self._scale, self._energy, share) if scale is not None]
 
@@ -246,7 +246,7 @@ class Lifecycle(nn.Module):
                 f"{self._measured[name]!r}; to measure anew, start without the saved state, or give a number as weight"
             )
         if self.method is None or not self._facts.complete:
-            self._facts = self._facts.filled(Facts.load(content["facts"]))
+            self._facts = self._facts.filled(PartialSetup.load(content["facts"]))
         if self.method is None and self._facts.complete:
             self._build()
         if self._scale is not None:
@@ -258,7 +258,7 @@ class Lifecycle(nn.Module):
 
     @property
     def _measured(self) -> dict[str, Any]:
-        """What the scales of the loss depend on."""
+        """Settings that the loss's scales depend on."""
         method = self._method_name or type(self.method).__name__
         return {"method": method, "normalize": self._energy is not None}
 

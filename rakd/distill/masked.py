@@ -50,7 +50,7 @@ class BoxMaskedL2(WeightedL2):
     The same regions as RAKD's, but all levels alike, no resampling, and large boxes count by their area.
 
     Args:
-        expert_strides: Of the boxes' pixels, per cell of the expert's maps.
+        expert_strides: Pixels of the apprentice's images per cell of the expert's maps.
         adapter: Brings the apprentice's maps to the expert's channels.
 
     Source:

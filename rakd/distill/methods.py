@@ -14,7 +14,7 @@ from rakd.distill.base import DistillationMethod, Setup
 from rakd.distill.maps import check_channels
 from rakd.distill.registry import METHODS, find_method
 
-_FACTS = ("canonical_size", "canonical_level", "backend")
+_COMMON_OPTIONS = ("canonical_size", "canonical_level", "backend")
 """Settings that belong to a detector or a machine: given for all methods, taken by those that know them."""
 
 
@@ -59,7 +59,7 @@ def make_method(
     spec = METHODS[name]
     cls = spec.load()
     taken = cls.option_names()
-    options = {key: value for key, value in options.items() if key not in _FACTS or key in taken}
+    options = {key: value for key, value in options.items() if key not in _COMMON_OPTIONS or key in taken}
     steps = tuple(float(stride) for stride in strides)
     setup = Setup(
         strides=steps,
@@ -84,8 +84,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     own = [
         option
         for option in spec.load().option_names()
-        if option not in (*_FACTS, *spec.options, *Setup.__dataclass_fields__, "channels")
+        if option not in (*_COMMON_OPTIONS, *spec.options, *Setup.__dataclass_fields__, "channels")
     ]
     for option in options:
-        if option not in own and option not in _FACTS:
-            raise ValueError(f"{option}: {spec.label} takes no such option; it takes {', '.join((*own, *_FACTS))}")
+        if option not in own and option not in _COMMON_OPTIONS:
+            known = ", ".join((*own, *_COMMON_OPTIONS))
+            raise ValueError(f"{option}: {spec.label} takes no such option; it takes {known}")

@@ -72,8 +72,8 @@ def _numbers(argument: str, strides: Any) -> tuple[float, ...] | None:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts of the two networks; None: to be found at the first step."""
+class PartialSetup:
+    """PartialSetup of the two networks; None: to be found at the first step."""
 
     strides: tuple[float, ...] | None = None
     expert_strides: tuple[float, ...] | None = None
@@ -82,7 +82,9 @@ class Facts:
     batch_size: int | None = None
 
     @classmethod
-    def of(cls, strides: Any, expert_strides: Any, expert: Any, apprentice: Any, batch_size: int | None) -> "Facts":
+    def of(
+        cls, strides: Any, expert_strides: Any, expert: Any, apprentice: Any, batch_size: int | None
+    ) -> "PartialSetup":
         """Read the constructor's arguments."""
         found = _numbers("strides", strides)
         levels = 0 if found is None else len(found)
@@ -92,7 +94,7 @@ class Facts:
         ]
         return cls(found, _numbers("expert_strides", expert_strides), channels[0], channels[1], batch_size)
 
-    def of_method(self, method: nn.Module) -> "Facts":
+    def of_method(self, method: nn.Module) -> "PartialSetup":
         """Take over the strides of a method that was made already."""
         known = replace(self, expert_strides=getattr(method, "expert_strides", None) or self.expert_strides)
         if not isinstance(method, RegionDistillation):
@@ -105,10 +107,10 @@ class Facts:
         """Whether a method can be made: the expert's strides default to the apprentice's."""
         return None not in (self.strides, self.expert_channels, self.apprentice_channels)
 
-    def completed(self, step: "Step") -> "Facts":
+    def completed(self, step: "Step") -> "PartialSetup":
         """Find what is missing from a step's images and maps."""
         strides = self.strides or find_strides("strides", step.apprentice, step.known_size)
-        return Facts(
+        return PartialSetup(
             strides,
             self.expert_strides or step.find_expert_strides(strides),
             self.expert_channels or tuple(m.shape[1] for m in step.expert.values()),
@@ -116,7 +118,7 @@ class Facts:
             self.batch_size or step.images,
         )
 
-    def filled(self, other: "Facts") -> "Facts":
+    def filled(self, other: "PartialSetup") -> "PartialSetup":
         """Take over what is missing."""
         missing = [field.name for field in fields(self) if getattr(self, field.name) is None]
         return replace(self, **{name: getattr(other, name) for name in missing})
@@ -126,7 +128,7 @@ class Facts:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def load(cls, state: Mapping[str, Any]) -> "Facts":
+    def load(cls, state: Mapping[str, Any]) -> "PartialSetup":
         """Take up `state`."""
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state.items()}
         return cls(**values)
@@ -139,7 +141,7 @@ class Step:
     Attributes:
         images: Their number.
         size: Height and width of the apprentice's images; None: not known.
-        expert_size: Of the expert's.
+        expert_image_hw: Of the expert's.
         apprentice: Maps by name.
         expert: Maps by the same names.
         scores: Class logits of the expert's levels.
@@ -149,7 +151,7 @@ class Step:
 
     images: int
     size: Size | None
-    expert_size: Size | None
+    expert_image_hw: Size | None
     apprentice: dict[str, Tensor]
     expert: dict[str, Tensor]
     scores: Sequence[Tensor] | None
@@ -180,9 +182,9 @@ class Step:
                 )
         if size is None and normalized:
             raise ValueError("image_size: expected the images' height and width, by which normalized boxes are scaled")
-        expert_size = size if expert_images is None else (int(expert_images.shape[2]), int(expert_images.shape[3]))
+        expert_image_hw = size if expert_images is None else (int(expert_images.shape[2]), int(expert_images.shape[3]))
         pixels = to_pixels(boxes, box_format, normalized, size or (1, 1), count, first.device)
-        return cls(count, size, expert_size, apprentice, expert, scores, boxes, pixels)
+        return cls(count, size, expert_image_hw, apprentice, expert, scores, boxes, pixels)
 
     @property
     def known_size(self) -> Size:
@@ -198,15 +200,15 @@ class Step:
     def find_expert_strides(self, strides: tuple[float, ...]) -> tuple[float, ...]:
         """The expert's strides in the boxes' pixels: the apprentice's where maps agree, else from sizes."""
         pairs = zip(self.apprentice.values(), self.expert.values(), strict=True)
-        if self.size == self.expert_size and all(a.shape[2:] == e.shape[2:] for a, e in pairs):
+        if self.size == self.expert_image_hw and all(a.shape[2:] == e.shape[2:] for a, e in pairs):
             return strides
-        size, expert_size = self.known_size, self.expert_size or self.known_size
-        ratio = size[0] / expert_size[0]
-        if not math.isclose(ratio, size[1] / expert_size[1], rel_tol=0.05):
+        size, other = self.known_size, self.expert_image_hw or self.known_size
+        ratio = size[0] / other[0]
+        if not math.isclose(ratio, size[1] / other[1], rel_tol=0.05):
             raise ValueError(
-                f"expert_images: expected the sides' ratio of images {size}, got {expert_size}; give expert_strides="
+                f"expert_images: expected the aspect ratio of images, {size}, got {other}; give expert_strides="
             )
-        return tuple(ratio * stride for stride in find_strides("expert_strides", self.expert, expert_size))
+        return tuple(ratio * stride for stride in find_strides("expert_strides", self.expert, other))
 
     def rescaled(self, factors: Tensor) -> "Step":
         """The same with the expert's maps multiplied, each by its factor, and the apprentice's by those that follow."""
@@ -238,7 +240,7 @@ class Step:
         return method.energy(self.expert, self.boxes, self.scores)
 
 
-def check_sizes(step: Step, facts: Facts) -> Step:
+def check_sizes(step: Step, facts: PartialSetup) -> Step:
     """See that known strides bring a step's maps and images together; costs no look at the device.
 
     Returns:
@@ -250,7 +252,7 @@ def check_sizes(step: Step, facts: Facts) -> Step:
     if step.size is None and facts.strides is not None:
         first = next(iter(step.apprentice.values()))
         size = (round(first.shape[2] * facts.strides[0]), round(first.shape[3] * facts.strides[0]))
-        step = replace(step, size=size, expert_size=size)
+        step = replace(step, size=size, expert_image_hw=size)
     for argument, strides, maps in (
         ("strides", facts.strides, step.apprentice),
         ("expert_strides", facts.expert_strides, step.expert),
@@ -260,7 +262,9 @@ def check_sizes(step: Step, facts: Facts) -> Step:
     return step
 
 
-def inspect(step: Step, facts: Facts, options: Mapping[str, Any], form: tuple[str, bool], *, advise: bool) -> Report:
+def inspect(
+    step: Step, facts: PartialSetup, options: Mapping[str, Any], form: tuple[str, bool], *, advise: bool
+) -> Report:
     """Check a step against what is known, and report.
 
     Raises:

@@ -81,11 +81,11 @@ def distill(
 
 
 def _warn_of_normalisation(expert: Any, apprentice: Any) -> None:
-    """Tell of an expert that learned on images of another mean and deviation than the apprentice's are."""
+    """Tell of an expert that learned on images of another mean and standard deviation than the apprentice's are."""
     theirs, ours = (_pixels(_backbone(network)) for network in (expert, apprentice))
     if theirs and ours and theirs != ours:
         warnings.warn(
-            f"expert: its images had mean and deviation {theirs}, the apprentice's have {ours}; it gets the "
+            f"expert: its images had mean and standard deviation {theirs}, the apprentice's have {ours}; it gets the "
             "apprentice's, unless calls bring its own as expert_images=",
             stacklevel=3,
         )

@@ -51,7 +51,7 @@ def distill(
     """Have a model train with distillation.
 
     The loss is added to the trainer's own (times the batch size, where the trainer does so to its own) and logged as
-    ``kd_loss``. Checkpoints hold the apprentice as ever; adapters are kept with the optimizer's state, and gone
+    ``distill_loss``. Checkpoints hold the apprentice as ever; adapters are kept with the optimizer's state, and gone
     with it in the final files. To resume, call this again with the same arguments: ``distill(YOLO("last.pt"),
     ...).train(resume=True)``.
 
@@ -162,4 +162,4 @@ class _Distilling:
         scale = 1 if hasattr(network.model[-1], "decoder") else len(images)
         added = self.distiller(images, boxes, task_loss=loss.detach().sum() / scale, keys=keys)
         loss = torch.cat([loss.reshape(-1), (scale * added).reshape(1).to(loss.dtype)])
-        return loss, {**items, "kd_loss": added.detach()}
+        return loss, {**items, "distill_loss": added.detach()}

@@ -151,9 +151,9 @@ class Experiment:
         return self.extend or not (self.out / run.name / "result.json").exists()
 
     def _try_models(self) -> None:
-        """Make what would be trained, before anything is: tells of missing packages and weights, and of what fits not.
+        """Build every model before anything is trained.
 
-        Also with other settings than the defaults, such as files to start from, an expert of another kind, or regions.
+        Missing packages or weights, and settings, files or an expert that do not fit each other, raise now.
         """
         runs = {run.method: run for run in reversed(self.plan)}
         expert = self.runner.build(runs.pop("expert"))
@@ -188,7 +188,7 @@ class Experiment:
         self._do(run, self.runner.build(run), expert)
 
     def _claim(self) -> None:
-        """Refuse a folder with what another expert taught or other frames measured; trainers look at the rest."""
+        """Refuse a folder whose runs had another expert or other validation frames; trainers check the rest."""
         here = {
             "expert": "each seed's own" if self.plan[0].trained is None else file_digest(self.plan[0].trained),
             "evaluated frames": digest(self._val_frames),

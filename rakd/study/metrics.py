@@ -1,4 +1,4 @@
-"""Single figures of a study: their values in each run, mean and deviation over seeds, intervals of differences."""
+"""Single figures of a study: values in each run, mean and standard deviation over seeds, intervals of differences."""
 
 import math
 import statistics
@@ -169,7 +169,7 @@ def _value(study: StudyResult, run: RunResult, metric: Metric) -> float:
     levels = range(len(LEVELS)) if metric.level == MEAN else (LEVELS.index(metric.level),)
     cells = [(name, level) for name in names for level in levels]
     if len(cells) > 1:
-        # What no run has is not in the data; what only this run lacks leaves it without an average.
+        # Cells that no run has are dropped; a cell that only this run lacks leaves it without an average.
         cells = [cell for cell in cells if any(math.isfinite(_precision(run, metric, *cell)) for run in study.runs)]
     return statistics.fmean(_precision(run, metric, *cell) for cell in cells) if cells else math.nan
 

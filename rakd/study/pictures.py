@@ -113,7 +113,7 @@ def draw_tradeoff(study: StudyResult) -> Figure:
 
 
 def draw_sizes(study: StudyResult) -> Figure:
-    """Draw recall and AbsRel by the size of objects, a line for each method: the mean over seeds ± its deviation.
+    """Draw recall and AbsRel by the size of objects, a line for each method: the mean over seeds ± standard deviation.
 
     Args:
         study: Runs that lack these figures are left out; one at least has them.
@@ -130,10 +130,10 @@ def draw_sizes(study: StudyResult) -> Figure:
         for number, method in enumerate(methods):
             own = [run for run in runs if run.method == method]
             table = 100 * np.array([[getattr(group, kind) for group in run.by_size] for run in own])
-            spread = table.std(axis=0, ddof=1) if len(own) > 1 else np.zeros(len(counts))
+            std = table.std(axis=0, ddof=1) if len(own) > 1 else np.zeros(len(counts))
             shift = 0.5 * (number / max(1, len(methods) - 1) - 0.5)
             axis.errorbar(
-                places + shift, table.mean(axis=0), yerr=spread, fmt="o-", ms=4, lw=1.2, capsize=2,
+                places + shift, table.mean(axis=0), yerr=std, fmt="o-", ms=4, lw=1.2, capsize=2,
                 color=COLORS[method], label=METHOD_NAMES[method],
             )  # fmt: skip
         labels = [f"{name}\n{count}" for name, count in zip(names, counts, strict=True)]

@@ -131,7 +131,7 @@ def _provenance(study: StudyResult) -> str:
         "Training": _training(config),
         "Seeds": ", ".join(map(str, study.seeds or done)),
         "Runs": str(len(study.runs)),
-        "Regions that RAKD and its ablations compare": _REGIONS.get(str(regions), regions),
+        "Boxes in which methods compare features": _REGIONS.get(str(regions), regions),
         rescaled: "brought to a root mean square of 1" if config.get("rescale") else None,
         "Loss weights": _weights(config),
         "Options of methods": _options(config),
@@ -140,7 +140,6 @@ def _provenance(study: StudyResult) -> str:
         "Runs that went on to more steps than they were made for": ", ".join(config.get("extended") or ()),
         "Versions": ", ".join(f"{name} {text}" for name, text in study.versions.items() if name not in machine),
         "Device": ", ".join(text if name == "device" else f"{name} {text}" for name, text in machine.items()),
-        "Commit": config.get("commit"),
     }
     return " ".join(f"{name}: {text}." for name, text in parts.items() if text)
 

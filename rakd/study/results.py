@@ -54,7 +54,7 @@ class RunResult:
         method: One of `METHODS`.
         seed: Of the run. Runs of different methods with the same seed are compared with each other.
         precisions: See `Precisions`; overlaps are "official" and "loose", metrics "3d", "bev" and "bbox" (2D).
-            What is not there counts as not measured. `rakd.study.evaluation.precisions_of` makes it.
+            Missing entries count as not measured. `rakd.study.evaluation.precisions_of` makes it.
         depth: By class and for "all", as `rakd.evaluation.depth.depth_errors` gives it.
         seconds: Training time; None if unknown.
         losses: Last values of the losses, by name.

@@ -142,7 +142,7 @@ class Runner:
         return rows
 
     def make_model(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> DistillationModel:
-        """What a run trains: the detector, with a method where an expert teaches it.
+        """Make the model that a run trains: the detector, with a method where an expert teaches it.
 
         Raises:
             ValueError, TypeError: Detector, expert, method and regions do not fit each other.

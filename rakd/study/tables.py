@@ -310,7 +310,7 @@ def format_csv(tables: Sequence[Table]) -> str:
     """All figures in long form, a row each.
 
     Columns: table, method, class, metric, level, overlap, mean, std, seeds, and the ends of a difference's interval,
-    low and high. What is missing is an empty field; so are the seeds of a model's costs.
+    low and high. Missing values are empty fields; so are the seeds of a model's costs.
     """
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")

@@ -7,13 +7,16 @@ import numpy as np
 import torch
 import torchvision
 
+from rakd.machine import git_state, processor
+
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Versions and machine, by name.
+    """Versions and machine, by name; the commit where the sources are run from a checkout.
 
     Args:
         device: Where things were computed.
     """
+    commit, changed = git_state(Path(__file__).parents[2])
     return {
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -21,14 +24,5 @@ def versions(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()),
+        **({"commit": f"{commit[:7]}{' with changes' if changed else ''}"} if commit else {}),
     }
-
-
-def processor() -> str:
-    """The processor's model."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()

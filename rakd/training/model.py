@@ -99,7 +99,7 @@ def expert_size(apprentice: BaseConfig, expert: BaseConfig) -> tuple[int, int] |
     if size is None or own is None or size[0] * own[1] != own[0] * size[1]:
         sizes = [f"{c.width or 'any'} x {c.height}" for c in (apprentice, expert)]
         raise UserError(
-            f"expert must be for images as high as the apprentice's or of their proportions: the apprentice's are "
+            f"expert must be for images of the apprentice's height or of its aspect ratio: the apprentice's are "
             f"{sizes[0]} pixels, the expert's {sizes[1]}"
         )
     return size

@@ -202,7 +202,7 @@ class Trainer:
     def _step(self, batch: Batch) -> tuple[dict[str, float], float]:
         """Do one step; give the loss terms (means over processes) and the norm of the gradient before clipping."""
         settings = self.settings
-        # What is drawn from the global generators depends on the step only: resuming need not restore them.
+        # Draws from the global generators depend on the step alone: resuming need not restore them.
         torch.manual_seed(process_seed(settings.seed, self.step, self.processes.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, self.step)

@@ -12,7 +12,7 @@ levels at once, without atomics, host synchronisation or sizes that depend on va
    boxes of its image that meet it, in their order, and writes each cell of the gradient once.
 
 ``launch.py`` checks, allocates and launches. A box of unknown batch index (negative, fractional, too large, NaN), that
-is turned around or whose coordinates are not finite counts zero: nothing is read outside the maps whatever the boxes,
+is inverted or whose coordinates are not finite contributes zero: nothing is read outside the maps whatever the boxes,
 the ranges of images or the order hold.
 """
 

@@ -73,8 +73,8 @@ def sample_bins(
     """One row of ``R_y`` or ``R_x``: a bin of one box, level and axis; lines 0..bins_y-1 are y's, others x's.
 
     With ``start = low / stride - 1/2``, sample ``i`` of ``n`` of bin ``p`` lies at
-    ``start + p bin + (i + 1/2) bin / n``. A box that is turned around or not finite has no samples. Nothing is
-    written, nor read later, where the box's weight on the level is zero.
+    ``start + p bin + (i + 1/2) bin / n``. An inverted box (x2 < x1 or y2 < y1), or one that
+    is not finite, has no samples. Nothing is written, nor read later, where the box's weight on the level is zero.
     """
     k = tl.program_id(0).to(tl.int64)
     line = tl.program_id(1)

@@ -68,8 +68,8 @@ def test_trains_and_leaves_clean_checkpoints(apprentice: str, expert: str, data:
     assert all(torch.equal(value, before[name]) for name, value in teaching.model.state_dict().items())
     plain, distilled = rows(tmp_path / "plain"), rows(tmp_path / "kd")
     added = set(distilled[0]) - set(plain[0])
-    assert added == {"train/kd_loss", "val/kd_loss"}
-    assert all(row["train/kd_loss"] > 0 and row["val/kd_loss"] == 0 for row in distilled)
+    assert added == {"train/distill_loss", "val/distill_loss"}
+    assert all(row["train/distill_loss"] > 0 and row["val/distill_loss"] == 0 for row in distilled)
     for name in ("best.pt", "last.pt"):
         with_it, without = tmp_path / "kd" / "weights" / name, tmp_path / "plain" / "weights" / name
         assert b"rakd" not in pickled(with_it).replace(bytes(str(data), "utf-8"), b"")
@@ -158,7 +158,7 @@ def test_mixed_precision(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert next(iter(recorder.calls[0][1].values())).dtype == torch.bfloat16
     distill(YOLO(apprentice_file), expert_model, weight=1.0).train(name="amp", **settings(data, tmp_path))
-    assert all(0 < row["train/kd_loss"] < 1e4 for row in rows(tmp_path / "amp"))
+    assert all(0 < row["train/distill_loss"] < 1e4 for row in rows(tmp_path / "amp"))
 
 
 def test_the_ema_and_copies_made_while_training_are_plain(data: Path, tmp_path: Path) -> None:
@@ -268,4 +268,4 @@ def test_two_processes_stay_alike(data: Path, tmp_path: Path) -> None:
         trained = [name for name in first[part] if "running" not in name and "num_batches" not in name]
         assert all(torch.equal(first[part][name], second[part][name]) for name in trained)
     # The adapters have learnt: their biases do not stay what they were, which are drawn by the distiller's seed.
-    assert any(row["train/kd_loss"] > 0 for row in rows(tmp_path / "run"))
+    assert any(row["train/distill_loss"] > 0 for row in rows(tmp_path / "run"))

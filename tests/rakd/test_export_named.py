@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rakd.commands.export import MOST_ALONE, Export
+from rakd.commands.export import MAX_UNMATCHED, Export
 from rakd.data.frames import Frame, find_frames
 from rakd.data.kitti import Sample, make_sample
 from rakd.detector.configs import DETECTORS
@@ -59,7 +59,7 @@ def check(pair: tuple[Model, OnnxDetector], root: Path) -> None:
     found = check_onnx(detector, model, [make(frame, detector) for frame in find_frames(root)[:FRAMES]])
     print(found)
     assert found.detections > 0
-    assert found.unmatched <= MOST_ALONE * found.detections, found
+    assert found.unmatched <= MAX_UNMATCHED * found.detections, found
     assert max(found.worst.values()) <= Export.tolerance, found
 
 

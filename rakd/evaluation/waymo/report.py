@@ -8,7 +8,7 @@ from rakd.evaluation.waymo.scoring import ALL, RANGES, WaymoRow
 
 _NOTES = {
     "official": "official: boxes in the vehicle frame, 101 score cut-offs",
-    "pct": "pct: camera axes in a z-up measure, 11 score cut-offs; compare only with PCT, DEVIANT, MonoCoP",
+    "pct": "pct: camera axes in a z-up metric, 11 score cut-offs; compare only with PCT, DEVIANT, MonoCoP",
 }
 
 
