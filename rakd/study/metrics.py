@@ -132,7 +132,7 @@ def difference_interval(
         method: See `paired_differences`, and so are baseline and metric.
         baseline: See there.
         metric: One of `PRIMARY`.
-        comparisons: Intervals that are to hold together, by Bonferroni's correction.
+        comparisons: Number of intervals that are to be simultaneous, by Bonferroni's correction.
 
     Returns:
         Its ends; NaN where a seed lacks the metric on drawn frames, or where both are equal on all frames.

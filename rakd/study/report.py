@@ -27,8 +27,8 @@ _NOTES = (
     "beside the recall: a model that finds only the easy objects has a small one.",
     "Paired differences are between runs of the same seed: mean ± sample standard deviation over seeds, and in "
     "brackets a 95 % confidence interval over seeds (Student's t) and evaluated frames (bootstrap), widened so that "
-    "all intervals of a column hold together (Bonferroni). With one seed it tells what other frames would change, and "
-    "nothing of other trainings.",
+    "all intervals of a column are simultaneous (Bonferroni). With one seed it tells what other frames would change, "
+    "and nothing of other trainings.",
     "Distillation losses of different methods are different quantities; they cannot be compared.",
 )
 _STYLE = (
