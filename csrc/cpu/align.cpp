@@ -35,7 +35,7 @@ void align_forward(const Maps& maps, const BoxRows& boxes, const DoubleList& str
     for (int64_t l = 0; l < levels; ++l) {
       const Plan<T>& plan = plans[l * batch + b];
       views[b * levels + l] = maps[l].image(b);
-      sizes.values[0] += (plan.pixels + kSlack) * width;
+      sizes.values[0] += (plan.cells + kSlack) * width;
       sizes.sums = std::max(sizes.sums, plan.rows * width);
       values += plan_values(plan, bins);
     }
@@ -64,7 +64,7 @@ void align_gradient(const Maps& gradients, const BoxRows& boxes, const DoubleLis
     for (int64_t b = 0; b < batch; ++b) {
       const Plan<T>& plan = plans[l * batch + b];
       ScratchSizes sizes;
-      sizes.gradients[0] = (plan.pixels + kSlack) * width;
+      sizes.gradients[0] = (plan.cells + kSlack) * width;
       sizes.sums = plan.rows * width;
       sizes.pooled = (bins + kSlack) * width;
       const int64_t values = plan_values(plan, bins) + gradients[l].height * gradients[l].width;
@@ -75,7 +75,7 @@ void align_gradient(const Maps& gradients, const BoxRows& boxes, const DoubleLis
     const Item& item = work.items[i];
     const Plan<T>& plan = plans[item.level * batch + item.image];
     const MapBatch& gradient = gradients[item.level];
-    if (item.clear_side >= 0) return clear_untouched(plan, gradient, item);
+    if (item.clear_side >= 0) return clear_outside_support(plan, gradient, item);
     const AlignBackwardTask<T> task{&plan, gradient.image(item.image), bins, item.channels, output_gradient};
     best_kernels<T>().align_backward(task, scratch);
   });

@@ -1,4 +1,4 @@
-// The Gram operator (gram_operator.h) applied to scratch [pixel][W channels]. Included only by kernels.cpp, inside its
+// The Gram operator (gram_operator.h) applied to scratch [cell][W channels]. Included only by kernels.cpp, inside its
 // instruction set's namespace.
 //
 // Neighbouring cells are worked on together, so that each value that is loaded serves all their windows; their sums
@@ -27,7 +27,7 @@ inline void add_row(const T* value, const T* weight, Block<T, W> (&sum)[N]) {
   }
 }
 
-// out[i] = the operator's row of scratch pixel u + i, times values. Not inlined, as it is the same code whatever
+// out[i] = the operator's row of scratch cell u + i, times values. Not inlined, as it is the same code whatever
 // becomes of the result.
 template <class T, int W, int N>
 __attribute__((noinline)) void apply_tile(const GramOperator<T>& gram, const GramRun& run, int64_t u, const T* values,
@@ -58,7 +58,7 @@ __attribute__((noinline)) void apply_tile(const GramOperator<T>& gram, const Gra
 }
 
 // gradient = operator * values for all cells of the plan; returns ⟨values, gradient⟩. put(run, u, block) stores the
-// gradient of scratch pixel u, W values.
+// gradient of scratch cell u, W values.
 template <class T, int W, class Put>
 inline double apply_operator(const GramOperator<T>& gram, const T* values, const Put& put) {
   typedef Block<T, W> B;

@@ -1,4 +1,4 @@
-// Builds the plans of box_plan.h: sampling tables per box and axis, and the union of the touched cells.
+// Builds the plans of box_plan.h: sampling tables per box and axis, and the union of the boxes' supports.
 #include "box_plan.h"
 
 #include "threads.h"
@@ -112,7 +112,7 @@ class PlanBuilder {
     patches_.push_back(patch);
   }
 
-  // Lays the union of the touched cells out in scratch and stores for each patch where its rows lie.
+  // Lays the union of the boxes' supports out in scratch and stores for each patch where its rows lie.
   void lay_out(Plan<T>& plan, bool gradients, int64_t channel_blocks) {
     int64_t top = plan.height, bottom = 0;
     for (const auto& patch : patches_) {
@@ -129,12 +129,12 @@ class PlanBuilder {
       const Interval columns{patch.x.cell[0], patch.x.cell[patch.x.count - 1] + 1};
       for (int32_t i = 0; i < patch.y.count; ++i) merge_interval(rows_[patch.y.cell[i] - top], columns);
     }
-    plan.pixels = kGap;
+    plan.cells = kGap;
     segments_.clear();
     for (size_t r = 0; r < rows; ++r) {
       for (const auto& [begin, end] : rows_[r]) {
-        segments_.push_back(Segment{top + static_cast<int64_t>(r), begin, end, plan.pixels, -1});
-        plan.pixels += end - begin + kGap;
+        segments_.push_back(Segment{top + static_cast<int64_t>(r), begin, end, plan.cells, -1});
+        plan.cells += end - begin + kGap;
       }
     }
     plan.segment_count = static_cast<int64_t>(segments_.size());
@@ -149,8 +149,8 @@ class PlanBuilder {
       if (!gradients || patch.assembled) continue;
       patch.gradient_base = locate(plan, of_rows, patch, [&](Segment& segment) {
         if (segment.gradient < 0) {
-          segment.gradient = plan.gradient_pixels;
-          plan.gradient_pixels += segment.end - segment.begin;
+          segment.gradient = plan.gradient_cells;
+          plan.gradient_cells += segment.end - segment.begin;
         }
         return segment.gradient;
       });

@@ -2,8 +2,8 @@
 // once per call and shared by all channels; nothing here depends on the maps' values.
 //
 //   box --axis_table.h--> R_y [bins_y, rows], R_x [bins_x, columns], sparse      one Patch
-//   all boxes ----------> union of the touched cells of the map                   Segments, by row
-//   segments -----------> scratch [pixel][W channels], with gaps between them     Plan
+//   all boxes ----------> union of the boxes' supports on the map                 Segments, by row
+//   segments -----------> scratch [cell][W channels], with gaps between them      Plan
 #pragma once
 
 #include <algorithm>
@@ -31,11 +31,11 @@ struct BoxRows {
 // large box costs as much as its samples and not as its area.
 template <class T>
 struct Axis {
-  int32_t count = 0, bins = 0;      // touched cells; rows of R
+  int32_t count = 0, bins = 0;      // support cells; rows of R
   const int32_t* cell = nullptr;    // [count] their positions on the map, increasing
-  const int32_t* begin = nullptr;   // [bins] first touched cell of each bin; the others follow
+  const int32_t* begin = nullptr;   // [bins] first support cell of each bin; the others follow
   const int32_t* offset = nullptr;  // [bins + 1] into weight
-  const int32_t* fresh = nullptr;   // [bins] first touched cell that no earlier bin touches
+  const int32_t* fresh = nullptr;   // [bins] first support cell that no earlier bin touches
   const T* weight = nullptr;        // [offset[bins]] R, bin by bin
 };
 
@@ -46,11 +46,11 @@ struct Patch {
   double scale;    // weight of this patch in the result
   bool assembled;  // part of the plan's Gram operator
   Axis<T> y, x;
-  const int64_t* row_base;       // [y.count] scratch pixel of (y.cell[i], x.cell[t]) = row_base[i] + x.cell[t]
+  const int64_t* row_base;       // [y.count] scratch cell of (y.cell[i], x.cell[t]) = row_base[i] + x.cell[t]
   const int64_t* gradient_base;  // [y.count] the same in compact scratch for gradients; not for assembled patches
 };
 
-// A run of touched cells of one map row; they lie at scratch pixels offset .. offset + end - begin. Compact scratch for
+// A run of support cells of one map row; they lie at scratch cells offset .. offset + end - begin. Compact scratch for
 // gradients has only the segments that patches outside the operator touch, from `gradient` on; -1: none of them does.
 struct Segment {
   int64_t row, begin, end, offset, gradient;
@@ -90,10 +90,10 @@ struct Plan {
   int64_t patch_count = 0;
   Segment* segments = nullptr;  // [segment_count] by row, then column; all cells that any patch touches
   int64_t segment_count = 0;
-  int64_t pixels = 0;             // cells in all segments, and gaps
-  int64_t gradient_pixels = 0;    // of compact scratch for gradients
+  int64_t cells = 0;              // cells in all segments, and gaps
+  int64_t gradient_cells = 0;     // of compact scratch for gradients
   int64_t height = 0, width = 0;  // of the map
-  int64_t rows = 0;               // most touched rows of a patch
+  int64_t rows = 0;               // most support rows of a patch
   GramOperator<T> gram;
   Arena arena;
 };

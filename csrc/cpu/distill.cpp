@@ -52,7 +52,7 @@ class Job {
       const Item& item = work.items[i];
       if (item.clear_side >= 0) {
         const int64_t side = shared_[item.level] ? 0 : item.clear_side;
-        return clear_untouched(plan(side, item.level, item.image), gradients_[item.clear_side][item.level], item);
+        return clear_outside_support(plan(side, item.level, item.image), gradients_[item.clear_side][item.level], item);
       }
       DistillTask<T> task = make_task(item);
       if (call_.per_box) {
@@ -130,7 +130,7 @@ class Job {
     const bool wide = sizeof(T) == sizeof(float) && apprentice.channels >= kWideBlock && shared_[level] &&
                       !call_.per_box && apprentice.channels_last && expert.channels_last;
     const Plan<T>& p = plan(0, level, image);
-    const int64_t bytes = (p.pixels + p.gradient_pixels) * kWideBlock * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = (p.cells + p.gradient_cells) * kWideBlock * static_cast<int64_t>(sizeof(T));
     return wide && bytes <= kMaxWideScratch ? kWideBlock : block_width<T>(apprentice.channels);
   }
 
@@ -138,9 +138,9 @@ class Job {
     ScratchSizes sizes;
     for (int side = 0; side < (shared_[level] ? 1 : 2); ++side) {
       const Plan<T>& p = plan(side, level, image);
-      sizes.values[side] = (p.pixels + kSlack) * width;
+      sizes.values[side] = (p.cells + kSlack) * width;
       if (call_.gradient[side] || (shared_[level] && call_.gradient[1])) {
-        sizes.gradients[side] = width == kWideBlock ? p.gradient_pixels * width : sizes.values[side];
+        sizes.gradients[side] = width == kWideBlock ? p.gradient_cells * width : sizes.values[side];
       }
       sizes.sums = std::max(sizes.sums, p.rows * width);
     }

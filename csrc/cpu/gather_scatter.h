@@ -1,4 +1,4 @@
-// Gathers the cells that boxes touch from a map in the user's layout and dtype into compact scratch [pixel][W
+// Gathers the cells that boxes touch from a map in the user's layout and dtype into compact scratch [cell][W
 // channels], and scatters gradients from there. The element type is told apart once for each run of cells, so that
 // everything else is compiled for the computation's type alone. Included only by kernels.cpp, in its instruction set's
 // namespace.
@@ -6,7 +6,7 @@
 
 #include "simd.h"
 
-// Square tiles for the channels-first layout, where pixels of a channel are neighbours.
+// Square tiles for the channels-first layout, where cells of a channel are neighbours.
 template <class T>
 struct TileSize {
   static constexpr int kBytes = RAKD_VECTOR_BYTES < 32 ? RAKD_VECTOR_BYTES : 32;
@@ -168,7 +168,7 @@ inline GatherRun<T> gather_function(Number element) {
   return with_element<T>(element, [](auto e) -> GatherRun<T> { return gather_run<Mode, decltype(e), T, W>; });
 }
 
-// The touched cells of a - b (b may have no data) into out[pixels][W]. Maps of one element type and layout are read
+// The support cells of a - b (b may have no data) into out[cells][W]. Maps of one element type and layout are read
 // together; otherwise b is taken off afterwards, each map being read in its own best order.
 template <class T, int W>
 void gather(const Plan<T>& plan, const ImageView& a, const ImageView& b, const ChannelBlock& block, T* out) {
@@ -261,7 +261,7 @@ inline size_t element_size(Number element) {
 }
 
 // The gradient of one channel block. Channels-first: whole planes, zeros included, each element once. Channels-last:
-// touched cells only; the ops clear the others, whose channels are contiguous, in larger pieces.
+// the support alone; the ops clear the others, whose channels are contiguous, in larger pieces.
 template <class T, int W>
 void scatter(const Plan<T>& plan, const T* in, T sign, const ChannelBlock& block, const ImageView& view) {
   if (view.column_stride != 1) {

@@ -157,7 +157,7 @@ bool choose_algorithm(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, 
     factors += factor_cost(patch, gradients);
   }
   // Far-reaching patches widen the windows of all the cells they cover, so they join last, if at all.
-  std::vector<uint8_t> window(plan.pixels, 0);  // cells of the largest window at each
+  std::vector<uint8_t> window(plan.cells, 0);  // cells of the largest window at each
   double least = factors * channel_blocks;
   int limit = -1;
   for (int most = 0; most <= kRadius; ++most) {
@@ -186,7 +186,7 @@ bool choose_algorithm(Plan<T>& plan, Patch<T>* patches, int64_t channel_blocks, 
 
 template <class T>
 void assemble_operator(Plan<T>& plan, const Patch<T>* patches) {
-  plan.gram.plane = (plan.pixels + 2 * kGap) * kHalf;
+  plan.gram.plane = (plan.cells + 2 * kGap) * kHalf;
   const int64_t values = plan.gram.plane * (plan.gram.radius_y + 1);
   T* memory = plan.arena.template take<T>(values);
   std::memset(memory, 0, values * sizeof(T));

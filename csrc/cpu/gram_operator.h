@@ -12,12 +12,12 @@ struct Patch;
 template <class T>
 struct Plan;
 
-// Scratch pixels that belong to no cell, between segments and before the first: zero, so that windows of cells may
+// Scratch cells that are no cell of the map, between segments and before the first: zero, so that windows of cells may
 // reach over a segment's ends.
 constexpr int64_t kGap = 4;
 
 // One row of the windows of a run's cells: it couples cell u with the cells up to `radius` columns left and right of
-// scratch pixel u + shift.
+// scratch cell u + shift.
 struct GramRow {
   int64_t shift, weight;  // its weights begin at gram.weight[weight + u * kHalf], see GramOperator
   int32_t radius;
@@ -25,20 +25,20 @@ struct GramRow {
 
 // Neighbouring cells whose windows have the same rows.
 struct GramRun {
-  int64_t first, count;  // scratch pixels
+  int64_t first, count;  // scratch cells
   int64_t cell;          // of the first on the map, row by row
   int64_t gradient;      // of the first in compact scratch for gradients, or -1
   int32_t row_begin, row_end;
 };
 
 // A sparse matrix from cells to cells: a cell is coupled with those at most kRadius rows and columns away. Both factors
-// being symmetric, a quarter of it is stored: the coupling of scratch pixel v with those 0 to kRadius columns right of
+// being symmetric, a quarter of it is stored: the coupling of scratch cell v with those 0 to kRadius columns right of
 // it, in its own row and in each of the radius_y rows below.
 template <class T>
 struct GramOperator {
   static constexpr int kRadius = 4, kHalf = kRadius + 1;
   static_assert(kRadius <= kGap, "windows reach over a segment's ends into the gap");
-  T* weight = nullptr;  // [radius_y + 1][pixels and gaps][kHalf]; nullptr: no patch is assembled
+  T* weight = nullptr;  // [radius_y + 1][cells and gaps][kHalf]; nullptr: no patch is assembled
   int64_t plane = 0;    // values from one row below to the next
   int radius_y = 0;
   const GramRun* runs = nullptr;  // [run_count] all cells of all segments

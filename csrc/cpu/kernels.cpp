@@ -30,7 +30,7 @@ void clear(T* p, int64_t count) {
 #include "gather_scatter.h"
 #include "separable_roi_align.h"
 
-// One side, gradients wanted: from gathered values [pixels][W] to the maps' gradients, with scratch [pixels][W] for the
+// One side, gradients wanted: from gathered values [cells][W] to the maps' gradients, with scratch [cells][W] for the
 // gradient of all cells.
 template <class T, int W>
 double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, bool assembled, const T* values,
@@ -43,7 +43,7 @@ double distill_values(const DistillTask<T>& task, const ChannelBlock& channels, 
     assembled = false;
     total = 0.0;
   }
-  if (!assembled) clear(gradient, plan.pixels * W);
+  if (!assembled) clear(gradient, plan.cells * W);
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     const Patch<T>& patch = plan.patches[n];
     if (assembled && patch.assembled) continue;
@@ -80,7 +80,7 @@ void distill_wide(DistillTask<T>& task, Scratch<T>& scratch) {
   const bool assembled = plan.gram.weight != nullptr;
   task.total = assembled ? 0.5 * apply_operator<T, W>(plan.gram, values, put) : 0.0;
   if (is_finite_number(task.total)) {
-    if (!assembled) clear(gradient, plan.gradient_pixels * W);
+    if (!assembled) clear(gradient, plan.gradient_cells * W);
     for (int64_t n = 0; n < plan.patch_count; ++n) {
       const Patch<T>& patch = plan.patches[n];
       if (patch.assembled) continue;
@@ -101,7 +101,7 @@ void distill_wide(DistillTask<T>& task, Scratch<T>& scratch) {
       const int64_t left = task.channels.count - c;
       const ChannelBlock half{task.channels.begin + c, left < W / 2 ? left : W / 2, W / 2};
       gather<T, W / 2>(plan, task.map[0], task.map[1], half, values);
-      T* half_gradient = values + (plan.pixels + kSlack) * (W / 2);
+      T* half_gradient = values + (plan.cells + kSlack) * (W / 2);
       task.total += distill_values<T, W / 2>(task, half, false, values, half_gradient, scratch);
     }
   }
@@ -136,7 +136,7 @@ void distill_pooled(DistillTask<T>& task, Scratch<T>& scratch) {
   for (int side = 0; side < sides; ++side) {
     const ImageView none, &other = sides == 1 ? task.map[1] : none;
     gather<T, W>(*task.plan[side], task.map[side], other, task.channels, scratch.values[side]);
-    if (task.gradient[side].data) clear(scratch.gradients[side], task.plan[side]->pixels * W);
+    if (task.gradient[side].data) clear(scratch.gradients[side], task.plan[side]->cells * W);
   }
   task.total = 0.0;
   const int64_t bins = task.bins;
@@ -186,7 +186,7 @@ void align_block(const AlignTask<T>& task, Scratch<T>& scratch) {
   for (int64_t l = 0; l < task.levels; ++l) {
     const Plan<T>& plan = task.plans[l * task.plan_stride];
     gather<T, W>(plan, task.maps[l], ImageView{}, task.channels, values);
-    values += (plan.pixels + kSlack) * W;
+    values += (plan.cells + kSlack) * W;
   }
   const auto scatter_box = scatter_function<T, W>(task.output.element);
   int64_t next[kMaxLevels] = {};  // first patch of each level that is not done; they come in the boxes' order
@@ -202,7 +202,7 @@ void align_block(const AlignTask<T>& task, Scratch<T>& scratch) {
         const T scale = T(patch.scale);
         for (int64_t i = 0; i < bins * W; ++i) sum[i] += scale * pooled[i];
       }
-      values += (plan.pixels + kSlack) * W;
+      values += (plan.cells + kSlack) * W;
     }
     scatter_box(sum, T(1), task.output, CellRun{task.channels.begin, task.channels.count, box, 0, bins, bins});
   }
@@ -215,7 +215,7 @@ void align_backward_block(const AlignBackwardTask<T>& task, Scratch<T>& scratch)
   const int64_t bins = task.bins;
   const ImageView& in = task.output_gradient;
   const auto gather_box = gather_function<Gather::kCopy, T, W>(in.element);
-  clear(gradient, plan.pixels * W);
+  clear(gradient, plan.cells * W);
   for (int64_t n = 0; n < plan.patch_count; ++n) {
     const Patch<T>& patch = plan.patches[n];
     gather_box(in, in, CellRun{task.channels.begin, task.channels.count, patch.box, 0, bins, bins}, pooled);

@@ -26,9 +26,9 @@ struct ChannelBlock {
 // of its maps is float64, else float. Maps are converted where they are gathered and scattered.
 template <class T>
 struct Scratch {
-  T* values[2];     // [pixels][width] gathered maps, one per side
-  T* gradients[2];  // [pixels][width] their gradients
-  T* sums[2];       // [rows][width] one column of bins: a value for each touched row of a patch
+  T* values[2];     // [cells][width] gathered maps, one per side
+  T* gradients[2];  // [cells][width] their gradients
+  T* sums[2];       // [rows][width] one column of bins: a value for each support row of a patch
   T* pooled[2];     // [bins][width] of one patch, one per side
 };
 
@@ -84,7 +84,7 @@ struct KernelTable {
 // The widest block, of two cache lines of float; for channels-last float maps.
 constexpr int64_t kWideBlock = 32;
 
-// Spare scratch pixels after the last one: vector tiles may spill past a segment's end.
+// Spare scratch cells after the last one: vector tiles may spill past a segment's end.
 constexpr int64_t kSlack = 8;
 
 // Those of the best instruction set of this processor (dispatch.cpp). The RAKD_CPU_ISA environment variable (baseline,

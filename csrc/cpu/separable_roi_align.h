@@ -1,14 +1,14 @@
-// The arithmetic on scratch [pixel][W channels]: separable RoIAlign, its transpose, and both at once. Included only by
+// The arithmetic on scratch [cell][W channels]: separable RoIAlign, its transpose, and both at once. Included only by
 // kernels.cpp, inside its instruction set's namespace.
 //
-// A patch is worked on column of bins by column of bins: the cells that such a column weighs in each touched row, then
+// A patch is worked on column of bins by column of bins: the cells that such a column weighs in each support row, then
 // the rows that each bin weighs. One column's values stay in the first-level cache, its weights along x in registers.
 // Every sum runs in a fixed order.
 #pragma once
 
 #include "simd.h"
 
-// The weights of a column of bins in one row of cells, for N neighbours in the list of touched cells.
+// The weights of a column of bins in one row of cells, for N neighbours in the list of support cells.
 template <class T, int W, int N>
 struct Taps {
   T weight[N];
@@ -22,7 +22,7 @@ struct Taps {
   }
 };
 
-// sums[i] (+)= Σ_j weight[j] values[i][j], for all touched rows
+// sums[i] (+)= Σ_j weight[j] values[i][j], for all support rows
 template <class T, int W, int N, bool Add>
 inline void weigh_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T* values, T* sums) {
   typedef Block<T, W> B;
@@ -35,7 +35,7 @@ inline void weigh_cells(const Patch<T>& patch, const Taps<T, W, N> taps, const T
   }
 }
 
-// gradient[i][j] += weight[j] sums[i], for all touched rows, which lie in `gradient` as `base` says
+// gradient[i][j] += weight[j] sums[i], for all support rows, which lie in `gradient` as `base` says
 template <class T, int W, int N>
 inline void cells_backward(const Patch<T>& patch, const Taps<T, W, N> taps, const T* sums, const int64_t* base,
                            T* gradient) {
@@ -63,7 +63,7 @@ inline void for_each_taps(const Axis<T>& x, int32_t bin, const F& f) {
   if (left == 1) f(Taps<T, W, 1>(x, first, cell));
 }
 
-// Column `bin` of Rx applied to all touched rows: sums[i] = Σ_t Rx[bin][t] values[i][t]
+// Column `bin` of Rx applied to all support rows: sums[i] = Σ_t Rx[bin][t] values[i][t]
 template <class T, int W>
 inline void pool_column(const Patch<T>& patch, int32_t bin, const T* values, T* sums) {
   if (patch.x.offset[bin] == patch.x.offset[bin + 1]) {
@@ -173,13 +173,13 @@ inline double pool_forward_backward(const Patch<T>& patch, T factor, const T* va
   return pool_squares<T, W>(patch, values, sums, take_bin, end_column);
 }
 
-// Σ a b over `pixels` scratch pixels; partial sums are short, so that float keeps its digits.
+// Σ a b over `cells` scratch cells; partial sums are short, so that float keeps its digits.
 template <class T, int W>
-inline double inner_product(const T* a, const T* b, int64_t pixels) {
+inline double inner_product(const T* a, const T* b, int64_t cells) {
   typedef Block<T, W> B;
   double total = 0.0;
-  for (int64_t begin = 0; begin < pixels; begin += 64) {
-    const int64_t end = begin + 64 < pixels ? begin + 64 : pixels;
+  for (int64_t begin = 0; begin < cells; begin += 64) {
+    const int64_t end = begin + 64 < cells ? begin + 64 : cells;
     B sum = B::zero();
     for (int64_t p = begin; p < end; ++p) sum.add_product(B::load(a + p * W), B::load(b + p * W));
     total += sum.sum();

@@ -44,7 +44,7 @@ struct WorkerScratch {
 struct Item {
   int64_t level, image;
   ChannelBlock channels;
-  int64_t clear_side = -1;  // 0, 1: clear the untouched ones of cells [begin, end) of that side's gradient
+  int64_t clear_side = -1;  // 0, 1: clear cells [begin, end) of that side's gradient, but for the support
   int64_t begin = 0, end = 0;
 };
 
@@ -75,7 +75,7 @@ int64_t block_width(int64_t channels) {
 // Values that one channel computes on a plan.
 template <class T>
 int64_t plan_values(const Plan<T>& plan, int64_t bins) {
-  return plan.pixels + 2 * plan.patch_count * bins;
+  return plan.cells + 2 * plan.patch_count * bins;
 }
 
 // Clearing of one gradient [B, C, H, W], if it is channels-last; channels-first ones are written whole by their blocks.
@@ -99,7 +99,7 @@ inline void append_clearing(Work& work, int64_t level, int64_t side, const MapBa
 
 // Zeros in those of a channels-last image's cells [item.begin, item.end) that no patch touches.
 template <class T>
-void clear_untouched(const Plan<T>& plan, const MapBatch& map, const Item& item) {
+void clear_outside_support(const Plan<T>& plan, const MapBatch& map, const Item& item) {
   const int64_t cell = map.channels * map.element_size;
   char* data = map.data + item.image * map.height * map.width * cell;
   const auto before = [&](const Segment& s, int64_t at) { return s.row * map.width + s.end <= at; };

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MOST_SAMPLES = tl.constexpr(9.0e15)  # kMaxSamples in csrc/geometry.h: one more could not be told from it
+MAX_SAMPLES = tl.constexpr(9.0e15)  # kMaxSamples in csrc/geometry.h: one more could not be told from it
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def weight_row(tables, level, k, line, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def touched_cells(low, high, size):
+def support_cells(low, high, size):
     """First cell, and one past the last, that samples from ``low`` to ``high`` can touch; (0, 0) if none."""
     meets = (low <= size) & (high >= -1.0)  # false for NaN
     low = tl.minimum(tl.maximum(tl.where(meets, low, 0.0), 0.0), size - 1.0)
@@ -95,14 +95,14 @@ def sample_bins(
     corner = row + tl.where(along_x, 1, 2)
     start = tl.load(corner) * scale - 0.5
     bin_size = (tl.load(corner + 2) * scale - 0.5 - start) / bins
-    adaptive = tl.minimum(tl.ceil(bin_size), MOST_SAMPLES)
+    adaptive = tl.minimum(tl.ceil(bin_size), MAX_SAMPLES)
     samples = tl.where(sampling_ratio > 0, tl.cast(sampling_ratio, tl.float64), adaptive)
     samples = tl.where(bin_size >= 0.0, samples, 0.0)  # false for NaN; an infinite bin's positions touch no cell
     shares = tl.maximum(samples, 1.0)
     bin_start = start + p * bin_size
     from_first = 0.5 * bin_size / shares
     to_last = (samples - 0.5) * bin_size / shares
-    first, end = touched_cells(bin_start + from_first, bin_start + to_last, size)
+    first, end = support_cells(bin_start + from_first, bin_start + to_last, size)
     end = tl.where(samples > 0.0, end, first)
     lines = tables.bins_y + tables.bins_x
     slot = (level.to(tl.int64) * tables.boxes + k) * lines + line
@@ -111,7 +111,7 @@ def sample_bins(
 
     if p == 0.0:
         last_start = start + (bins - 1.0) * bin_size
-        box_first, box_end = touched_cells(bin_start + from_first, last_start + to_last, size)
+        box_first, box_end = support_cells(bin_start + from_first, last_start + to_last, size)
         side = tl.where(along_x, 2, 0) * LEVELS + level
         tl.store(tables.extents + side.to(tl.int64) * tables.boxes + k, box_first)
         box_end = tl.where(samples > 0.0, box_end, box_first)
