@@ -2,8 +2,8 @@
 // once per call and shared by all channels; nothing here depends on the maps' values.
 //
 //   box --axis_table.h--> R_y [bins_y, rows], R_x [bins_x, columns], sparse      one Patch
-//   all boxes ----------> union of the boxes' supports on the map                 Segments, by row
-//   segments -----------> scratch [cell][W channels], with gaps between them      Plan
+//   all boxes ----------> union of the boxes' supports on the map                Segments, by row
+//   segments -----------> scratch [cell][W channels], with gaps between them     Plan
 #pragma once
 
 #include <algorithm>
