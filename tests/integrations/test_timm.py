@@ -52,7 +52,7 @@ def test_of_several_levels_with_one_stride_the_deepest_teaches() -> None:
     expert = make("vit_tiny_patch16_224", img_size=64)
     apprentice = make("resnet10t", out_indices=(3,))
     images = torch.rand(2, 3, 64, 64)
-    with pytest.warns(UserWarning, match="expert: its images had mean and deviation"):
+    with pytest.warns(UserWarning, match="expert: its images had mean and standard deviation"):
         distiller = distill(expert, apprentice, weight=1.0)
     (found,) = distiller.expert_features(images).values()
     with torch.no_grad():
