@@ -111,6 +111,11 @@ def test_train_reads_parquet_files(waymo, quick, tmp_path, capsys):
     assert all(0 <= row.ap <= 1 for row in rows)
 
 
+def test_inspect_doubts_nothing_of_converted_frames(converted, tmp_path, capsys):
+    assert main(["inspect", "--data", str(converted), "--out", str(tmp_path / "sheet.png"), "--count", "1"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_train_reads_what_convert_wrote(converted, quick, tmp_path, capsys):
     assert main(train(converted, tmp_path / "run")) == 0
     assert not (tmp_path / "run" / "data").exists()
