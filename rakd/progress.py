@@ -4,11 +4,9 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
-
-_Task = TypeVar("_Task")
 
 _IN_FILES = 30.0  # seconds between its states there
 
@@ -20,9 +18,7 @@ def bar(*arguments: Any, **options: Any) -> "tqdm[Any]":
     return tqdm(*arguments, **options)
 
 
-def do_all(
-    do: Callable[[_Task], None], tasks: Sequence[_Task], workers: int, *, chunk: int = 1, **options: Any
-) -> None:
+def do_all(do: Callable[[Any], None], tasks: Sequence[Any], workers: int, *, chunk: int = 1, **options: Any) -> None:
     """Do each task, in this process where ``workers`` is 1, else in several.
 
     Args:

@@ -35,7 +35,7 @@ class BaseConfig:
         height: Height that images are resized to, pixels.
         width: Width that images are padded to, pixels; wider ones are an error. None: whatever they need.
         stride: Height and width are multiples of it.
-        optimizer: That ``rakd train`` takes where none is given, one of `rakd.training.settings.Optimizer`.
+        optimizer: That ``rakd train`` takes where none is given, "sgd" or "adamw".
         learning_rate: The same.
         has_scores: Whether the detector gives `rakd.detector.base.BaseDetector.class_scores`.
     """
