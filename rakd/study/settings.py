@@ -172,7 +172,7 @@ STUDIES: dict[str, StudySettings] = {
         _SCENES,
         expert_training=replace(_LONG, steps=1500),
         training=replace(_LONG, steps=1000),
-        methods=("none", "pkd", "semckd", "l_roi", "hfa", "rakd", "box_l2", "score_l2", "cwd", "mgd"),
+        methods=("none", *_RESCALED),
         seeds=_FIVE,
         scenes=2500,
         takes="some 65 minutes a seed on a core of an AMD EPYC with --feature-cache 40, and 8 to render the scenes",
