@@ -187,7 +187,7 @@ STUDIES: dict[str, StudySettings] = {
         methods=("none", "pkd", "rakd"),
         photometric=0.5,
         scenes=0,
-        takes="some 30 minutes a seed on a core of an AMD EPYC, with 59 frames",
+        takes="some 35 minutes a seed on a core of an AMD EPYC, with 59 frames",
     ),
     "kitti": StudySettings(
         expert="kitti-r50",
