@@ -26,7 +26,6 @@ import torch
 from benchmarks import results
 from benchmarks.timing import Step, compare, count_dispatched, summarise, wall_sampler
 from benchmarks.workloads import DISTILL_WORKLOADS, FORWARD, LAYOUTS, TRAINING, Workload, make_inputs
-from rakd.machine import git_state
 
 CALL = "call"  # a forward that is to be differentiated: its time until it returns
 CALLS = {"host": 200, "steps": 1}  # of a round in each tree
@@ -205,7 +204,7 @@ def make_rows(
 ) -> list[BesideRow]:
     """Make the rows of a CSV: of each case one for each tree."""
     machine = asdict(results.describe_machine("cpu"))
-    states = [git_state(tree) for tree in trees]
+    states = [results.git_state(tree) for tree in trees]
     rows = []
     for case, here in zip(cases, found, strict=True):
         timings = [summarise(samples) for samples in here.ms]

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import datetime
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,6 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 import rakd_ops
-from rakd.machine import git_state, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,6 +86,27 @@ class Row(Machine):
 
 
 Kind = TypeVar("Kind")
+
+
+def processor() -> str:
+    """Return the processor's model, as Linux tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_state(folder: Path) -> tuple[str, bool]:
+    """Return a checkout's commit, empty where there is none, and whether tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return ""
+
+    return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
 
 
 def describe_machine(device: str) -> Machine:

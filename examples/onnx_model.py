@@ -18,7 +18,8 @@ session = onnxruntime.InferenceSession(model)
 height, width = session.get_inputs()[0].shape[2:]
 picture = Image.open(image).convert("RGB")
 small = picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.BILINEAR)
-width = -(-small.width // 64) * 64 if isinstance(width, str) else width  # a name where any width goes
+if small.width > width:
+    sys.exit(f"{image}: {small.width} pixels wide at the model's height, it takes {width}")
 
 padded = np.zeros((1, 3, height, width), np.float32)
 padded[0, :, :, : small.width] = np.asarray(small, np.float32).transpose(2, 0, 1) / 255

@@ -19,8 +19,8 @@ def find_modules(given: Any, depth: int = 3) -> list[nn.Module]:
     """Find the modules in an expert: itself, the object whose method it is, or what an object holds.
 
     Args:
-        given: A module, a method, a ``partial``, a list, or an object with modules as attributes. Functions are not
-            searched.
+        given: A module, a method, a ``partial``, a list, a dict, or an object with modules as attributes. Functions
+            are not searched.
         depth: Levels of objects to follow.
 
     Returns:
@@ -35,6 +35,8 @@ def find_modules(given: Any, depth: int = 3) -> list[nn.Module]:
         parts = (given.__self__,)
     elif isinstance(given, (list, tuple)):
         parts = given
+    elif isinstance(given, dict):
+        parts = given.values()
     elif not isinstance(given, (types.FunctionType, types.ModuleType, type, Tensor)):
         parts = getattr(given, "__dict__", {}).values()
     inner = (find_modules(part, depth - 1) for part in parts) if depth else ()
@@ -90,8 +92,8 @@ class Expert:
         else:
             if not callable(given) and not hasattr(given, "extract_features"):
                 raise TypeError(
-                    "expert: expected a module, an object with extract_features, a function or (module, function), "
-                    f"got {type(given).__name__}"
+                    "expert: expected a module, a method of one, an object with extract_features, or "
+                    f"(module, function), got {type(given).__name__}"
                 )
             self.roots = find_modules(given)
         if not self.roots and source is not None:

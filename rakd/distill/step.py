@@ -73,7 +73,7 @@ def _numbers(argument: str, strides: Any) -> tuple[float, ...] | None:
 
 @dataclass(frozen=True)
 class PartialSetup:
-    """PartialSetup of the two networks; None: to be found at the first step."""
+    """A `rakd.distill.base.Setup` of which parts are still unknown (None), to be found at the first step."""
 
     strides: tuple[float, ...] | None = None
     expert_strides: tuple[float, ...] | None = None

@@ -228,7 +228,7 @@ STUDIES: dict[str, StudySettings] = {
 }
 """Comparisons by name. ``scenes`` and ``tiny`` run on two processor cores in minutes. The tables of docs/evidence.md
 and docs/monodetr.md are ``scenes-long``, ``scenes-methods``, ``scenes-resolution``, ``real-frames`` (which goes on
-from one of the others) and ``monodetr-tiny``: hours each. ``kitti`` has the paper's detectors and steps; ``waymo``
+from ``scenes-resolution``) and ``monodetr-tiny``: hours each. ``kitti`` has the paper's detectors and steps; ``waymo``
 those of monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and ``monodetr-kitti``
 have not been run on those data here."""
 

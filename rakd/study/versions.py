@@ -1,13 +1,13 @@
 """Versions and the machine, on which figures depend besides settings and data."""
 
+import contextlib
 import platform
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-
-from rakd.machine import git_state, processor
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -16,7 +16,7 @@ def versions(device: torch.device) -> dict[str, str]:
     Args:
         device: Where things were computed.
     """
-    commit, changed = git_state(Path(__file__).parents[2])
+    commit = source_commit(Path(__file__).parents[2])
     return {
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -24,5 +24,30 @@ def versions(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()),
-        **({"commit": f"{commit[:7]}{' with changes' if changed else ''}"} if commit else {}),
+        **({"commit": commit} if commit else {}),
     }
+
+
+def processor() -> str:
+    """The processor's model."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def source_commit(folder: Path) -> str:
+    """A checkout's commit, such as "1a2b3c4 with changes"; empty where the folder is no checkout's root."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return ""
+
+    root = git("rev-parse", "--show-toplevel")
+    if not root or Path(root).resolve() != folder.resolve():  # installed, perhaps below somebody else's sources
+        return ""
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=7", "HEAD") + (" with changes" if changed else "")

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures
-from benchmarks.results import Row, describe_machine, read_rows, write_rows
-from rakd.machine import git_state
+from benchmarks.results import Row, describe_machine, git_state, read_rows, write_rows
 
 
 def test_round_trip(tmp_path: Path, make_row: Callable[..., Row]) -> None:

@@ -444,6 +444,9 @@ def test_modules_of_wrappers_are_found() -> None:
     assert find_modules(wrapper) == [wrapper.model]
     assert find_modules(functools.partial(Wrapper.__call__, wrapper)) == [wrapper.model]
     assert find_modules(wrapper.__call__) == [wrapper.model]
+    wrapper.heads = {"p3": nn.Conv2d(1, 1, 1)}  # type: ignore[attr-defined]
+    assert find_modules(wrapper) == [wrapper.model, wrapper.heads["p3"]]  # type: ignore[attr-defined]
+    del wrapper.heads  # type: ignore[attr-defined]
     distiller = Distiller(wrapper)
     distiller(images(), BOXES, [m.requires_grad_() for m in Network((3, 3, 3), 4).features(images())])
     assert not wrapper.model.training

@@ -158,7 +158,7 @@ def test_weight() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="method: expected a name or a module, got NoneType"):
         Distiller(Network(3), None)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expert: expected a module, an object with extract_features, a function"):
+    with pytest.raises(TypeError, match="expert: expected a module, a method of one, an object with"):
         make_distiller(3)
     with pytest.raises(TypeError, match=r"weight: expected a number or .auto:SHARE., got list"):
         make_distiller(None, weight=[1])

@@ -9,7 +9,7 @@ import pytest
 
 import rakd
 
-HELPERS = {"checkpoints", "distributed", "errors", "extras", "files", "machine", "nn", "progress"}
+HELPERS = {"checkpoints", "distributed", "errors", "extras", "files", "nn", "progress"}
 # What each part may import beside itself and the helpers, which import one another only.
 BELOW: dict[str, set[str]] = {
     **{name: set() for name in HELPERS},

@@ -1,6 +1,7 @@
 """A comparison in miniature: it trains, evaluates, reports, goes on where it stopped, takes no other's results."""
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from rakd.study.plan import make_plan
 from rakd.study.results import StudyResult, read_study
 from rakd.study.runner import Runner
 from rakd.study.settings import ALL_METHODS, PAPER_METHODS, STUDIES, StudySettings
+from rakd.study.versions import source_commit
 from rakd.training.model import expert_size
 from rakd.training.settings import TrainSettings
 from rakd.training.trainer import Trainer
@@ -428,6 +430,19 @@ def test_missing_files_are_told_before_anything_is_trained(
 def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(**change)
+
+
+def test_the_commit_is_told_at_the_root_of_a_checkout_alone(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout[:7]
+    assert source_commit(tmp_path) == commit
+    (tmp_path / "inside").mkdir()
+    assert source_commit(tmp_path / "inside") == ""  # such as site-packages below somebody's own sources
+    (tmp_path / "a").touch()
+    subprocess.run([*git, "add", "a"], check=True)
+    assert source_commit(tmp_path) == f"{commit} with changes"
 
 
 def test_named_studies_can_run_every_method() -> None:
