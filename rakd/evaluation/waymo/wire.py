@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rakd.errors import MissingFileError, UserError
+from rakd.errors import UserError
 from rakd.evaluation.waymo.objects import FrameKey, WaymoObjects
-from rakd.files import atomic_write
+from rakd.files import atomic_write, check_file
 
 # A Box with all seven doubles in the order of their numbers, as every writer leaves it: tag, value, tag, value ...
 _BOX = struct.Struct("<" + "Bd" * 7)
@@ -41,8 +41,7 @@ def read_bin(path: Path, *, synced: bool = False) -> WaymoObjects:
         UserError: The file is not a whole ``Objects`` message, or a number in it is not finite; names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: expected a .bin file of Waymo's, found none")
+    check_file(path, "a .bin file of Waymo's")
     data = path.read_bytes()
     keys: dict[FrameKey, int] = {}
     integers, scores, boxes = array("q"), array("f"), array("d")
