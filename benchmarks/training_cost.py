@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from benchmarks import results
 from benchmarks.implementations import Implementation, add_options, check_agreement, choose_backends, torchvision_loss
@@ -106,7 +107,7 @@ class Steps:
         height, width = self.images.shape[2:]
         self.workload = Workload(pair.batch, count, 7, "proposals", self.apprentice.channels, height, width)
         for detector in (self.expert, self.apprentice):
-            detector.pyramid.calibrate([self.images])  # random weights would give maps of absurd scales
+            update_bn([self.images], detector.pyramid)  # random weights would give maps of absurd scales
         self.expert.eval().requires_grad_(False)
         self.apprentice.train()
         if config.backbone.frozen_norm:

@@ -1,7 +1,5 @@
 """Feature pyramids: a backbone with a feature pyramid network on top."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d, FeaturePyramidNetwork
@@ -102,26 +100,6 @@ class Pyramid(nn.Module):
         self.init_source = init_source
         self._frozen_norm = self._keeps_norm and init_source == IMAGENET
         self.train(self.training)
-
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Set batch normalisation to the statistics of these images, so that random weights give sane scales.
-
-        Args:
-            batches: Images as for `extract_features`.
-        """
-        norms = _norms(self)
-        momenta = [norm.momentum for norm in norms]
-        was_training = self.training
-        self.train()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over what follows
-        for images in batches:
-            self(images)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        self.train(was_training)
 
 
 class DeformableConv(nn.Module):

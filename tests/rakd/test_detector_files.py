@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import update_bn
 
 import rakd.detector.backbones as backbones_module
 from rakd.checkpoints import load_weights, save_checkpoint, save_weights
@@ -24,7 +25,7 @@ CAMERA = Calibration(np.array([[72.0, 0, 64, 4], [0, 72, 17, 0.02], [0, 0, 1, 0.
 def detector(small_config: DetectorConfig) -> Detector:
     """With statistics of normalisation that are not those of a new one."""
     detector = Detector(small_config, seed=5)
-    detector.pyramid.calibrate([torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(1))])
+    update_bn([torch.rand(2, 3, 64, 128, generator=torch.Generator().manual_seed(1))], detector.pyramid)
     return detector.eval()
 
 

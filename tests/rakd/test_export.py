@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from rakd.cli import main
 from rakd.commands.models import open_model
@@ -43,7 +44,7 @@ def samples(scenes: Path) -> list[Sample]:
 def detector(small_config: DetectorConfig, samples: list[Sample]) -> Detector:
     """One whose scores differ enough for a mistake to show."""
     made = Detector(replace(small_config, width=224), seed=1)
-    made.pyramid.calibrate([collate(samples, size=(224, 64)).images])
+    update_bn([collate(samples, size=(224, 64)).images], made.pyramid)
     with torch.no_grad():
         made.box_head.scores.weight.mul_(20)
     return made.eval()

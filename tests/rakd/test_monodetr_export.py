@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from monodetr_cases import CONFIG
+from torch.optim.swa_utils import update_bn
 
 from rakd.data.kitti import KittiDataset, Sample, collate
 from rakd.detector import export
@@ -25,7 +26,7 @@ def samples(scenes: Path) -> list[Sample]:
 def detector(samples: list[Sample]) -> MonoDETR:
     """One whose scores differ, and whose attention looks at places of its own."""
     made = MonoDETR(replace(CONFIG, width=256, score_limit=0.03), seed=1)
-    made.pyramid.calibrate([collate(samples, size=(256, 64)).images])
+    update_bn([collate(samples, size=(256, 64)).images], made.pyramid)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for heads in made.decoder.heads:
