@@ -115,22 +115,26 @@ def _refuse_map(
 
 
 @functools.lru_cache(maxsize=256)
-def check_pyramid(groups: tuple[tuple[str, str, tuple[tuple[int, int], ...], tuple[float, ...]], ...]) -> None:
+def check_pyramid(
+    groups: tuple[tuple[str, str, tuple[tuple[int, int], ...], tuple[float, ...]], ...], padded: bool = False
+) -> None:
     """Check that maps fit their strides: all sizes times strides must belong to one image.
 
     A map of ``n`` cells of stride ``s`` comes from more than ``(n - 1) s`` and less than ``(n + 1) s`` pixels,
-    whatever mixture of rounding up and down its network uses. Two networks may pad differently, by up to the
-    coarsest stride.
+    whatever mixture of rounding up and down its network uses. Where the caller says so, two networks may pad
+    differently, by up to the coarsest stride. By itself that looks just like an expert that sees resized images, which
+    would be compared at the wrong places.
 
     Args:
         groups: Per network: name of its strides' argument, name of its maps' argument, heights and widths, strides.
+        padded: Whether one network's images may be padded more than the other's.
     """
     for axis, noun in ((0, "heights"), (1, "widths")):
         intervals = []
         for _, _, sizes, strides in groups:
             low = max((size[axis] - 1) * stride for size, stride in zip(sizes, strides, strict=True))
             intervals.append((low, min((size[axis] + 1) * stride for size, stride in zip(sizes, strides, strict=True))))
-        padding = max(strides[-1] for _, _, _, strides in groups) if len(groups) > 1 else 0.0
+        padding = max(strides[-1] for _, _, _, strides in groups) if padded else 0.0
         consistent = max(low for low, _ in intervals) < min(high for _, high in intervals) + padding
         for (argument, _, _, _), (low, high) in zip(reversed(groups), reversed(intervals), strict=True):
             if low >= high or not consistent:
@@ -138,9 +142,10 @@ def check_pyramid(groups: tuple[tuple[str, str, tuple[tuple[int, int], ...], tup
                     f"{name} {[size[axis] for size in sizes]} at strides {list(strides)}"
                     for _, name, sizes, strides in groups
                 )
+                remedy = "" if padded or low >= high else "; where one network only pads more, give expert_strides too"
                 raise ValueError(
                     f"{argument}: expected strides that fit the maps' {noun} (size times stride about the same for "
-                    f"all maps), got {listed}"
+                    f"all maps), got {listed}{remedy}"
                 )
 
 
@@ -284,7 +289,8 @@ def check_distillation(
             (
                 ("strides", "apprentice", sizes, options.strides),
                 ("expert_strides", "expert", expert_sizes, options.expert_strides),
-            )
+            ),
+            padded=options.expert_stated,
         )
     images, device = own[0].shape[0], own[0].device
     return Distillation(own, others, check_boxes(boxes, box_weights, level_weights, images, device, levels, reduction))

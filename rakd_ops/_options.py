@@ -67,6 +67,7 @@ class RoIOptions(NamedTuple):
     output_size: tuple[int, int]
     sampling_ratio: int
     rule: LevelRule
+    expert_stated: bool = False  # expert_strides was given
 
     def for_distill(self) -> tuple[Any, ...]:
         """Return the arguments ``DISTILL_ARGUMENTS`` of the ops."""
@@ -160,7 +161,8 @@ def _check_options(
         check_number("canonical_size", canonical_size, positive=True),
         check_number("canonical_level", canonical_level),
     )
-    return RoIOptions(steps, expert_steps, size, check_integer("sampling_ratio", sampling_ratio, 0), rule)
+    samples = check_integer("sampling_ratio", sampling_ratio, 0)
+    return RoIOptions(steps, expert_steps, size, samples, rule, expert_strides is not None)
 
 
 # The types are part of the key: True equals 1, which is no reason to take it for a number of bins.

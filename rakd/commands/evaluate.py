@@ -1,6 +1,7 @@
 """``rakd evaluate``: score result files by the official KITTI rules, or by Waymo's."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -76,6 +77,7 @@ class Evaluate:
                 raise NotAFolderError(f"{name}: expected a folder of files NNNNNN.txt, {folder} {what}")
         frames = None if self.split is None else read_split(self._split_file(self.split))
         _check_scored(self.pred)
+        _check_unscored(self.gt)
         is_printed = str(self.json) == "-"
         if self.out is not None:
             check_folder(self.out, "--out")
@@ -124,6 +126,8 @@ class Evaluate:
         frames = None if self.split is None else read_split(self._split_file(self.split))
         if self.pred.is_dir():
             _check_scored(self.pred)
+        if self.gt.is_dir():
+            _check_unscored(self.gt)
         tables = []
         for iou in ("papers",) if self.let else self.iou:
             tables.append(evaluate_waymo(self.gt, self.pred, mode=self.mode, iou=iou, let=self.let, frames=frames))
@@ -144,18 +148,31 @@ class Evaluate:
         return named if split.name == str(split) and not split.is_file() and named.exists() else split
 
 
+def _rows(folder: Path, what: str) -> Iterator[tuple[Path, list[str]]]:
+    for path in sorted(path for path in folder.glob("*.txt") if is_frame_name(path.stem)):
+        for line in read_text(path, what).splitlines():
+            yield path, line.split()
+
+
+def _check_unscored(folder: Path) -> None:
+    """Refuse a folder of results in the place of labels: their scores would be skipped, and all would be easy."""
+    for path, words in _rows(folder, "a label file"):
+        if len(words) == LABEL_COLUMNS + 1 and not words[-1].isdigit():
+            raise UserError(f"GT: {path} holds results, with scores (16th column): expected labels")
+        if words:
+            return
+
+
 def _check_scored(folder: Path) -> None:
     """Refuse a folder of labels in the place of results: all of its rows would be skipped."""
     empty = True
-    for path in sorted(path for path in folder.glob("*.txt") if is_frame_name(path.stem)):
-        for line in read_text(path, "a result file").splitlines():
-            words = line.split()
-            columns = len(words)
-            if columns == WAYMO_LABEL_COLUMNS and is_label_row(words):
-                raise UserError(f"PRED: {path} holds labels of convert-waymo; are GT and PRED in each other's place?")
-            if columns > LABEL_COLUMNS:
-                return
-            empty = empty and not columns
+    for path, words in _rows(folder, "a result file"):
+        columns = len(words)
+        if columns == WAYMO_LABEL_COLUMNS and is_label_row(words):
+            raise UserError(f"PRED: {path} holds labels of convert-waymo; are GT and PRED in each other's place?")
+        if columns > LABEL_COLUMNS:
+            return
+        empty = empty and not columns
     if not empty:
         raise UserError(
             f"PRED: no row in {folder} has a score (16th column): expected results; "

@@ -1,6 +1,7 @@
 """``rakd latency``: the cost of expert and apprentice, side by side."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,8 +60,10 @@ class Latency:
         models: list[tuple[str, Model]] = []
         with TemporaryDirectory() as folder:
             for name in self.detectors:
-                model = find_model(name, device)
+                model = find_model(name, device, needed=self.device == "cuda")
                 if isinstance(model, OnnxDetector):
+                    if self.forms != Latency.forms:
+                        warnings.warn(f"--forms does nothing for {name}, which is an ONNX model already", stacklevel=2)
                     models.append((name, model))
                     continue
                 for form in dict.fromkeys(self.forms):

@@ -35,8 +35,8 @@ def onnx_device(device: torch.device, *, needed: bool = False) -> torch.device:
     return device
 
 
-def find_model(name: str, device: torch.device) -> Model:
-    """Make a named detector with random weights, or read one from a file.
+def find_model(name: str, device: torch.device, *, needed: bool = False) -> Model:
+    """Make a named detector with random weights, or read one from a file; see `open_model`.
 
     Raises:
         UserError: It is neither.
@@ -47,7 +47,7 @@ def find_model(name: str, device: torch.device) -> Model:
         return config.without_download().build().to(device).eval()
     if not Path(name).is_file():
         raise UserError(f"DETECTOR must be one of {', '.join(DETECTORS)} or a file, got {name!r}")
-    return open_model(Path(name), device)
+    return open_model(Path(name), device, needed=needed)
 
 
 def scene_size(detectors: Iterable[Model]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rakd.data.frames import is_image, read_calibration, read_image
+from rakd.data.frames import is_image, read_calibration, read_image, warn_of_centre
 from rakd.errors import UserError
 from rakd.files import check_folder
 
@@ -62,9 +62,9 @@ class Predict:
         detector = open_model(self.checkpoint, device, needed=self.device == "cuda")
         # All images are checked before the first detection.
         check_widths(images, detector.config.height, detector.config.width)
-        calibrations = [
-            read_calibration(self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib) for path in images
-        ]
+        files = [self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib for path in images]
+        calibrations = [read_calibration(file) for file in files]
+        warn_of_centre(images[0], files[0])
         for path, calibration in zip(images, calibrations, strict=True):
             pixels = read_image(path)
             sample = make_sample(path.stem, Image.fromarray(pixels), calibration, None, detector.config.height)

@@ -72,7 +72,7 @@ class Train:
     moderate, IoU 0.7) of these and the last step. It is chosen on the frames that it is evaluated on."""
 
     augment: bool = True
-    """Mirror images and distort light and colour."""
+    """Mirror images and distort light and colour; MonoDETR zooms them, too."""
 
     workers: int = TrainSettings.workers
     """Processes that load frames."""
@@ -92,6 +92,7 @@ class Train:
         from rakd.commands.config import write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
+        from rakd.data.frames import count_shared, warn_of_centre
         from rakd.data.kitti import KittiDataset, cache_share, check_widths
         from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
@@ -120,6 +121,8 @@ class Train:
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
             if processes.is_main:
+                count_shared(dataset.frames, val.frames)
+                warn_of_centre(dataset.frames[0].image, dataset.frames[0].calib)
                 check_widths([frame.image for frame in (*dataset.frames, *val.frames)], config.height, config.width)
             detector = config.build(self.seed) if self.init is None else start_from(self.init, config)
             if processes.is_main:

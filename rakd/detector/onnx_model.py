@@ -80,6 +80,11 @@ class OnnxDetector:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own classes, which it does not document
             raise UserError(f"{path}: cannot be read as an ONNX model: {error}") from error
+        # A provider whose libraries cannot be loaded is left out with a line in a log.
+        if self.device.type == "cuda" and _CUDA not in self.session.get_providers():
+            raise UserError(
+                f"{path}: --device cuda: {_CUDA} of this onnxruntime could not start, see its message above"
+            )
         settings = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
         if settings is None:
             raise UserError(f"{path}: expected a model of rakd export, it has no property {METADATA!r}")

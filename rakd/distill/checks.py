@@ -172,12 +172,19 @@ def check_maps_agree(
 
 
 def check_learns(apprentice: Mapping[str, Tensor]) -> None:
-    """See that the apprentice can learn.
+    """See that the apprentice can learn; warns of levels that cannot.
 
     Raises:
         ValueError: No gradient goes to it.
     """
-    if not any(feature.requires_grad for feature in apprentice.values()):
+    still = [name for name, feature in apprentice.items() if not feature.requires_grad]
+    if still and len(still) < len(apprentice):
+        warnings.warn(
+            f"apprentice_features: no gradient goes to the maps {', '.join(map(repr, still))}, frozen or made without "
+            "one: they add to the loss, and teach nothing",
+            stacklevel=4,
+        )
+    if len(still) == len(apprentice):
         raise ValueError(
             "apprentice_features: expected maps that need a gradient, got none that do: the apprentice is frozen, ran "
             "under torch.no_grad(), or is the expert itself (a distiller freezes its expert); check=False lets it pass"
@@ -241,6 +248,11 @@ def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, se
         raise ValueError(
             f"boxes: expected x1 <= x2 and y1 <= y2, got {edges[turned][0].tolist()} and {int(turned.sum())} like it "
             f"of {len(rows)}: read as box_format={box_format!r}; say box_format='cxcywh' or 'xywh' if they are"
+        )
+    if not bool(edges.any(dim=1).all()):
+        raise ValueError(
+            "boxes: expected boxes, got rows of four zeros, as lists are padded with: leave them out, they would count "
+            "as objects in the image's corner"
         )
     limits = edges.new_tensor([width, height, width, height])
     inside = (edges.clamp(min=0)).minimum(limits)

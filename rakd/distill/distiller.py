@@ -19,7 +19,7 @@ from rakd.distill.optim import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
 from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
-from rakd.distill.step import PartialSetup, Step, check_form, check_sizes, image_batch, inspect
+from rakd.distill.step import PartialSetup, Step, check_form, check_sizes, image_batch, inspect, refuse_padding
 from rakd.distributed import GradientAverage
 
 
@@ -211,6 +211,9 @@ class Distiller(Lifecycle):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._begin(step)
+            self._sync.attach(self)  # not in check(), which one process may call alone
+            if self._learns:
+                self._watch.step(list(self.parameters()))
         elif self._facts.expert_strides is None or self.method is None or not all(s.known for s in self._scales):
             raise RuntimeError(
                 "Distiller: expected one step before torch.compile sees it; check() is enough without rescale=True, "
@@ -305,6 +308,8 @@ class Distiller(Lifecycle):
         expert_images: Any = None,
         size: tuple[int, int] | None = None,
     ) -> Step:
+        if self.normalized:
+            refuse_padding(images)
         batch = image_batch("images", images)
         expert_batch = batch if expert_images is None else image_batch("expert_images", expert_images)
         apprentice = find_maps("apprentice_features", apprentice_features, self.layout)
@@ -317,15 +322,14 @@ class Distiller(Lifecycle):
         return Step.make(batch, expert_batch, size, apprentice, expert, scores, boxes, self.box_format, self.normalized)
 
     def _begin(self, step: Step, *, check: bool | None = None) -> None:
-        """Check; at the first step find missing facts and make the method; at each, keep processes alike."""
-        learns = self.training and torch.is_grad_enabled()
+        """Check; at the first step find missing facts and make the method."""
         known = step.size is not None or self._facts.strides is not None
         if known and (self._check if check is None else check):
             if not self._inspected:
                 self._inspected = self._inspect(step).boxes > 0
             else:
                 check_sizes(step, self._facts)
-            if learns and not self._gradients_checked:
+            if self._learns and not self._gradients_checked:
                 check_learns(step.apprentice)
                 self._gradients_checked = True
         if not self._begun:
@@ -338,9 +342,11 @@ class Distiller(Lifecycle):
             with torch.inference_mode(False):
                 self.to(next(iter(step.apprentice.values())).device)
             self._begun = True
-        self._sync.attach(self)
-        if learns:
-            self._watch.step(list(self.parameters()))
+
+    @property
+    def _learns(self) -> bool:
+        """Whether this is a step of training; a loop of one's own may validate without calling `eval`."""
+        return self.training and torch.is_grad_enabled()
 
     def _inspect(self, step: Step) -> Report:
         soft = self._method_name in ("rakd", "hfa") and "canonical_size" not in self._options
@@ -356,11 +362,11 @@ class Distiller(Lifecycle):
         factor = None
         if self._scale is not None:
             maps = [*step.expert.values(), *(step.apprentice.values() if self._rescale == "both" else ())]
-            if update and (not self._scale.calls or (self.training and self._scale.calls < UnitScale.CALLS)):
+            if update and (not self._scale.calls or (self._learns and self._scale.calls < UnitScale.CALLS)):
                 self._scale.update(maps)
             step = step.rescaled(self._scale.factors(maps))
         if self._energy is not None:
-            if update and (self.training or not self._energy.known):
+            if update and (self._learns or not self._energy.known):
                 self._energy.update(lambda: step.energy(self.method))
             factor = self._energy.factor(device)
         weight = self._weight
@@ -369,7 +375,7 @@ class Distiller(Lifecycle):
                 number = number_on(device, weight)
                 factor = number if factor is None else factor * number
             return step.loss(self.method, factor)
-        if weight.measuring and self.training and update:
+        if weight.measuring and self._learns and update:
             if task_loss is None:
                 raise ValueError("task_loss: expected the apprentice's own loss, of which weight='auto:...' is a share")
             task = torch.as_tensor(task_loss, dtype=None if isinstance(task_loss, Tensor) else torch.float64)

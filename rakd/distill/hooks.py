@@ -8,6 +8,7 @@ tensors and copies no expert. A copy of hooks and network together (a deep copy 
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -155,6 +156,9 @@ class FeatureHooks:
     def __init__(self, network: nn.Module, names: Names, argument: str) -> None:
         self.argument = argument
         self.whole = False  # what is noted is of one forward of the network
+        # A run with gradients whose values were not handed over; None before the first step, and once that was told.
+        self.unused: bool | None = None
+        self.told = False
         self.stop_when: Callable[[], bool] | None = None  # raise `StopForward` in the network when this holds
         self.names = [parse_name(argument, name) for name in list_names(names)]
         if not self.names:
@@ -200,7 +204,7 @@ class FeatureHooks:
         compiling = torch.compiler.is_compiling()
         if type(value) in (list, dict):
             value = value.copy()
-        if not compiling and key in self.values:
+        if key in self.values:
             self.repeated[key] = self.repeated.get(key, False) or _sizes(value) != _sizes(self.values[key])
         self.values[key] = value
         if not compiling:
@@ -216,6 +220,8 @@ class FeatureHooks:
     def begin(self) -> None:
         """Forget what was noted in other forwards of the network (called by the hooks)."""
         if not _in_backward():
+            if self.ready and self.unused is False and not torch.compiler.is_compiling():
+                self.unused = any(tensor.requires_grad for value in self.values.values() for tensor in _tensors(value))
             self.clear()
             self.whole = True
 
@@ -225,6 +231,17 @@ class FeatureHooks:
         self.versions.clear()
         self.repeated.clear()
         self.whole = False
+
+    def _warn_of_unused(self) -> None:
+        """Warn once where a step had several runs; distillation may begin after others, which is no fault."""
+        if self.unused:
+            warnings.warn(
+                f"{self.argument}: the network ran more than once since the last step; the maps of its last run are "
+                "taken; step the distiller once for each run, or give it the maps",
+                stacklevel=5,
+            )
+            self.told = True
+        self.unused = None if self.told else False
 
     def take(self, *, keep: bool = False) -> Any:
         """Hand over what was noted: the value of a single name, or a list in the order of the names.
@@ -255,6 +272,8 @@ class FeatureHooks:
                 )
         taken = [self.values[key] for key in keys]
         if not keep:
+            if not torch.compiler.is_compiling():
+                self._warn_of_unused()
             self.clear()
         return taken[0] if len(taken) == 1 else taken
 

@@ -79,15 +79,14 @@ class RegionDistillation(DistillationMethod):
     @expert_strides.setter
     def expert_strides(self, strides: tuple[float, ...]) -> None:
         own: Any = self.loss
-        own.expert_strides = None if strides == tuple(map(float, own.strides)) else strides
+        own.expert_strides = strides
 
     @classmethod
     def build(cls, setup: Setup, **options: Any) -> "RegionDistillation":
         """See `rakd.distill.base.DistillationMethod.build`."""
-        expert_strides = None if setup.expert_strides == setup.strides else setup.expert_strides
         return cls(
             strides=setup.strides,
-            expert_strides=expert_strides,
+            expert_strides=setup.expert_strides,
             adapter=setup.adapter(),
             **options,
         )

@@ -119,7 +119,7 @@ class RunningEnergy:
         """Count a call, and measure if it is due. Waits for the device until there was energy once."""
         if self.due:
             energy = all_reduce_mean(_exact(measure()))
-            there = energy > 0
+            there = energy.isfinite() & (energy > 0)
             count = number_on(energy.device, self.count) + there
             value = number_on(energy.device, self.value)
             step = (energy - value) / count.clamp(1, self.SPAN)

@@ -58,6 +58,19 @@ def image_batch(argument: str, images: Any) -> Tensor | None:
     return images
 
 
+def refuse_padding(images: Any) -> None:
+    """Refuse a batch that tells of padded images beside normalised boxes, which are shares of one or of the other.
+
+    Raises:
+        ValueError: It does: DETR's ``NestedTensor`` has a ``mask``, torchvision's ``ImageList`` ``image_sizes``.
+    """
+    if not isinstance(images, Tensor) and any(hasattr(images, name) for name in ("mask", "image_sizes")):
+        raise ValueError(
+            f"boxes: expected pixels beside a {type(images).__name__}, got normalized=True: they may be shares of each "
+            "image or of the padded batch; multiply them by that size, or give images.tensors if it is the batch's"
+        )
+
+
 def _numbers(argument: str, strides: Any) -> tuple[float, ...] | None:
     if strides is None:
         return None

@@ -88,6 +88,7 @@ class DistillMixin:
     args: Any
     compute_loss_func: Any
     model_accepts_loss_kwargs: bool
+    accelerator: Any
 
     def __init__(self, *args: Any, expert: Any = None, distill: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._expert = expert
@@ -135,7 +136,8 @@ class DistillMixin:
         # A Trainer divides the sum by the batches that are accumulated, unless the loss came divided.
         divided = self._is_divided(kwargs.get("num_items_in_batch"))
         parts = getattr(self, "current_gradient_accumulation_steps", 1) if divided else 1  # not in all versions
-        added = self.distiller(inputs["pixel_values"], boxes, task_loss=parts * loss.detach(), keys=keys)
+        with self.accelerator.autocast():  # on a GPU a Trainer has it around the model's forward alone
+            added = self.distiller(inputs["pixel_values"], boxes, task_loss=parts * loss.detach(), keys=keys)
         self._distill_sum, self._distill_count = self._distill_sum + added.detach().float(), self._distill_count + 1
         total = loss + (added / parts).to(loss.dtype)
         return (total, outputs) if return_outputs else total

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rakd.checkpoints import config_diff, file_digest
-from rakd.data.frames import digest, find_frames
+from rakd.data.frames import count_shared, digest, find_frames, warn_of_centre
 from rakd.data.kitti import check_widths
 from rakd.detector.base import BaseDetector
 from rakd.detector.base_config import BaseConfig
@@ -110,6 +110,9 @@ class Experiment:
         sizes = {(config.height, config.width) for config in (DETECTORS[settings.apprentice], self._expert_config)}
         for height, width in sorted(sizes, key=str) if processes.is_main else ():
             check_widths(images, height, width)
+        self._shared = count_shared(self._train_frames, self._val_frames) if processes.is_main else 0
+        if processes.is_main:
+            warn_of_centre(images[0], self._train_frames[0].calib)
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.
@@ -288,7 +291,10 @@ class Experiment:
     def _describe_data(self) -> str:
         train, val = len(self._train_frames), len(self._val_frames)
         name = self.data.resolve().name
-        return f"{name}: {train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on"
+        both = f" ({self._shared} of them in both)" if self._shared else ""
+        return (
+            f"{name}: {train} frames of {self.splits[0]} to learn from, {val} of {self.splits[1]} to evaluate on{both}"
+        )
 
     def _models(self) -> tuple[ModelFigures, ...]:
         folders = (self.plan[0].name, run_name(self.settings.methods[0], self.settings.seeds[0]))

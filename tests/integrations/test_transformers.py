@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,18 @@ def test_trains(kind: str, bf16: bool, tmp_path: Path) -> None:
     again, report = type(model).from_pretrained(saved, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+def test_the_expert_runs_in_the_trainings_precision_where_autocast_is_around_the_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expert = make("rt_detr", 32), make("rt_detr", 64, seed=1)
+    run = trainer(model, tmp_path, expert=expert, distill={"weight": 1.0}, bf16=True, max_steps=1)
+    monkeypatch.setattr(run, "compute_loss_context_manager", contextlib.nullcontext)  # as on a GPU
+    seen: list[torch.dtype] = []
+    expert.model.encoder.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state[0].dtype))
+    run.train()
+    assert seen == [torch.bfloat16]
 
 
 def test_the_loss_is_that_of_the_decoders_maps_and_pixel_boxes(tmp_path: Path) -> None:

@@ -226,8 +226,14 @@ def test_expert_strides() -> None:
     wide = pyramid(height=64, width=300)
     with pytest.raises(ValueError, match=r"expert_strides: expected strides that fit the maps' widths"):
         soft_roi_distill(MAPS, wide, BOXES)
-    padded = pyramid(height=64 + 30, width=96 + 20)
-    assert soft_roi_distill(MAPS, padded, BOXES).isfinite()
+    # As padding, which the caller has to state, or as images of another size, which would be misread.
+    larger = pyramid(height=64 + 30, width=96 + 20)
+    with pytest.raises(ValueError, match=r"expert_strides: .* heights .*; where one network only pads more, give"):
+        soft_roi_distill(MAPS, larger, BOXES)
+    assert soft_roi_distill(MAPS, larger, BOXES, expert_strides=(4, 8, 16, 32)).isfinite()
+    odd = [torch.rand(2, 3, n, 96 // s) for s, n in ((4, 15), (8, 8), (16, 4), (32, 2))]  # rounded up, and down
+    even = [torch.rand(2, 3, n, 96 // s) for s, n in ((4, 16), (8, 7), (16, 3), (32, 2))]
+    assert soft_roi_distill(odd, even, BOXES).isfinite()
     with pytest.raises(ValueError, match=r"expert_strides: expected strides that fit"):
         soft_roi_distill(MAPS, twice, BOXES)
     assert soft_roi_distill(MAPS, twice, BOXES, expert_strides=(2, 4, 8, 16)).isfinite()

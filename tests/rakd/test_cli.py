@@ -162,7 +162,8 @@ def test_interrupted_commands_say_whether_they_go_on(name, hint, scenes, results
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"rakd.commands.{name}", interrupted)
-    arguments = ["make-scenes", "--out", str(tmp_path)] if hint else ["evaluate", str(results), str(results)]
+    labels = str(scenes / "training" / "label_2")
+    arguments = ["make-scenes", "--out", str(tmp_path)] if hint else ["evaluate", labels, str(results)]
     assert main(arguments) == 130
     assert capsys.readouterr().err == f"rakd: interrupted{'; repeat the command to go on' if hint else ''}\n"
 
@@ -176,6 +177,13 @@ def test_evaluate(scenes, results, tmp_path, capsys):
     count = figures["Car"]["3d"]["objects"][1]
     assert figures["Car"]["3d"]["R40"][1] == pytest.approx(min(100, 100 * (count - 1) / 40))
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+def test_evaluate_wants_labels_as_truth(results, tmp_path, capsys):
+    message = "000000.txt holds results, with scores (16th column): expected labels"
+    for options in ([], ["--waymo"]):
+        assert main(["evaluate", str(results), str(results), *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_evaluate_writes_json(scenes, results, tmp_path, capsys):

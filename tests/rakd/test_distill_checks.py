@@ -2,6 +2,7 @@
 
 import warnings
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +159,27 @@ def test_an_apprentice_that_cannot_learn() -> None:
     with pytest.raises(ValueError, match="is the expert itself"):
         distiller(images(), BOXES, network.features(images()))
     run(BOXES, [m.detach() for m in features()], check=False)
+
+
+def test_a_level_that_cannot_learn_is_told() -> None:
+    maps = features()
+    with pytest.warns(UserWarning, match=r"no gradient goes to the maps '1', frozen or made without"):
+        run(BOXES, [maps[0], maps[1].detach(), maps[2]])
+
+
+def test_rows_of_zeros_are_no_boxes() -> None:
+    padded = [torch.cat([b, torch.zeros(3 - len(b), 4)]) for b in BOXES]
+    with pytest.raises(ValueError, match="boxes: expected boxes, got rows of four zeros, as lists are padded with"):
+        run(padded)
+    with pytest.raises(ValueError, match="got rows of four zeros"):
+        run(convert(padded, "cxcywh", True), box_format="cxcywh", normalized=True)
+
+
+def test_normalised_boxes_of_padded_images() -> None:
+    batch = SimpleNamespace(tensors=images(), mask=torch.zeros(2, *SIZE, dtype=torch.bool))
+    torch.testing.assert_close(make()(batch, BOXES, features()), run(BOXES), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"boxes: expected pixels beside a SimpleNamespace, got normalized=True"):
+        make(normalized=True)(batch, convert(BOXES, "xyxy", True), features())
 
 
 def test_the_check_can_be_turned_off() -> None:

@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,9 +134,11 @@ class Shared(nn.Module):
         return [self.head(stage(x)) for stage in self.stages]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("side", ["features", "apprentice_features"])
-def test_a_head_that_levels_share_is_told(side: str) -> None:
-    network = Shared((4, 8, 16))
+def test_a_head_that_levels_share_is_told(side: str, compiled: bool) -> None:
+    network: Any = Shared((4, 8, 16))
+    network = torch.compile(network, backend="eager") if compiled else network
     other = {"features": "apprentice_features", "apprentice_features": "features"}[side]
     names = {side: "input:head", other: "stages.0"}
     distiller = Distiller(copy.deepcopy(network), apprentice=network, canonical_size=24, **names)
@@ -217,6 +220,21 @@ def test_maps_are_taken_once() -> None:
     value(distiller, apprentice)
     with pytest.raises(RuntimeError, match=r"apprentice_features: output:stages.0 did not run since the last step"):
         distiller(images(), BOXES)
+
+
+def test_runs_of_which_only_the_last_is_taken_are_told_once() -> None:
+    distiller, _, apprentice = make()
+    apprentice(images())  # before distillation began
+    value(distiller, apprentice)
+    with torch.no_grad():
+        apprentice(images(seed=3))  # such as validation
+    value(distiller, apprentice)
+    for told in (1, 0):
+        apprentice(images(seed=3))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            value(distiller, apprentice)
+        assert sum("ran more than once since the last step" in str(one.message) for one in found) == told
 
 
 def test_what_is_changed_in_place_afterwards_is_told() -> None:

@@ -209,6 +209,30 @@ def test_normalized_gradients_are_those_of_the_share() -> None:
         torch.testing.assert_close(ours.grad, 0.5 * theirs / energy, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_energies_that_are_not_finite_do_not_count(bad: float) -> None:
+    energy = RunningEnergy()
+    for value in (4.0, bad, 4.0, 4.0):  # measured at the first, second and fourth
+        energy.update(lambda value=value: torch.tensor(value))
+    assert float(energy.value) == 4 and float(energy.count) == 2
+    assert energy.factor(torch.device("cpu")).item() == 0.25
+    first = RunningEnergy()
+    first.update(lambda: torch.tensor(bad))
+    assert not first.known and first.factor(torch.device("cpu")).item() == 1
+
+
+def test_validation_is_not_measured_whatever_the_mode() -> None:
+    distiller = make(weight="auto:0.1", normalize=True, rescale=True).train()
+    with torch.no_grad():  # as a loop of one's own does before it trains, without the distiller's eval()
+        assert distiller(images(), BOXES, features(), task_loss=torch.tensor(100.0)).item() == 0
+    loss = distiller(images(), BOXES, features(), task_loss=torch.tensor(4.0))
+    assert loss.item() == pytest.approx(0.4, rel=1e-6)
+    state = distiller.state_dict()["_extra_state"].clone()
+    with torch.no_grad():
+        distiller(images(), BOXES, features())
+    assert torch.equal(distiller.state_dict()["_extra_state"], state)
+
+
 def test_a_weight_as_a_share_of_the_task_loss() -> None:
     distiller, raw = make(weight="auto:0.1").train(), make()
     tasks, losses = [], []

@@ -6,6 +6,7 @@ from processes import run_two_processes
 from torch import nn
 
 from rakd import distributed
+from rakd.distill import Distiller
 from rakd.distributed import GradientAverage, shared_mean_count
 
 CPU = torch.device("cpu")
@@ -126,3 +127,18 @@ def test_alone_it_is_the_count() -> None:
     assert shared_mean_count(7, CPU).item() == 7
     assert shared_mean_count(0, CPU).item() == 1
     assert (torch.zeros(3, dtype=torch.bfloat16) / shared_mean_count(2, CPU)).dtype == torch.bfloat16
+
+
+def test_one_process_alone_may_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: sent.append("broadcast"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    maps = [torch.rand(2, 3, 8 // s, 12 // s, requires_grad=True) for s in (1, 2)]
+    expert = [torch.rand(2, 5, 8 // s, 12 // s) for s in (1, 2)]
+    boxes = [torch.tensor([[4.0, 4.0, 30.0, 30.0]])] * 2
+    distiller = Distiller(None)
+    print(distiller.check(torch.rand(2, 3, 32, 48), boxes, maps, expert))
+    assert sent == []
+    distiller(torch.rand(2, 3, 32, 48), boxes, maps, expert)
+    assert sent == ["broadcast"] * len(list(distiller.parameters())) and sent

@@ -270,6 +270,7 @@ def test_predict_and_latency_take_the_model(
     names = [str(run_folder / "detector.pt"), str(out)]
     options = ["--forms", "eager", "onnxruntime", "--repeats", "1", "--device", "cpu", "--out", str(table)]
     assert main(["latency", *names, *options]) == 0
+    assert f"--forms does nothing for {out}, which is an ONNX model already" in capsys.readouterr().err
     assert [own.config for own in written] == [load_detector(run_folder / "detector.pt").config]
     with table.open() as opened:
         rows = list(csv.DictReader(opened))
@@ -307,6 +308,18 @@ def test_onnxruntime_without_a_gpu_beside_a_torch_that_has_one(file: Path, monke
     assert isinstance(model, OnnxDetector) and model.session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(UserError, match="--device cuda: this onnxruntime has no CUDAExecutionProvider"):
         open_model(file, torch.device("cuda"), needed=True)
+
+
+def test_a_provider_that_cannot_start_is_no_gpu(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'rakd[export]'")
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    # As onnxruntime-gpu does where a library of CUDA is missing: it goes on without.
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: session(path, options))
+    with pytest.raises(UserError, match="--device cuda: CUDAExecutionProvider of this onnxruntime could not start"):
+        OnnxDetector(file, torch.device("cuda"))
+    assert OnnxDetector(file).session.get_providers() == ["CPUExecutionProvider"]
 
 
 def test_what_is_refused(run_folder: Path, detector: Detector, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

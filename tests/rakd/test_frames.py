@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rakd.data.frames import (
+    count_shared,
     digest,
     find_frames,
     read_calibration,
     read_image,
     read_image_size,
     read_split,
+    warn_of_centre,
     write_calibration,
 )
 from rakd.errors import UserError
@@ -38,6 +40,25 @@ def test_all_frames_and_splits(scenes):
     assert frames[0].read_image().shape == (125, 414, 3)
     assert len(frames[0].read_labels()) > 0
     assert frames[0].read_calibration().projection[0, 0] == pytest.approx(721.5377 / 3)
+
+
+def test_frames_that_are_learned_and_evaluated_are_counted(scenes):
+    train, val = (find_frames(scenes, split) for split in ("train", "val"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count_shared(train, val) == 0
+    with pytest.warns(UserWarning, match="2 of the 2 frames to evaluate on are learned from"):
+        assert count_shared(find_frames(scenes), val) == 2
+
+
+def test_calibrations_of_other_images_are_told(kitti):
+    frame = find_frames(kitti)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_centre(frame.image, frame.calib)
+    Image.fromarray(frame.read_image()).resize((207, 62)).save(frame.image)  # without its calibration
+    with pytest.warns(UserWarning, match=r"the principal point, .*, is far from the centre of .* 207 x 62 pixels"):
+        warn_of_centre(frame.image, frame.calib)
 
 
 def test_digest_knows_frames_by_what_is_in_them(scenes, kitti):
