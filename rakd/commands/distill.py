@@ -31,7 +31,7 @@ class Distill:
     trained, can be shared out over commands with one folder; repeat it with all of them in the end for the tables. On
     several GPUs or machines start it with torchrun:
 
-    torchrun --nproc-per-node 4 -m rakd distill --study kitti --data KITTI
+    torchrun --nproc-per-node 4 --no-python rakd distill --study kitti --data KITTI
     """
 
     study: StudyName = "scenes"
