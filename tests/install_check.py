@@ -9,9 +9,13 @@ from pathlib import Path
 import torch
 
 import rakd_ops
+from rakd_ops._backends import build_info
 
 assert Path(rakd_ops.__file__).resolve().parents[1] != Path(__file__).resolve().parents[1], "this is the source tree"
 assert rakd_ops.available_backends()["cpu"] is True, rakd_ops.available_backends()
+cuda = rakd_ops.available_backends()["cuda"]
+if build_info()["cuda_built"] and torch.version.cuda:  # the library loads, whether there is a device or not
+    assert cuda is True or "torch finds no CUDA device" in cuda, cuda
 assert not {"torchvision", "matplotlib", "tyro", "triton"} & set(sys.modules), "imports more than torch and numpy"
 
 torch.manual_seed(0)

@@ -91,8 +91,15 @@ def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(yolo_comparison.Comparison, "_train", train)
     yolo_comparison.Comparison(options).run()
     assert asked == [("expert", 0), ("rakd", 0), ("alone", 1), ("rakd", 1)]
-    monkeypatch.undo()
-    again = yolo_comparison.Comparison(options)
+    other = argparse.Namespace(**{**vars(options), "epochs": 2})
+    with pytest.raises(ValueError, match="choose another file"):
+        yolo_comparison.Comparison(other)
+
+
+def test_an_expert_that_is_made_anew_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ultralytics = pytest.importorskip("ultralytics", reason="pip install 'rakd[ultralytics]'")
+    arguments = [f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'rows.csv'}", "--frames=10", "--size=96"]
+    again = yolo_comparison.Comparison(yolo_comparison.parse([*arguments, "--epochs=1", "--batch=4"]))
     again.rows = [_row("expert", 0, 0.4), _row("rakd", 0, 0.1)]
 
     class Trained:
@@ -104,10 +111,6 @@ def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
         def train(self, **_: Any) -> Any:
             return self
 
-    ultralytics = pytest.importorskip("ultralytics", reason="pip install 'rakd[ultralytics]'")
     monkeypatch.setattr(ultralytics, "YOLO", Trained, raising=False)
     with pytest.raises(ValueError, match=r"has 0\.4 for expert, made anew it has 0\.3"):
         again._train("expert", 0, tmp_path / "best.pt")
-    other = argparse.Namespace(**{**vars(options), "epochs": 2})
-    with pytest.raises(ValueError, match="choose another file"):
-        yolo_comparison.Comparison(other)

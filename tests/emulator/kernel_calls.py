@@ -23,7 +23,6 @@ NUMBERS = (*TYPES.values(), torch.uint8, torch.int8, torch.int16, torch.int32, t
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 DEFAULT_THREADS = (64, 128, 256)
 OTHER_THREADS = ((32, 32, 32), (128, 64, 64), (96, 224, 128), (256, 512, 256))
-GRADIENT_LAUNCHES = 4  # prepare_boxes, build_tables, roi_align_forward, roi_align_backward
 
 
 def typed(tensor: Tensor) -> tuple[np.ndarray[Any, Any], int]:

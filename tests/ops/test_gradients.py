@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE_OF, backend_params, pyramid, random_boxes
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from rakd_ops import multilevel_roi_align, soft_roi_distill
@@ -173,12 +174,24 @@ def test_forward_mode_is_refused(backend: str, reduction: str) -> None:
     def loss(first: torch.Tensor) -> torch.Tensor:
         return soft_roi_distill([first, *maps[1:]], maps, boxes, reduction=reduction, backend=backend)
 
-    with pytest.raises(RuntimeError):
-        torch.func.jvp(loss, (maps[0] + 1.0,), (maps[0],))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        loss(forward_ad.make_dual(maps[0] + 1.0, maps[0]))
+
+
+def test_the_reference_has_forward_mode_and_second_derivatives() -> None:
+    maps = pyramid(1, 1, 16, 16, (4, 8), requires_grad=True)
+    expert, boxes = pyramid(1, 1, 16, 16, (4, 8), seed=1), torch.tensor([[0.0, 1.0, 2.0, 13.0, 15.0]])
+    options = {"strides": (4, 8), "output_size": 2, "canonical_size": 16.0, "backend": "reference"}
+
+    def loss(*own: torch.Tensor) -> torch.Tensor:
+        return soft_roi_distill(list(own), expert, boxes, **options)
+
+    assert torch.autograd.gradcheck(loss, maps, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, maps)
 
 
 @pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
-@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev", "jvp"])
 def test_transforms_of_torch_func_are_refused_in_our_words(backend: str, transform: str) -> None:
     maps, boxes = pyramid(device=DEVICE_OF[backend]), random_boxes(6).to(DEVICE_OF[backend])
 
@@ -191,7 +204,10 @@ def test_transforms_of_torch_func_are_refused_in_our_words(backend: str, transfo
     first = maps[0][None] if transform == "vmap" else maps[0]
     for function in (loss, pool):
         with pytest.raises(RuntimeError, match=r"rakd_ops: torch.func transforms .* backend='reference'"):
-            getattr(torch.func, transform)(function)(first)
+            if transform == "jvp":
+                torch.func.jvp(function, (first,), (first,))
+            else:
+                getattr(torch.func, transform)(function)(first)
 
 
 def test_torch_func_grad_of_the_reference() -> None:

@@ -362,9 +362,29 @@ def test_numpy_numbers_are_numbers() -> None:
         "canonical_level": np.int64(3),
     }
     plain = {"output_size": 3, "sampling_ratio": 1, "sigma": 0.5, "canonical_level": 3}
-    assert torch.equal(
-        soft_roi_distill(MAPS, MAPS[::1], BOXES, **options), soft_roi_distill(MAPS, MAPS, BOXES, **plain)
-    )
+    expert = [2.0 * m for m in MAPS]
+    loss = soft_roi_distill(MAPS, expert, BOXES, **options)
+    assert torch.equal(loss, soft_roi_distill(MAPS, expert, BOXES, **plain))
+    assert not torch.equal(loss, soft_roi_distill(MAPS, expert, BOXES))
+
+
+def test_options_of_the_module_may_be_assigned_anew() -> None:
+    expert = [2.0 * m for m in MAPS]
+    module = SoftRoIDistillLoss()
+    first = module(MAPS, expert, BOXES)
+    module.sigma = 0.5  # annealed
+    assert torch.equal(module(MAPS, expert, BOXES), soft_roi_distill(MAPS, expert, BOXES, sigma=0.5))
+    assert not torch.equal(module(MAPS, expert, BOXES), first)
+    module.sigma = -1.0
+    with pytest.raises(ValueError, match="sigma: expected a positive finite number"):
+        module(MAPS, expert, BOXES)
+
+
+def test_maps_of_several_dtypes_are_pooled_in_the_widest() -> None:
+    mixed = [m.to(dtype) for m, dtype in zip(MAPS, (torch.float32, torch.bfloat16) * 2, strict=True)]
+    pooled = multilevel_roi_align(mixed, BOXES)
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, multilevel_roi_align([m.float() for m in mixed], BOXES))
 
 
 def test_maps_of_more_cells_than_32_bits_count() -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import rakd
 import rakd_ops
 from rakd import cli
-from rakd.cli import main
+from rakd.cli import _commands, main
 from rakd.commands.show import _read_predictions
 from rakd.data.frames import find_frames, write_calibration
 from rakd.data.labels import write_objects
@@ -29,17 +29,7 @@ from rakd.geometry import box_corners, project_boxes
 from rakd.study.results import RunResult, write_run
 from rakd.training.loading import each_of
 
-COMMANDS = (
-    "distill",
-    "train",
-    "predict",
-    "evaluate",
-    "compare",
-    "show",
-    "latency",
-    "inspect",
-    "make-scenes",
-)
+COMMANDS = tuple(_commands())
 
 
 @pytest.fixture(scope="module")
