@@ -142,7 +142,9 @@ def check_pyramid(
                     f"{name} {[size[axis] for size in sizes]} at strides {list(strides)}"
                     for _, name, sizes, strides in groups
                 )
-                remedy = "" if padded or low >= high else "; where one network only pads more, give expert_strides too"
+                remedy = ""
+                if low < high and not padded:
+                    remedy = "; give expert_strides, equal to strides if one network only pads its images more"
                 raise ValueError(
                     f"{argument}: expected strides that fit the maps' {noun} (size times stride about the same for "
                     f"all maps), got {listed}{remedy}"

@@ -67,7 +67,8 @@ def soft_roi_distill(
             they carry. Data: no gradient flows to them.
         strides: Pixels per cell of each of the apprentice's maps, increasing.
         expert_strides: Pixels of the apprentice's images per cell of the expert's maps; default ``strides``, for maps
-            of the same images. Given, they allow one network to pad its images more, by up to the coarsest stride.
+            of the same images. Given, they allow one network to pad its images more, by up to the coarsest stride;
+            under ``torch.compile`` this is allowed always.
         output_size: Bins of RoIAlign: one integer, or (height, width).
         sampling_ratio: Samples per bin and axis; 0 adapts to the box, ``ceil(box size in cells / bins)``.
         assignment: ``"soft"`` (Gaussian over levels, the paper's SFA), ``"hard"`` (one level, HFA) or ``"uniform"``

@@ -157,9 +157,9 @@ def _rows(folder: Path, what: str) -> Iterator[tuple[Path, list[str]]]:
 def _check_unscored(folder: Path) -> None:
     """Refuse a folder of results in the place of labels: their scores would be skipped, and all would be easy."""
     for path, words in _rows(folder, "a label file"):
-        if len(words) == LABEL_COLUMNS + 1 and not words[-1].isdigit():
-            raise UserError(f"GT: {path} holds results, with scores (16th column): expected labels")
-        if words:
+        if words and words[0] != "DontCare":
+            if len(words) == LABEL_COLUMNS + 1 and all(word.startswith("-1") for word in words[1:3]):
+                raise UserError(f"GT: {path} holds results (columns 2 and 3 are -1, 16 a score), expected labels")
             return
 
 

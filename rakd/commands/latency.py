@@ -40,7 +40,7 @@ class Latency:
         from dataclasses import asdict
         from tempfile import TemporaryDirectory
 
-        from rakd.commands.models import find_model, onnx_device, scene_size
+        from rakd.commands.models import find_model, scene_size
         from rakd.data.frames import find_frames
         from rakd.detector.latency import Model, benchmark, compiled
         from rakd.detector.onnx_model import OnnxDetector
@@ -56,14 +56,12 @@ class Latency:
             )
         if not self.forms:
             raise UserError("--forms: expected one or more")
-        device = choose_device(self.device)
+        device, needed = choose_device(self.device), self.device == "cuda"
         models: list[tuple[str, Model]] = []
         with TemporaryDirectory() as folder:
             for name in self.detectors:
-                model = find_model(name, device, needed=self.device == "cuda")
+                model = find_model(name, device, needed=needed)
                 if isinstance(model, OnnxDetector):
-                    if self.forms != Latency.forms:
-                        warnings.warn(f"--forms does nothing for {name}, which is an ONNX model already", stacklevel=2)
                     models.append((name, model))
                     continue
                 for form in dict.fromkeys(self.forms):
@@ -71,9 +69,11 @@ class Latency:
                         from rakd.detector.export import exported
 
                         file = Path(folder) / f"{len(models)}.onnx"
-                        models.append((name, exported(model, file, onnx_device(device, needed=self.device == "cuda"))))
+                        models.append((name, exported(model, file, device, needed=needed)))
                     else:
                         models.append((name, compiled(model) if form == "compiled" else model))
+            if self.forms != Latency.forms and all(name.endswith(".onnx") for name in self.detectors):
+                warnings.warn("--forms does nothing for ONNX models", stacklevel=2)
             scenes = Path(folder) / "scenes"
             every = [model for _, model in models]
             make_scenes(scenes, 2, 0, size=scene_size(every), workers=1, progress=False)

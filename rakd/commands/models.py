@@ -1,6 +1,5 @@
 """The choice of detectors on the command line, by name or from files. Loads torch: commands import it when they run."""
 
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
 from rakd.detector.latency import Model
-from rakd.detector.onnx_model import OnnxDetector, has_cuda_provider
+from rakd.detector.onnx_model import OnnxDetector
 from rakd.errors import UserError
 
 
@@ -23,16 +22,8 @@ def open_model(path: Path, device: torch.device, *, needed: bool = False) -> Mod
             and says so.
     """
     if path.suffix == ".onnx":
-        return OnnxDetector(path, onnx_device(device, needed=needed))
+        return OnnxDetector(path, device, needed=needed)
     return load_detector(path).to(device)
-
-
-def onnx_device(device: torch.device, *, needed: bool = False) -> torch.device:
-    """The device that onnxruntime computes on; see `open_model`."""
-    if device.type == "cuda" and not needed and not has_cuda_provider():
-        warnings.warn("this onnxruntime computes on the CPU alone", stacklevel=3)
-        return torch.device("cpu")
-    return device
 
 
 def find_model(name: str, device: torch.device, *, needed: bool = False) -> Model:

@@ -120,19 +120,20 @@ class Differences:
     worst: dict[str, float]
 
 
-def exported(detector: BaseDetector, path: Path, device: torch.device) -> OnnxDetector:
+def exported(detector: BaseDetector, path: Path, device: torch.device, *, needed: bool = True) -> OnnxDetector:
     """Export a detector, wherever it is, to a file and load it.
 
     Args:
         detector: Stays as it is: a copy on the CPU is traced.
         path: Of the file.
         device: See `rakd.detector.onnx_model.OnnxDetector`.
+        needed: Same.
 
     Raises:
         UserError: As `export_onnx` and OnnxDetector.
     """
     export_onnx(deepcopy(detector).cpu(), path)
-    return OnnxDetector(path, device)
+    return OnnxDetector(path, device, needed=needed)
 
 
 def check_onnx(detector: BaseDetector, model: OnnxDetector, samples: Sequence[Sample]) -> Differences:

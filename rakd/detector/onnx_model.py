@@ -1,6 +1,7 @@
 """Detectors in ONNX files, run by onnxruntime. Needs neither weights nor networks of PyTorch."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,6 @@ Array = npt.NDArray[Any]
 _CUDA = "CUDAExecutionProvider"
 
 
-def has_cuda_provider() -> bool:
-    """Whether the installed onnxruntime computes on a GPU."""
-    import onnxruntime
-
-    return _CUDA in onnxruntime.get_available_providers()
-
-
 class OnnxDetector:
     """A detector in an ONNX file, to be used as a `rakd.detector.detector.Detector` in evaluation mode.
 
@@ -49,6 +43,7 @@ class OnnxDetector:
     Args:
         path: The file, of ``rakd export``.
         device: "cuda" asks for onnxruntime's CUDA provider.
+        needed: Whether no other device will do; else it takes the CPU where the provider cannot start, and says so.
 
     Attributes:
         config: The detector's settings.
@@ -60,7 +55,7 @@ class OnnxDetector:
         ModuleNotFoundError: onnxruntime is not installed.
     """
 
-    def __init__(self, path: Path, device: torch.device | None = None) -> None:
+    def __init__(self, path: Path, device: torch.device | None = None, *, needed: bool = True) -> None:
         import onnxruntime
 
         check_file(path, "an ONNX model of rakd export")
@@ -71,20 +66,19 @@ class OnnxDetector:
         # such a model, one in PyTorch took 2.6 times as long.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = ["CPUExecutionProvider"]
-        if device is not None and device.type == "cuda":
+        if self.device.type == "cuda" and _CUDA in onnxruntime.get_available_providers():
             providers.insert(0, _CUDA)
-            if not has_cuda_provider():
-                known = onnxruntime.get_available_providers()
-                raise UserError(f"{path}: --device cuda: this onnxruntime has no {_CUDA}, only {known}")
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own classes, which it does not document
             raise UserError(f"{path}: cannot be read as an ONNX model: {error}") from error
-        # A provider whose libraries cannot be loaded is left out with a line in a log.
-        if self.device.type == "cuda" and _CUDA not in self.session.get_providers():
-            raise UserError(
-                f"{path}: --device cuda: {_CUDA} of this onnxruntime could not start, see its message above"
-            )
+        # It may lack the provider, and goes on without one whose libraries cannot be loaded.
+        started = self.session.get_providers()
+        if self.device.type == "cuda" and _CUDA not in started:
+            if needed:
+                raise UserError(f"{path}: expected {_CUDA} for device cuda, this onnxruntime started {started}")
+            warnings.warn(f"{path}: this onnxruntime computes on the CPU alone", stacklevel=3)
+            self.device = torch.device("cpu")
         settings = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
         if settings is None:
             raise UserError(f"{path}: expected a model of rakd export, it has no property {METADATA!r}")

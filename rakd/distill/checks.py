@@ -182,7 +182,7 @@ def check_learns(apprentice: Mapping[str, Tensor]) -> None:
         warnings.warn(
             f"apprentice_features: no gradient goes to the maps {', '.join(map(repr, still))}, frozen or made without "
             "one: they add to the loss, and teach nothing",
-            stacklevel=4,
+            stacklevel=6,  # the caller of the distiller
         )
     if len(still) == len(apprentice):
         raise ValueError(

@@ -20,7 +20,7 @@ from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
 from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
 from rakd.distill.step import PartialSetup, Step, check_form, check_sizes, image_batch, inspect, refuse_padding
-from rakd.distributed import GradientAverage
+from rakd.distributed import GradientAverage, world_size
 
 
 class Distiller(Lifecycle):
@@ -146,6 +146,7 @@ class Distiller(Lifecycle):
         self.layout, self.expert_layout = layout, expert_layout
         self._check = check
         self._begun = False
+        self._averages = world_size() < 2  # gradients over processes, where there are several
         self._inspected = False  # a step with boxes was
         self._gradients_checked = False
         self._optimizers = []
@@ -212,12 +213,18 @@ class Distiller(Lifecycle):
         if not compiling:
             self._begin(step)
             self._sync.attach(self)  # not in check(), which one process may call alone
+            self._averages = True
             if self._learns:
                 self._watch.step(list(self.parameters()))
-        elif self._facts.expert_strides is None or self.method is None or not all(s.known for s in self._scales):
+        elif (
+            self._facts.expert_strides is None
+            or self.method is None
+            or not self._averages
+            or not all(s.known for s in self._scales)
+        ):
             raise RuntimeError(
-                "Distiller: expected one step before torch.compile sees it; check() is enough without rescale=True, "
-                "normalize=True and weight='auto:...', which are measured in a step with boxes"
+                "Distiller: expected one step before torch.compile sees it; check() is enough in one process without "
+                "rescale=True, normalize=True and weight='auto:...', which are measured in a step with boxes"
             )
         loss = self._weighted(step, task_loss, update=not compiling)
         if not compiling:
@@ -246,9 +253,9 @@ class Distiller(Lifecycle):
     ) -> Report:
         """See whether levels, strides, channels and boxes fit each other; ``print`` shows a small table.
 
-        Creates the method's parameters if the first step has not. Where hooks take the apprentice's maps and none are
-        stored, the apprentice runs once in eval mode; its batch normalisation, where it trains, uses the batch's
-        statistics, and keeps its own as they were.
+        Any process may call it alone. Creates the method's parameters if the first step has not. Where hooks take the
+        apprentice's maps and none are stored, the apprentice runs once in eval mode; its batch normalisation, where it
+        trains, uses the batch's statistics, and keeps its own as they were.
 
         Args:
             images: See `forward`, as all others.
@@ -287,7 +294,9 @@ class Distiller(Lifecycle):
         if self._hooks is not None:
             if keep and not self._hooks.ready and network is not None:
                 self._hooks.watch_once(network, images)
-                keep = False
+                maps = self._hooks.take(keep=True)
+                self._hooks.clear()
+                return maps
             return self._hooks.take(keep=keep)
         if callable(wanted):
             return wanted(network, images)
@@ -308,7 +317,7 @@ class Distiller(Lifecycle):
         expert_images: Any = None,
         size: tuple[int, int] | None = None,
     ) -> Step:
-        if self.normalized:
+        if self.normalized and self._check:
             refuse_padding(images)
         batch = image_batch("images", images)
         expert_batch = batch if expert_images is None else image_batch("expert_images", expert_images)

@@ -238,7 +238,7 @@ class FeatureHooks:
             warnings.warn(
                 f"{self.argument}: the network ran more than once since the last step; the maps of its last run are "
                 "taken; step the distiller once for each run, or give it the maps",
-                stacklevel=5,
+                stacklevel=7,  # the caller of the distiller
             )
             self.told = True
         self.unused = None if self.told else False

@@ -64,7 +64,10 @@ def refuse_padding(images: Any) -> None:
     Raises:
         ValueError: It does: DETR's ``NestedTensor`` has a ``mask``, torchvision's ``ImageList`` ``image_sizes``.
     """
-    if not isinstance(images, Tensor) and any(hasattr(images, name) for name in ("mask", "image_sizes")):
+    if isinstance(images, Tensor):
+        return
+    sizes = getattr(images, "image_sizes", ())
+    if getattr(images, "mask", None) is not None or any(tuple(size) != images.tensors.shape[2:] for size in sizes):
         raise ValueError(
             f"boxes: expected pixels beside a {type(images).__name__}, got normalized=True: they may be shares of each "
             "image or of the padded batch; multiply them by that size, or give images.tensors if it is the batch's"

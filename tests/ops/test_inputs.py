@@ -228,7 +228,7 @@ def test_expert_strides() -> None:
         soft_roi_distill(MAPS, wide, BOXES)
     # As padding, which the caller has to state, or as images of another size, which would be misread.
     larger = pyramid(height=64 + 30, width=96 + 20)
-    with pytest.raises(ValueError, match=r"expert_strides: .* heights .*; where one network only pads more, give"):
+    with pytest.raises(ValueError, match=r"expert_strides: .* heights .*; give expert_strides, equal to strides if"):
         soft_roi_distill(MAPS, larger, BOXES)
     assert soft_roi_distill(MAPS, larger, BOXES, expert_strides=(4, 8, 16, 32)).isfinite()
     odd = [torch.rand(2, 3, n, 96 // s) for s, n in ((4, 15), (8, 8), (16, 4), (32, 2))]  # rounded up, and down

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import rakd
 import rakd_ops
 from rakd import cli
-from rakd.cli import _commands, main
+from rakd.cli import main
 from rakd.commands.show import _read_predictions
 from rakd.data.frames import find_frames, write_calibration
 from rakd.data.labels import write_objects
@@ -29,7 +29,20 @@ from rakd.geometry import box_corners, project_boxes
 from rakd.study.results import RunResult, write_run
 from rakd.training.loading import each_of
 
-COMMANDS = tuple(_commands())
+COMMANDS = (
+    "distill",
+    "train",
+    "predict",
+    "evaluate",
+    "compare",
+    "show",
+    "export",
+    "latency",
+    "inspect",
+    "make-scenes",
+    "convert-waymo",
+    "export-waymo",
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +183,15 @@ def test_evaluate(scenes, results, tmp_path, capsys):
 
 
 def test_evaluate_wants_labels_as_truth(results, tmp_path, capsys):
-    message = "000000.txt holds results, with scores (16th column): expected labels"
+    message = "000000.txt holds results (columns 2 and 3 are -1, 16 a score), expected labels"
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    for path in results.iterdir():
+        rows = [line.split() for line in path.read_text().splitlines()]
+        lines = [" ".join([row[0], "-1", "-1.00", *row[3:]]) for row in rows]  # as detectors write them
+        (truth / path.name).write_text("\n".join(lines) + "\n")
     for options in ([], ["--waymo"]):
-        assert main(["evaluate", str(results), str(results), *options]) == 2
+        assert main(["evaluate", str(truth), str(results), *options]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -428,7 +428,7 @@ def test_the_distiller_itself_compiles(boxes: Any, options: dict[str, Any]) -> N
     task = torch.ones(()) if "weight" in options else None
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(distiller, backend=counter, fullgraph=True)
-    needed = r"expected one step before torch.compile sees it; check\(\) is enough without"
+    needed = r"expected one step before torch.compile sees it; check\(\) is enough in one process without"
     with pytest.raises(Exception, match=needed):
         compiled(images(), boxes, features, task_loss=task)
     distiller.check(images(), boxes, features)

@@ -221,7 +221,7 @@ def test_energies_that_are_not_finite_do_not_count(bad: float) -> None:
     assert not first.known and first.factor(torch.device("cpu")).item() == 1
 
 
-def test_validation_is_not_measured_whatever_the_mode() -> None:
+def test_validation_is_not_measured_beside_training_whatever_the_mode() -> None:
     distiller = make(weight="auto:0.1", normalize=True, rescale=True).train()
     with torch.no_grad():  # as a loop of one's own does before it trains, without the distiller's eval()
         assert distiller(images(), BOXES, features(), task_loss=torch.tensor(100.0)).item() == 0

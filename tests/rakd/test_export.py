@@ -270,7 +270,9 @@ def test_predict_and_latency_take_the_model(
     names = [str(run_folder / "detector.pt"), str(out)]
     options = ["--forms", "eager", "onnxruntime", "--repeats", "1", "--device", "cpu", "--out", str(table)]
     assert main(["latency", *names, *options]) == 0
-    assert f"--forms does nothing for {out}, which is an ONNX model already" in capsys.readouterr().err
+    assert "--forms" not in capsys.readouterr().err
+    assert main(["latency", str(out), "--forms", "compiled", "--repeats", "1", "--device", "cpu"]) == 0
+    assert "--forms does nothing for ONNX models" in capsys.readouterr().err
     assert [own.config for own in written] == [load_detector(run_folder / "detector.pt").config]
     with table.open() as opened:
         rows = list(csv.DictReader(opened))
@@ -306,7 +308,7 @@ def test_onnxruntime_without_a_gpu_beside_a_torch_that_has_one(file: Path, monke
     with pytest.warns(UserWarning, match=r"this onnxruntime computes on the CPU alone"):
         model = open_model(file, torch.device("cuda"))
     assert isinstance(model, OnnxDetector) and model.session.get_providers() == ["CPUExecutionProvider"]
-    with pytest.raises(UserError, match="--device cuda: this onnxruntime has no CUDAExecutionProvider"):
+    with pytest.raises(UserError, match="expected CUDAExecutionProvider for device cuda, this onnxruntime started"):
         open_model(file, torch.device("cuda"), needed=True)
 
 
@@ -317,8 +319,10 @@ def test_a_provider_that_cannot_start_is_no_gpu(file: Path, monkeypatch: pytest.
     # As onnxruntime-gpu does where a library of CUDA is missing: it goes on without.
     session = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, providers: session(path, options))
-    with pytest.raises(UserError, match="--device cuda: CUDAExecutionProvider of this onnxruntime could not start"):
+    with pytest.raises(UserError, match="expected CUDAExecutionProvider for device cuda, this onnxruntime started"):
         OnnxDetector(file, torch.device("cuda"))
+    with pytest.warns(UserWarning, match="this onnxruntime computes on the CPU alone"):
+        assert OnnxDetector(file, torch.device("cuda"), needed=False).device.type == "cpu"
     assert OnnxDetector(file).session.get_providers() == ["CPUExecutionProvider"]
 
 
