@@ -90,7 +90,8 @@ inline Extent extent_of(const Tensors& maps, const DoubleList& strides, int dime
 }
 
 // Sizes times strides belong to one image, up to padding: the rule of rakd_ops/_inputs.py, check_pyramid, for calls
-// whose sizes torch.compile did not know. It does not see whether expert_strides were given, and allows for padding always. `others` may be empty.
+// whose sizes torch.compile did not know. It does not see whether expert_strides were given: padding is always allowed.
+// `others` may be empty.
 inline void check_extents(const Tensors& maps, const DoubleList& strides, const Tensors& others,
                           const DoubleList& other_strides) {
   constexpr const char* kRule = ": expected strides that fit the maps (size times stride about the same for all maps)";
