@@ -142,8 +142,8 @@ def test_latency_in_onnx_runtime_is_measured_where_it_can_be(
 ) -> None:
     # The export itself has tests of its own, and takes long.
     class Exported:
-        def __init__(self, path: Path, device: torch.device) -> None:
-            assert device == CPU.device
+        def __init__(self, path: Path, device: torch.device, *, needed: bool) -> None:
+            assert device == CPU.device and needed
             self.detector = detectors.pop(path)
             self.config = self.detector.config
 
