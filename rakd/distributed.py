@@ -256,9 +256,13 @@ class GradientAverage:
     One collective for all of them, before gradients are clipped or looked at. An average of averages is the average:
     where gradients are accumulated over several backwards, or DistributedDataParallel wraps the module after all, the
     result is the same. That one may send gradients from where they lie, so it must be done before they are read here.
+
+    Attributes:
+        started: Whether gradients are averaged, or there is one process.
     """
 
     def __init__(self) -> None:
+        self.started = world_size() < 2
         self._handles: list[Any] = []
         self._parameters: list[nn.Parameter] = []
         self._queued = False
@@ -266,12 +270,13 @@ class GradientAverage:
     def attach(self, module: nn.Module) -> None:
         """Start, unless there is one process, nothing learns, or it has been done; parameters start as rank 0's."""
         self._queued = False  # a backward that failed has left it set
+        self.started = True
         if world_size() < 2:
             return
         parameters = [p for p in module.parameters() if p.requires_grad]
         if [id(p) for p in parameters] == [id(p) for p in self._parameters]:
             return
-        self.close()
+        self._remove_hooks()
         self._parameters = parameters
         with torch.no_grad():
             for tensor in (*parameters, *module.buffers()):
@@ -302,10 +307,14 @@ class GradientAverage:
 
     def close(self) -> None:
         """Stop."""
+        self.started = world_size() < 2
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._parameters = [], []
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         """Start anew in copies."""
-        return {"_handles": [], "_parameters": [], "_queued": False}
+        return GradientAverage, ()

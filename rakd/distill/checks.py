@@ -178,16 +178,16 @@ def check_learns(apprentice: Mapping[str, Tensor]) -> None:
         ValueError: No gradient goes to it.
     """
     still = [name for name, feature in apprentice.items() if not feature.requires_grad]
-    if still and len(still) < len(apprentice):
-        warnings.warn(
-            f"apprentice_features: no gradient goes to the maps {', '.join(map(repr, still))}, frozen or made without "
-            "one: they add to the loss, and teach nothing",
-            stacklevel=6,  # the caller of the distiller
-        )
     if len(still) == len(apprentice):
         raise ValueError(
             "apprentice_features: expected maps that need a gradient, got none that do: the apprentice is frozen, ran "
             "under torch.no_grad(), or is the expert itself (a distiller freezes its expert); check=False lets it pass"
+        )
+    if still:
+        warnings.warn(
+            f"apprentice_features: no gradient goes to the maps {', '.join(map(repr, still))}, frozen or made without "
+            "one: they add to the loss, and teach nothing",
+            stacklevel=6,  # the caller of the distiller
         )
 
 

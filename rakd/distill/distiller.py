@@ -20,7 +20,7 @@ from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
 from rakd.distill.scale import RunningEnergy, TaskShare, UnitScale, number_on, parse_weight
 from rakd.distill.step import PartialSetup, Step, check_form, check_sizes, image_batch, inspect, refuse_padding
-from rakd.distributed import GradientAverage, world_size
+from rakd.distributed import GradientAverage
 
 
 class Distiller(Lifecycle):
@@ -146,7 +146,6 @@ class Distiller(Lifecycle):
         self.layout, self.expert_layout = layout, expert_layout
         self._check = check
         self._begun = False
-        self._averages = world_size() < 2  # gradients over processes, where there are several
         self._inspected = False  # a step with boxes was
         self._gradients_checked = False
         self._optimizers = []
@@ -213,13 +212,12 @@ class Distiller(Lifecycle):
         if not compiling:
             self._begin(step)
             self._sync.attach(self)  # not in check(), which one process may call alone
-            self._averages = True
             if self._learns:
                 self._watch.step(list(self.parameters()))
         elif (
             self._facts.expert_strides is None
             or self.method is None
-            or not self._averages
+            or not self._sync.started
             or not all(s.known for s in self._scales)
         ):
             raise RuntimeError(

@@ -108,10 +108,11 @@ class Experiment:
         images = [frame.image for frame in (*self._train_frames, *self._val_frames)]
         # Once for both networks where they see images of one size: it reads the headers of all of them.
         sizes = {(config.height, config.width) for config in (DETECTORS[settings.apprentice], self._expert_config)}
-        for height, width in sorted(sizes, key=str) if processes.is_main else ():
-            check_widths(images, height, width)
-        self._shared = count_shared(self._train_frames, self._val_frames) if processes.is_main else 0
+        self._shared = 0  # frames, as the main process counts them
         if processes.is_main:
+            for height, width in sorted(sizes, key=str):
+                check_widths(images, height, width)
+            self._shared = count_shared(self._train_frames, self._val_frames)
             warn_of_centre(images[0], self._train_frames[0].calib)
 
     def run(self) -> StudyResult:

@@ -1,5 +1,7 @@
 """Counts and checkpoints that processes share: alone, and with two on Gloo, which must give the gradients of one."""
 
+import copy
+
 import pytest
 import torch
 from processes import run_two_processes
@@ -131,8 +133,7 @@ def test_alone_it_is_the_count() -> None:
 
 def test_one_process_alone_may_check(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[str] = []
-    for module in ("rakd.distributed", "rakd.distill.distiller"):
-        monkeypatch.setattr(f"{module}.world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "broadcast", lambda *_: sent.append("broadcast"))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: sent.append("all_reduce"))
     maps = [torch.rand(2, 3, 8 // s, 12 // s, requires_grad=True) for s in (1, 2)]
@@ -147,3 +148,8 @@ def test_one_process_alone_may_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
     distiller(torch.rand(2, 3, 32, 48), boxes, maps, expert)
     assert sent.count("broadcast") == len(list(distiller.parameters())) > 0
+    copied = copy.deepcopy(distiller)  # which averages nothing yet
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert distiller(torch.rand(2, 3, 32, 48), boxes, maps, expert).isfinite()
+    with pytest.raises(RuntimeError, match=r"expected one step before torch\.compile sees it"):
+        copied(torch.rand(2, 3, 32, 48), boxes, maps, expert)
