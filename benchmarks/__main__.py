@@ -235,7 +235,7 @@ def measure_case(
                 **found.columns(),
                 repeats=found.repeats,
                 peak_extra_mib=peak,
-                ratio=found.median / timings[subject].median,
+                ratio=timing.compare(found, timings[subject]).median,
                 ratio_to=subject,
                 bound_mib=bound_bytes / 2**20,
                 bound_fraction=1000.0 * bound_bytes / bandwidth / kernels_ms,
@@ -255,7 +255,7 @@ def format_heading(machine: results.Machine, protocol: Protocol) -> str:
         f"device {machine.device}, processor {machine.cpu}\n"
         f"torch {machine.torch}, torchvision {machine.torchvision}, rakd {machine.rakd} ({commit})\n"
         f"{protocol.repeats} interleaved repeats, seed {protocol.seed}\n"
-        "ratio: time over that of the first rakd backend; +MiB: rise of peak memory; "
+        "ratio: time over that of the first rakd backend in the same round, median; +MiB: rise of peak memory; "
         "bound: share of the time in which a copy would move the bytes that must move\n"
     )
 

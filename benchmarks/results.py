@@ -64,7 +64,7 @@ class Row(Machine):
     p80_ms: float  # 80th percentile
     repeats: int  # runs these come from
     peak_extra_mib: float | None  # rise of peak memory by one run; None where the system does not tell
-    ratio: float  # this median over that of ratio_to, in the same interleaved runs
+    ratio: float  # of these times over those of ratio_to, round by round; the median
     ratio_to: str  # the first backend of rakd_ops measured
     bound_mib: float  # bytes that must move
     bound_fraction: float  # share of the time (on a GPU device time) in which a plain copy would move them

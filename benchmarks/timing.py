@@ -62,9 +62,10 @@ def summarise(samples: Iterable[float]) -> Timing:
 def compare(timing: Timing, base: Timing) -> Timing:
     """Return the ratios of the times over those of ``base``.
 
-    Rounds are compared one by one: a slow minute of the machine slows both steps of a round.
+    Rounds are compared one by one: a slow minute of the machine slows both steps of a round. Rounds that only one of
+    them took are left out.
     """
-    return summarise(mine / other for mine, other in zip(timing.samples, base.samples, strict=True))
+    return summarise(mine / other for mine, other in zip(timing.samples, base.samples, strict=False))
 
 
 def time_interleaved(
