@@ -1,8 +1,9 @@
 """``python -m benchmarks.map_imitation RUN --data SCENES``: how well apprentices imitate their expert's maps, by level.
 
-Of a finished study (``rakd distill``) whose apprentices imitated rescaled maps. Two figures for each map: the share of
-the variance of the expert's features in objects' boxes that the apprentice's explain, and the expert's AP after this
-map has been replaced by the apprentice's, while the expert's own heads look at it.
+Of a finished study (``rakd distill``) whose apprentices imitated the expert's maps, as they are or rescaled. Two
+figures for each map: the share of the variance of the expert's features in objects' boxes that the apprentice's
+explain, and the expert's AP after this map has been replaced by the apprentice's, while the expert's own heads look at
+it (left out where the expert sees larger images, since its maps then have more cells).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rakd.detector.inference import write_detections
 from rakd.distill.scale import UnitScale
 from rakd.evaluation.kitti import evaluate
 from rakd.study.results import read_study
+from rakd.training.model import expert_size, expert_strides
 from rakd_ops import level_weights, multilevel_roi_align
 
 _BATCH = 4
@@ -42,8 +44,8 @@ class ImitationRow(results.Machine):
     stride: int  # of the map; 0: all of them
     weight: float | None  # of this level in RAKD, mean over the objects
     explained: float | None  # 1 - error / variance, over channels, bins and objects, which count by that weight
-    expert_ap: float  # Car 3D moderate, IoU 0.7, R40, percent
-    swapped_ap: float  # the same with the map replaced
+    expert_ap: float | None  # Car 3D moderate, IoU 0.7, R40, percent
+    swapped_ap: float | None  # the same with the map replaced
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,7 +54,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = results.Parser("benchmarks.map_imitation", __doc__, out=out)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the study")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="frames that it was trained on")
-    parser.add_names("--methods", ("rakd", "hfa", "l_roi"), "which imitate the maps' values", default=["rakd"])
+    known = ("rakd", "hfa", "l_roi", "box_l2")
+    parser.add_names("--methods", known, "which imitate the maps' values", default=["rakd"])
     parser.add_argument("--seeds", type=results.at_least(0), nargs="+", default=[0], metavar="N", help="default: 0")
     return parser.parse_args(arguments)
 
@@ -61,13 +64,14 @@ def measure(options: argparse.Namespace) -> list[ImitationRow]:
     """Measure each apprentice beside the expert of its seed.
 
     Raises:
-        ValueError: The study is not finished, its apprentices were not to imitate the expert's maps at a root mean
-            square of 1, or they see images of another height.
+        ValueError: The study is not finished, its apprentices imitated rescaled maps with rescaled maps of their own,
+            or their images do not fit the expert's.
     """
     if not (options.run / "study.json").is_file():
         raise ValueError(f"{options.run / 'study.json'}: no such file; is the study finished?")
-    if read_study(options.run / "study.json").config.get("rescale") is not True:
-        raise ValueError(f"{options.run}: its apprentices did not imitate the expert's maps at a root mean square of 1")
+    rescale = read_study(options.run / "study.json").config.get("rescale", False)
+    if not isinstance(rescale, bool):
+        raise ValueError(f"{options.run}: expected apprentices whose own maps were not rescaled, got {rescale!r}")
     machine = asdict(results.describe_machine("cpu"))
     truth = options.data / "training" / "label_2"
     rows = []
@@ -78,20 +82,32 @@ def measure(options: argparse.Namespace) -> list[ImitationRow]:
             for split in ("train", "val")
         )
         factors = unit_factors(expert, train)
-        expert_ap = _precision(expert, val, truth)
+        if not rescale:
+            factors = dict.fromkeys(factors, 1.0)
+        expert_ap = None
         for method in options.methods:
             apprentice = _load(options.run / f"{method}-seed{seed}")
-            if apprentice.config.height != expert.config.height:
-                raise ValueError(f"{options.run}: expert and apprentice see images of different heights")
-            maps: list[tuple[int, Sequence[str], float | None, float | None]] = [(0, list(factors), None, None)]
-            shares = explained(expert, apprentice, factors, val)
-            maps += [
+            larger = expert_size(apprentice.config, expert.config)
+            seen = KittiDataset(
+                options.data,
+                "val",
+                height=apprentice.config.height,
+                rules=apprentice.config.rules,
+                expert_size=larger,
+            )
+            shares = explained(expert, apprentice, factors, seen)
+            maps: list[tuple[int, Sequence[str], float | None, float | None]] = [
                 (stride, [name], *figures)
                 for stride, name, figures in zip(expert.strides, factors, shares, strict=True)
             ]
+            if larger is None:
+                maps.insert(0, (0, list(factors), None, None))
+                expert_ap = _precision(expert, val, truth) if expert_ap is None else expert_ap
             for stride, names, weight, share in maps:
-                with swapped(expert, apprentice, factors, names):
-                    swapped_ap = _precision(expert, val, truth)
+                swapped_ap = None
+                if larger is None:
+                    with swapped(expert, apprentice, factors, names):
+                        swapped_ap = _precision(expert, val, truth)
                 row = ImitationRow(
                     method=method,
                     seed=seed,
@@ -141,17 +157,18 @@ def explained(
     """For each map the mean weight of its level, and the share of the expert's variance that is explained."""
     sums = torch.zeros(len(factors), 4, expert.channels, dtype=torch.float64)
     weights, objects = torch.zeros(len(factors), dtype=torch.float64), 0
-    for batch in _batches(expert, frames, len(frames)):
+    larger = expert_strides(apprentice, expert)
+    for batch in _batches(apprentice, frames, len(frames)):
         boxes = pooling_boxes([targets.boxes for targets in batch.targets("cpu")])
-        rows = level_weights(boxes, strides=expert.strides, canonical_size=expert.canonical_size).double()
+        rows = level_weights(boxes, strides=apprentice.strides, canonical_size=apprentice.canonical_size).double()
         weights += rows.sum(dim=0)
         objects += len(rows)
-        theirs, ours = expert.extract_features(batch.images), apprentice.extract_features(batch.images)
+        theirs = expert.extract_features(batch.images if batch.expert_images is None else batch.expert_images)
+        ours = apprentice.extract_features(batch.images)
         for level, (name, factor) in enumerate(factors.items()):
-            strides = expert.strides[level : level + 1]
             target, imitation = (
-                multilevel_roi_align([maps], boxes, strides=strides, assignment="uniform").double()
-                for maps in (factor * theirs[name], ours[name])
+                multilevel_roi_align([maps], boxes, strides=[strides[level]], assignment="uniform").double()
+                for maps, strides in ((factor * theirs[name], larger), (ours[name], apprentice.strides))
             )
             terms = torch.stack([torch.ones_like(target), target, target**2, (target - imitation) ** 2])
             sums[level] += (rows[:, level, None, None, None] * terms).sum(dim=(1, 3, 4))
@@ -187,7 +204,7 @@ def format_rows(rows: Sequence[ImitationRow]) -> str:
     lines = [["method, seed", "stride", "weight", "explained", "AP swapped", "AP of the expert"]]
     for row in rows:
         shares = ["" if value is None else f"{value:.3f}" for value in (row.weight, row.explained)]
-        precisions = [f"{value:.2f}" for value in (row.swapped_ap, row.expert_ap)]
+        precisions = ["" if value is None else f"{value:.2f}" for value in (row.swapped_ap, row.expert_ap)]
         lines.append([f"{row.method}, {row.seed}", str(row.stride or "all"), *shares, *precisions])
     return results.format_table(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,40 @@ def test_shares_of_a_perfect_a_halved_and_an_empty_imitation(scenes: Path) -> No
         assert torch.equal(value, own[name])
 
 
+def test_an_expert_of_larger_images_is_compared_where_objects_are(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = replace(DETECTORS["tiny"], height=192, width=672)
+    expert, apprentice = larger.build(0).eval(), DETECTORS["tiny"].build(1).eval()
+    for folder, detector in (("expert-seed3", expert), ("box_l2-seed3", apprentice)):
+        (tmp_path / folder).mkdir()
+        save_detector(tmp_path / folder / "detector.pt", detector)
+    write_study(tmp_path / "study.json", StudyResult((), config={}))
+    rows = measure(parse([str(tmp_path), "--data", str(scenes), "--methods", "box_l2", "--seeds", "3"]))
+    assert [(row.method, row.stride) for row in rows] == [("box_l2", n) for n in (4, 8, 16, 32)]
+    assert {(row.expert_ap, row.swapped_ap) for row in rows} == {(None, None)}
+    size = larger.image_size
+    frames = KittiDataset(scenes, "val", height=128, rules=apprentice.config.rules, expert_size=size)
+    ones = dict.fromkeys(expert.extract_features(torch.rand(1, 3, 192, 672)), 1.0)
+    found = explained(expert, apprentice, ones, frames)
+    assert [(row.weight, row.explained) for row in rows] == [pytest.approx(pair) for pair in found]
+
+    def place(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Maps that hold their cells' places, as shares of the image: linear, so that pooling gives the boxes'."""
+        maps = {}
+        for name, stride in zip(ones, (4, 8, 16, 32), strict=True):
+            y, x = ((torch.arange(side // stride) + 0.5) / (side // stride) for side in images.shape[2:])
+            maps[name] = (y[:, None] + x).expand(len(images), 64, -1, -1)
+        return maps
+
+    expert.extract_features = apprentice.extract_features = place  # type: ignore[assignment,method-assign]
+    shares = [share for _, share in explained(expert, apprentice, ones, frames)]
+    assert min(shares) > 0.97  # less than 1 where boxes reach the image's edge, whose half cells differ in size
+    monkeypatch.setattr(map_imitation, "expert_strides", lambda *_: expert.strides)
+    misplaced = [share for _, share in explained(expert, apprentice, ones, frames)]
+    assert max(misplaced) < 0.5
+
+
 @pytest.mark.filterwarnings("ignore:.*none of the .* detections")
 def test_rows_and_table(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -80,13 +115,12 @@ def test_rows_and_table(
         measure(parse([*words, "--seeds", "4"]))
     with pytest.raises(ValueError, match="methods: invalid choice: 'pkd'"):
         parse([*words, "--methods", "pkd"])
-    save_detector(run / "rakd-seed3" / "detector.pt", DETECTORS["small"].build(1))
-    with pytest.raises(ValueError, match="expert and apprentice see images of different heights"):
+    save_detector(run / "rakd-seed3" / "detector.pt", DETECTORS["kitti-r18"].without_download().build(1))
+    with pytest.raises(ValueError, match="images of the apprentice's height or of its aspect ratio"):
         measure(parse([*words, "--seeds", "3"]))
-    for config in ({}, {"rescale": "both"}):
-        write_study(run / "study.json", StudyResult((), config=config))
-        with pytest.raises(ValueError, match="did not imitate the expert's maps at a root mean square of 1"):
-            measure(parse(words))
+    write_study(run / "study.json", StudyResult((), config={"rescale": "both"}))
+    with pytest.raises(ValueError, match="expected apprentices whose own maps were not rescaled, got 'both'"):
+        measure(parse(words))
     (run / "study.json").unlink()
     with pytest.raises(ValueError, match=r"study\.json: no such file; is the study finished\?"):
         measure(parse(words))
