@@ -23,8 +23,9 @@ using Tensors = std::vector<Tensor>;
 using DoubleList = std::vector<double>;
 using IntList = std::vector<int64_t>;
 
-constexpr int64_t kMaxCount = 10000;                   // bins and samples along one axis
-constexpr int64_t kMaxCells = (int64_t(1) << 31) - 2;  // boxes; rows or columns of a map; counted in 32 bits
+constexpr int64_t kMaxCount = 10000;  // bins and samples along one axis
+// Boxes; channels, rows or columns of a map: counted in 32 bits, in blocks of up to 64 that may end beyond the last.
+constexpr int64_t kMaxCells = (int64_t(1) << 31) - 64;
 
 // The layout that gradients take after their map. rakd_ops/_layout.py states the same rule for fake tensors.
 inline bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.size(1) > 1 && !t.is_contiguous(); }
@@ -57,7 +58,7 @@ inline Number check_map(const Tensor& t, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(type <= Number::kBFloat16, name, ": expected float32, float64, float16 or bfloat16 maps");
   for (int i = 1; i < 4; ++i) {
     STD_TORCH_CHECK(t.size(i) >= 1 && t.size(i) <= kMaxCells, name,
-                    ": expected 1 to 2^31 - 2 channels, rows and columns, got ", t.size(i), " in dimension ", i);
+                    ": expected 1 to 2^31 - 64 channels, rows and columns, got ", t.size(i), " in dimension ", i);
   }
   return type;
 }
@@ -122,7 +123,7 @@ inline void check_rows(const Tensor& rows, const Tensor& index, int64_t images, 
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == 5 + levels && good(rows, ScalarType::Double),
                   "rows: expected contiguous float64 [K, ", 5 + levels, "] on the maps' device");
   const int64_t count = rows.size(0), length = images + 1 + count;
-  STD_TORCH_CHECK(images <= kMaxCells && count <= kMaxCells, "boxes: expected fewer than 2^31 - 1 boxes and images");
+  STD_TORCH_CHECK(images <= kMaxCells && count <= kMaxCells, "boxes: expected at most 2^31 - 64 boxes and images");
   STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == length && good(index, ScalarType::Int),
                   "index: expected contiguous int32 [", length, "], images + 1 + K, on the maps' device");
 }
@@ -143,7 +144,7 @@ struct BoxArguments {
       boxes.count.push_back(t.size(0));
       boxes.total += t.size(0);
     }
-    STD_TORCH_CHECK(boxes.total <= kMaxCells, "boxes: expected fewer than 2^31 - 1, got ", boxes.total);
+    STD_TORCH_CHECK(boxes.total <= kMaxCells, "boxes: expected at most 2^31 - 64, got ", boxes.total);
     STD_TORCH_CHECK(!strides.empty() && strides.size() <= kMaxLevels, "strides: expected 1 to ", kMaxLevels,
                     " numbers, got ", strides.size());
     STD_TORCH_CHECK(assignment >= 0 && assignment <= 2, "assignment: expected 0, 1 or 2, got ", assignment);

@@ -15,25 +15,38 @@ from rakd_ops import reference
 from rakd_ops._inputs import BoxInputs, Distillation, refuse_values
 from rakd_ops._layout import is_channels_last, is_dense
 from rakd_ops._options import LevelRule, RoIOptions, check_options
-from rakd_ops._schemas import op
+from rakd_ops._schemas import call
+
+
+def _explain(inputs: BoxInputs) -> None:
+    """Word an error of faulty values, which compiled code looks for on the CPU alone; elsewhere it is another."""
+    if not torch.compiler.is_compiling() and inputs.boxes[0].device.type == "cpu":
+        refuse_values(inputs)
 
 
 def prepare(inputs: BoxInputs, options: RoIOptions, backend: str) -> tuple[Tensor, Tensor]:
     """Rows and index of checked boxes; see ``_schemas.py``."""
     if backend == "triton":
         return reference.prepare_boxes(inputs, options)
-    prepare_boxes, rule, of_levels = op("prepare_boxes", backend), options.rule, inputs.level_weights
+    rule, of_levels = options.rule, inputs.level_weights
     if torch.compiler.is_compiling() and of_levels is None:
         # An op fixes the value of a float that is handed to it, and each other value would be compiled anew. The rule
         # in plain PyTorch is traced into the graph instead, where an annealed sigma is a number like any other.
         of_levels, rule = reference.weights_by_rule(inputs.boxes, options), check_options().rule
     try:
-        rows, index = prepare_boxes(
-            inputs.boxes, inputs.box_weights, of_levels, inputs.images, inputs.mean, options.strides, *rule
+        rows, index = call(
+            "prepare_boxes",
+            backend,
+            inputs.boxes,
+            inputs.box_weights,
+            of_levels,
+            inputs.images,
+            inputs.mean,
+            options.strides,
+            *rule,
         )
     except RuntimeError:
-        if not torch.compiler.is_compiling():
-            refuse_values(inputs)
+        _explain(inputs)
         raise
     return rows, index
 
@@ -43,8 +56,7 @@ def weigh_levels(inputs: BoxInputs, strides: tuple[float, ...], rule: LevelRule)
     try:
         weights: Tensor = torch.ops.rakd_ops.level_weights(inputs.boxes, strides, *rule)
     except RuntimeError:
-        if not torch.compiler.is_compiling():
-            refuse_values(inputs)
+        _explain(inputs)
         raise
     return weights
 
@@ -109,9 +121,9 @@ def _loss_alone(
 ) -> Tensor:
     """Sum of the boxes' losses, or each, without a gradient."""
     if reduce and backend == "cpu":  # which need not compute the boxes' losses to have their sum
-        total, _ = op("distill_gradient", backend)(apprentice, expert, rows, index, None, *geometry, False, False)
+        total, _ = call("distill_gradient", backend, apprentice, expert, rows, index, None, *geometry, False, False)
         return total
-    total, losses = op("distill_loss", backend)(apprentice, expert, rows, index, *geometry)
+    total, losses = call("distill_loss", backend, apprentice, expert, rows, index, *geometry)
     return total if reduce else losses
 
 
@@ -129,8 +141,8 @@ class _GradientInForward(torch.autograd.Function):
         *maps: Tensor,
     ) -> Tensor:
         levels = len(maps) // 2
-        total, gradients = op("distill_gradient", backend)(
-            maps[:levels], maps[levels:], rows, index, None, *geometry, *wanted
+        total, gradients = call(
+            "distill_gradient", backend, maps[:levels], maps[levels:], rows, index, None, *geometry, *wanted
         )
         ctx.save_for_backward(*gradients)
         ctx.backend = backend
@@ -149,7 +161,7 @@ class _GradientInForward(torch.autograd.Function):
         if last and gradient.is_cuda:  # a captured backward may be replayed without the forward that left them
             last = not torch.cuda.is_current_stream_capturing()
         if last and ctx.backend == "cuda" and all(map(is_dense, saved)):  # hooks on saved tensors may change layouts
-            op("scale_gradients", "cuda")(saved, gradient)
+            call("scale_gradients", "cuda", saved, gradient)
             scaled = saved
         elif not last or gradient.device.type != "cpu" or type(gradient) is not Tensor:  # a fake one has no value
             # The product in the loss's dtype: a scalar rounded to bfloat16 would put all gradients off alike.
@@ -192,8 +204,16 @@ class _GradientInBackward(torch.autograd.Function):
         _double_backward_guard()
         rows, index, *maps = ctx.saved_tensors
         levels = len(maps) // 2
-        _, gradients = op("distill_gradient", ctx.backend)(
-            maps[:levels], maps[levels:], rows, index, gradient, *ctx.geometry, *ctx.wanted
+        _, gradients = call(
+            "distill_gradient",
+            ctx.backend,
+            maps[:levels],
+            maps[levels:],
+            rows,
+            index,
+            gradient,
+            *ctx.geometry,
+            *ctx.wanted,
         )
         return None, None, None, None, None, None, *_place_gradients(gradients, ctx.wanted, levels)
 
@@ -210,15 +230,15 @@ class _Align(torch.autograd.Function):
         ctx.backend = backend
         ctx.shapes = [size for feature in maps for size in feature.shape]
         ctx.channels_last = [is_channels_last(feature) for feature in maps]
-        output: Tensor = op("align", backend)(maps, rows, index, *geometry)
+        output: Tensor = call("align", backend, maps, rows, index, *geometry)
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         _double_backward_guard()
         rows, index = ctx.saved_tensors
-        gradients = op("align_backward", ctx.backend)(
-            gradient, rows, index, ctx.shapes, ctx.channels_last, *ctx.geometry
+        gradients = call(
+            "align_backward", ctx.backend, gradient, rows, index, ctx.shapes, ctx.channels_last, *ctx.geometry
         )
         return None, None, None, None, *gradients
 
@@ -249,5 +269,5 @@ def align(maps: list[Tensor], boxes: BoxInputs, options: RoIOptions, backend: st
     rows, index = prepare(boxes, options, backend)
     geometry = options.for_align()
     if _skips_autograd_function(maps):
-        return op("align", backend)(maps, rows, index, *geometry)
+        return call("align", backend, maps, rows, index, *geometry)
     return _Align.apply(rows, index, geometry, backend, *maps)

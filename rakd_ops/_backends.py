@@ -81,6 +81,10 @@ def load_backends() -> None:
     _MISSING.update(cuda=_load_cuda(), triton=_find_triton(), cpu=_load("_cpu"), reference=None)
 
 
+_TEGRA = {(7, 2), (8, 7), (11, 0)}
+"""Capabilities of Xavier, Orin and Thor."""
+
+
 def can_run(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether compiled CUDA code runs on a device.
 
@@ -90,7 +94,8 @@ def can_run(architecture: str, capability: tuple[int, int]) -> bool:
         capability: The device's compute capability.
 
     Returns:
-        Machine code runs on the same major version from its minor version on, PTX on all that are as new.
+        Machine code runs on the same major version from its minor version on, PTX on all that are as new. Machine code
+        of a Tegra runs on none but its own kind, and a Tegra runs no other.
 
     Source:
         CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
@@ -101,6 +106,8 @@ def can_run(architecture: str, capability: tuple[int, int]) -> bool:
         return capability == (major, minor)
     if ptx and not number.endswith("f"):
         return capability >= (major, minor)
+    if (major, minor) in _TEGRA or capability in _TEGRA:
+        return capability == (major, minor)
     return capability[0] == major and capability[1] >= minor
 
 

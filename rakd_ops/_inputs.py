@@ -19,7 +19,7 @@ from rakd_ops._options import DEFAULTS, REDUCTIONS, RoIOptions, check_choice
 
 MAP_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 BOX_DTYPES = (*MAP_DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # csrc/prepare.h, Number
-MAX_CELLS = 2**31 - 2  # rows or columns of one map; kernels count in 32 bits
+MAX_CELLS = 2**31 - 64  # channels, rows or columns of one map; kernels count in 32 bits, in blocks of up to 64
 BOX_LAYOUTS = {4: "(x1, y1, x2, y2)", 5: "(batch_index, x1, y1, x2, y2)"}
 
 Maps = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -87,7 +87,7 @@ def check_maps(
         shape = feature.shape
         good = len(shape) == 4 and feature.dtype in MAP_DTYPES and shape[1] > 0 and shape[2] > 0 and shape[3] > 0
         good = good and shape[:1] == images and shape[1] == like[model].shape[1] and feature.device == device
-        if not good or (not torch.compiler.is_compiling() and max(shape[2], shape[3]) > MAX_CELLS):
+        if not good or (not torch.compiler.is_compiling() and max(shape[1:]) > MAX_CELLS):
             _refuse_map(f"{name}[{level}]", feature, like, like_name, model, same_channels)
         sizes.append((shape[2], shape[3]))
     return tuple(sizes)
@@ -103,8 +103,8 @@ def _refuse_map(
         raise TypeError(f"{label}: expected float32, float64, float16 or bfloat16, got {feature.dtype}")
     if min(shape[1:]) == 0:
         raise ValueError(f"{label}: expected at least one channel, row and column, got {shape}")
-    if max(shape[2:]) > MAX_CELLS:
-        raise ValueError(f"{label}: expected at most {MAX_CELLS} rows and columns, got {shape}")
+    if max(shape[1:]) > MAX_CELLS:
+        raise ValueError(f"{label}: expected at most {MAX_CELLS} channels, rows and columns, got {shape}")
     if shape[0] != like[0].shape[0]:
         raise ValueError(f"{label}: expected {like[0].shape[0]} images as in {like_name}[0], got {shape}")
     if shape[1] != like[model].shape[1]:

@@ -1,12 +1,18 @@
 // Torch tensors as the kernels see them: views of maps, and the workspace.
 #pragma once
 
+#include <algorithm>
+#include <limits>
+
 #include "../arguments.h"
 #include "launch.h"
 #include "torch_platform.h"
 
 namespace rakd {
 namespace gpu {
+
+// A last tile or block may end beyond the map, still at a number of 32 bits.
+static_assert(kMaxCells + std::max(kTileColumns, kChannelBlock) - 1 <= std::numeric_limits<int32_t>::max());
 
 // The workspace of a call: one allocation with offsets. It goes back to torch's allocator with this object, which keeps
 // it from other streams until the kernels launched here are done, as for any tensor.

@@ -24,7 +24,12 @@ class FiniteCheck:
             if not bool(loss.detach().isfinite()):
                 raise FloatingPointError(f"the distillation loss is not finite: {blame(apprentice, expert)}")
             return
-        if loss.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if loss.device.type == "cuda":
+            with torch.cuda.device(loss.device):  # whose stream the copy is in, and so must be the event
+                self._look_later(loss, apprentice, expert)
+
+    def _look_later(self, loss: Tensor, apprentice: Mapping[str, Tensor], expert: Mapping[str, Tensor]) -> None:
+        if torch.cuda.is_current_stream_capturing():
             return
         if self._event is not None:
             if not self._event.query():

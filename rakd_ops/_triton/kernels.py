@@ -295,6 +295,7 @@ def gather_tiles(
     factor,  # [] or [K], read where FACTOR
     factor_step,
     pooled,  # G, at each level's start [K, bins_y, bins_x, C_l]
+    batch,
     channels,
     divisors,
     starts,
@@ -312,11 +313,10 @@ def gather_tiles(
         gradient[b, c, y, x] = Σ_k side w_kl / divisor_l Σ_q R_x[q, x] Σ_p R_y[p, y] G[k, l, p, q, c]
 
     A program owns a tile of cells of one image and level, and a block of channels. Axis 0 of the grid counts the
-    tiles of all levels, the coarsest first: theirs meet the most boxes each.
+    tiles of all levels and images, the coarsest first: theirs meet the most boxes each.
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    image = tl.program_id(2)
-    batch = tl.num_programs(2)
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // batch
+    image = tl.program_id(0) % batch
     level = tl.cast(0, tl.int32)
     local = tile
     across = tl.cast(1, tl.int32)

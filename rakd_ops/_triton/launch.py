@@ -6,6 +6,7 @@ registers, not the shapes that are taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,7 +49,13 @@ class Tables(NamedTuple):
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the current stream of the device that its tensors are on; an empty grid launches nothing."""
+    """Run a kernel on the current stream of the device that its tensors are on; an empty grid launches nothing.
+
+    Raises:
+        ValueError: The grid is beyond CUDA's limits, or its product beyond the 32 bits in which triton counts it.
+    """
+    if math.prod(grid) >= 2**31 or max(grid[1:], default=0) >= 2**16:
+        raise ValueError(f"maps and boxes: expected fewer, for {kernel.__name__} would have the grid {grid}")
     tensor = next(a for a in arguments if isinstance(a, Tensor))
     with torch.cuda.device(tensor.device if tensor.is_cuda else -1):
         kernel[grid](*arguments, **options)
@@ -163,13 +170,14 @@ def gather(
     block = block_of(most, GATHER_CHANNELS)
     launch(
         kernels.gather_tiles,
-        (tiles, triton.cdiv(most, block), gradients[0].shape[0]),
+        (tiles * gradients[0].shape[0], triton.cdiv(most, block)),
         pyramid_of(gradients, gradients[0].dtype),
         tables,
         rows,
         index,
         *factor_of(factor, rows),
         pooled,
+        gradients[0].shape[0],
         tuple(g.shape[1] for g in gradients),
         tuple(divisors),
         tuple(starts),

@@ -58,3 +58,25 @@ def test_operations_of_a_training_call(backend: str, dtype: torch.dtype, weights
         level_weights(boxes)
     assert count.ours == {"rakd_ops::level_weights": 1}
     assert count.others.total() == 0
+
+
+@pytest.mark.parametrize("op", ["align", "prepare_boxes"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUDA out of memory. Tried to allocate", "^CUDA out of memory. Tried to allocate$"),
+        ('dispatcher("aten::empty") API call failed', "^CUDA out of memory: .* API call failed$"),
+        ("something else", None),
+    ],
+)
+@pytest.mark.parametrize("backend", backend_params("cpu"))
+def test_compiled_code_that_finds_no_memory_tells_it_as_torch_does(
+    backend: str, text: str, expected: str | None, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch.ops.rakd_ops, op, fail)
+    with pytest.raises(RuntimeError, match=expected or text) as caught:
+        multilevel_roi_align(pyramid(3, dtype=torch.float32), lists(torch.float32), backend=backend)
+    assert isinstance(caught.value, torch.OutOfMemoryError) == (expected is not None)

@@ -32,6 +32,11 @@ GPU = torch.device("cuda", 0)
         ("9.0a+PTX", (10, 0), False),
         ("10.0f", (10, 3), True),
         ("10.0f+PTX", (12, 0), False),
+        # A Tegra and a card of one major version run none of each other's machine code, whichever is the newer.
+        ("8.6", (8, 7), False),
+        ("8.7", (8, 9), False),
+        ("8.7", (8, 7), True),
+        ("8.0+PTX", (8, 7), True),
     ],
 )
 def test_compatibility(architecture: str, capability: tuple[int, int], expected: bool) -> None:
@@ -70,7 +75,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return Device(monkeypatch)
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 7), (9, 0), (10, 3), (13, 0)])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0), (10, 3), (13, 0)])
 def test_auto_takes_the_library_where_it_has_code(device: Device, capability: tuple[int, int]) -> None:
     device.capability = capability
     assert choose_backend("auto", GPU) == choose_backend("cuda", GPU) == "cuda"
@@ -79,7 +84,8 @@ def test_auto_takes_the_library_where_it_has_code(device: Device, capability: tu
 
 
 @pytest.mark.parametrize(
-    ("architectures", "capability"), [(("8.0", "9.0"), (7, 5)), (("9.0", "9.0+PTX"), (8, 6)), ((), (9, 0))]
+    ("architectures", "capability"),
+    [(("8.0", "9.0"), (7, 5)), (("9.0", "9.0+PTX"), (8, 6)), (SHIPPED, (8, 7)), ((), (9, 0))],
 )
 def test_auto_passes_over_a_library_that_cannot_run(
     device: Device, architectures: tuple[str, ...], capability: tuple[int, int]

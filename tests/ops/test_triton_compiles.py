@@ -127,3 +127,23 @@ def test_kernels_compile(architecture: int, options: dict[str, Any], monkeypatch
             assert "fma.rn.f64" not in ptx and "mul.rn.f64" in ptx and "add.rn.f64" in ptx
             assert "div.approx" not in ptx and "div.full" not in ptx
             assert "cvt.f64.f32" not in ptx, "a constant or argument went through float32"
+
+
+def test_grids_stay_within_what_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        __name__ = "some"
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *_: None
+
+    launch.launch(Kernel(), (2**31 - 1, 1), torch.zeros(1))
+    for grid in ((1, 2**16), (1, 1, 2**16), (2**16, 2**15)):  # the driver refuses the first two, triton skips the third
+        with pytest.raises(ValueError, match="maps and boxes: expected fewer, for some would have the grid"):
+            launch.launch(Kernel(), grid, torch.zeros(1))
+    grids = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    images = 70_000  # crops, as a batch
+    rows, index = torch.zeros(0, 6, dtype=torch.float64), torch.zeros(images + 1, dtype=torch.int32)
+    maps = [torch.zeros(1).expand(images, 3, 4, 4)]
+    launch.distill_gradient(maps, maps, rows, index, None, [4.0], [4.0], [7, 7], 2, True, False)
+    assert grids[-1] == (images, 1)
