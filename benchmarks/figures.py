@@ -73,9 +73,10 @@ def _annotate(axes: Axes, text: str, place: tuple[float, float], colour: str = I
     axes.annotate(text, place, (4, 0), textcoords="offset points", va="center", size=8.5, color=colour, weight=weight)
 
 
-def write_title(figure: Figure, title: str, row: Row) -> None:
-    """Write the title, and under it where the figures come from."""
-    commit = f", commit {row.commit[:10]}{'+' if row.dirty else ''}" if row.commit else ""
+def write_title(figure: Figure, title: str, row: Row, rows: Sequence[Row]) -> None:
+    """Write the title, and under it where the figures come from: the machine is a row's, commits are those of all."""
+    commits = _unique([f"{row.commit[:10]}{'+' if row.dirty else ''}" for row in rows if row.commit])
+    commit = f", commit {' and '.join(commits)}" if commits else ""
     machine = row.device if row.device != "cpu" else f"{row.cpu}, {row.threads} threads"
     if row.workload == SCALING + "threads":
         machine = row.cpu
@@ -180,7 +181,7 @@ def draw_bars(rows: Sequence[Row]) -> Figure:
     panels[0].set_xlim(0.5 * low, high * (high / low) ** 0.3)
     handles.append(Line2D([], [], color=INK, linewidth=1.4, linestyle=DASHES, label="bandwidth bound: a plain copy"))
     first = rows[0]
-    write_title(figure, f"{OP_NAMES[first.op]}, {PASS_NAMES[first.passes]}, {first.dtype}: time and ratio", first)
+    write_title(figure, f"{OP_NAMES[first.op]}, {PASS_NAMES[first.passes]}, {first.dtype}: time and ratio", first, rows)
     write_legend(figure, handles)
     figure.subplots_adjust(left=0.085, right=0.975, top=1 - head / height, bottom=0.33 / height, wspace=0.06)
     return figure
@@ -233,7 +234,7 @@ def draw_curves(rows: Sequence[Row]) -> Figure:
         handles.append(Line2D([], [], color=MUTED, ls=dashes, label=LAYOUT_NAMES[layout]))
     first = next((row for row in rows if row.workload != SCALING + "threads"), rows[0])
     title = f"{OP_NAMES[first.op]}, {PASS_NAMES[first.passes]}, {first.dtype}: how it scales"
-    write_title(figure, title, first)
+    write_title(figure, title, first, rows)
     write_legend(figure, handles)
     top, bottom = 1 - head / height, 0.35 / height
     figure.subplots_adjust(left=0.075, right=0.955, top=top, bottom=bottom, wspace=0.17, hspace=0.3)

@@ -226,7 +226,7 @@ STUDIES: dict[str, StudySettings] = {
         regions="objects",
         photometric=0.0,
         scenes=500,
-        takes="some 40 minutes a seed on a core of an AMD EPYC",
+        takes="some 45 minutes a seed on a core of an AMD EPYC",
     ),
     "monodetr-kitti": StudySettings(
         expert="monodetr-r50",

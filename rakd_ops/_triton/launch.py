@@ -1,7 +1,8 @@
 """The ops on the host: checks that memory safety rests on, workspaces of static size, and the launches.
 
 Signatures are those of ``rakd_ops/_schemas.py``. Block sizes are powers of two, as Triton wants; they bound
-registers, not the shapes that are taken.
+registers, not the shapes that are taken. Triton compiles a kernel anew for each combination of sizes and strides that
+are 1 or multiples of 16, in about a second: images of many sizes cost some twenty compilations, which it keeps on disk.
 """
 
 from __future__ import annotations
