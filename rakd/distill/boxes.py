@@ -71,13 +71,25 @@ def refuse_maps(boxes: Any) -> None:
         )
 
 
-def canvas_size(boxes: Any) -> tuple[int, int] | None:
-    """Height and width that torchvision's ``BoundingBoxes`` say they belong to; None for plain tensors."""
-    for rows in boxes if isinstance(boxes, Sequence) else [boxes]:
-        canvas = getattr(rows, "canvas_size", None)
-        if canvas is not None:
-            return int(canvas[0]), int(canvas[1])
-    return None
+def check_canvases(boxes: Any, size: tuple[int, int]) -> None:
+    """Compare the images' size with that which torchvision's ``BoundingBoxes`` carry; plain tensors carry none.
+
+    Images of a padded batch are smaller than it, the largest by less than the 32 pixels that detectors pad to.
+
+    Raises:
+        ValueError: They differ otherwise.
+    """
+    found = [getattr(rows, "canvas_size", None) for rows in (boxes if isinstance(boxes, Sequence) else [boxes])]
+    canvases = [(int(canvas[0]), int(canvas[1])) for canvas in found if canvas is not None]
+    if len(canvases) < len(found) or not canvases:
+        return
+    for side, pixels in enumerate(size):
+        largest = max(canvases, key=lambda canvas: canvas[side])
+        if not pixels - 32 < largest[side] <= pixels:
+            raise ValueError(
+                f"boxes: expected BoundingBoxes of the images' size {tuple(size)}, or of smaller images that are "
+                f"padded to it, got canvas_size {largest}; resize images and boxes by the same transform"
+            )
 
 
 def own_format(rows: Tensor) -> BoxFormat | None:

@@ -84,7 +84,7 @@ class FeatureCache:
 
         Args:
             images: ``[B, ...]``.
-            keys: One for each image: numbers, text, and tuples or lists of them.
+            keys: One for each image: numbers (also of NumPy, or tensors of one), text, and tuples or lists of them.
             fingerprint: Of the expert.
             run: Gives the features of images.
 
@@ -126,7 +126,7 @@ class FeatureCache:
     @staticmethod
     def _name(key: Any, fingerprint: str, images: Tensor) -> str:
         try:
-            text = json.dumps([key, list(images.shape[1:]), fingerprint])
+            text = json.dumps([key, list(images.shape[1:]), fingerprint], default=_plain)
         except TypeError as error:
             raise TypeError(f"keys: expected numbers, text, and tuples or lists of them, got {key!r}") from error
         return hashlib.sha256(text.encode()).hexdigest()[:40]
@@ -228,6 +228,14 @@ class FeatureCache:
     def __getstate__(self) -> dict[str, Any]:
         """Leave entries out of pickles."""
         return {**self.__dict__, "_memory": OrderedDict(), "_bytes": 0}
+
+
+def _plain(value: Any) -> Any:
+    """The number in a scalar of NumPy or a tensor, as data sets hold them in the place of an int."""
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):  # of anything else, an array, a tensor
+        raise TypeError from None
 
 
 def _each(scores: list[Tensor] | None, image: int, keep: Callable[[Tensor], Tensor]) -> list[Tensor] | None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rakd.distill.base import Boxes
-from rakd.distill.boxes import canvas_size
 from rakd.distill.masks import indexed_boxes
 from rakd_ops import level_weights
 
@@ -96,10 +95,12 @@ def find_strides(argument: str, maps: Mapping[str, Tensor], size: tuple[int, int
         least = found[-1] if found else 0.0
         powers = [2.0**i for i in range(0, 12) if fits(cells, size, 2.0**i) and 2.0**i > least]
         exact = size[0] / cells[0]
-        if powers:
-            found.append(min(powers, key=lambda stride: abs(math.log2(stride / ratio))))
-        elif size[1] / cells[1] == exact and exact > least and exact.is_integer():
+        whole = size[1] / cells[1] == exact and exact > least and exact.is_integer()
+        # A power of two fits by chance where cells are few: not above a level that has none, as of patches of 14.
+        if whole and (not powers or any(math.log2(stride) % 1 for stride in found)):
             found.append(exact)
+        elif powers:
+            found.append(min(powers, key=lambda stride: abs(math.log2(stride / ratio))))
         else:
             raise ValueError(
                 f"{argument}: could not find the stride of map {name!r} of shape {list(feature.shape)} from images of "
@@ -191,11 +192,10 @@ def check_learns(apprentice: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, settings: tuple[str, bool]) -> Tensor:
+def check_boxes(boxes: Boxes, size: tuple[int, int], images: int, settings: tuple[str, bool]) -> Tensor:
     """Refuse boxes that cannot belong to the images.
 
     Args:
-        given: As they came, for torchvision's ``canvas_size``.
         boxes: In pixels.
         size: Height and width of the images.
         images: Their number.
@@ -208,12 +208,6 @@ def check_boxes(given: Any, boxes: Boxes, size: tuple[int, int], images: int, se
         ValueError: Says what to change.
     """
     rows = indexed_boxes(boxes, torch.device("cpu"))
-    canvas = canvas_size(given)
-    if canvas is not None and canvas != tuple(size):
-        raise ValueError(
-            f"boxes: expected BoundingBoxes of the images' size {tuple(size)}, got canvas_size {canvas}; resize images "
-            "and boxes by the same transform"
-        )
     if not len(rows):
         return rows
     box_format, normalized = settings

@@ -292,10 +292,10 @@ class Distiller(Lifecycle):
         if self._hooks is not None:
             if keep and not self._hooks.ready and network is not None:
                 self._hooks.watch_once(network, images)
-                maps = self._hooks.take(keep=True)
+                maps = self._hooks.take(stay=True)
                 self._hooks.clear()
                 return maps
-            return self._hooks.take(keep=keep)
+            return self._hooks.take(stay=keep)
         if callable(wanted):
             return wanted(network, images)
         raise ValueError(
@@ -369,12 +369,12 @@ class Distiller(Lifecycle):
         factor = None
         if self._scale is not None:
             maps = [*step.expert.values(), *(step.apprentice.values() if self._rescale == "both" else ())]
-            if update and (not self._scale.calls or (self._learns and self._scale.calls < UnitScale.CALLS)):
-                self._scale.update(maps)
+            if update:
+                self._scale.look(maps, learns=self._learns)
             step = step.rescaled(self._scale.factors(maps))
         if self._energy is not None:
-            if update and (self._learns or not self._energy.known):
-                self._energy.update(lambda: step.energy(self.method))
+            if update:
+                self._energy.look(lambda: step.energy(self.method), learns=self._learns)
             factor = self._energy.factor(device)
         weight = self._weight
         if not isinstance(weight, TaskShare):
@@ -385,6 +385,8 @@ class Distiller(Lifecycle):
         if weight.measuring and self._learns and update:
             if task_loss is None:
                 raise ValueError("task_loss: expected the apprentice's own loss, of which weight='auto:...' is a share")
+            if not isinstance(task_loss, (Tensor, float, int)):
+                raise TypeError(f"task_loss: expected one number, the sum of terms, got a {type(task_loss).__name__}")
             task = torch.as_tensor(task_loss, dtype=None if isinstance(task_loss, Tensor) else torch.float64)
             if task.numel() != 1:
                 raise ValueError(f"task_loss: expected one number, got shape {list(task.shape)}")

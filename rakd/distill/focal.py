@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
-from rakd.distill.masks import area_masks, indexed_boxes
+from rakd.distill.masks import area_masks, read_boxes
 from rakd.nn import widen
 
 
@@ -73,7 +73,7 @@ class FocalAttentionDistillation(DistillationMethod):
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes) -> Tensor:
         """See `rakd.distill.base.DistillationMethod.forward`."""
         expert_maps, maps = pair_maps(expert, apprentice, self.adapter)
-        rows = indexed_boxes(boxes, expert_maps[0].device)
+        rows = read_boxes(boxes, len(expert_maps[0]), expert_maps[0].device)
         losses = []
         for ours, theirs, stride in zip(maps, expert_maps, self.expert_strides, strict=True):
             ours, theirs = resize(ours, theirs), widen(theirs)

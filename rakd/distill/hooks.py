@@ -9,13 +9,15 @@ tensors and copies no expert. A copy of hooks and network together (a deep copy 
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from rakd.distill.outputs import keep, list_tensors, versions
 
 Names = str | tuple[str, str] | Sequence[str | tuple[str, str]]
 """Module names; ``"input:NAME"`` or ``(NAME, "input")`` means what the module is given."""
@@ -115,17 +117,6 @@ def unwrap(network: nn.Module) -> nn.Module:
         network = inner
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in what a module gave or was given."""
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-    return [part for part in parts if isinstance(part, Tensor)]
-
-
-def _versions(value: Any) -> list[int]:
-    """Number of in-place changes of each tensor in a value."""
-    return [version(tensor) for tensor in _tensors(value)]
-
-
 def _in_backward() -> bool:
     """Whether a backward runs, in which gradient checkpointing runs modules again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -133,12 +124,7 @@ def _in_backward() -> bool:
 
 def _sizes(value: Any) -> list[torch.Size]:
     """Rows and columns of each map in a value."""
-    return [tensor.shape[2:] for tensor in _tensors(value)]
-
-
-def version(tensor: Tensor) -> int:
-    """Number of in-place changes of a tensor; those made under inference_mode do not count theirs."""
-    return -1 if tensor.is_inference() else tensor._version
+    return [tensor.shape[2:] for tensor in list_tensors(value)]
 
 
 class FeatureHooks:
@@ -158,11 +144,12 @@ class FeatureHooks:
         self.whole = False  # what is noted is of one forward of the network
         # A run with gradients whose values were not handed over; None before the first step, and once that was told.
         self.unused: bool | None = None
-        self.told = False
+        self.told: set[str] = set()  # warnings
         self.stop_when: Callable[[], bool] | None = None  # raise `StopForward` in the network when this holds
         self.names = [parse_name(argument, name) for name in list_names(names)]
-        if not self.names:
-            raise ValueError(f"{argument}: expected at least one name of a module, got none")
+        self.keys = [f"{side}:{name}" for name, side in self.names]
+        if not self.keys or len(set(self.keys)) < len(self.keys):
+            raise ValueError(f"{argument}: expected at least one name of a module, and none twice, got {self.keys}")
         self.values: dict[str, Any] = {}
         self.versions: dict[str, list[int]] = {}
         self.repeated: dict[str, bool] = {}  # modules that ran again in one forward: whether with maps of another size
@@ -178,8 +165,8 @@ class FeatureHooks:
         self.closed = False
         if self.network is not None:
             self._handles.append(self.network.register_forward_pre_hook(_Start(self)))
-        for module, (name, side) in zip(self.modules, self.names, strict=True):
-            hook = _Hook(self, f"{side}:{name}", side)
+        for module, key, (_, side) in zip(self.modules, self.keys, self.names, strict=True):
+            hook = _Hook(self, key, side)
             if side == "input":
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
@@ -198,17 +185,15 @@ class FeatureHooks:
         )
 
     def note(self, key: str, value: Any) -> None:
-        """Keep a value (called by the hooks): a copy of a list, since detection heads put their results into it."""
+        """Keep a value (called by the hooks)."""
         if _in_backward():
             return
-        compiling = torch.compiler.is_compiling()
-        if type(value) in (list, dict):
-            value = value.copy()
+        value = keep(value)
         if key in self.values:
             self.repeated[key] = self.repeated.get(key, False) or _sizes(value) != _sizes(self.values[key])
         self.values[key] = value
-        if not compiling:
-            self.versions[key] = _versions(value)
+        if not torch.compiler.is_compiling():
+            self.versions[key] = versions(value)
             if self.stop_when is not None and self.stop_when():
                 raise StopForward
 
@@ -221,7 +206,9 @@ class FeatureHooks:
         """Forget what was noted in other forwards of the network (called by the hooks)."""
         if not _in_backward():
             if self.ready and self.unused is False and not torch.compiler.is_compiling():
-                self.unused = any(tensor.requires_grad for value in self.values.values() for tensor in _tensors(value))
+                self.unused = any(
+                    tensor.requires_grad for value in self.values.values() for tensor in list_tensors(value)
+                )
             self.clear()
             self.whole = True
 
@@ -232,48 +219,49 @@ class FeatureHooks:
         self.repeated.clear()
         self.whole = False
 
-    def _warn_of_unused(self) -> None:
-        """Warn once where a step had several runs; distillation may begin after others, which is no fault."""
-        if self.unused:
-            warnings.warn(
-                f"{self.argument}: the network ran more than once since the last step; the maps of its last run are "
-                "taken; step the distiller once for each run, or give it the maps",
-                stacklevel=7,  # the caller of the distiller
-            )
-            self.told = True
-        self.unused = None if self.told else False
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self.told:
+            warnings.warn(f"{self.argument}: {text}", stacklevel=7)  # the caller of the distiller
+            self.told.add(kind)
 
-    def take(self, *, keep: bool = False) -> Any:
+    def take(self, *, stay: bool = False) -> Any:
         """Hand over what was noted: the value of a single name, or a list in the order of the names.
 
         Args:
-            keep: Leave it noted.
+            stay: Leave it noted.
 
         Raises:
             RuntimeError: A module did not run since the last time, ran on maps of several sizes in one forward of the
                 network, or its output was changed in place afterwards.
         """
-        keys = [f"{side}:{name}" for name, side in self.names]
-        for key in keys:
+        for key in self.keys:
             if key not in self.values:
                 raise RuntimeError(
                     f"{self.argument}: {key} did not run since the last step, so there are no maps; run the network "
-                    "before the distiller, call modules as module(...), and step the distiller once for each run"
+                    "before the distiller, call modules as module(...), and step the distiller once for each run. A "
+                    "closed distiller sees nothing, nor does one of a network that torch.compile had compiled before: "
+                    "make it first, or call torch._dynamo.reset()"
                 )
             if self.whole and self.repeated.get(key):
                 raise RuntimeError(
                     f"{self.argument}: {key} ran more than once since the network's forward began, on maps of several "
                     "sizes, as a head that all levels share does; name modules that give each level, or all at once"
                 )
-            if key in self.versions and _versions(self.values[key]) != self.versions[key]:
+            if key in self.versions and versions(self.values[key]) != self.versions[key]:
                 raise RuntimeError(
                     f"{self.argument}: {key} was changed in place after it was noted (by a following inplace=True "
                     "activation); name the module that changed it instead"
                 )
-        taken = [self.values[key] for key in keys]
-        if not keep:
+        taken = [self.values[key] for key in self.keys]
+        if not stay:
             if not torch.compiler.is_compiling():
-                self._warn_of_unused()
+                if self.whole and self.repeated:  # no fault of an activation that a block calls several times
+                    what = f"{', '.join(self.repeated)} ran more than once since the network's forward began; "
+                    self._warn_once("repeated", what + "the maps of the last run are taken")
+                if self.unused:  # not before the first step: distillation may begin after other steps
+                    what = "the network ran more than once since the last step; the maps of its last run are taken; "
+                    self._warn_once("unused", what + "step the distiller once for each run, or give it the maps")
+                self.unused = None if "unused" in self.told else False
             self.clear()
         return taken[0] if len(taken) == 1 else taken
 
@@ -342,28 +330,35 @@ class Tap:
     """The last output of a tapped module; see `rakd.distill.hooks.tap`."""
 
     def __init__(self) -> None:
-        self._outputs: list[Any] = []
+        self._noted: list[Any] = []  # the output, and the number of in-place changes of its tensors
 
     @property
     def output(self) -> Any:
         """The module's last output, with its graph.
 
         Raises:
-            RuntimeError: The module did not run while it was tapped.
+            RuntimeError: The module did not run while it was tapped, or its output was changed in place afterwards.
         """
-        if not self._outputs:
+        if not self._noted:
             raise RuntimeError("the tapped module did not run inside the with block: there is no output")
-        return self._outputs[-1]
+        output, before = self._noted
+        if before is not None and versions(output) != before:
+            raise RuntimeError(
+                "the tapped module's output was changed in place after it was noted (by a following inplace=True "
+                "activation); tap the module that changed it instead"
+            )
+        return output
 
 
 class _TapHook(_Inert):
     """Notes what a tapped module gives."""
 
-    def __init__(self, outputs: list[Any]) -> None:
-        self.outputs = outputs
+    def __init__(self, noted: list[Any]) -> None:
+        self.noted = noted
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self.outputs[:] = [output]
+        output = keep(output)
+        self.noted[:] = [output, None if torch.compiler.is_compiling() else versions(output)]
 
 
 @contextmanager
@@ -387,7 +382,7 @@ def tap(module: nn.Module) -> Iterator[Tap]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a module, got {type(module).__name__}")
     tapped = Tap()
-    handle = module.register_forward_hook(_TapHook(tapped._outputs))
+    handle = module.register_forward_hook(_TapHook(tapped._noted))
     try:
         yield tapped
     finally:

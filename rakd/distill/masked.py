@@ -9,7 +9,7 @@ from torch import Tensor
 from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
 from rakd.distill.maps import check_maps
-from rakd.distill.masks import box_masks, indexed_boxes
+from rakd.distill.masks import box_masks, read_boxes
 from rakd.nn import widen
 
 
@@ -67,7 +67,7 @@ class BoxMaskedL2(WeightedL2):
         return cls(setup.expert_strides, adapter=setup.adapter(), **options)
 
     def _weights(self, expert: list[Tensor], boxes: Boxes, scores: Sequence[Tensor] | None) -> list[Tensor]:
-        rows = indexed_boxes(boxes, expert[0].device)
+        rows = read_boxes(boxes, len(expert[0]), expert[0].device)
         return [
             box_masks(rows, stride, (feature.shape[2], feature.shape[3]), feature.shape[0])
             for feature, stride in zip(expert, self.expert_strides, strict=True)

@@ -16,6 +16,25 @@ def indexed_boxes(boxes: Boxes, device: torch.device) -> Tensor:
     return rows.detach().to(device, torch.float64 if rows.dtype == torch.float64 else torch.float32)
 
 
+def read_boxes(boxes: Boxes, images: int, device: torch.device) -> Tensor:
+    """Bring boxes to ``[K, 5]``, and on the CPU refuse those that `rakd_ops` refuses there.
+
+    Raises:
+        ValueError: Names the first of them.
+    """
+    rows = indexed_boxes(boxes, device)
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and len(rows):
+        index = rows[:, 0]
+        good = rows.isfinite().all(dim=1) & (rows[:, 3] >= rows[:, 1]) & (rows[:, 4] >= rows[:, 2])
+        good &= (index >= 0) & (index < images) & (index == index.floor())
+        if not bool(good.all()):
+            raise ValueError(
+                f"boxes: expected numbers of images from 0 to {images - 1} and finite x1 <= x2, y1 <= y2, got "
+                f"{rows[~good][0].tolist()}"
+            )
+    return rows
+
+
 def cell_ranges(rows: Tensor, stride: float, size: tuple[int, int], *, inclusive: bool) -> tuple[Tensor, Tensor]:
     """Find the rows and columns of a map that boxes touch.
 

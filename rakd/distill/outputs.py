@@ -1,8 +1,10 @@
 """Feature maps out of whatever networks give: dicts, lists, (map, mask) pairs, Hugging Face outputs, NHWC."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Layout = Literal["NCHW", "NHWC"]
@@ -115,3 +117,43 @@ def pair_names(apprentice: dict[str, Tensor], expert: dict[str, Tensor]) -> tupl
 
 def _shapes(maps: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name} {list(feature.shape)}" for name, feature in maps.items())
+
+
+def list_tensors(value: Any, depth: int = 4) -> list[Tensor]:
+    """The tensors in what a module gave or was given, wherever `find_maps` would look for maps."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple)):
+        parts = list(value)
+    else:
+        parts = [getattr(value, name, None) for name in ("tensors", "feature_maps")]
+    return [tensor for part in parts for tensor in list_tensors(part, depth - 1)] if depth else []
+
+
+def version(tensor: Tensor) -> int:
+    """Number of in-place changes of a tensor; those made under inference_mode do not count theirs."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def versions(value: Any) -> list[int]:
+    """Number of in-place changes of each tensor in a value."""
+    return [version(tensor) for tensor in list_tensors(value)]
+
+
+def keep(value: Any) -> Any:
+    """A value as it is now: a copy of a list or dict, into which detection heads put their results.
+
+    Under torch.compile also of the maps themselves, since a compiled graph does not count in-place changes.
+    """
+    copied = value.copy() if type(value) in (list, dict, OrderedDict) else value
+    if not torch.compiler.is_compiling():
+        return copied
+    if isinstance(copied, Tensor):
+        return copied.clone()
+    if isinstance(copied, dict):
+        for name, part in copied.items():
+            copied[name] = keep(part)
+        return copied
+    return type(copied)(keep(part) for part in copied) if type(copied) in (list, tuple) else copied

@@ -20,9 +20,9 @@ Assignment = Literal["soft", "hard", "uniform"]
 class RegionDistillation(DistillationMethod):
     """Region-aware distillation: features in boxes, compared level by level (RAKD, and its ablations).
 
-    `rakd_ops.soft_roi_distill`, averaged over all boxes. Where `torch.distributed` runs several processes, over those
-    of all processes, such that DistributedDataParallel gives the gradients of one process with the whole batch; every
-    process must then call this equally often (see `rakd.distributed.shared_mean_count`).
+    `rakd_ops.soft_roi_distill`, averaged over all boxes. Where `torch.distributed` runs several processes, in training
+    over those of all processes, such that DistributedDataParallel gives the gradients of one process with the whole
+    batch; every process must then call this equally often (see `rakd.distributed.shared_mean_count`).
 
     Args:
         assignment: "soft" (RAKD's SFA), "hard" (HFA) or "uniform" (L_RoI).
@@ -150,12 +150,13 @@ class RegionDistillation(DistillationMethod):
             )
         return loss
 
-    @staticmethod
-    def _share(boxes: Boxes, device: torch.device) -> Tensor:
-        """One over the mean number of boxes of all processes, ``[K]``.
+    def _share(self, boxes: Boxes, device: torch.device) -> Tensor:
+        """One over the number of boxes, in training its mean over all processes, ``[K]``.
 
         As weights rather than as a divisor of the loss: the op makes its gradient with the loss, and a loss that is
         scaled afterwards costs another pass over the gradients of all maps.
         """
         count = len(boxes) if isinstance(boxes, Tensor) else sum(len(rows) for rows in boxes)
-        return (1.0 / shared_mean_count(count, device)).expand(count)
+        if self.training:
+            return (1.0 / shared_mean_count(count, device)).expand(count)
+        return torch.full((), 1.0 / max(count, 1), dtype=torch.float64, device=device).expand(count)

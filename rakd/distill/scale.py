@@ -49,24 +49,38 @@ class UnitScale:
         self.calls = 0
         self.squares = torch.zeros(())
         self.counts = torch.zeros(())
+        self.before: UnitScale | None = None  # of a validation before training, which ends with it
 
     @property
     def known(self) -> bool:
         """Whether maps were measured."""
-        return self.calls > 0
+        return self.calls > 0 or self.before is not None
 
-    def update(self, maps: Sequence[Tensor]) -> None:
+    def update(self, maps: Sequence[Tensor], *, shared: bool = True) -> None:
         """Count a call with its maps.
+
+        Args:
+            maps: One a level.
+            shared: With those of all processes, which must then all call this.
 
         Raises:
             ValueError: There are more or fewer levels than before.
         """
         self._check(len(maps))
-        squares = all_reduce_mean(torch.stack([mean_square(m) for m in maps]))
+        squares = torch.stack([mean_square(m) for m in maps])
+        squares = all_reduce_mean(squares) if shared else squares
         there = squares.isfinite() & (squares > 0)
         self.counts = there + self.counts.to(squares)
         self.squares = torch.where(there, squares, 0.0) + self.squares.to(squares)
         self.calls += 1
+
+    def look(self, maps: Sequence[Tensor], *, learns: bool) -> None:
+        """Measure in training, and at the first call of a validation before it, which waits for no other process."""
+        if learns and self.calls < self.CALLS:
+            self.update(maps)
+        elif not self.known:
+            self.before = UnitScale()
+            self.before.update(maps, shared=False)
 
     def factors(self, maps: Sequence[Tensor]) -> Tensor:
         """One factor for each map, on the device of the first.
@@ -74,6 +88,8 @@ class UnitScale:
         Raises:
             ValueError: There are more or fewer levels than were measured.
         """
+        if not self.calls and self.before is not None:
+            return self.before.factors(maps)
         self._check(len(maps))
         squares, counts = (number_on(maps[0].device, value) for value in (self.squares, self.counts))
         return torch.where(counts > 0, (counts / squares).sqrt(), 1.0)
@@ -107,29 +123,51 @@ class RunningEnergy:
         self.calls = 0
         self.count: Tensor | float = 0.0
         self.value: Tensor | float = 0.0
-        self.known = False
+        self.measured = False
+        self.before: RunningEnergy | None = None  # of a validation before training, which ends with it
+
+    @property
+    def known(self) -> bool:
+        """Whether there was energy."""
+        return self.measured or (self.before is not None and self.before.measured)
 
     @property
     def due(self) -> bool:
         """Whether this call measures."""
         number = self.calls + 1
-        return not self.known or number % self.EVERY == 0 or (number < self.EVERY and number & (number - 1) == 0)
+        return not self.measured or number % self.EVERY == 0 or (number < self.EVERY and number & (number - 1) == 0)
 
-    def update(self, measure: Callable[[], Tensor]) -> None:
-        """Count a call, and measure if it is due. Waits for the device until there was energy once."""
+    def update(self, measure: Callable[[], Tensor], *, shared: bool = True) -> None:
+        """Count a call, and measure if it is due. Waits for the device until there was energy once.
+
+        Args:
+            measure: Gives the energy.
+            shared: With that of all processes, which must then all call this.
+        """
         if self.due:
-            energy = all_reduce_mean(_exact(measure()))
+            energy = _exact(measure())
+            energy = all_reduce_mean(energy) if shared else energy
             there = energy.isfinite() & (energy > 0)
             count = number_on(energy.device, self.count) + there
             value = number_on(energy.device, self.value)
             step = (energy - value) / count.clamp(1, self.SPAN)
             self.value = torch.where(there, value + step, value)
             self.count = count
-            self.known = self.known or bool(there)
+            self.measured = self.measured or bool(there)
         self.calls += 1
+
+    def look(self, measure: Callable[[], Tensor], *, learns: bool) -> None:
+        """As `UnitScale.look`."""
+        if learns:
+            self.update(measure)
+        elif not self.known:
+            self.before = RunningEnergy()
+            self.before.update(measure, shared=False)
 
     def factor(self, device: torch.device) -> Tensor:
         """Factor of the loss, a scalar; 1 as long as there was no energy."""
+        if not self.measured and self.before is not None:
+            return self.before.factor(device)
         value = number_on(device, self.value)
         return torch.where(value > 0, 1 / value, torch.ones_like(value))
 
@@ -140,7 +178,7 @@ class RunningEnergy:
     def load(self, state: list[float]) -> None:
         """Take up `state`."""
         self.calls, self.count, self.value = int(state[0]), state[1], state[2]
-        self.known = self.value > 0
+        self.measured = self.value > 0
 
 
 class TaskShare:
@@ -176,7 +214,7 @@ class TaskShare:
 
         Raises:
             ValueError: The task loss is negative: a share of it would be a weight that drives the apprentice away from
-                the expert, and a share of a loss that passes through 0 may be any weight.
+                the expert, and a share of a loss that passes through 0 may be any weight. Or it is always 0.
         """
         pair = all_reduce_mean(torch.stack([_exact(task).to(loss.device), _exact(loss)]))
         value, other = pair.tolist()
@@ -192,6 +230,11 @@ class TaskShare:
         self.task = number_on(pair.device, self.task) + pair[0]
         self.loss = number_on(pair.device, self.loss) + pair[1]
         self.calls += 1
+        if not self.measuring and not float(self.task):
+            raise ValueError(
+                f"task_loss: expected the apprentice's own loss, of which 'auto:{self.share:g}' is a share, got 0 in "
+                f"{self.CALLS} steps"
+            )
 
     def factor(self, device: torch.device) -> Tensor:
         """The weight, a scalar; 0 as long as the distillation loss was."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rakd.distill.base import Boxes, DistillationMethod
-from rakd.distill.boxes import BOX_FORMATS, BoxFormat, to_pixels
+from rakd.distill.boxes import BOX_FORMATS, BoxFormat, check_canvases, to_pixels
 from rakd.distill.checks import (
     Level,
     Report,
@@ -222,7 +222,7 @@ class Step:
         ratio = size[0] / other[0]
         if not math.isclose(ratio, size[1] / other[1], rel_tol=0.05):
             raise ValueError(
-                f"expert_images: expected the aspect ratio of images, {size}, got {other}; give expert_strides="
+                f"expert_images: expected the aspect ratio of images, {size}, got {other}; pad those of both alike"
             )
         return tuple(ratio * stride for stride in find_strides("expert_strides", self.expert, other))
 
@@ -269,6 +269,8 @@ def check_sizes(step: Step, facts: PartialSetup) -> Step:
         first = next(iter(step.apprentice.values()))
         size = (round(first.shape[2] * facts.strides[0]), round(first.shape[3] * facts.strides[0]))
         step = replace(step, size=size, expert_image_hw=size)
+    if step.size is not None:
+        check_canvases(step.given, step.size)
     for argument, strides, maps in (
         ("strides", facts.strides, step.apprentice),
         ("expert_strides", facts.expert_strides, step.expert),
@@ -291,7 +293,7 @@ def inspect(
     found = facts.completed(check_sizes(step, facts))
     step = check_sizes(step, found)
     assert found.strides and found.expert_strides
-    rows = check_boxes(step.given, step.boxes, step.known_size, step.images, form)
+    rows = check_boxes(step.boxes, step.known_size, step.images, form)
     weights = warn_of_equal_weights(rows, found.strides, options, advise)
     pairs = zip(step.apprentice.items(), step.expert.values(), strict=True)
     steps = zip(found.strides, found.expert_strides, weights.sum(dim=0).tolist(), strict=True)

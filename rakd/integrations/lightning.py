@@ -19,7 +19,16 @@ _REPLACED = ("training_step", "manual_backward")
 
 
 def images_and_boxes(batch: Any) -> tuple[Any, Any]:
-    """Read a batch of ``(images, targets)``, ``targets`` being dicts with ``boxes`` per image, or the boxes."""
+    """Read a batch of ``(images, targets)``, ``targets`` being dicts with ``boxes`` per image, or the boxes.
+
+    Raises:
+        TypeError: It is another batch.
+    """
+    if not (isinstance(batch, (list, tuple)) and len(batch) >= 2):
+        raise TypeError(
+            f"batch: expected batches (images, targets), got a {type(batch).__name__}; give batch=, a function that "
+            "takes (images, boxes) from yours"
+        )
     images, targets = batch[0], batch[1]
     if isinstance(targets, (list, tuple)) and targets and isinstance(targets[0], dict):
         return images, [target["boxes"] for target in targets]

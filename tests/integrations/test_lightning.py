@@ -16,7 +16,7 @@ pl = pytest.importorskip("lightning.pytorch")
 
 from lightning_cases import Manual, Module, Pyramid, fit, items  # noqa: E402
 
-from rakd.integrations.lightning import DistillCallback  # noqa: E402
+from rakd.integrations.lightning import DistillCallback, images_and_boxes  # noqa: E402
 from rakd_ops import soft_roi_distill  # noqa: E402
 
 
@@ -207,3 +207,10 @@ def test_two_processes_stay_alike(tmp_path: Path) -> None:
     assert len(first["adapters"]) == 7
     for part in ("adapters", "model"):
         assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
+
+
+def test_batches_of_another_form_are_told() -> None:
+    with pytest.raises(TypeError, match=r"batch: expected batches \(images, targets\), got a dict; give batch="):
+        images_and_boxes({"image": torch.zeros(1), "boxes": []})
+    assert images_and_boxes((1, [{"boxes": 2}, {"boxes": 3}])) == (1, [2, 3])
+    assert images_and_boxes([1, [2], "more"]) == (1, [2])

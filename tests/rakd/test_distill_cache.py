@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distill_cases import BOXES, STAGES, Network, images
@@ -146,6 +147,17 @@ def test_a_new_process_finds_the_folder(tmp_path: Path) -> None:
     assert runs == [2]  # to be compared, once
 
 
+def test_a_key_that_leaves_something_out_now_and_then_is_found(cache: FeatureCache) -> None:
+    distiller, _, runs = make(cache)
+    for _ in range(3):
+        distiller.expert_features(images(1), ["a"])
+    turned = images(1).flip(3)
+    distiller.expert_features(turned, ["a"])  # the third out of the cache, which is not compared
+    with pytest.raises(ValueError, match="keys must hold all that an image's pixels depend on"):
+        distiller.expert_features(turned, ["a"])
+    assert runs == [1, 1, 1]
+
+
 def test_it_is_bounded_and_forgets_what_was_unused_for_longest(cache: FeatureCache) -> None:
     size = (4 * 8 * 12 + 6 * 4 * 6 + 8 * 2 * 3) * 4
     if cache.folder is not None:
@@ -252,8 +264,16 @@ def test_keys_are_checked() -> None:
     distiller, *_ = make(FeatureCache())
     with pytest.raises(ValueError, match="keys: expected 2, one per image, got 1"):
         distiller.expert_features(images(), ["a"])
-    with pytest.raises(TypeError, match="keys: expected numbers, text, and tuples or lists of them, got tensor"):
-        distiller.expert_features(images(), [torch.zeros(1), "a"])
+    for wrong in (torch.zeros(2), np.zeros(2), object()):
+        with pytest.raises(TypeError, match="keys: expected numbers, text, and tuples or lists of them, got "):
+            distiller.expert_features(images(), [wrong, "a"])
+
+
+def test_numbers_are_keys_in_whatever_form_they_come(cache: FeatureCache) -> None:
+    distiller, _, _ = make(cache)
+    for seven in (7, np.int64(7), torch.tensor(7), torch.tensor([7])):
+        distiller.expert_features(images(1), [(seven, np.bool_(True))])
+    assert (cache.misses, cache.hits) == (1, 3)
 
 
 WRITER = """

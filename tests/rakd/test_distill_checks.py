@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from rakd.distill import Distiller
+from rakd.distill.checks import find_strides
 from rakd.distill.registry import METHODS
 from rakd_ops import level_weights
 
@@ -68,8 +69,42 @@ def test_bounding_boxes_carry_their_format(form: str) -> None:
         for rows in convert(BOXES, form.lower(), False)
     ]
     torch.testing.assert_close(run(boxes, box_format="xyxy"), run(BOXES), rtol=1e-6, atol=0)
-    with pytest.raises(ValueError, match=r"BoundingBoxes of the images' size \(32, 48\), got canvas_size \(640, 640\)"):
-        run([tv_tensors.BoundingBoxes(b, format="XYXY", canvas_size=(640, 640)) for b in BOXES])  # type: ignore[call-overload]
+
+
+def test_bounding_boxes_of_other_images_are_refused_in_every_step() -> None:
+    def boxes(*sizes: tuple[int, int]) -> list[Tensor]:
+        return [
+            tv_tensors.BoundingBoxes(b, format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+            for b, size in zip(BOXES, sizes, strict=True)
+        ]
+
+    size, step = (80, 96), {"size": (80, 96)}
+    for distiller in (make(), make()):
+        # Images of a padded batch: the largest is as large as it, but for the multiple of 32 that it is padded to.
+        for good in ((size, size), ((50, 96), (80, 40)), ((49, 60), (30, 65))):
+            distiller(images(**step), boxes(*good), features(size))
+        for bad in ((size, (81, 96)), ((80, 97), size), ((48, 60), (30, 96)), ((80, 64), (30, 60)), ((640, 640),) * 2):
+            with pytest.raises(ValueError, match=r"BoundingBoxes of the images' size \(80, 96\), or of smaller images"):
+                distiller(images(**step), boxes(*bad), features(size))
+    with pytest.raises(ValueError, match=r"got canvas_size \(640, 640\); resize images and boxes by the same"):
+        make()(images(**step), boxes((640, 640), size), features(size))
+
+
+def test_strides_of_patches_of_14_pixels_at_few_cells() -> None:
+    for size, strides in ((224, (14.0, 28.0, 56.0)), (336, (14.0, 28.0, 56.0)), (512, (32.0, 64.0, 128.0))):
+        maps = {str(s): torch.zeros(1, 2, int(size // s), int(size // s)) for s in strides}
+        assert find_strides("strides", maps, (size, size)) == strides
+
+
+@pytest.mark.parametrize("method", ["box_l2", "fgd_attention", "rakd"])
+@pytest.mark.parametrize(
+    "fault", [[0.0, 40.0, 3.0, 2.0, 14.0], [0.0, float("nan"), 3.0, 40.0, 14.0], [2.0, 2.0, 3.0, 40.0, 14.0]]
+)
+def test_faulty_boxes_are_refused_after_the_first_step_too(method: str, fault: list[float]) -> None:
+    distiller = make(method=method)
+    distiller(images(), ROWS, features())
+    with pytest.raises(ValueError, match=r"^boxes: expected .* got .*(40\.0|nan|2)"):
+        distiller(images(), torch.cat([ROWS, torch.tensor([fault])]), features())
 
 
 def test_normalized_boxes_as_pixels() -> None:

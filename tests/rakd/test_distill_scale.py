@@ -133,11 +133,20 @@ def test_the_maps_scale_is_measured_over_twenty_training_steps_then_fixed() -> N
     for each in (other.train(), other.eval()):
         loss = each(images(), BOXES, features(seed=7), theirs)
         assert torch.equal(loss, distiller(images(), BOXES, features(seed=7), theirs))
-    # Evaluation measures once, where nothing has been: it changes nothing afterwards.
-    seen = Distiller(None, rescale=True, canonical_size=24).eval()
-    first = seen(images(), BOXES, features(), theirs)
-    assert seen(images(), BOXES, features(), [3 * m for m in theirs]) != first
-    assert torch.equal(seen(images(), BOXES, features(), theirs), first)
+    # Evaluation measures once, where nothing has been: that holds until training measures, which forgets it.
+    seen, fresh = (Distiller(None, rescale="both", normalize=True, canonical_size=24) for _ in range(2))
+    for evaluate in (seen.eval, torch.no_grad().__enter__):
+        evaluate()
+        first = seen(images(), BOXES, features(), theirs).detach()
+        assert seen(images(), BOXES, features(), [3 * m for m in theirs]) != first
+        assert torch.equal(seen(images(), BOXES, features(), theirs).detach(), first)
+        seen.train()
+    torch.set_grad_enabled(True)
+    grown = [7 * m for m in theirs]
+    for _ in range(3):
+        loss, expected = (each.train()(images(), BOXES, features(seed=7), grown) for each in (seen, fresh))
+        assert torch.equal(loss, expected)
+    assert torch.equal(seen.get_extra_state(), fresh.get_extra_state())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), "zeros", "no images"])
@@ -508,6 +517,12 @@ def run(wrap, method):
         task = sum(m.square().mean() for m in network(batch)["boxes"])
         optimizer.zero_grad()
         (task + called(batch, boxes, task_loss=task)).backward()
+        if rank == 0:  # a validation here alone waits for nobody
+            apprentice.eval(), distiller.eval()
+            with torch.no_grad():
+                apprentice(batch)
+                distiller(batch, BOXES)
+            apprentice.train(), distiller.train()
         torch.nn.utils.clip_grad_norm_([*network.parameters(), *distiller.parameters()], 0.1)
         optimizer.step()
     learnt = [p.detach().clone() for p in (*distiller.parameters(), *apprentice.parameters())]
@@ -525,6 +540,25 @@ for method in ("rakd", "mgd"):
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+def test_a_task_loss_that_gives_no_share() -> None:
+    def step(distiller: Distiller, task: Any) -> Tensor:
+        loss: Tensor = distiller(images(), BOXES, features(), task_loss=task)
+        return loss
+
+    distiller = make(weight="auto:10")
+    for _ in range(19):
+        assert step(distiller, 0.0) == 0
+    with pytest.raises(ValueError, match=r"task_loss: expected the apprentice's own loss, .* got 0 in 20 steps"):
+        step(distiller, torch.zeros(()))
+    distiller = make(weight="auto:10")
+    for _ in range(20):
+        assert step(distiller, 0.0 if distiller.weight == 0 else 1.0).isfinite()
+        step(distiller, 1.0)
+    assert distiller.weight > 0
+    with pytest.raises(TypeError, match="task_loss: expected one number, the sum of terms, got a dict"):
+        step(make(weight="auto:10"), {"class": torch.ones(())})
 
 
 def test_two_processes_learn_the_same_with_and_without_ddp() -> None:
