@@ -266,7 +266,7 @@ def check_boxes(boxes: Boxes, size: tuple[int, int], images: int, settings: tupl
 def warn_of_large_apprentice_maps(levels: Sequence[Level]) -> None:
     """Warn where the apprentice itself would have to change its maps' scale to imitate an expert's that is rescaled.
 
-    Where channels differ an adapter does. 4 lies between the apprentices of docs/evidence.md: one of 2 gained by
+    Where channels differ an adapter does. 4 lies between those of docs/evidence_weights.md: one of 2 gained by
     rescaled maps, one of 13 lost by them at ten times the task loss.
     """
     far = [level for level in levels if level.channels == level.expert_channels and level.rms > 4]

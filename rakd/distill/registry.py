@@ -27,7 +27,7 @@ class MethodSpec:
         term: Its name in the table of the loss's terms, for ablations.
         options: Arguments of the class that make it this method.
         rescaled_weight: Factor for maps at a root mean square of 1 (`rakd.distill.distiller.Distiller`, ``rescale``):
-            that chosen in docs/evidence.md, on frames that no table is evaluated on; None: none was tried.
+            that chosen in docs/evidence_weights.md, on frames that no table is evaluated on; None: none was tried.
     """
 
     label: str

@@ -133,7 +133,7 @@ _SCENES = StudySettings(
     takes="11 minutes on two cores of an AMD EPYC",
 )
 
-# 9, 29 and 84 times the task loss at first, see docs/evidence.md.
+# 9, 29 and 84 times the task loss at first, see docs/evidence_weights.md.
 _RESOLUTION_WEIGHTS = {"pkd": 11.0, "rakd": 1.05, "box_l2": 2.8}
 
 _RESOLUTION = replace(
