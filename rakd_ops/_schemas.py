@@ -68,18 +68,23 @@ for _name, _schema in SCHEMAS.items():
 _backends.load_backends()
 
 
+def op(name: str, backend: str) -> Any:
+    """Return the op of a backend; the compiled libraries share theirs, told apart by the tensors' device."""
+    return getattr(torch.ops.rakd_ops, f"triton_{name}" if backend == "triton" else name)
+
+
 def call(name: str, backend: str, *arguments: Any) -> Any:
-    """Call the op of a backend; the compiled libraries share theirs, told apart by the tensors' device.
+    """Call the op of a backend.
 
     Raises:
         torch.OutOfMemoryError: A GPU has no memory left. Through the stable ABI it comes as a RuntimeError, of which
             torch before 2.13 tells only which call failed; trainers look for the type or for these words.
     """
-    op = getattr(torch.ops.rakd_ops, f"triton_{name}" if backend == "triton" else name)
+    run = op(name, backend)
     if torch.compiler.is_compiling():
-        return op(*arguments)
+        return run(*arguments)
     try:
-        return op(*arguments)
+        return run(*arguments)
     except RuntimeError as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or not ("CUDA out of memory" in text or '"aten::empty"' in text):

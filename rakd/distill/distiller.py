@@ -385,7 +385,7 @@ class Distiller(Lifecycle):
         if weight.measuring and self._learns and update:
             if task_loss is None:
                 raise ValueError("task_loss: expected the apprentice's own loss, of which weight='auto:...' is a share")
-            if not isinstance(task_loss, (Tensor, float, int)):
+            if not hasattr(task_loss, "__float__"):
                 raise TypeError(f"task_loss: expected one number, the sum of terms, got a {type(task_loss).__name__}")
             task = torch.as_tensor(task_loss, dtype=None if isinstance(task_loss, Tensor) else torch.float64)
             if task.numel() != 1:

@@ -186,9 +186,8 @@ STUDIES: dict[str, StudySettings] = {
         _RESOLUTION,
         expert_training=replace(_RESOLUTION.expert_training, steps=1200, learning_rate=5e-4),
         training=replace(_RESOLUTION.training, learning_rate=5e-4),
-        methods=("none", "rakd", "box_l2"),
         goes_on_from="scenes-resolution",
-        takes="some 60 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
+        takes="some 75 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
     ),
     "real-frames": replace(
         _RESOLUTION,

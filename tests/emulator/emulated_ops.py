@@ -12,7 +12,7 @@ import functools
 import build
 import torch
 
-from rakd_ops import _autograd, _backends, _schemas, functional
+from rakd_ops import _backends, _schemas, functional
 
 OPS = torch.ops.rakd_emulated
 
@@ -37,5 +37,5 @@ def install() -> None:
     torch.use_deterministic_algorithms(True)  # what torch allocates holds NaN, so that unwritten results show
     choose, find, why_not = functional.choose_backend, _schemas.op, _backends._why_not
     functional.choose_backend = lambda backend, device: backend if backend == "cuda" else choose(backend, device)
-    _autograd.op = lambda name, backend: getattr(OPS, name) if backend == "cuda" else find(name, backend)
+    _schemas.op = lambda name, backend: getattr(OPS, name) if backend == "cuda" else find(name, backend)
     _backends._why_not = lambda backend: None if backend == "cuda" else why_not(backend)
