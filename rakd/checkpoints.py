@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rakd.errors import MissingFileError, UserError
+from rakd.errors import UserError
 from rakd.files import atomic_write, check_file
 
 _CHECKPOINT, _WEIGHTS = "rakd checkpoint 1", "rakd weights 1"
@@ -138,8 +138,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 def _read(path: Path, format_: str) -> dict[str, Any]:
     kind = format_.split()[1]
-    if not Path(path).is_file():
-        raise MissingFileError(f"{path} is not there: expected a file of {kind}")
+    check_file(path, f"a file of {kind}, such as detector.pt of a run" if kind == "weights" else f"a file of {kind}")
     if not zipfile.is_zipfile(path):  # what torch.save writes is one, with its end at the end
         what = "is of another kind, or cut off" if Path(path).stat().st_size else "is empty"
         raise UserError(f"{path}: expected a file of {kind}, this one {what}")

@@ -102,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            reason = "was killed, as where memory is short: lower --workers"
+            return _fail(f"a process that loads frames {reason} (torch says: {str(error).splitlines()[0]})")
         if not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
         saving = [text for option, text in _SAVING.items() if hasattr(command, option)]

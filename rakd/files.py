@@ -2,6 +2,7 @@
 
 import codecs
 import math
+import os
 import re
 import secrets
 import time
@@ -49,6 +50,34 @@ def remove_stale(paths: Iterable[Path]) -> None:
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > 3600:
                     path.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask from working in a folder, which is made if it is not there.
+
+    The end of the process gives it free, too. Nothing is done where the system or the file system has no locks.
+
+    Raises:
+        UserError: Another process works there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another command, whose results would mix with these") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_folder(path: Path, name: str) -> None:

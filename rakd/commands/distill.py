@@ -15,7 +15,7 @@ from tyro.conf import UseAppendAction, arg
 from rakd.distill import MethodName, Regions, Rescale
 from rakd.distill.registry import METHODS
 from rakd.errors import UserError
-from rakd.files import check_folder
+from rakd.files import check_file, check_folder
 from rakd.scenes import make_scenes
 from rakd.study.settings import STUDIES, StudyName, StudySettings
 from rakd.training.settings import Precision
@@ -159,8 +159,8 @@ class Distill:
             training=replace(base.training, **training),
             expert_training=replace(base.expert_training, **expert_training),
         )
-        if self.expert is not None and not self.expert.is_file():
-            raise UserError(f"--expert: {self.expert} is not there")
+        if self.expert is not None:
+            check_file(self.expert, "a detector, detector.pt of a run (--expert)")
         self._warn(settings)
         if self.data is None and not base.scenes:
             rendered = ", ".join(name for name, study in STUDIES.items() if study.scenes)

@@ -1,5 +1,6 @@
 """``rakd predict``: a trained detector on images."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -64,7 +65,7 @@ class Predict:
         check_widths(images, detector.config.height, detector.config.width)
         files = [self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib for path in images]
         calibrations = [read_calibration(file) for file in files]
-        warn_of_centre(images[0], files[0])
+        warn_of_centre(images, files)
         for path, calibration in zip(images, calibrations, strict=True):
             pixels = read_image(path)
             sample = make_sample(path.stem, Image.fromarray(pixels), calibration, None, detector.config.height)
@@ -93,7 +94,7 @@ class Predict:
     def _check_names(self, images: Sequence[Path]) -> None:
         """Refuse images of one name, and to write over what is read."""
         names = [image.stem for image in images]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
             raise UserError(f"images must have different names, {', '.join(twice)} stands for several")
         calibrations = self.calib.iterdir() if self.calib.is_dir() else [self.calib]

@@ -92,7 +92,7 @@ class Train:
         from rakd.commands.config import write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
-        from rakd.data.frames import count_shared, warn_of_centre
+        from rakd.data.frames import check_readable, count_shared, warn_of_centre
         from rakd.data.kitti import KittiDataset, cache_share, check_widths
         from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
@@ -122,7 +122,9 @@ class Train:
             val = KittiDataset(data, self.splits[1], height=config.height)
             if processes.is_main:
                 count_shared(dataset.frames, val.frames)
-                warn_of_centre(dataset.frames[0].image, dataset.frames[0].calib)
+                first = dataset.frames[0]
+                warn_of_centre([first.image], [first.calib])
+                check_readable(val.frames)
                 check_widths([frame.image for frame in (*dataset.frames, *val.frames)], config.height, config.width)
             detector = config.build(self.seed) if self.init is None else start_from(self.init, config)
             if processes.is_main:

@@ -144,17 +144,40 @@ def count_shared(train: Sequence[Frame], val: Sequence[Frame]) -> int:
     return shared
 
 
-def warn_of_centre(image: Path, calib: Path) -> None:
-    """Warn where a camera's principal point is far from the image's centre, as after one of them was resized."""
-    size = read_image_size(image)
-    point = read_calibration(calib).projection[:2, 2]
-    shares = (point + 0.5) / size
-    if ((shares < _CENTRE[0]) | (shares > _CENTRE[1])).any():
+def warn_of_centre(images: Sequence[Path], calibs: Sequence[Path]) -> None:
+    """Warn where a camera's principal point is far from the image's centre, as after one of them was resized.
+
+    Args:
+        images: Those of the first that are far are told, and how many more there are.
+        calibs: One for each.
+    """
+    told, count = "", 0
+    for image, calib in zip(images, calibs, strict=True):
+        size = read_image_size(image)
+        point = read_calibration(calib).projection[:2, 2]
+        shares = (point + 0.5) / size
+        if ((shares < _CENTRE[0]) | (shares > _CENTRE[1])).any():
+            count += 1
+            told = told or (
+                f"{calib}: the principal point, ({point[0]:.0f}, {point[1]:.0f}), is far from the centre of {image}, "
+                f"{size[0]} x {size[1]} pixels"
+            )
+    if told:
+        more = f", and {count - 1} more like it" if count > 1 else ""
         warnings.warn(
-            f"{calib}: the principal point, ({point[0]:.0f}, {point[1]:.0f}), is far from the centre of {image}, "
-            f"{size[0]} x {size[1]} pixels: distances are wrong if the image was resized or cropped after calibration",
-            stacklevel=3,
+            f"{told}{more}: distances are wrong if an image was resized or cropped after calibration", stacklevel=3
         )
+
+
+def check_readable(frames: Sequence[Frame]) -> None:
+    """Read labels and calibrations that are wanted after a training only.
+
+    Raises:
+        UserError: One cannot be read; names file and line.
+    """
+    for frame in frames:
+        frame.read_labels()
+        frame.read_calibration()
 
 
 def read_split(path: Path) -> list[str]:

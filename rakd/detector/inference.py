@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rakd.data.frames import is_frame_name
 from rakd.data.kitti import Batch, KittiDataset, Sample, collate
 from rakd.data.labels import Objects, write_objects
 from rakd.detector.base_config import BaseConfig
@@ -92,7 +93,8 @@ def write_detections(
     Args:
         detector: See `detect_all`.
         dataset: Same.
-        folder: Where to write.
+        folder: Where to write. Result files of other frames are removed from it, as an earlier detector's would be
+            taken for this one's.
         device: See `detect_all`.
         processes: All of them share the frames out and must call this with the same detector and data; the main one
             writes. None: this one does it all.
@@ -104,9 +106,14 @@ def write_detections(
     )
     shares = [own] if processes is None or count == 1 else all_gather_object(processes, list(own))
     if rank == 0:
+        names = set()
         for share in shares:
             for name, objects in share:
                 write_objects(folder / f"{name}.txt", objects)
+                names.add(name)
+        for path in folder.glob("*.txt"):
+            if is_frame_name(path.stem) and path.stem not in names:
+                path.unlink()
 
 
 def _detect_batch(detector: Predictor, batch: Batch, device: torch.device) -> list[Objects]:

@@ -10,24 +10,30 @@ from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.base import Boxes, DistillationMethod, Maps, Setup, pair_maps, resize
 from rakd.distill.maps import check_maps
 from rakd.distill.masks import box_masks, read_boxes
+from rakd.distributed import all_reduce_mean
 from rakd.nn import widen
 
 
 class WeightedL2(DistillationMethod):
-    """``mean over levels of Σ_x w(x) mean_c d(x)² / Σ_x w(x)``; a subclass gives ``w``."""
+    """``mean over levels of Σ_x w(x) mean_c d(x)² / Σ_x w(x)``; a subclass gives ``w``.
+
+    In training the sums of weights are their means over all processes, which must then call this equally often: see
+    `rakd.distributed.shared_mean_count`.
+    """
 
     def _weights(self, expert: list[Tensor], boxes: Boxes, scores: Sequence[Tensor] | None) -> list[Tensor]:
         raise NotImplementedError
 
     def _loss(self, maps: Sequence[Tensor] | None, expert: list[Tensor], weights: list[Tensor]) -> Tensor:
-        losses = []
+        sums = []
         for i, (theirs, weight) in enumerate(zip(expert, weights, strict=True)):
             difference = widen(theirs) if maps is None else resize(maps[i], theirs) - widen(theirs)
-            weight = weight.to(difference)
-            total = weight.sum()
-            squares = difference.square().mean(dim=1)
-            losses.append((squares * weight).sum() / torch.where(total > 0, total, torch.ones_like(total)))
-        return torch.stack(losses).mean()
+            sums.append((difference.square().mean(dim=1) * weight.to(difference)).sum())
+        weighted = torch.stack(sums)
+        totals = torch.stack([weight.to(weighted).sum() for weight in weights])
+        if self.training:
+            totals = all_reduce_mean(totals)
+        return (weighted / torch.where(totals > 0, totals, torch.ones_like(totals))).mean()
 
     def forward(self, expert: Maps, apprentice: Maps, boxes: Boxes, scores: Sequence[Tensor] | None = None) -> Tensor:
         """See `rakd.distill.base.DistillationMethod.forward`; 0 where all weights are.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rakd.checkpoints import config_diff, file_digest
-from rakd.data.frames import count_shared, digest, find_frames, warn_of_centre
+from rakd.data.frames import check_readable, count_shared, digest, find_frames, warn_of_centre
 from rakd.data.kitti import check_widths
 from rakd.detector.base import BaseDetector
 from rakd.detector.base_config import BaseConfig
@@ -26,7 +26,7 @@ from rakd.detector.onnx_model import OnnxDetector
 from rakd.distill import registry
 from rakd.distill.methods import make_method
 from rakd.distributed import Processes, barrier, broadcast_object
-from rakd.errors import MissingFileError, UserError
+from rakd.errors import UserError
 from rakd.files import check_file, write_text
 from rakd.study.frames import draw_frames
 from rakd.study.jobs import run_side_by_side
@@ -100,8 +100,8 @@ class Experiment:
         self.started_from: dict[str, str] = {}
         self._check_settings()
         self._train_frames, self._val_frames = (find_frames(data, split) for split in splits)
-        if expert is not None and not expert.is_file():
-            raise MissingFileError(f"expert: {expert} is not there")
+        if expert is not None:
+            check_file(expert, "a detector (expert)")
         for run in self.plan:
             if run.init is not None:
                 check_file(run.init, "a detector to start from (init)")
@@ -113,7 +113,8 @@ class Experiment:
             for height, width in sorted(sizes, key=str):
                 check_widths(images, height, width)
             self._shared = count_shared(self._train_frames, self._val_frames)
-            warn_of_centre(images[0], self._train_frames[0].calib)
+            warn_of_centre(images[:1], [self._train_frames[0].calib])
+            check_readable(self._val_frames)
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.

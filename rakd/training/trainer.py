@@ -1,6 +1,7 @@
 """The trainer: steps, mixed precision, checkpoints and logs for any model, in one process or many."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from inspect import signature
 from math import isfinite
@@ -26,7 +27,7 @@ from rakd.distributed import (
     current_processes,
 )
 from rakd.errors import UserError
-from rakd.files import remove_stale
+from rakd.files import locked, remove_stale
 from rakd.progress import bar
 from rakd.training.loading import each_of, make_loader
 from rakd.training.log import RESERVED, Log, Row
@@ -45,6 +46,7 @@ _AMP = {"off": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float
 _FREE = ("workers", "checkpoint_every", "validate_every")
 # At a loss scale this small float16 gradients do not overflow by the scale: they are not finite by themselves.
 _SMALLEST_SCALE = 2.0**-10
+_SAVE_SECONDS = 600.0  # after which a checkpoint is written though the steps between two are not done
 
 
 class Validation(Protocol):
@@ -167,7 +169,23 @@ class Trainer:
         Raises:
             ValueError: The loss or its gradient is not finite, or the model gives something else than loss terms.
                 The last checkpoint stays.
+            UserError: Another process trains in this folder.
         """
+        with ExitStack() as held:
+
+            def claim() -> str | None:
+                try:
+                    held.enter_context(locked(self.out))
+                except UserError as error:
+                    return str(error)
+                return None
+
+            fault = broadcast_object(self.processes, claim)
+            if fault is not None:
+                raise UserError(fault)
+            return self._run()
+
+    def _run(self) -> list[Row]:
         steps = range(self.step, self.settings.steps)
         sampler = StepSampler(self.order, steps, self.settings.batch_size, self.batch_indices)
         cuda = self.device.type == "cuda"
@@ -175,7 +193,7 @@ class Trainer:
         self.model.train()
         progress = bar(initial=self.step, total=self.settings.steps, desc=self.name, unit="step", disable=self.quiet)
         with torch.random.fork_rng(devices=[self.device] if cuda else []), progress:
-            last = perf_counter()
+            last = saved = perf_counter()
             # Without steps left no worker is to be started.
             for batch in each_of(loader) if steps else ():
                 terms, grad_norm = self._step(batch)
@@ -189,8 +207,10 @@ class Trainer:
                 validates = self.validation and (done or self.step % self.settings.validate_every == 0)
                 if validates:
                     self._validate()
-                if done or validates or self.step % self.settings.checkpoint_every == 0:
+                due = self.step % self.settings.checkpoint_every == 0 or now - saved > _SAVE_SECONDS
+                if done or validates or due:
                     self._save()
+                    saved = now
                 last = perf_counter() if validates else now
         # Running means of batch normalisation: each process has its own of the last step. The checkpoint has these.
         broadcast_tensors(self.processes, self.model.buffers())
@@ -340,7 +360,7 @@ class Trainer:
         there = self._extended(state) if self.extend else state["fingerprint"]
         other = config_diff(there, self._fingerprint)
         if other:
-            steps = len(other) == 1 and other[0].startswith(("settings.steps ", "extended_from "))
+            steps = all(entry.startswith(("settings.steps ", "extended_from ")) for entry in other)
             instead = " or extend it" if steps and self.extend is False else ""
             raise UserError(
                 f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder{instead}"

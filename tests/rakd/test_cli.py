@@ -610,6 +610,13 @@ def test_a_lack_of_memory_says_what_to_lower(text, options, line, monkeypatch, c
         assert ("--amp" in said) == ("amp" in options) and ("--batch-size" in said) == ("batch_size" in options)
 
 
+def test_a_loading_process_that_is_killed_is_told_in_one_line(monkeypatch, capsys):
+    text = "DataLoader worker (pid 7) is killed by signal: Killed. Details are lost due to multiprocessing."
+    assert run_broken(RuntimeError(text), monkeypatch, batch_size=8, workers=2) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "a process that loads frames was killed, as where memory is short: lower --workers (torch says: " in said
+
+
 def test_a_real_lack_of_memory_is_told_as_one(monkeypatch, capsys):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from rakd.data.frames import find_frames
 from rakd.data.kitti import KittiDataset
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
-from rakd.detector.inference import detect, detect_all
+from rakd.detector.inference import detect, detect_all, write_detections
 from rakd.detector.latency import benchmark
 from rakd.geometry import Calibration
 
@@ -98,3 +98,12 @@ def test_cost(small_config: DetectorConfig, scenes: Path) -> None:
     assert 0 < small.median_ms <= small.p90_ms
     with pytest.raises(ValueError, match="repeats must be 1 or more, got 0"):
         benchmark([detector], frame, torch.device("cpu"), repeats=0)
+
+
+def test_detections_of_frames_that_are_no_longer_evaluated_go(detector: Detector, scenes: Path, tmp_path: Path) -> None:
+    frames = KittiDataset(scenes, "val", height=32)
+    for name in ("999999.txt", "notes.txt", "999998.png"):
+        (tmp_path / name).write_text("kept or not")
+    write_detections(detector.eval(), frames, tmp_path, torch.device("cpu"), progress=False)
+    ids = {f"{frame.id}.txt" for frame in frames.frames}
+    assert {path.name for path in tmp_path.iterdir()} == {*ids, "notes.txt", "999998.png"}

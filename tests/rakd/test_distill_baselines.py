@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_two_processes
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -280,3 +281,42 @@ def test_tables_hold_the_papers_methods_and_others_where_they_were_run() -> None
     assert more["table3"] == [*paper["table3"], "cwd"]
     assert more["ablation"] == paper["ablation"]
     assert more["training"] == [*paper["training"], "cwd"]
+
+
+PROCESSES = """
+import os, sys
+import torch
+import torch.distributed as dist
+sys.path[:0] = [{folder!r}]
+from distill_cases import BOXES, SIZE, Network, images
+from rakd.distill import Distiller
+
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+# One small box in the first image, one large and one small box in the second, and scores as uneven.
+scores = [torch.cat([torch.full((1, 2, *m.shape[2:]), s) for s in (-3.0, 1.0)]) for m in Network().features(images())]
+
+def gradients(method, chosen):
+    apprentice, expert = Network(seed=2).double().eval(), Network(seed=1).double().eval()
+    batch = images().double()[chosen]
+    distiller = Distiller(expert, method, features=lambda e, x: e.features(x), check=False)
+    options = dict(scores=[s[chosen].double() for s in scores]) if method == "score_l2" else {}
+    boxes = [BOXES[0] * 0.3, BOXES[1]][chosen]
+    loss = distiller(batch, boxes, apprentice.features(batch), **options)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in apprentice.stages.parameters()]), loss.detach()
+
+methods = ("rakd", "hfa", "l_roi", "box_l2", "score_l2")
+whole = [gradients(method, slice(0, 2)) for method in methods]  # before there are several processes
+dist.init_process_group("gloo", rank=rank, world_size=2)
+for method, expected in zip(methods, whole):
+    for mine, all_of_it in zip(gradients(method, slice(rank, rank + 1)), expected):
+        dist.all_reduce(mine)
+        torch.testing.assert_close(mine / 2, all_of_it, rtol=1e-9, atol=1e-12)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_whole_batch() -> None:
+    run_two_processes("-c", PROCESSES.replace("{folder!r}", repr(str(Path(__file__).parent))))

@@ -20,6 +20,8 @@ from toy_model import CPU, Scripted, ToyModel, assert_same_bits, make_trainer, s
 from rakd.checkpoints import load_checkpoint
 from rakd.data.frames import find_frames
 from rakd.data.kitti import Batch, KittiDataset, Sample
+from rakd.errors import UserError
+from rakd.files import locked
 from rakd.training.log import Row
 from rakd.training.optim import learning_rate
 from rakd.training.trainer import Trainer
@@ -438,3 +440,20 @@ def test_on_a_gpu(scenes: Path, tmp_path: Path, amp: str, monkeypatch: pytest.Mo
     if amp == "off":
         on_cpu = make_trainer(scenes, tmp_path / "cpu").run()
         assert rows[0]["total"] == pytest.approx(on_cpu[0]["total"], rel=1e-4)
+
+
+def test_two_commands_do_not_train_in_one_folder(scenes: Path, tmp_path: Path) -> None:
+    first, second = (make_trainer(scenes, tmp_path, seed=seed) for seed in (0, 1))
+    with locked(tmp_path), pytest.raises(UserError, match="is in use by another command"):  # as while the first runs
+        second.run()
+    assert not list(tmp_path.iterdir())
+    first.run()
+    assert make_trainer(scenes, tmp_path, seed=0).step == first.step > 0
+    first.run()  # it has given the folder free
+
+
+def test_long_steps_are_saved_by_time(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rakd.training.trainer._SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(scenes, tmp_path, Interrupted(2), checkpoint_every=1000).run()
+    assert make_trainer(scenes, tmp_path, checkpoint_every=1000).step == 2

@@ -176,3 +176,27 @@ def test_a_finished_run_is_extended(
     assert main([*options(scenes, copy, steps=4), "--extend"]) == 0
     assert [row["step"] for row in log(copy) if "total" in row] == [2, 4]
     assert all(torch.isfinite(value).all() for value in load_detector(copy / "detector.pt").parameters())
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+@pytest.mark.parametrize("fault", ["label_2", "calib"])
+def test_what_only_the_evaluation_would_find_is_told_before_the_training(
+    command: str, fault: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    last = (data / "ImageSets" / "val.txt").read_text().split()[-1]
+    broken = data / "training" / fault / f"{last}.txt"
+    broken.write_text(broken.read_text() + "Car 0 0 x\n" if fault == "label_2" else "P2: 1 2\n")
+    words = ["--device", "cpu", "--data", str(data), "--out", str(tmp_path / "run")]
+    words += ["--detector", "tiny"] if command == "train" else ["--study", "tiny"]
+    assert main([command, *words]) == 2
+    assert str(broken) in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.csv"))
+
+
+def test_a_folder_in_the_place_of_its_file(run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options(scenes, run.parent / "other", init=run)) == 2
+    assert f"{run} is a folder: expected a file of weights, such as detector.pt of a run" in capsys.readouterr().err
+    assert main(["distill", "--data", str(scenes), "--expert", str(run), "--out", str(run.parent / "other")]) == 2
+    assert f"{run} is a folder: expected a detector, detector.pt of a run (--expert)" in capsys.readouterr().err
