@@ -328,7 +328,7 @@ def test_more_seeds_join_those_that_are_there(
 
 
 def test_a_missing_expert_leaves_the_folder_alone(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expert: .*none\.pt is not there"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt is not there: expected a detector \(expert\)"):
         Experiment(settings(), scenes, tmp_path, CPU, expert=tmp_path / "none.pt", quiet=True)
     (tmp_path / "wrong.pt").write_bytes(b"not an expert")
     with pytest.raises(ValueError, match=r"wrong\.pt"):
