@@ -56,7 +56,7 @@ def remove_stale(paths: Iterable[Path]) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes that ask from working in a folder, which is made if it is not there.
 
-    The end of the process gives it free, too. Nothing is done where the system or the file system has no locks.
+    The end of the process frees it, too. Nothing is done where the system or the file system has no locks.
 
     Raises:
         UserError: Another process works there.

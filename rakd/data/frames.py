@@ -148,7 +148,7 @@ def warn_of_centre(images: Sequence[Path], calibs: Sequence[Path]) -> None:
     """Warn where a camera's principal point is far from the image's centre, as after one of them was resized.
 
     Args:
-        images: Those of the first that are far are told, and how many more there are.
+        images: The first whose camera is so is told, and how many more there are.
         calibs: One for each.
     """
     told, count = "", 0

@@ -449,7 +449,7 @@ def test_two_commands_do_not_train_in_one_folder(scenes: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
     first.run()
     assert make_trainer(scenes, tmp_path, seed=0).step == first.step > 0
-    first.run()  # it has given the folder free
+    first.run()  # it has left the folder free
 
 
 def test_long_steps_are_saved_by_time(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
