@@ -64,8 +64,9 @@ class Predict:
         # All images are checked before the first detection.
         check_widths(images, detector.config.height, detector.config.width)
         files = [self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib for path in images]
-        calibrations = [read_calibration(file) for file in files]
-        warn_of_centre(images, files)
+        known = {file: read_calibration(file) for file in dict.fromkeys(files)}
+        calibrations = [known[file] for file in files]
+        warn_of_centre(zip(images, files, calibrations, strict=True))
         for path, calibration in zip(images, calibrations, strict=True):
             pixels = read_image(path)
             sample = make_sample(path.stem, Image.fromarray(pixels), calibration, None, detector.config.height)

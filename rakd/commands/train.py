@@ -123,7 +123,7 @@ class Train:
             if processes.is_main:
                 count_shared(dataset.frames, val.frames)
                 first = dataset.frames[0]
-                warn_of_centre([first.image], [first.calib])
+                warn_of_centre([(first.image, first.calib, first.read_calibration())])
                 check_readable(val.frames)
                 check_widths([frame.image for frame in (*dataset.frames, *val.frames)], config.height, config.width)
             detector = config.build(self.seed) if self.init is None else start_from(self.init, config)

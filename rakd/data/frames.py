@@ -12,7 +12,7 @@ A frame's name is its number, of six digits in KITTI's object data and ten in it
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,17 +144,17 @@ def count_shared(train: Sequence[Frame], val: Sequence[Frame]) -> int:
     return shared
 
 
-def warn_of_centre(images: Sequence[Path], calibs: Sequence[Path]) -> None:
+def warn_of_centre(cameras: Iterable[tuple[Path, Path, Calibration]]) -> None:
     """Warn where a camera's principal point is far from the image's centre, as after one of them was resized.
 
     Args:
-        images: The first whose camera is so is told, and how many more there are.
-        calibs: One for each.
+        cameras: An image, its calibration file, and what that holds. The first that is so is told, and how many more
+            there are.
     """
     told, count = "", 0
-    for image, calib in zip(images, calibs, strict=True):
+    for image, calib, calibration in cameras:
         size = read_image_size(image)
-        point = read_calibration(calib).projection[:2, 2]
+        point = calibration.projection[:2, 2]
         shares = (point + 0.5) / size
         if ((shares < _CENTRE[0]) | (shares > _CENTRE[1])).any():
             count += 1

@@ -113,7 +113,8 @@ class Experiment:
             for height, width in sorted(sizes, key=str):
                 check_widths(images, height, width)
             self._shared = count_shared(self._train_frames, self._val_frames)
-            warn_of_centre(images[:1], [self._train_frames[0].calib])
+            first = self._train_frames[0]
+            warn_of_centre([(first.image, first.calib, first.read_calibration())])
             check_readable(self._val_frames)
 
     def run(self) -> StudyResult:

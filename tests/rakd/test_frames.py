@@ -55,13 +55,13 @@ def test_calibrations_of_other_images_are_told(kitti):
     frame = find_frames(kitti)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_centre([frame.image] * 3, [frame.calib] * 3)
+        warn_of_centre([(frame.image, frame.calib, frame.read_calibration())] * 3)
     Image.fromarray(frame.read_image()).resize((207, 62)).save(frame.image)  # without its calibration
     other = find_frames(kitti)[1]
     far = r"the principal point, .*, is far from the centre of .* 207 x 62 pixels"
     for images, more in (([frame], ""), ([other, frame], ""), ([frame, other, frame], ", and 1 more like it")):
         with pytest.warns(UserWarning, match=f"{far}{more}: distances are wrong") as told:
-            warn_of_centre([one.image for one in images], [one.calib for one in images])
+            warn_of_centre((one.image, one.calib, one.read_calibration()) for one in images)
         assert len(told) == 1
 
 
