@@ -178,8 +178,8 @@ def box_centers(location: npt.ArrayLike, dimensions: npt.ArrayLike) -> FloatArra
 def project_boxes(calibration: Calibration, corners: npt.ArrayLike, size: tuple[int, int]) -> FloatArray:
     """2D boxes that 3D boxes fill in the image.
 
-    Edges that cross the plane at depth `NEAR` are cut there, so a box that the camera stands in or beside
-    gets the true extent of its visible part.
+    Edges that cross the plane at depth `NEAR` are cut there, so a box that the camera stands in or beside is bounded
+    too. What of it lies beside the image counts: its part inside may be smaller than the box that is given.
 
     Args:
         calibration: The camera.

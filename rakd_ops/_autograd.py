@@ -67,6 +67,12 @@ def _graph_is_kept() -> bool:
     return True if query is None else bool(query())
 
 
+def _saving_is_hooked() -> bool:
+    """Whether hooks see what is saved now (``torch.autograd.graph.saved_tensors_hooks``), and may keep it."""
+    query = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return query is not None and not torch.compiler.is_compiling() and query(True) is not None
+
+
 def _clone_inference_tensors(values: Sequence[Any]) -> Sequence[Any]:
     """Copy tensors made under ``torch.inference_mode``, which autograd refuses to keep (an expert's maps, say)."""
     if torch.compiler.is_compiling():  # which cannot ask; torch's own error then says what to do
@@ -74,18 +80,22 @@ def _clone_inference_tensors(values: Sequence[Any]) -> Sequence[Any]:
     return [v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in values]
 
 
-def _refuse_transforms() -> None:
+def _refuse_transforms(gradient: Tensor | None = None) -> None:
     """Say by ourselves that ``torch.func`` cannot see through the ops; torch's message names classes inside."""
+    if torch.compiler.is_compiling():
+        return
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if active is not None and not torch.compiler.is_compiling() and active():
+    is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+    if (active is not None and active()) or (gradient is not None and is_batched is not None and is_batched(gradient)):
         raise RuntimeError(
-            "rakd_ops: torch.func transforms (grad, vmap, jacrev, jvp) do not see through the compiled ops; use "
-            "torch.autograd, or backend='reference'"
+            "rakd_ops: torch.func transforms (grad, vmap, jacrev, jvp) and batched gradients do not see through the "
+            "compiled ops; use torch.autograd, or backend='reference'"
         )
 
 
-def _double_backward_guard() -> None:
-    """Refuse ``create_graph=True``: these gradients would be taken for constants, and second derivatives be wrong."""
+def _refuse_in_backward(gradient: Tensor) -> None:
+    """Refuse batched gradients, and ``create_graph=True``: these gradients would be taken for constants there."""
+    _refuse_transforms(gradient)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "rakd_ops: the gradients of soft_roi_distill and multilevel_roi_align cannot be differentiated again "
@@ -145,6 +155,7 @@ class _GradientInForward(torch.autograd.Function):
             "distill_gradient", backend, maps[:levels], maps[levels:], rows, index, None, *geometry, *wanted
         )
         ctx.save_for_backward(*gradients)
+        ctx.hooked = _saving_is_hooked()
         ctx.backend = backend
         ctx.wanted = wanted
         ctx.levels = levels
@@ -152,12 +163,12 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        _double_backward_guard()
+        _refuse_in_backward(gradient)
         saved = ctx.saved_tensors
         scaled: Sequence[Tensor]
         # Where nobody will read the saved tensors again, they become the result: no further memory, and no pass over
         # it where the factor is 1.
-        last = not torch.compiler.is_compiling() and not _graph_is_kept()
+        last = not torch.compiler.is_compiling() and not ctx.hooked and not _graph_is_kept()
         if last and gradient.is_cuda:  # a captured backward may be replayed without the forward that left them
             last = not torch.cuda.is_current_stream_capturing()
         if last and ctx.backend == "cuda" and all(map(is_dense, saved)):  # hooks on saved tensors may change layouts
@@ -201,7 +212,7 @@ class _GradientInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        _double_backward_guard()
+        _refuse_in_backward(gradient)
         rows, index, *maps = ctx.saved_tensors
         levels = len(maps) // 2
         _, gradients = call(
@@ -235,7 +246,7 @@ class _Align(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        _double_backward_guard()
+        _refuse_in_backward(gradient)
         rows, index = ctx.saved_tensors
         gradients = call(
             "align_backward", ctx.backend, gradient, rows, index, ctx.shapes, ctx.channels_last, *ctx.geometry

@@ -87,6 +87,7 @@ def check_maps(
         shape = feature.shape
         good = len(shape) == 4 and feature.dtype in MAP_DTYPES and shape[1] > 0 and shape[2] > 0 and shape[3] > 0
         good = good and shape[:1] == images and shape[1] == like[model].shape[1] and feature.device == device
+        good = good and feature.layout is torch.strided
         if not good or (not torch.compiler.is_compiling() and max(shape[1:]) > MAX_CELLS):
             _refuse_map(f"{name}[{level}]", feature, like, like_name, model, same_channels)
         sizes.append((shape[2], shape[3]))
@@ -99,6 +100,8 @@ def _refuse_map(
     shape = list(feature.shape)
     if len(shape) != 4:
         raise ValueError(f"{label}: expected shape [B, C, H, W], got {shape}")
+    if feature.layout is not torch.strided:
+        raise TypeError(f"{label}: expected a dense map, got one of layout {feature.layout}")
     if feature.dtype not in MAP_DTYPES:
         raise TypeError(f"{label}: expected float32, float64, float16 or bfloat16, got {feature.dtype}")
     if min(shape[1:]) == 0:
@@ -269,6 +272,16 @@ def _refuse(name: str, expected: str, values: Tensor, wrong: Tensor) -> NoReturn
     raise ValueError(f"{name}: expected {expected}, got {values[row].tolist()} in row {row}")
 
 
+def _check_known_pyramid(groups: Any, padded: bool = False) -> None:
+    """`check_pyramid`, but for symbolic sizes: a comparison would fix them."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        check_pyramid(groups, padded)
+    except TypeError:  # those of make_fx and AOTAutograd, which have no hash
+        return
+
+
 def check_distillation(
     apprentice: Any,
     expert: Any,
@@ -286,14 +299,11 @@ def check_distillation(
     others = list_maps("expert", expert, levels, keys)
     sizes = check_maps("apprentice", own, own, "apprentice")
     expert_sizes = check_maps("expert", others, own, "apprentice")
-    if not torch.compiler.is_compiling():  # where a comparison of symbolic sizes would fix them
-        check_pyramid(
-            (
-                ("strides", "apprentice", sizes, options.strides),
-                ("expert_strides", "expert", expert_sizes, options.expert_strides),
-            ),
-            padded=options.expert_stated,
-        )
+    groups = (
+        ("strides", "apprentice", sizes, options.strides),
+        ("expert_strides", "expert", expert_sizes, options.expert_strides),
+    )
+    _check_known_pyramid(groups, padded=options.expert_stated)
     images, device = own[0].shape[0], own[0].device
     return Distillation(own, others, check_boxes(boxes, box_weights, level_weights, images, device, levels, reduction))
 
@@ -306,8 +316,7 @@ def check_alignment(
     maps = list_maps("features", features, levels)
     remedy = "all levels add up to one tensor: bring them to one width (a 1x1 convolution each), or pool one at a time"
     sizes = check_maps("features", maps, maps, "features", same_channels=remedy)
-    if not torch.compiler.is_compiling():
-        check_pyramid((("strides", "features", sizes, options.strides),))
+    _check_known_pyramid((("strides", "features", sizes, options.strides),))
     if any(feature.dtype != maps[0].dtype for feature in maps):
         widest = functools.reduce(torch.promote_types, (feature.dtype for feature in maps))
         maps = [feature.to(widest) for feature in maps]

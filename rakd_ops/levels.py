@@ -43,7 +43,9 @@ def weigh_levels(
     numbers = [math.log2(stride) for stride in strides]
     levels = torch.cat([boxes.new_full((1,), number) for number in numbers])
     width, height = boxes[:, 3] - boxes[:, 1], boxes[:, 4] - boxes[:, 2]
-    continuous = canonical_level + torch.log2((width * height).clamp(min=0).sqrt() / canonical_size)
+    area = width * height
+    area = torch.where(area > 0, area, 0.0)  # also where it is NaN, infinity times 0
+    continuous = canonical_level + torch.log2(area.sqrt() / canonical_size)
     continuous = continuous.clamp(min=numbers[0], max=numbers[-1])[:, None]
     if name == "hard":
         # The coarsest level not above m + epsilon: floor(m + epsilon) where levels are consecutive integers.

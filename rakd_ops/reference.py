@@ -21,6 +21,8 @@ from rakd_ops._layout import accumulation_dtype
 from rakd_ops._options import LevelRule, RoIOptions, check_options
 from rakd_ops.levels import weigh_levels
 
+_MOST_SAMPLES = 2**20  # of a bin and axis: all of them lie in memory
+
 __all__ = ["axis_matrix", "level_weights", "multilevel_roi_align", "soft_roi_distill"]
 
 
@@ -49,7 +51,13 @@ def _axis_weights(
     start = low * scale - 0.5
     bin_size = (high * scale - 0.5 - start) / bins
     samples = torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil().clamp(min=0)
-    most = sampling_ratio if sampling_ratio > 0 else int(samples.max()) if samples.numel() else 0
+    most = sampling_ratio if sampling_ratio > 0 else float(samples.max()) if samples.numel() else 0
+    if most > _MOST_SAMPLES:
+        raise ValueError(
+            f"boxes: with sampling_ratio=0 the reference takes at most {_MOST_SAMPLES} samples a bin and axis, one for "
+            f"each cell, got a box that needs {most:g}"
+        )
+    most = int(most)
 
     sample = torch.arange(most, dtype=low.dtype, device=low.device)
     bin_start = start[:, None] + torch.arange(bins, dtype=low.dtype, device=low.device) * bin_size[:, None]

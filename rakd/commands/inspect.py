@@ -92,6 +92,7 @@ def doubtful(objects: Objects, calibration: Calibration, size: tuple[int, int]) 
     width, height = (objects.boxes[:, 2:] - objects.boxes[:, :2]).T
     turned = np.abs(wrap_angle(objects.observed_alpha - alpha_from_rotation(objects.rotation_y, objects.location)))
     overlap = _overlaps(objects, calibration, size)
+    seen = objects.has_box_3d & (objects.truncation < _MOSTLY_OUTSIDE)
     faults = {
         "a 2D box without area": (width <= 0) | (height <= 0),
         f"a 2D box that leaves the image, {size[0]} x {size[1]} pixels": outside.any(axis=1),
@@ -101,7 +102,7 @@ def doubtful(objects: Objects, calibration: Calibration, size: tuple[int, int]) 
         "an angle beyond half a turn": objects.has_box_3d & (np.abs(objects.rotation_y) > _HALF_TURN),
         "an alpha that is not rotation_y - atan2(x, z)": objects.has_box_3d & (turned > _MAX_ALPHA_ERROR),
         f"a 3D box whose image overlaps the 2D box by less than {_MIN_OVERLAP:.0%}; is the calibration this "
-        "frame's, and for images of this size?": objects.has_box_3d & (width > 0) & (overlap < _MIN_OVERLAP),
+        "frame's, and for images of this size?": seen & (width > 0) & (overlap < _MIN_OVERLAP),
     }
     counts = {fault: int(np.count_nonzero(rows)) for fault, rows in faults.items()}
     return [f"{count} of {len(objects)} objects: {fault}" for fault, count in counts.items() if count]
@@ -120,6 +121,7 @@ def _overlaps(objects: Objects, calibration: Calibration, size: tuple[int, int])
 
 # KITTI's labels: alphas are within 0.1 but for 13 of 40,570; overlaps of 401 real and 2,597 rendered ones over 39 %.
 _MAX_ALPHA_ERROR, _MIN_OVERLAP = 0.2, 0.2
+_MOSTLY_OUTSIDE = 0.9  # of such objects the image of the 3D box says little: some of KITTI's overlap by less
 _HALF_TURN = np.pi + 0.01  # files round to two digits
 _MAX_SIZE, _MAX_DISTANCE = 100.0, 1000.0  # metres; a tram of two cars is under 60 long
 

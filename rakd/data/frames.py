@@ -90,7 +90,10 @@ def find_frames(root: Path, split: str | None = None, part: Part = "training") -
     images = folder / "image_2"
     if not images.is_dir():
         raise MissingFileError(f"{images} is not there: expected a KITTI folder with {part}/image_2")
-    found = {path.stem: path for path in sorted(images.iterdir()) if is_image(path) and is_frame_name(path.stem)}
+    found: dict[str, Path] = {}
+    for image in sorted(images.iterdir()):
+        if is_image(image) and is_frame_name(image.stem) and found.setdefault(image.stem, image) != image:
+            raise UserError(f"{images}: expected one image a frame, got {found[image.stem].name} and {image.name}")
     ids = sorted(found) if split is None else read_split(root / "ImageSets" / f"{split}.txt")
     if not ids:
         other = next((path.name for path in sorted(images.iterdir()) if is_image(path) and path.name[0] != "."), None)
@@ -269,7 +272,7 @@ def read_calibration(path: Path) -> Calibration:
         raise UserError(f"{path}: expected a line 'P2: <12 numbers>' (or P_rect_02, as in raw data), found {listed}")
     number, rest = found[camera]
     try:
-        values = [float(text) for text in rest.split()]
+        values = [float(text) for text in rest.split() if "_" not in text]  # float() takes "1_0" for 10
     except ValueError:
         values = []
     if len(values) != 12:

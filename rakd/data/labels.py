@@ -39,6 +39,7 @@ LABEL_COLUMNS = 15
 WAYMO_LABEL_COLUMNS = 17  # and the numbers of lidar points and the difficulty, as convert-waymo writes them
 # Quotes, commas or stray marks would make another class of a known one, which nothing then counts.
 _TYPE = re.compile(r"\w[\w./+-]*")
+_LARGE = 2**31  # no occlusion is; numpy would make a negative number of one beyond 64 bits
 
 _UNKNOWN_PLACE = -1000.0
 _UNKNOWN_ANGLE = -10.0
@@ -246,7 +247,7 @@ def _read(path: Path, *, scored: bool) -> Objects:
             raise _bad_number(path, number, values, scored=scored) from None
         # A score may be infinite; everything else must be a plain number.
         plain = all(map(_is_plain, row[:14], values))
-        if not plain or (len(row) > 14 and not _is_score(row[14], values[14])):
+        if not plain or abs(row[1]) >= _LARGE or (len(row) > 14 and not _is_score(row[14], values[14])):
             raise _bad_number(path, number, values, scored=scored)
         if (row[8] > 0) != (row[9] > 0):
             sizes = f"{values[8]} and {values[9]}"
@@ -276,6 +277,7 @@ def _bad_number(path: Path, number: int, values: Sequence[str], *, scored: bool)
                 wanted = "an integer"
                 int(text)
             good = _is_score(float(text), text) if name == "score" else _is_plain(float(text), text)
+            good = good and not (name == "occlusion" and abs(float(text)) >= _LARGE)
         except ValueError:
             good = False
         if not good:

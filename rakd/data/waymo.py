@@ -39,7 +39,6 @@ _OBJECT = "key.laser_object_id"
 _IMAGE = "[CameraImageComponent].image"
 _INTRINSIC = tuple(f"[CameraCalibrationComponent].intrinsic.{name}" for name in ("f_u", "f_v", "c_u", "c_v"))
 _EXTRINSIC = "[CameraCalibrationComponent].extrinsic.transform"
-_SIZE = ("[CameraCalibrationComponent].width", "[CameraCalibrationComponent].height")
 _BOX = ("center.x", "center.y", "center.z", "size.x", "size.y", "size.z", "heading")
 _LIDAR = "[LiDARBoxComponent]."
 _SYNCED = "[LiDARCameraSyncedBoxComponent].camera_synced_box."
@@ -58,13 +57,11 @@ class WaymoCamera:
         name: Its name.
         calibration: Projection from the optical frame to pixels.
         transform: ``[4, 4]`` from the vehicle frame to the optical frame.
-        size: (width, height) of the images in pixels.
     """
 
     name: CameraName
     calibration: Calibration
     transform: FloatArray
-    size: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +229,8 @@ def read_segment(
 
     def frames() -> Iterator[WaymoFrame]:
         for time, image in file.images(CAMERAS[camera], images):
+            if image is None:
+                raise UserError(f"{file.path}: {_IMAGE} has missing values")
             if number[time] % every == 0:
                 here = None if labels is None else labels.at(time)
                 yield WaymoFrame(segment, time, number[time], view, image, here)
@@ -285,8 +284,8 @@ class _Component:
             raise self._broken(error) from None
         return [table.column(name).to_pylist() for name in columns]
 
-    def images(self, camera: int, wanted: bool) -> Iterator[tuple[int, bytes]]:
-        """Time and JPEG file of each image of a camera."""
+    def images(self, camera: int, wanted: bool) -> Iterator[tuple[int, bytes | None]]:
+        """Time and JPEG file of each image of a camera; None for a missing value."""
         columns = [_TIME, _CAMERA, *([_IMAGE] if wanted else [])]
         try:
             with self._open() as file:
@@ -325,7 +324,13 @@ class _Labels:
         here = np.flatnonzero(seen[_CAMERA] == CAMERAS[camera])
         x, y, width, height = (seen[name][here].astype(np.float64) for name in _PROJECTED)
         found = np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], axis=1)
-        places = _places(seen[_TIME][here], seen[_OBJECT][here])
+        if not _finite(found).all():
+            raise UserError(f"{path}: boxes must be finite, that of {seen[_OBJECT][here][~_finite(found)][0]} is not")
+        places = _places(path, seen[_TIME][here], seen[_OBJECT][here])
+        known = _places(lidar.path, rows[_TIME], rows[_OBJECT])
+        if places and not places.keys() & known.keys():
+            time, name = next(iter(places))
+            raise UserError(f"{path}: no box is of a time and object in {lidar.path}, such as {name} at {time}")
         self.image_boxes = np.full((len(self.times), 4), np.nan)
         for row, key in enumerate(zip(self.times.tolist(), self.ids.tolist(), strict=True)):
             if key in places:
@@ -338,7 +343,7 @@ class _Labels:
         path = folder / "lidar_camera_synced_box" / f"{segment}.parquet"
         rows = _Component(path, segment, (_SEGMENT, _TIME, _OBJECT, *columns)).read(_TIME, _OBJECT, *columns)
         boxes = np.stack([rows[name].astype(np.float64) for name in columns], axis=1)
-        places = _places(rows[_TIME], rows[_OBJECT])
+        places = _places(path, rows[_TIME], rows[_OBJECT])
         keys = list(zip(self.times.tolist(), self.ids.tolist(), strict=True))
         kept = np.array([i for i, key in enumerate(keys) if key in places], dtype=np.int64)
         for name in ("times", "ids", "types", "points", "difficulty"):
@@ -359,7 +364,7 @@ class _Labels:
 
 def _read_camera(folder: Path, segment: str, camera: CameraName) -> WaymoCamera:
     path = folder / "camera_calibration" / f"{segment}.parquet"
-    columns = (_CAMERA, *_INTRINSIC, _EXTRINSIC, *_SIZE)
+    columns = (_CAMERA, *_INTRINSIC, _EXTRINSIC)
     rows = _Component(path, segment, (_SEGMENT, *columns)).read(*columns)
     found = np.flatnonzero(rows[_CAMERA] == CAMERAS[camera])
     if len(found) != 1:
@@ -371,7 +376,7 @@ def _read_camera(folder: Path, segment: str, camera: CameraName) -> WaymoCamera:
         transform = optical_from_vehicle(np.asarray(rows[_EXTRINSIC][row], dtype=np.float64).reshape(4, 4))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    return WaymoCamera(camera, calibration, transform, (int(rows[_SIZE[0]][row]), int(rows[_SIZE[1]][row])))
+    return WaymoCamera(camera, calibration, transform)
 
 
 def _optional(component: _Component, name: str, count: int) -> npt.NDArray[np.int64]:
@@ -381,8 +386,13 @@ def _optional(component: _Component, name: str, count: int) -> npt.NDArray[np.in
     return np.array([value or 0 for value in component.lists(name)[0]], dtype=np.int64)
 
 
-def _places(times: npt.NDArray[Any], ids: npt.NDArray[Any]) -> dict[tuple[int, str], int]:
-    return {key: i for i, key in enumerate(zip(times.tolist(), ids.tolist(), strict=True))}
+def _places(path: Path, times: npt.NDArray[Any], ids: npt.NDArray[Any]) -> dict[tuple[int, str], int]:
+    """Row of each time and object, of which there may be one."""
+    places: dict[tuple[int, str], int] = {}
+    for i, (time, name) in enumerate(zip(times.tolist(), ids.tolist(), strict=True)):
+        if places.setdefault((time, name), i) != i:
+            raise UserError(f"{path}: expected one row for each time and object, got several of {name} at {time}")
+    return places
 
 
 def _finite(boxes: FloatArray) -> npt.NDArray[np.bool_]:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from rakd.data.labels import Objects
 from rakd.data.waymo import CAMERAS, BoxSource, CameraName, WaymoFrame, WaymoSplit, find_segments, read_segment
 from rakd.errors import MissingFileError, UserError
-from rakd.files import remove_stale, write_bytes, write_text
+from rakd.files import check_folder, locked, remove_stale, write_bytes, write_text
 from rakd.geometry import Calibration, FloatArray
 from rakd.progress import do_all
 
@@ -133,7 +133,9 @@ def convert_waymo(
         most = _LIMIT[split] - _FIRST[split]
         if len(found) > most:
             raise UserError(f"{root / split}: frames have names for {most} segments of this split, got {len(found)}")
-    _claim(out, settings, names)
+    check_folder(out, "out")
+    with locked(out):
+        _claim(out, settings, names)
     remove_stale(chain(out.glob("*/*/.*"), out.glob("*/.*")))
     tasks = [
         (split, _FIRST[split] + i, name)
@@ -240,7 +242,7 @@ def _claim(out: Path, settings: WaymoConversion, names: dict[WaymoSplit, list[st
         if differing:
             raise UserError(f"out: {out} holds a conversion with other {', '.join(differing)}; choose another folder")
         here["segments"] = {**kept, **names}
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif any(not entry.name.startswith(".") for entry in out.iterdir()):
         raise UserError(f"out: {out} is not an empty folder and holds no {MANIFEST}; choose another folder")
     write_text(path, json.dumps(here, indent=1) + "\n")
 

@@ -80,7 +80,7 @@ def format_ceilings(result: Result) -> str:
         )
     absent = [name for name in CLASSES if not any(figures["evaluated"] for figures in result[name].values())]
     if absent:
-        lines.append(f"Not evaluated (-): no detection is of class {' or '.join(absent)}.")
+        lines.append(f"Not evaluated (-): no detection with a 2D or 3D box is of class {' or '.join(absent)}.")
     return "\n".join(lines)
 
 

@@ -125,10 +125,9 @@ class Experiment:
         """
         self._check_expert()
         self._claim()
-        if any(map(self._is_open, self.plan)):
+        is_open = any(map(self._is_open, self.plan))
+        if is_open:
             self._try_models()
-        else:
-            self._say("all runs are finished already: only tables and pictures are made anew")
         self._train_side_by_side()
         runs: list[RunResult | None] = []
         experts: dict[str, BaseDetector] = {}
@@ -138,6 +137,8 @@ class Experiment:
             runs.append(self._do(run, detector, experts[run.taught_by] if run.taught_by else None))
             if run.method == "expert":
                 experts = {run.name: detector}  # the next one's apprentices follow it
+        if not is_open:  # known only now: finished runs of other settings are refused above
+            self._say("all runs are finished already: only tables and pictures are made anew")
         study = StudyResult(
             runs=tuple(run for run in runs if run is not None),
             models=self._models() if self.processes.is_main else (),

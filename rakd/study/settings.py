@@ -101,8 +101,8 @@ _TINY = TrainSettings(
 _LONG = replace(_TINY, steps=3000, checkpoint_every=200)
 _FIVE = (0, 1, 2, 3, 4)
 
-# DEVIANT's length and batch: 30 epochs of the 52,386 frames that are every third of training, 40 at once. The rate is
-# Detectron2's for this kind of detector, 0.02 for 16 images, in proportion.
+# DEVIANT's length and batch: 30 epochs of its 52,386 training frames (convert-waymo takes some 53,000), 40 at once. The
+# rate is Detectron2's for this kind of detector, 0.02 for 16 images, in proportion.
 _WAYMO = TrainSettings(steps=39_290, batch_size=40, learning_rate=0.05, workers=4)
 
 # MonoDETR's schedule: 195 epochs of KITTI's 3,712 frames, 16 at once. The original neither clips gradients nor warms

@@ -203,8 +203,9 @@ def _depths(study: StudyResult, key: str, title: str, methods: dict[str, str]) -
 
 def _differences(study: StudyResult) -> list[Table]:
     """Each method less no distillation, and RAKD less each baseline, over the seeds that both have."""
-    distilled = [name for name in registry.METHODS if any(run.method == name for run in study.runs)]
-    baselines = [name for name in distilled if name != "rakd"]
+    ran = {run.method for run in study.runs}
+    distilled = [name for name in registry.METHODS if name in ran and "none" in ran]
+    baselines = [name for name in registry.METHODS if name in ran - {"rakd"} and "rakd" in ran]
     tables = []
     for key, title, pairs in (
         ("difference", "each method less no distillation", {name: (name, "none") for name in distilled}),

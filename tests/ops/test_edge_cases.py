@@ -266,6 +266,7 @@ def test_level_rule_is_one_rule(assignment: str, strides: tuple[float, ...], sig
     exact = [
         [0, 0, 0, s, s] for s in (0, 1, 7, 14, 28, 56, 112, 224, 448, 896, 1e4, 224 * (1 - 1e-9), 112 * (1 - 1e-5))
     ]
+    exact.append([0, -1e308, 5, 1e308, 5])  # infinitely wide and without height: its area counts as 0
     boxes = torch.cat([boxes, torch.tensor(exact, dtype=torch.float64)])
     options = {"strides": strides, "assignment": assignment, "sigma": sigma}
     compiled = level_weights(boxes, **options)

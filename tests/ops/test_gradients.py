@@ -210,6 +210,40 @@ def test_transforms_of_torch_func_are_refused_in_our_words(backend: str, transfo
                 getattr(torch.func, transform)(function)(first)
 
 
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+@pytest.mark.parametrize("reduction", ["mean", "none", "pooled"])
+def test_batched_gradients_are_refused_in_our_words(backend: str, reduction: str) -> None:
+    maps, boxes = small_maps(backend), small_boxes(backend)
+    if reduction == "pooled":
+        result = multilevel_roi_align(maps, boxes, strides=SMALL["strides"], backend=backend)
+    else:
+        others = small_maps(backend, seed=1)
+        result = soft_roi_distill(maps, others, boxes, strides=SMALL["strides"], reduction=reduction, backend=backend)
+    vectors = torch.ones((3, *result.shape), device=result.device)
+    with pytest.raises(RuntimeError, match=r"rakd_ops: .*batched gradients do not see through"):
+        torch.autograd.grad(result, maps, vectors, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_what_hooks_on_saved_tensors_keep_stays_as_it_was(backend: str, factor: float) -> None:
+    maps, others, boxes = small_maps(backend), small_maps(backend, seed=1), small_boxes(backend)
+    kept: list[torch.Tensor] = []
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        kept.append(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        loss = soft_roi_distill(maps, others, boxes, strides=SMALL["strides"], backend=backend)
+    before = [saved.clone() for saved in kept]
+    (factor * loss).backward()
+    for own in maps:
+        own.grad.add_(1.0)  # as gradient clipping does, in place
+    assert kept
+    assert all(torch.equal(saved, copy) for saved, copy in zip(kept, before, strict=True))
+
+
 def test_torch_func_grad_of_the_reference() -> None:
     maps, expert, boxes = pyramid(requires_grad=True), pyramid(seed=1), random_boxes(6)
 

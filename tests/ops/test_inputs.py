@@ -111,6 +111,7 @@ MAP_ERRORS: list[tuple[Any, type[Exception], str]] = [
         TypeError,
         r"\[3\]: expected float32, float64, float16 or bfloat16, got torch.int64",
     ),
+    (changed(3, MAPS[3].to_sparse()), TypeError, r"\[3\]: expected a dense map, got one of layout torch.sparse_coo"),
     (changed(3, MAPS[3][..., :0]), ValueError, r"\[3\]: expected at least one channel, row and column"),
     (changed(3, MAPS[3].to("meta")), ValueError, r"\[3\]: expected device cpu as in .*, got meta"),
     (list(reversed(MAPS)), ValueError, r"strides: expected strides that fit the maps' heights"),

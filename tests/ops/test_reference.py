@@ -132,6 +132,12 @@ def test_levels_are_clamped_and_tiny_sigma_selects() -> None:
         assert level_weights(boxes, sigma=sigma).tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
 
 
+def test_a_box_of_too_many_samples_is_named() -> None:
+    boxes = torch.tensor([[0, 0, 0, 1e30, 1e30]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="boxes: with sampling_ratio=0 the reference takes at most 1048576 samples"):
+        reference.soft_roi_distill(pyramid(), pyramid(seed=1), boxes, sampling_ratio=0)
+
+
 def test_per_box_losses_add_up() -> None:
     maps, expert, boxes = pyramid(), pyramid(seed=1), random_boxes(9)
     weights = torch.linspace(0.0, 2.0, 9, dtype=torch.float64)

@@ -13,6 +13,7 @@ from cases import DEVICE_OF, backend_params, pyramid, random_boxes
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from rakd_ops import SoftRoIDistillLoss, level_weights, multilevel_roi_align, reference, soft_roi_distill
 from rakd_ops._layout import is_channels_last
@@ -158,6 +159,15 @@ def test_export_with_dynamic_sizes() -> None:
     exported = torch.export.export(Step(), inputs(3, 64, 96, 5), dynamic_shapes=shapes, strict=True)
     for call in (inputs(3, 64, 96, 5), inputs(2, 48, 40, 9), inputs(5, 128, 72, 2)):
         torch.testing.assert_close(exported.module()(*call), Step()(*call))
+
+
+def test_symbolic_sizes_of_make_fx() -> None:
+    def step(maps: list[torch.Tensor], expert: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+        return soft_roi_distill(maps, expert, boxes) + multilevel_roi_align(maps, boxes, output_size=2).square().sum()
+
+    traced = make_fx(step, tracing_mode="symbolic")(pyramid(), pyramid(seed=1), random_boxes(4))
+    arguments = pyramid(seed=2), pyramid(seed=3), random_boxes(4, seed=1)
+    torch.testing.assert_close(traced(*arguments), step(*arguments))
 
 
 @pytest.mark.parametrize("device", ["meta", "fake"])

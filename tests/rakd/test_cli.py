@@ -20,6 +20,7 @@ import rakd
 import rakd_ops
 from rakd import cli
 from rakd.cli import main
+from rakd.commands.inspect import doubtful
 from rakd.commands.show import _read_predictions
 from rakd.data.frames import find_frames, write_calibration
 from rakd.data.labels import write_objects
@@ -337,7 +338,7 @@ def test_evaluate_takes_a_detector_that_sees_nothing(scenes, tmp_path, capsys):
     assert main(["evaluate", str(scenes / "training" / "label_2"), str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert " - " in text
-    assert "Not evaluated (-): no detection is of class Car or Pedestrian or Cyclist." in text
+    assert "Not evaluated (-): no detection with a 2D or 3D box is of class Car or Pedestrian or Cyclist." in text
 
 
 def test_evaluate_says_where_few_objects_are_the_limit(scenes, results, tmp_path, capsys):
@@ -468,6 +469,15 @@ def test_labels_that_cannot_be_meant_are_told(scenes, tmp_path, capsys):
     for line, (i, (_, fault)) in zip(lines, bad.items(), strict=True):
         assert line.startswith("rakd: warning: ")
         assert f"{i:06d}.txt: 1 of 2 objects: {fault}" in line
+
+
+def test_objects_that_are_almost_outside_are_no_doubt_of_the_calibration(scenes):
+    frame = next(frame for frame in find_frames(scenes) if len(frame.read_labels()))
+    labels = frame.read_labels().select(np.arange(1))
+    other = frame.read_calibration().resized(0.5, 0.5)
+    for truncation, doubts in ((0.5, 1), (0.95, 0)):
+        objects = dataclasses.replace(labels, truncation=np.array([truncation]))
+        assert len(doubtful(objects, other, (1242, 375))) == doubts
 
 
 def test_calibrations_of_other_images_are_told(scenes, tmp_path, capsys):

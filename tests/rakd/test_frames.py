@@ -119,6 +119,11 @@ def test_missing_things_are_named(kitti, tmp_path):
     (kitti / "ImageSets" / "more.txt").write_text("000001\n000099\n")
     with pytest.raises(FileNotFoundError, match="frame 000099 of split 'more' has no image"):
         find_frames(kitti, "more")
+    double = kitti / "training" / "image_2" / "000001.jpg"
+    double.touch()
+    with pytest.raises(ValueError, match=r"image_2: expected one image a frame, got 000001\.jpg and 000001\.png"):
+        find_frames(kitti)
+    double.unlink()
     (kitti / "training" / "label_2" / "000003.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"frame 000003 has no .*label_2/000003\.txt"):
         find_frames(kitti)
@@ -184,6 +189,7 @@ def test_calibration_round_trip(tmp_path):
     ("text", "message"),
     [
         ("P0: 1\nP2: 1 2 3\n", r"c\.txt:2: P2 must be 12 numbers, got '1 2 3'"),
+        ("P2: 7_00" + " 0" * 11, r"c\.txt:1: P2 must be 12 numbers, got '7_00 0"),
         ("P2: " + "x " * 12, r"c\.txt:1: P2 must be 12 numbers"),
         ("P2: " + "1 " * 12, r"c\.txt:1: projection must be a rectified pinhole"),
         ("P0: 1\n", r"c\.txt: expected a line 'P2: <12 numbers>' \(or P_rect_02, as in raw data\), found only P0"),

@@ -125,6 +125,7 @@ def test_rows_without_score_are_skipped_with_one_warning(tmp_path):
         (LABEL.replace("1.65", "inf"), "height must be a finite number, got 'inf'"),
         (LABEL.replace("614.12", "6_1"), "x2 must be a finite number, got '6_1'"),
         (LABEL.replace(" 1 ", " 1.5 "), "occlusion must be an integer, got '1.5'"),
+        (LABEL.replace(" 1 ", f" {10**22} "), f"occlusion must be an integer, got '{10**22}'"),
         (LABEL.replace("1.67", "-1"), "width and length must both be positive or neither, got -1 and 3.64"),
         (LABEL.replace("3.64", "0"), "width and length must both be positive or neither, got 1.67 and 0"),
     ],

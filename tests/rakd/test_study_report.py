@@ -292,6 +292,17 @@ def test_csv_is_long_form(study):
 # ---- Paired differences. ----
 
 
+def test_there_is_no_table_of_differences_to_a_method_that_did_not_run():
+    for methods, tables in (
+        (("none", "pkd"), {"difference"}),
+        (("pkd", "rakd"), {"difference_rakd"}),
+        (("pkd", "hfa"), set()),
+        (("none", "pkd", "rakd"), {"difference", "difference_rakd"}),
+    ):
+        study = study_of(*(run(method, seed, 1.0) for method in methods for seed in (0, 1)))
+        assert {table.key for table in make_tables(study) if table.key.startswith("difference")} == tables
+
+
 def test_differences_pair_runs_of_one_seed():
     none, rakd = (1.0, 2.0, 3.0, 9.0), (2.0, 3.5, 5.0)
     runs = [

@@ -239,6 +239,23 @@ def test_export(converted, perfect, waymo, tmp_path, capsys):
     assert (tmp_path / "again.bin").read_bytes() == path.read_bytes()
 
 
+def test_export_tells_of_frames_without_results(converted, perfect, tmp_path, capsys):
+    words = ["export-waymo", str(tmp_path / "pred"), "--data", str(tmp_path / "data"), "--out", str(tmp_path / "a.bin")]
+    shutil.copytree(perfect, tmp_path / "pred")
+    shutil.copytree(converted, tmp_path / "data")
+    missing = sorted((tmp_path / "pred").glob("*.txt"))[1]
+    missing.unlink()
+    # Of a training split whose conversion was interrupted there is no result: it does not matter.
+    index = tmp_path / "data" / "waymo" / "training" / "20_b.csv"
+    index.unlink()
+    assert main(words) == 0
+    text = capsys.readouterr().err
+    assert f"1 of 3 frames of validation have no result file, such as {missing.name}" in text
+    (tmp_path / "pred" / "000000.txt").touch()
+    assert main(words) == 2
+    assert f"{index} is not there: this segment is not converted" in capsys.readouterr().err
+
+
 def test_export_refuses_what_waymo_would(converted, perfect, tmp_path, capsys):
     def error(message, pred, data=converted):
         assert main(["export-waymo", str(pred), "--data", str(data), "--out", str(tmp_path / "a.bin")]) == 2

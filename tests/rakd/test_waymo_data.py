@@ -27,6 +27,7 @@ from rakd.data.waymo import find_segments, is_waymo, read_segment
 from rakd.data.waymo_convert import WaymoConversion, convert_waymo, read_names
 from rakd.data.waymo_geometry import optical_from_vehicle, to_optical, to_vehicle
 from rakd.evaluation.waymo.folders import read_transform
+from rakd.files import locked
 from rakd.geometry import box_corners, project_boxes, wrap_angle
 
 ALL_POINTS = WaymoConversion(every=(1, 1), min_points=(0, 0))
@@ -144,7 +145,7 @@ def test_boxes_project_as_those_of_the_scenes_do(waymo, scenes):
         labels = labels.select(np.isin(labels.types, list(NUMBERS)))
         labels = labels.select(points_of(frame.number, len(labels)) > 0)
         here, there = (
-            project_boxes(calibration, box_corners(o.location, o.dimensions, o.rotation_y), frame.camera.size)
+            project_boxes(calibration, box_corners(o.location, o.dimensions, o.rotation_y), (1242, 375))
             for calibration, o in ((frame.camera.calibration, frame.objects()), (scene.read_calibration(), labels))
         )
         np.testing.assert_allclose(here, there, atol=1e-6)
@@ -216,6 +217,51 @@ def test_missing_truncated_and_foreign_files_are_named(broken, component):
     error(ValueError, "expected the columns of version 2 of the data set")
     shutil.copy(path.with_name("20_b.parquet"), path)
     error(ValueError, "expected rows of segment 10_a, got some of 20_b")
+
+
+def rewrite(path, change):
+    table = pq.read_table(path)
+    pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), table.schema), path)
+
+
+@pytest.mark.parametrize(
+    ("component", "change", "message"),
+    [
+        (
+            "lidar_box",
+            lambda rows: rows + rows[-1:],
+            "expected one row for each time and object, got several of behind",
+        ),
+        ("projected_lidar_box", lambda rows: rows + rows[:1], "expected one row for each time and object"),
+        ("lidar_camera_synced_box", lambda rows: rows + rows[:1], "expected one row for each time and object"),
+        ("lidar_box", lambda rows: [], r"projected_lidar_box/10_a\.parquet: no box is of a time and object in"),
+        (
+            "lidar_box",
+            lambda rows: [row | {"key.frame_timestamp_micros": row["key.frame_timestamp_micros"] + 1} for row in rows],
+            "no box is of a time and object in .*, such as object-0 at 1000000",
+        ),
+        (
+            "projected_lidar_box",
+            lambda rows: [row | {"key.laser_object_id": row["key.laser_object_id"] + "_FRONT"} for row in rows],
+            "no box is of a time and object in .*, such as object-0_FRONT at 1000000",
+        ),
+        (
+            "projected_lidar_box",
+            lambda rows: [rows[0] | {"[ProjectedLiDARBoxComponent].box.size.x": float("nan")}, *rows[1:]],
+            "boxes must be finite, that of object-0 is not",
+        ),
+        (
+            "camera_image",
+            lambda rows: [row | {"[CameraImageComponent].image": None} for row in rows],
+            r"\[CameraImageComponent\]\.image has missing values",
+        ),
+    ],
+)
+def test_components_that_do_not_belong_together_give_no_empty_labels(broken, component, change, message):
+    rewrite(broken / "training" / component / "10_a.parquet", change)
+    with pytest.raises(ValueError, match=rf"10_a\.parquet: .*{message}|{message}") as caught:
+        list(read_segment(broken, "training", "10_a", boxes="synced"))
+    assert component in str(caught.value)
 
 
 def test_missing_synced_boxes_matter_only_when_asked_for(broken):
@@ -415,6 +461,15 @@ def test_a_folder_of_something_else_is_left_alone(waymo, tmp_path):
     with pytest.raises(ValueError, match=r"not an empty folder and holds no waymo\.json"):
         convert_waymo(waymo[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match=r"out: expected a folder to write to, .*thesis\.txt is a file"):
+        convert_waymo(waymo[0], tmp_path / "thesis.txt")
+
+
+def test_what_a_killed_conversion_left_is_no_obstacle(waymo, tmp_path):
+    (tmp_path / ".waymo-0123456789abcdef.json").touch()
+    with locked(tmp_path), pytest.raises(ValueError, match="is in use by another command"):
+        convert_waymo(waymo[0], tmp_path, splits=["validation"])
+    assert convert_waymo(waymo[0], tmp_path, splits=["validation"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -163,8 +163,17 @@ def test_files_that_do_not_fit(tmp_path):
         evaluate(truth, tmp_path / "a.bin")
     with pytest.raises(ValueError, match=r"frames must be None for \.bin files"):
         evaluate(tmp_path / "a.bin", tmp_path / "a.bin", frames=["000000"])
-    with pytest.raises(ValueError, match=r"a\.bin: LET-3D-AP needs camera-synced boxes"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.bin: expected truths that have camera-synced boxes with points of the top lidar, no object has",
+    ):
         evaluate(tmp_path / "a.bin", tmp_path / "a.bin", let=True)
+    write_bin(tmp_path / "b.bin", replace(objects([CAR]), scores=np.array([0.5], np.float32)))
+    with pytest.raises(ValueError, match=r"b\.bin: truths have no scores, object 1 has 0\.5: .*each other's place"):
+        evaluate(tmp_path / "b.bin", tmp_path / "a.bin")
+    write_bin(tmp_path / "b.bin", replace(objects([CAR]), points=np.array([0])))
+    with pytest.raises(ValueError, match=r"b\.bin: expected truths that have lidar points, without which none counts"):
+        evaluate(tmp_path / "b.bin", tmp_path / "a.bin")
     write_bin(tmp_path / "b.bin", replace(objects([CAR]), keys=[("s", 0, 1)]))
     with pytest.raises(ValueError, match=r"frames in common, they have none.*\('s', 0, 0\).*\('s', 0, 1\)"):
         evaluate(tmp_path / "a.bin", tmp_path / "b.bin")
@@ -190,6 +199,7 @@ def test_files_that_do_not_fit(tmp_path):
         (good.replace("Car", "Tram"), "types must be Car, Pedestrian, Sign, Cyclist, got 'Tram'"),
         (good.rsplit(" ", 1)[0] + "\n", "expected the number of lidar points in column 16.*got 'no column 16'"),
         (good.rsplit(" ", 1)[0] + " -1\n", "got '-1'"),
+        (good.rsplit(" ", 1)[0] + " 1e30\n", "got '1e30'"),
         (good.rstrip() + " 3\n", "a difficulty of 0, 1 or 2 there, got '50 3'"),
     ):
         label.write_text(content)

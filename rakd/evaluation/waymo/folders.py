@@ -219,7 +219,7 @@ def _read_counts(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
             # Some converters write whole numbers with a point.
             points.append(_whole(words[_POINTS]))
             difficulty.append(_whole(words[_DIFFICULTY]) if len(words) > _DIFFICULTY else 0)
-            if points[-1] < 0 or not 0 <= difficulty[-1] <= 2:
+            if not 0 <= points[-1] < 2**31 or not 0 <= difficulty[-1] <= 2:
                 raise ValueError
         except (ValueError, IndexError, OverflowError):
             raise UserError(

@@ -293,8 +293,15 @@ def _read(
     unknown = predictions.types == 0
     if unknown.any():
         raise UserError(f"{pred}: object {int(unknown.argmax()) + 1} has no type: every prediction needs one")
-    if let and len(truth) and not truth.points.any():
-        raise UserError(f"{gt}: LET-3D-AP needs camera-synced boxes with points of the top lidar, no object has one")
+    if (truth.scores != 1).any():
+        number = int((truth.scores != 1).argmax())
+        raise UserError(
+            f"{gt}: truths have no scores, object {number + 1} has {truth.scores[number]:g}: are GT and PRED in each "
+            "other's place?"
+        )
+    if len(truth) and not truth.points.any():
+        what = "camera-synced boxes with points of the top lidar" if let else "lidar points, without which none counts"
+        raise UserError(f"{gt}: expected truths that have {what}, no object has")
     if len(truth) and len(predictions) and not set(truth.keys) & set(predictions.keys):
         raise UserError(
             "gt and pred must have frames in common, they have none: the devkit tells frames by segment, time and "
