@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 
 model, image, calib = sys.argv[1:]
 session = onnxruntime.InferenceSession(model)
 height, width = session.get_inputs()[0].shape[2:]
-picture = Image.open(image).convert("RGB")
-small = picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.BILINEAR)
+picture = ImageOps.exif_transpose(Image.open(image))
+if picture.mode[0] in "IF":
+    sys.exit(f"{image}: expected 8 bits a channel, got mode {picture.mode}")
+picture = picture.convert("RGB")
+small = picture.resize((max(1, round(picture.width * height / picture.height)), height), Image.Resampling.BILINEAR)
 if small.width > width:
     sys.exit(f"{image}: {small.width} pixels wide at the model's height, it takes {width}")
 

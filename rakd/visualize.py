@@ -111,7 +111,7 @@ def draw_frame(
         draw(axis, calibration, layers, inches=panel_width)
     axis = figure.add_subplot(grid[:, 1])
     draw_from_above(axis, calibration, width, layers, reach, inches=above_width)
-    figure.suptitle(title, color=_LIGHT, fontsize=13, x=0.01, ha="left")
+    figure.suptitle(title, parse_math=False, color=_LIGHT, fontsize=13, x=0.01, ha="left")
     _add_legend(figure, layers, regions=any(layer.objects.is_type("DontCare").any() for layer in layers))
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
@@ -142,7 +142,7 @@ def draw_sheet(
     tallest = min(max(image.shape[0] / image.shape[1] for _, image, _, _ in frames), _TALLEST)
     size = (inches * columns, (inches * tallest + 0.3) * rows + 0.5)
     figure = Figure(figsize=size, facecolor=_DARK, layout="constrained")
-    figure.suptitle(title, color=_LIGHT, fontsize=15)
+    figure.suptitle(title, parse_math=False, color=_LIGHT, fontsize=15)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(frames) :]:
         axis.set_axis_off()
@@ -207,7 +207,7 @@ def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", r
             draw_boxes_3d(axis, frame.calibration, layers, inches=column * min(1, _TALLEST / ratio))
             width = frame.image.shape[1]
             draw_from_above(above, frame.calibration, width, layers, reach, side=side, inches=column)
-    figure.suptitle(title, color=_LIGHT, fontsize=14, x=0.01, ha="left")
+    figure.suptitle(title, parse_math=False, color=_LIGHT, fontsize=14, x=0.01, ha="left")
     _add_legend(figure, layers)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, facecolor=_DARK)
@@ -217,7 +217,7 @@ def show_image(axis: Axes, image: npt.NDArray[np.uint8], title: str) -> None:
     """Show an image on an axis without ticks."""
     axis.imshow(image, interpolation="antialiased")
     axis.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5), xticks=[], yticks=[])
-    axis.set_title(title, color=_LIGHT, fontsize=11, loc="left", pad=4)
+    axis.set_title(title, parse_math=False, color=_LIGHT, fontsize=11, loc="left", pad=4)
     axis.spines[:].set_visible(False)
 
 
@@ -342,7 +342,7 @@ def _add_legend(figure: Figure, layers: Sequence[Layer], *, regions: bool = Fals
     if regions:
         handles.append(Line2D([], [], color=_REGION_COLOR, lw=1.2, ls=":", label="DontCare region"))
     figure.legend(
-        *(handles, [str(handle.get_label()) for handle in handles]),
+        *(handles, [str(handle.get_label()).replace("$", r"\$") for handle in handles]),
         loc="upper right",
         ncols=len(handles),
         frameon=False,

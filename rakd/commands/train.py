@@ -92,7 +92,7 @@ class Train:
         from rakd.commands.config import write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
-        from rakd.data.frames import check_readable, count_shared, warn_of_centre
+        from rakd.data.frames import check_readable, count_shared, digest, warn_of_centre
         from rakd.data.kitti import KittiDataset, cache_share, check_widths
         from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
@@ -130,6 +130,8 @@ class Train:
             if processes.is_main:
                 start = detector.init_source if self.init is None else f"starts from {self.init}"
                 print(f"{self.detector}: {start}", flush=True)
+            # best.pt is that of the best figure, and figures on other frames do not compare.
+            evaluated = {"evaluated_frames": digest(val.frames)}
             init = {} if self.init is None else {"init": file_digest(self.init)}
             trainer = Trainer(
                 DistillationModel(detector),
@@ -138,7 +140,12 @@ class Train:
                 self.out,
                 processes.device,
                 name=self.detector,
-                fingerprint={"detector": config.to_plain(), "started_from": backbone_start(detector), **init},
+                fingerprint={
+                    "detector": config.to_plain(),
+                    "started_from": backbone_start(detector),
+                    **init,
+                    **evaluated,
+                },
                 image_size=config.image_size,
                 validation=CarValidation(detector, val, self.out, processes) if settings.validate_every else None,
                 extend=self.extend,

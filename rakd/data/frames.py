@@ -11,6 +11,7 @@ A frame's name is its number, of six digits in KITTI's object data and ten in it
 
 import hashlib
 import re
+import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from rakd.data.labels import Objects, read_labels
 from rakd.errors import MissingFileError, UserError
@@ -36,6 +37,7 @@ _MAX_LISTED = 40  # names that an error gives; calib_cam_to_cam.txt has 34
 _CENTRE = (0.25, 0.75)  # shares of width and height between which principal points lie
 _WHITE = 65535  # of 16 bits
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # what undoes each orientation
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,9 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
         UserError: It is not an image, a broken one, or one of more than 16 bits.
     """
     with _open_image(path) as image:
-        if "exif" in image.info:
-            image = ImageOps.exif_transpose(image)
+        turn = _TURNS.get(_orientation(image))
+        if turn is not None:  # Pillow's exif_transpose writes all tags anew, and fails where one is odd
+            image = image.transpose(turn)
         if image.mode[0] in "IF":
             values = np.asarray(image)
             if image.mode == "F" or values.min() < 0 or values.max() > _WHITE:
@@ -245,9 +248,18 @@ def read_image_size(path: Path) -> tuple[int, int]:
         UserError: It is not an image.
     """
     with _open_image(path) as image:
-        # Without the first condition, Pillow would decode a PNG image to look behind its pixels.
-        is_turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS
-        return image.size[::-1] if is_turned else image.size
+        return image.size[::-1] if _orientation(image) in _SIDEWAYS else image.size
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation that EXIF tells before the pixels; 1, upright, where it does not or cannot be read."""
+    if "exif" not in image.info:  # Pillow would decode a PNG image to look behind its pixels
+        return 1
+    try:
+        told = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, TypeError, ValueError, struct.error):
+        return 1
+    return told if isinstance(told, int) else 1
 
 
 def read_calibration(path: Path) -> Calibration:

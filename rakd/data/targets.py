@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rakd.data.labels import Objects
 from rakd.data.rules import DataRules
-from rakd.geometry import Calibration, FloatArray, box_centers, box_corners
+from rakd.geometry import NEAR, Calibration, FloatArray, box_centers, box_corners
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 """The classes that detectors learn; a target's class is the place in this list."""
@@ -140,7 +140,7 @@ def make_targets(
     corners = box_corners(used.location, used.dimensions, used.rotation_y)
     points = np.concatenate([corners, box_centers(used.location, used.dimensions)[:, None]], axis=1)
     keypoints, keypoint_depth = calibration.project(points)
-    in_front = keypoint_depth > 0
+    in_front = keypoint_depth > NEAR  # nearer to the camera's plane, pixels grow without bound
     names = [name.lower() for name in CLASSES]
     return Targets(
         classes=torch.tensor([names.index(name.lower()) for name in used.types], dtype=torch.int64),

@@ -82,7 +82,10 @@ class OnnxDetector:
         settings = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
         if settings is None:
             raise UserError(f"{path}: expected a model of rakd export, it has no property {METADATA!r}")
-        self.config: BaseConfig = read_config(json.loads(settings))
+        try:
+            self.config: BaseConfig = read_config(json.loads(settings))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: expected a detector's settings in its property {METADATA!r}: {error}") from None
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """The outputs, in the order of `OUTPUTS`."""

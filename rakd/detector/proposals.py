@@ -59,7 +59,7 @@ def match_boxes(
         objects: ``[M, 4]``.
         positive_iou: Overlap from which on a box is the object's.
         negative_iou: Overlap below which it is background; in between it is neither.
-        every_object: The boxes that overlap an object most are positive, however little that is.
+        every_object: The boxes that overlap an object most are positive, however little that is; none if none does.
 
     Returns:
         ``[N]`` int64 rows of the objects, -1 where a box is none's; and ``[N]`` bool, which boxes are background.
@@ -70,7 +70,7 @@ def match_boxes(
     best, match = overlaps.max(dim=0)
     positive, negative = best >= positive_iou, best < negative_iou
     if every_object:
-        chosen = (overlaps == overlaps.amax(dim=1, keepdim=True)).any(dim=0)
+        chosen = ((overlaps == overlaps.amax(dim=1, keepdim=True)) & (overlaps > 0)).any(dim=0)
         positive, negative = positive | chosen, negative & ~chosen
     return torch.where(positive, match, -1), negative
 

@@ -63,6 +63,8 @@ class TrainSettings:
             for name in names:
                 if getattr(self, name) < least:
                     raise UserError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if self.seed >= 2**63 - 1:
+            raise UserError(f"seed must be under 2**63 - 1, got {self.seed}")
         if not (self.learning_rate > 0 and isfinite(self.learning_rate)):
             raise UserError(f"learning_rate must be positive, got {self.learning_rate}")
         if not (self.weight_decay >= 0 and isfinite(self.weight_decay)):

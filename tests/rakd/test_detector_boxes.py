@@ -66,6 +66,9 @@ def test_matching_is_torchvisions(every_object: bool) -> None:
         assert torch.equal(negative, expected == Matcher.BELOW_LOW_THRESHOLD)
     match, negative = match_boxes(boxes, objects[:0], 0.5, 0.5, every_object=every_object)
     assert (match == -1).all() and negative.all()
+    # Of an object that no box meets, as of labels of another image size, torchvision takes all boxes.
+    match, negative = match_boxes(boxes, objects[:1] + 10_000, 0.5, 0.5, every_object=every_object)
+    assert (match == -1).all() and negative.all()
 
 
 @given(st.integers(0, 2**20), st.sampled_from([0, 1, 2, 40, 200]), st.sampled_from([0.05, 0.3, 0.7]))

@@ -342,6 +342,11 @@ def test_what_is_refused(run_folder: Path, detector: Detector, file: Path, capsy
     onnx.save(bare, run_folder / "bare.onnx")
     with pytest.raises(UserError, match="it has no property 'rakd_detector'"):
         OnnxDetector(run_folder / "bare.onnx")
+    for settings in ("no JSON", "[1]", '{"backbone": {"name": "x"}, "newfield": 1}', "{}"):
+        onnx.helper.set_model_props(bare, {METADATA: settings})
+        onnx.save(bare, run_folder / "odd.onnx")
+        with pytest.raises(UserError, match=r"odd\.onnx: expected a detector's settings in its property"):
+            OnnxDetector(run_folder / "odd.onnx")
     for arguments, message in (
         (["--out", str(run_folder / "a.pt")], "--out: expected a name that ends in .onnx"),
         (["--frames", "0"], "--frames must be 1 or more, got 0"),

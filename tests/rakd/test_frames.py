@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rakd.data.frames import (
     count_shared,
@@ -319,6 +319,24 @@ def test_images_stand_upright(tmp_path, kind, orientation):
     assert read.shape == (*expected.shape, 3)
     assert np.abs(read.astype(int) - expected[..., None]).max() <= 2  # JPEG rounds
     assert read_image_size(path) == expected.shape[::-1]
+
+
+def test_an_odd_tag_beside_the_orientation_does_not_matter(tmp_path):
+    """A resolution of one byte, which Pillow cannot write again."""
+    entries = bytes.fromhex("1201 0300 01000000 06000000") + bytes.fromhex("1a01 0100 01000000 07000000")
+    block = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00" + entries + bytes(4)
+    Image.new("RGB", (20, 12)).save(tmp_path / "a.jpg", exif=block)
+    with Image.open(tmp_path / "a.jpg") as image, pytest.raises((TypeError, ValueError, struct.error)):
+        ImageOps.exif_transpose(image)
+    assert read_image_size(tmp_path / "a.jpg") == (12, 20)
+    assert read_image(tmp_path / "a.jpg").shape == (20, 12, 3)
+
+
+def test_tags_that_cannot_be_read_do_not_matter(tmp_path):
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (20, 12)).save(tmp_path / name, exif=b"Exif\x00\x00garbage")
+        assert read_image_size(tmp_path / name) == (20, 12)
+        assert read_image(tmp_path / name).shape == (12, 20, 3)
 
 
 def test_images_that_pillow_takes_for_an_attack_are_named(tmp_path):

@@ -110,6 +110,10 @@ def test_corners_behind_the_camera_are_marked():
     targets = make_targets(objects, CALIBRATION, (1242, 2000))
     assert targets.keypoints_seen.sum() == 5
     assert (targets.keypoints[~targets.keypoints_seen] == 0).all()
+    # So are those less than NEAR before it, at 0.05 m here, whose pixels would be far away; not those at 0.25 m.
+    for z, seen in ((2.0, 5), (2.2, 9)):
+        moved = dataclasses.replace(objects, location=np.array([[0.5, 1.65, z]]))
+        assert make_targets(moved, CALIBRATION, (1242, 2000)).keypoints_seen.sum() == seen
 
 
 boxes = st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(0, 8)] * 2)

@@ -173,6 +173,9 @@ def test_a_finished_run_is_extended(
     copy = shutil.copytree(run, tmp_path / "copy")
     assert main(options(scenes, copy, steps=4)) == 2
     assert "steps is 2 there and 4 here; choose another folder or extend it" in capsys.readouterr().err
+    # The best detector is that of the best figure, and figures on other frames do not compare.
+    assert main([*options(scenes, copy, steps=4), "--extend", "--splits", "train", "train"]) == 2
+    assert "evaluated_frames is " in capsys.readouterr().err
     assert main([*options(scenes, copy, steps=4), "--extend"]) == 0
     assert [row["step"] for row in log(copy) if "total" in row] == [2, 4]
     assert all(torch.isfinite(value).all() for value in load_detector(copy / "detector.pt").parameters())

@@ -31,6 +31,7 @@ from rakd.training.settings import TrainSettings
         ("warm_up", -1),
         ("workers", -1),
         ("seed", -1),
+        ("seed", 2**63),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("weight_decay", -0.1),

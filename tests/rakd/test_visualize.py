@@ -49,6 +49,9 @@ def test_frame_picture_shows_both_layers(frame, results, tmp_path):
     assert pixels_of(tmp_path / "a.png", TRUTH_COLOR) > 300
     assert pixels_of(tmp_path / "a.png", PREDICTION_COLOR) > 300
     draw_frame(tmp_path / "b.png", frame.read_image(), frame.read_calibration(), layers[:1])
+    # Names of files may hold what matplotlib takes for formulas.
+    odd = [dataclasses.replace(layer, name="a$^$b") for layer in layers]
+    draw_frame(tmp_path / "c.png", frame.read_image(), frame.read_calibration(), odd, title="x$^$y")
     assert pixels_of(tmp_path / "b.png", PREDICTION_COLOR) == 0
 
 
