@@ -286,7 +286,7 @@ def _read_index(path: Path) -> dict[str, FrameName]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
-        if not rows or tuple(rows[0]) != _COLUMNS:
+        if not rows or tuple(rows[0]) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
             raise UserError(f"expected the columns {', '.join(_COLUMNS)}")
         return {name: FrameName(segment, int(time), int(camera)) for name, segment, time, camera in rows[1:]}
     except FileNotFoundError:

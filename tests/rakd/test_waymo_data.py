@@ -389,7 +389,11 @@ def test_the_same_files_from_any_number_of_processes_and_after_an_interruption(w
     convert_waymo(root, parallel, ALL_POINTS, workers=2)
     assert digest(parallel) == expected
     # As a killed run leaves it: a segment is incomplete, a temporary file lies about, the lists are missing.
-    (parallel / "waymo" / "training" / "20_b.csv").unlink()
+    index = parallel / "waymo" / "training" / "20_b.csv"
+    index.write_text(index.read_text() + "000,20_b\n")
+    with pytest.raises(ValueError, match=r"20_b\.csv: expected the columns frame, "):
+        read_names(parallel)
+    index.unlink()
     (parallel / "training" / "label_2" / "001001.txt").unlink()
     folder = parallel / "training" / "image_2"
     killed, young = (folder / f".001001-{name}.jpg" for name in ("0123456789abcdef", "fedcba9876543210"))
