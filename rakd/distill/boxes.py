@@ -83,13 +83,14 @@ def check_canvases(boxes: Any, size: tuple[int, int]) -> None:
     canvases = [(int(canvas[0]), int(canvas[1])) for canvas in found if canvas is not None]
     if len(canvases) < len(found) or not canvases:
         return
-    for side, pixels in enumerate(size):
-        largest = max(canvases, key=lambda canvas: canvas[side])
-        if not pixels - 32 < largest[side] <= pixels:
-            raise ValueError(
-                f"boxes: expected BoundingBoxes of the images' size {tuple(size)}, or of smaller images that are "
-                f"padded to it, got canvas_size {largest}; resize images and boxes by the same transform"
-            )
+    largest = tuple(max(canvas[side] for canvas in canvases) for side in (0, 1))
+    # Padding fills one side, but for what a stride leaves; images that were enlarged without their boxes do not.
+    fits = all(own <= pixels for own, pixels in zip(largest, size, strict=True))
+    if not (fits and any(own > pixels - 32 for own, pixels in zip(largest, size, strict=True))):
+        raise ValueError(
+            f"boxes: expected BoundingBoxes of the images' size {tuple(size)}, or of smaller images that are "
+            f"padded to it, got canvas_size {largest}; resize images and boxes by the same transform"
+        )
 
 
 def own_format(rows: Tensor) -> BoxFormat | None:

@@ -211,8 +211,8 @@ class Distiller(Lifecycle):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._begin(step)
-            self._sync.attach(self)  # not in check(), which one process may call alone
-            if self._learns:
+            if self._learns:  # one process may check and validate alone
+                self._sync.attach(self)
                 self._watch.step(list(self.parameters()))
         elif (
             self._facts.expert_strides is None

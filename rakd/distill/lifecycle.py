@@ -3,7 +3,7 @@
 import json
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,13 @@ def _is_portable(function: Any) -> bool:
     except Exception:  # functions inside others, and whatever a partial holds
         return False
     return True
+
+
+def _move(method: nn.Module, others: Iterable[nn.Parameter]) -> None:
+    """Bring a method to the device of the first of other parameters."""
+    first = next(iter(others), None)
+    if first is not None and first.device.type != "meta":
+        method.to(first.device)
 
 
 class Lifecycle(nn.Module):
@@ -168,19 +175,40 @@ class Lifecycle(nn.Module):
             optimizer: Any optimizer, or a wrapper with ``param_groups``.
             group: Index of the group whose settings they take.
         """
-        add_parameters(optimizer, list(self.parameters()), group)
-        if self.method is None:
-            self._optimizers.append((optimizer, group))
+        self._optimizers.append((optimizer, group))
+        if self.method is not None:
+            self._join_optimizers()
+        else:
+            add_parameters(optimizer, (), group)
 
     def _build(self) -> None:
         """Make the method, and give what it learns to the optimizers that wait for it."""
         if self._method_name is None:
             return
         with torch.inference_mode(False):  # a loss may be asked for in evaluation first
-            self.method = make_method(
-                self._method_name, **self._facts.state(), seed=self._seed, adapters=self._adapters, **self._options
-            )
+            self.method = self._make().train(self.training)
+            if self.apprentice is not None:
+                _move(self.method, self.apprentice.parameters())
+        self._join_optimizers()
+
+    def _make(self) -> nn.Module:
+        """The method as it is at first; of the same facts always the same."""
+        assert self._method_name is not None
+        facts = self._facts.state()
+        made = make_method(self._method_name, **facts, seed=self._seed, adapters=self._adapters, **self._options)
+        assert made is not None
+        return made
+
+    def _join_optimizers(self) -> None:
+        """Give what the method learns to the optimizers that wait for it.
+
+        It goes where an optimizer's other parameters are, as will the state that is loaded into the optimizer.
+        """
+        assert self.method is not None
         for optimizer, group in self._optimizers:
+            groups = getattr(optimizer, "param_groups", None) or ()
+            own = set(map(id, self.parameters()))
+            _move(self.method, (p for each in groups for p in each["params"] if id(p) not in own))
             add_parameters(optimizer, list(self.parameters()), group)
         self._optimizers.clear()
 
@@ -204,6 +232,16 @@ class Lifecycle(nn.Module):
         if self._expert is not None and self._owns_expert:
             self._expert.move(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Go back to a state of before the method was made, too, as tuners of trainers do."""
+        extra = state_dict.get(f"{prefix}_extra_state")
+        if extra is not None and self.method is not None and self._method_name is not None:
+            saved = json.loads(bytes(extra.cpu().tolist()))
+            if not PartialSetup.load(saved["facts"]).complete:
+                fresh = self._make().state_dict()
+                state_dict.update({f"{prefix}method.{key}": value for key, value in fresh.items()})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def get_extra_state(self) -> Tensor:
         """Keep what was found and measured: JSON as bytes in a tensor, which all checkpoint formats and EMAs hold.

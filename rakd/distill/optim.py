@@ -34,7 +34,7 @@ def add_parameters(optimizer: Any, parameters: Sequence[nn.Parameter], group: in
 class TrainingWatch:
     """Warns once where parameters have not changed over many training steps: no optimizer has them."""
 
-    STEPS = 100
+    STEPS = 512  # more than anyone accumulates gradients over
 
     def __init__(self) -> None:
         self._steps = 0

@@ -5,6 +5,7 @@ distiller's state: a float written as text comes back to the bit.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,6 +182,9 @@ class RunningEnergy:
         self.measured = self.value > 0
 
 
+_EMPTY = 100  # steps without a distillation loss after which a warning tells
+
+
 class TaskShare:
     """A weight that makes the loss a share of the task loss: measured over the first calls, then fixed.
 
@@ -193,6 +197,7 @@ class TaskShare:
     def __init__(self, share: float) -> None:
         self.share = share
         self.calls = 0
+        self._empty = 0  # calls whose loss was 0
         self.task: Tensor | float = 0.0
         self.loss: Tensor | float = 0.0
 
@@ -225,7 +230,19 @@ class TaskShare:
                 f"weight: 'auto:{self.share:g}' is a share of the task loss, expected one that is never negative, got "
                 f"{value:g}; where it has terms such as log-likelihoods, give a number"
             )
-        if other <= 0:
+        if other < 0:
+            raise ValueError(
+                f"weight: 'auto:{self.share:g}' needs a distillation loss that is never negative, got {other:g}: give "
+                "a number"
+            )
+        if other == 0:
+            self._empty += 1
+            if self._empty == _EMPTY and not self.calls:
+                warnings.warn(
+                    f"the distillation loss was 0 in all of the first {_EMPTY} steps, and 'auto:{self.share:g}' has no "
+                    "weight yet: do the batches have boxes?",
+                    stacklevel=5,
+                )
             return
         self.task = number_on(pair.device, self.task) + pair[0]
         self.loss = number_on(pair.device, self.loss) + pair[1]

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 
 from rakd.distill.distiller import Distiller
-from rakd.distill.optim import add_parameters
 
 _KEY = "rakd"
 
 
-def keep_in_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, group: int = 0) -> None:
+def keep_in_optimizer(
+    distiller: Distiller, optimizer: torch.optim.Optimizer, group: int = 0, *, limit: float | None = None
+) -> None:
     """Have an optimizer train a distiller, and carry its state in ``optimizer.state_dict()``.
 
     For trainers that save and load the optimizer by themselves: a checkpoint then holds adapters and measured scales in
@@ -20,6 +21,8 @@ def keep_in_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, gr
         distiller: Its parameters may be made later.
         optimizer: The trainer's.
         group: Index of the parameter group that they join.
+        limit: Norm that the gradients of its parameters are clipped at before each step, for trainers that clip those
+            of the model alone; None: as they are.
     """
     distiller.add_to(optimizer, group)
 
@@ -36,12 +39,13 @@ def keep_in_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, gr
                 groups[group][_KEY] = others
             # Makes the parameters if they are not there yet; the optimizer's state then has a place for each.
             distiller.load_state_dict(kept)
-            # Where the optimizer's own parameters are, so that the state that is loaded next goes there too.
-            first = next((p for each in optimizer.param_groups for p in each["params"]), None)
-            if first is not None:
-                distiller.to(first.device)
-            add_parameters(optimizer, list(distiller.parameters()), group)
         return {**state, "param_groups": groups}
 
+    def clip(*_: Any) -> None:
+        parameters = list(distiller.parameters())
+        if limit is not None and parameters:
+            torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    optimizer.register_step_pre_hook(clip)
     optimizer.register_state_dict_post_hook(save)
     optimizer.register_load_state_dict_pre_hook(load)

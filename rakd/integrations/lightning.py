@@ -69,6 +69,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         self._reads_batch = batch is None
         self._settings = {"expert": expert, "weight": weight, "method": method, "apprentice_features": "", **options}
         self._waiting: Any = None
+        self._before: dict[str, Any] | None = None  # what the module itself had in the place of its methods
         self._stepped = self._added = False  # with manual optimisation: whether a step was done, and had the loss
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -87,6 +88,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         if self._reads_batch:
             self._refuse_resizing(pl_module, network)
         self._stepped = self._added = False
+        self._before = {name: vars(pl_module)[name] for name in _REPLACED if name in vars(pl_module)}
         step, backward = pl_module.training_step, pl_module.manual_backward
 
         @functools.wraps(step)
@@ -154,8 +156,11 @@ class DistillCallback(Callback_):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was."""
-        for name in _REPLACED:
-            pl_module.__dict__.pop(name, None)
+        if self._before is not None:
+            for name in _REPLACED:
+                vars(pl_module).pop(name, None)
+            vars(pl_module).update(self._before)
+            self._before = None
         if self.distiller is not None:
             self.distiller.close()
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rakd.distill.distiller import Distiller
+from rakd.distill.outputs import find_maps
 from rakd.extras import require
 
 _timm = require("timm", "timm")
@@ -29,14 +30,14 @@ def distill(
 ) -> Distiller:
     """Make a distiller of which at least one side is a timm backbone.
 
-    For each of the apprentice's levels the expert's of the same stride is taken, of several the deepest. Adapters are
-    there at once, so that ``distiller.parameters()`` can go to the optimizer.
+    For each of the apprentice's levels the expert's of the same stride is taken, of several the deepest. Of two
+    backbones adapters are there at once, so that ``distiller.parameters()`` can go to the optimizer.
 
     Args:
         expert: A backbone made with ``features_only=True``, the name of one for ``timm.create_model``, or anything
             that `rakd.distill.distiller.Distiller` takes.
-        apprentice: A backbone made with ``features_only=True``, or a network that holds one; None: calls bring the
-            maps, and ``strides`` are given.
+        apprentice: A backbone made with ``features_only=True``, or a network that holds one, whose maps have the
+            backbone's strides; None: calls bring the maps, and ``strides`` are given.
         weight: See the ``Distiller``.
         method: Same.
         pretrained: Whether an expert given by name has its published weights.
@@ -51,16 +52,21 @@ def distill(
     """
     if isinstance(expert, str):
         expert = _timm.create_model(expert, pretrained=pretrained, features_only=True)
-    ours, theirs = _info(apprentice), _info(expert)
+    ours = _info(apprentice)
+    theirs = _info(expert) if _backbone(expert) is expert else None
     if ours is None and theirs is None:
         raise TypeError(
             "expert: expected a timm backbone on one side at least, made by timm.create_model(..., features_only=True)"
             f", got {type(expert).__name__} and {type(apprentice).__name__}"
         )
     if ours is not None:
+        wanted = options.get("apprentice_features")
         options.setdefault("strides", ours[0])
-        options.setdefault("apprentice_channels", ours[1])
-        options.setdefault("layout", ours[2])
+        if _gives_maps(apprentice, wanted):  # else they may be a neck's
+            options.setdefault("apprentice_channels", ours[1])
+            options.setdefault("layout", ours[2])
+        elif wanted is None:
+            options.setdefault("layout", ours[2])
     if theirs is not None and "features" not in options:
         strides = tuple(float(stride) for stride in options.get("strides", theirs[0]))
         options.setdefault("strides", strides)
@@ -97,8 +103,14 @@ def _pixels(backbone: nn.Module | None) -> tuple[Any, ...]:
 
 
 def _take(expert: nn.Module, images: Tensor, *, levels: Sequence[int]) -> list[Tensor]:
-    maps = expert(images)
+    maps = list(find_maps("expert", expert(images)).values())
     return [maps[level] for level in levels]
+
+
+def _gives_maps(network: nn.Module, wanted: Any) -> bool:
+    """Whether the maps of a network, or of the module ``wanted`` in it, are those of its backbone."""
+    named = dict(network.named_modules())
+    return isinstance(wanted or "", str) and named.get(wanted or "") is _backbone(network)
 
 
 def _info(network: Any) -> tuple[tuple[float, ...], tuple[int, ...], str] | None:

@@ -116,7 +116,8 @@ class DistillMixin:
         if "features" not in settings and isinstance(self._expert, _transformers.PreTrainedModel):
             settings["features"] = decoder_maps(self._expert)
         self.distiller = Distiller(self._expert, apprentice=unwrap(self.model), **settings)
-        keep_in_optimizer(self.distiller, getattr(self.optimizer, "optimizer", self.optimizer))
+        limit = self.args.max_grad_norm or None  # the Trainer clips the model's gradients alone
+        keep_in_optimizer(self.distiller, getattr(self.optimizer, "optimizer", self.optimizer), limit=limit)
         return optimizer
 
     def compute_loss(

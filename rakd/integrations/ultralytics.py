@@ -21,6 +21,7 @@ from rakd.integrations import keep_in_optimizer
 
 _ultralytics = require("ultralytics", "ultralytics")
 
+_LIMIT = 10.0  # norm that ultralytics clips the model's gradients at
 _TASKS = ("detect", "segment", "pose")
 
 
@@ -135,9 +136,11 @@ class _Distilling:
         settings = {"apprentice_features": head_inputs(network), **self.distill_settings}
         self.distiller = Distiller(apprentice=network, box_format="cxcywh", normalized=True, **settings)
         self.distiller.train()
-        kinds = [group.get("param_group") for group in self.optimizer.param_groups]
-        group = kinds.index("weight") if "weight" in kinds else 0
-        keep_in_optimizer(self.distiller, self.optimizer, group)
+        # Of MuSGD's groups of weights one is for class heads alone, at a higher rate.
+        groups = self.optimizer.param_groups
+        weights = [i for i, group in enumerate(groups) if group.get("param_group") == "weight"]
+        group = min(weights, key=lambda i: groups[i]["lr"], default=0)
+        keep_in_optimizer(self.distiller, self.optimizer, group, limit=_LIMIT)
         super().resume_training(ckpt)  # type: ignore[misc]
 
     def run_callbacks(self, event: str) -> None:

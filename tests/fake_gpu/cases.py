@@ -25,7 +25,9 @@ from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.detector.detector import Detector, target_rows
 from rakd.detector.files import save_detector
+from rakd.distill import Distiller
 from rakd.distill.methods import make_method
+from rakd.integrations import keep_in_optimizer
 from rakd.scenes import make_scenes
 from rakd.training.model import expert_size, expert_strides, make_distillation_model
 from rakd.training.settings import TrainSettings
@@ -279,6 +281,46 @@ def test_saved_gradients_stay_where_a_graph_may_be_replayed(
     factor = 1.0 if captured else 0.5
     assert all(torch.equal(ours.cpu(), factor * theirs) for ours, theirs in zip(saved, before, strict=True))
     assert all(torch.equal(m.grad.cpu(), 0.5 * theirs) for m, theirs in zip(maps, before, strict=True))
+
+
+@pytest.mark.parametrize("facts", [{}, {"strides": (8, 16), "expert_channels": 8, "apprentice_channels": 4}])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_distiller_goes_on_from_a_state_that_is_loaded_before_the_first_step(
+    facts: dict[str, Any], kept: bool, gpu: FakeCuda
+) -> None:
+    """Adapters lie where the optimizer's other parameters do, so that the moments that it loads do too."""
+    boxes = [torch.tensor([[4.0, 4, 40, 40]])] * 2
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(GPU)
+
+    def run(saved: list[Any] | None) -> tuple[list[Any], list[torch.Tensor]]:
+        torch.manual_seed(1)
+        networks = []
+        for channels in (8, 4):
+            stages = torch.nn.Sequential(
+                torch.nn.Conv2d(3, channels, 8, stride=8), torch.nn.Conv2d(channels, channels, 2, stride=2)
+            )
+            networks.append(stages.to(GPU))
+        expert, apprentice = networks
+        distiller = Distiller(expert, "pkd", features=["0", "1"], **facts)
+        optimizer = torch.optim.AdamW(apprentice.parameters(), lr=1e-3)
+        if kept:
+            keep_in_optimizer(distiller, optimizer)
+        else:
+            distiller.add_to(optimizer)
+        if saved is not None:
+            distiller.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+            assert all(parameter.device == GPU for parameter in distiller.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            fine = apprentice[0](images)
+            distiller(images, boxes, [fine, apprentice[1](fine)]).backward()
+            optimizer.step()
+        return [distiller.state_dict(), optimizer.state_dict()], list(distiller.parameters())
+
+    saved, _ = run(None)
+    _, parameters = run(saved)
+    assert len(parameters) == 4 and all(parameter.device == GPU for parameter in parameters)
 
 
 def test_the_mode_refuses_what_cuda_refuses(gpu: FakeCuda) -> None:

@@ -65,15 +65,18 @@ def test_goes_on_to_the_same_bits() -> None:
         assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
-def test_loading_moves_adapters_to_the_optimizers_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer on a GPU loads before the first step; the adapters' moments must not stay on the CPU."""
-    half = start()
-    train(half, 2)
-    again = start()
-    moved: list[torch.device] = []
-    monkeypatch.setattr(again[1], "to", lambda device: moved.append(device))
-    again[2].load_state_dict(half[2].state_dict())
-    assert moved == [torch.device("cpu")]
+def test_gradients_are_clipped_where_the_trainer_clips_those_of_the_model_alone() -> None:
+    for limit in (None, 1e-3):
+        net = Net(4, seed=0)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        distiller = Distiller(Net(6, seed=1), weight=100.0)
+        keep_in_optimizer(distiller, optimizer, limit=limit)
+        images, boxes = torch.rand(2, 3, 32, 32), [torch.tensor([[2.0, 3, 20, 28]])] * 2
+        distiller(images, boxes, net(images)).backward()
+        before = [parameter.detach().clone() for parameter in distiller.parameters()]
+        optimizer.step()
+        moved = torch.stack([(p - old).norm() for p, old in zip(distiller.parameters(), before, strict=True)]).norm()
+        assert float(moved.detach()) > 0.1 if limit is None else float(moved.detach()) == pytest.approx(limit, rel=1e-3)
 
 
 def test_two_distillers_in_one_group() -> None:

@@ -14,7 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 pl = pytest.importorskip("lightning.pytorch")
 
-from lightning_cases import Manual, Module, Pyramid, fit, items  # noqa: E402
+from lightning_cases import Manual, Module, Pyramid, collate, fit, items  # noqa: E402
 
 from rakd.integrations.lightning import DistillCallback, images_and_boxes  # noqa: E402
 from rakd_ops import soft_roi_distill  # noqa: E402
@@ -105,6 +105,28 @@ def test_two_fits_and_wrong_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expert: expected a network of its own"):
         fit(shared, tmp_path / "four", callbacks=[DistillCallback(shared.net, apprentice="net")])
     assert isinstance(shared.net, nn.Module)
+
+
+def test_the_tuners_go_back_to_before_the_first_step(tmp_path: Path) -> None:
+    from lightning.pytorch.tuner.tuning import Tuner
+
+    class Tuned(Module):
+        lr = 1e-3
+
+    added, module = callback(), Tuned(8)
+    options = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "default_root_dir": tmp_path}
+    trainer = pl.Trainer(max_epochs=1, callbacks=[added], **options)
+    loader = torch.utils.data.DataLoader(items(), batch_size=2, collate_fn=collate)
+    assert Tuner(trainer).lr_find(module, loader, num_training=3, early_stop_threshold=None) is not None
+    assert added.distiller is not None and added.distiller.weight == 0
+
+
+def test_a_training_step_of_the_modules_own_stays(tmp_path: Path) -> None:
+    added, module = callback(), Module(8)
+    own = module.training_step
+    module.training_step = own
+    fit(module, tmp_path, callbacks=[added], max_epochs=1)
+    assert vars(module)["training_step"] is own
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -98,6 +98,47 @@ def test_a_backbone_inside_a_network_and_an_expert_of_another_kind() -> None:
     assert float(distiller(images, BOXES, network.body(images)).detach()) > 0
 
 
+class Necked(nn.Module):
+    """A backbone with a neck of other channels."""
+
+    def __init__(self, channels: int, levels: tuple[int, ...] = (2, 3), **options: Any) -> None:
+        super().__init__()
+        self.body = make("resnet10t", out_indices=levels, **options)
+        self.neck = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in self.body.feature_info.channels()[-2:])
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        maps = list(self.body(images))[-2:]
+        return [layer(m) for layer, m in zip(self.neck, maps, strict=True)]
+
+
+@pytest.mark.parametrize("levels", [(2, 3), (0, 1, 2, 3)])
+def test_an_expert_around_a_backbone_gives_its_own_maps(levels: tuple[int, ...]) -> None:
+    apprentice = make("resnet10t", seed=1, out_indices=(2, 3))
+    images = torch.rand(2, 3, 96, 128)
+    distiller = distill(Necked(32, levels), apprentice, weight=1.0)
+    assert [m.shape[1] for m in distiller.expert_features(images).values()] == [32, 32]
+    assert float(distiller(images, BOXES, apprentice(images)).detach()) > 0
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_apprentice_around_a_backbone_may_bring_its_necks_maps(named: bool) -> None:
+    apprentice = Necked(24)
+    options: dict[str, Any] = {"apprentice_features": ["neck.0", "neck.1"]} if named else {}
+    distiller = distill(make("resnet10t", seed=1, out_indices=(2, 3)), apprentice, weight=1.0, **options)
+    images = torch.rand(2, 3, 96, 128)
+    maps = apprentice(images)
+    loss = distiller(images, BOXES) if named else distiller(images, BOXES, maps)
+    assert float(loss.detach()) > 0
+    assert [tuple(p.shape[:2]) for p in distiller.parameters() if p.dim() == 4] == [(128, 24), (256, 24)]
+
+
+def test_backbones_that_give_dicts() -> None:
+    expert = make("resnet10t", seed=1, out_indices=(2, 3), feature_cls="dict")
+    apprentice = make("resnet10t", out_indices=(2, 3))
+    images = torch.rand(2, 3, 96, 128)
+    assert float(distill(expert, apprentice, weight=1.0)(images, BOXES, apprentice(images)).detach()) > 0
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"expected levels of strides \(2.0, 4.0, .*out_indices=\(1, 2, 3, 4\)"):
         distill(make("swin_tiny_patch4_window7_224", img_size=96), make("resnet10t"))

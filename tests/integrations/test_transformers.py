@@ -28,6 +28,26 @@ def logged(run: Any, name: str) -> list[float]:
     return [entry[name] for entry in run.state.log_history if name in entry]
 
 
+def test_adapters_are_clipped_as_the_model_is(tmp_path: Path) -> None:
+    """The Trainer clips the model's gradients alone, at the same norm."""
+    sgd = {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "lr_scheduler_type": "constant"}
+    run = trainer(
+        make("rt_detr", 16), tmp_path, expert=make("rt_detr", 24, seed=1), distill={"weight": "auto:10"},
+        max_grad_norm=1e-3, max_steps=2, save_strategy="no", **sgd
+    )  # fmt: skip
+    seen: list[list[Tensor]] = []
+
+    class Note(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seen.append([parameter.detach().clone() for parameter in run.distiller.parameters()])
+
+    run.add_callback(Note())
+    run.train()
+    before, after = seen
+    moved = torch.stack([(a - b).norm() for a, b in zip(before, after, strict=True)]).norm()
+    assert float(moved) == pytest.approx(1e-3, rel=1e-2)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains(kind: str, bf16: bool, tmp_path: Path) -> None:

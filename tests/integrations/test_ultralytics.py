@@ -52,6 +52,28 @@ def pickled(path: Path) -> bytes:
         return archive.read(name)
 
 
+def test_adapters_join_the_weights_at_their_rate_and_are_clipped(data: Path, tmp_path: Path) -> None:
+    """MuSGD has two groups of weights, one of which is for class heads, at a higher rate."""
+    distilling = distill(YOLO(network(tmp_path, "yolo", 8)), YOLO(network(tmp_path, "yolo", 16)), weight="auto:10")
+    norms: list[float] = []
+
+    def note(trainer: Any) -> None:
+        gradients = [p.grad for p in trainer.distiller.parameters() if p.grad is not None]
+        norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()) if gradients else 0.0)
+
+    def watch(trainer: Any) -> None:
+        trainer.optimizer.register_step_post_hook(lambda *_: note(trainer))
+
+    distilling.add_callback("on_train_start", watch)
+    distilling.train(name="kd", **settings(data, tmp_path, optimizer="MuSGD", lr0=1e-3, lrf=1.0, epochs=1))
+    trainer = distilling.trainer
+    own = {id(parameter) for parameter in trainer.distiller.parameters()}
+    homes = [group for group in trainer.optimizer.param_groups if own & {id(p) for p in group["params"]}]
+    assert len(own) == 6 and len(homes) == 1 and homes[0]["param_group"] == "weight"
+    assert homes[0]["lr"] == min(g["lr"] for g in trainer.optimizer.param_groups if g["param_group"] == "weight")
+    assert norms and max(norms) <= 10 * (1 + 1e-4)
+
+
 @pytest.mark.parametrize(("apprentice", "expert"), [("yolo", "yolo"), ("rtdetr", "yolo"), ("yolo", "rtdetr")])
 def test_trains_and_leaves_clean_checkpoints(apprentice: str, expert: str, data: Path, tmp_path: Path) -> None:
     kind = {"yolo": YOLO, "rtdetr": RTDETR}

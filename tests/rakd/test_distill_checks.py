@@ -81,9 +81,10 @@ def test_bounding_boxes_of_other_images_are_refused_in_every_step() -> None:
     size, step = (80, 96), {"size": (80, 96)}
     for distiller in (make(), make()):
         # Images of a padded batch: the largest is as large as it, but for the multiple of 32 that it is padded to.
-        for good in ((size, size), ((50, 96), (80, 40)), ((49, 60), (30, 65))):
+        # Letterboxes fill one side.
+        for good in ((size, size), ((50, 96), (80, 40)), ((49, 60), (30, 65)), ((24, 96), (30, 80)), ((80, 40),) * 2):
             distiller(images(**step), boxes(*good), features(size))
-        for bad in ((size, (81, 96)), ((80, 97), size), ((48, 60), (30, 96)), ((80, 64), (30, 60)), ((640, 640),) * 2):
+        for bad in ((size, (81, 96)), ((80, 97), size), ((48, 60), (30, 64)), ((40, 48),) * 2, ((640, 640),) * 2):
             with pytest.raises(ValueError, match=r"BoundingBoxes of the images' size \(80, 96\), or of smaller images"):
                 distiller(images(**step), boxes(*bad), features(size))
     with pytest.raises(ValueError, match=r"got canvas_size \(640, 640\); resize images and boxes by the same"):

@@ -15,8 +15,10 @@ from processes import run_two_processes
 from torch import Tensor, nn
 
 from rakd.distill import Distiller, Expert
+from rakd.distill.optim import TrainingWatch
 from rakd.distill.registry import METHODS
 from rakd.distill.scale import RunningEnergy, UnitScale
+from rakd.distributed import GradientAverage
 
 
 def features(seed: int = 2, scale: float = 1.0) -> list[Tensor]:
@@ -442,10 +444,11 @@ def test_what_a_fused_optimizer_changes_has_changed() -> None:
             optimizer.step()
 
 
-def test_what_no_optimizer_has_is_told() -> None:
+def test_what_no_optimizer_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     distiller = make(expert_channels=None)
     apprentice = Network((4, 8, 8), seed=2)
     maps = [m.detach().requires_grad_() for m in apprentice.features(images())]
+    monkeypatch.setattr(TrainingWatch, "STEPS", 100)
     with pytest.warns(UserWarning, match=r"4 parameters|2 parameters .*did not change in 100 steps"):
         for _ in range(100):
             distiller(images(), BOXES, maps)
@@ -459,6 +462,69 @@ def test_what_no_optimizer_has_is_told() -> None:
             optimizer.step()
     with pytest.raises(TypeError, match="optimizer: expected an optimizer with param_groups, got list"):
         trained.add_to([])
+
+
+class Constant(nn.Module):
+    """A method whose loss is a number."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, expert: Any, apprentice: Any, boxes: Any) -> Tensor:
+        return next(iter(apprentice.values())).sum() * 0 + self.value
+
+
+def test_a_share_needs_a_loss_that_is_not_negative_and_not_always_0() -> None:
+    def constant(value: float) -> Distiller:
+        return Distiller(Network((4, 6, 8), seed=1), Constant(value), "auto:10", features=STAGES)
+
+    with pytest.raises(ValueError, match=r"'auto:10' needs a distillation loss that is never negative, got -2"):
+        constant(-2.0)(images(), BOXES, features(), task_loss=torch.tensor(1.0))
+    distiller = constant(0.0)
+    with pytest.warns(
+        UserWarning, match=r"was 0 in all of the first 100 steps, and 'auto:10' has no weight yet"
+    ) as told:
+        for _ in range(120):
+            distiller(images(), BOXES, features(), task_loss=torch.tensor(1.0))
+    assert len(told) == 1 and distiller.weight == 0
+
+
+@pytest.mark.parametrize("method", ["rakd", "mgd"])
+def test_a_state_of_before_the_first_step_can_be_gone_back_to(method: str) -> None:
+    """As tuners of trainers do: they save, train a little, and load what they saved."""
+    distiller = make(method=method, weight="auto:10", rescale=True)
+    before = copy.deepcopy(distiller.state_dict())
+    maps = [m.detach().requires_grad_() for m in Network((4, 8, 8), seed=2).features(images())]
+    distiller(images(), BOXES, maps, task_loss=torch.tensor(1.0)).backward()
+    first = copy.deepcopy(dict(distiller.named_parameters()))
+    assert first and distiller.weight > 0
+    with torch.no_grad():
+        for parameter in distiller.parameters():
+            parameter.add_(1.0)
+    distiller.load_state_dict(before)
+    assert distiller.weight == 0
+    assert all(torch.equal(value, first[name]) for name, value in distiller.named_parameters())
+    # Of a state from after the first step nothing may be missing.
+    after = distiller.state_dict()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        distiller.load_state_dict({name: value for name, value in after.items() if "method." not in name})
+
+
+def test_evaluation_first_waits_for_nobody_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    attached: list[Any] = []
+    monkeypatch.setattr(GradientAverage, "attach", lambda _, module: attached.append(module))
+    distiller = make(method="semckd", batch_size=2).eval()
+    with torch.no_grad():
+        distiller(images(), BOXES, features())
+    assert distiller.method is not None and not any(part.training for part in distiller.modules())
+    assert not attached
+    state = copy.deepcopy(distiller.state_dict())
+    with torch.no_grad():
+        distiller(images(), BOXES, features(3))
+    assert all(torch.equal(value, state[name]) for name, value in distiller.state_dict().items())
+    distiller.train()(images(), BOXES, features())
+    assert attached == [distiller] and all(part.training for part in distiller.method.modules())
 
 
 def test_no_adapters_where_channels_agree() -> None:
