@@ -175,11 +175,10 @@ class Lifecycle(nn.Module):
             optimizer: Any optimizer, or a wrapper with ``param_groups``.
             group: Index of the group whose settings they take.
         """
+        add_parameters(optimizer, (), group)  # refuses what is no optimizer
         self._optimizers.append((optimizer, group))
         if self.method is not None:
             self._join_optimizers()
-        else:
-            add_parameters(optimizer, (), group)
 
     def _build(self) -> None:
         """Make the method, and give what it learns to the optimizers that wait for it."""
@@ -206,9 +205,9 @@ class Lifecycle(nn.Module):
         """
         assert self.method is not None
         for optimizer, group in self._optimizers:
-            groups = getattr(optimizer, "param_groups", None) or ()
             own = set(map(id, self.parameters()))
-            _move(self.method, (p for each in groups for p in each["params"] if id(p) not in own))
+            others = (p for each in optimizer.param_groups for p in each["params"] if id(p) not in own)
+            _move(self.method, others)
             add_parameters(optimizer, list(self.parameters()), group)
         self._optimizers.clear()
 
