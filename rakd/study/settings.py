@@ -133,8 +133,8 @@ _SCENES = StudySettings(
     takes="11 minutes on two cores of an AMD EPYC",
 )
 
-# 9, 29 and 84 times the task loss at first, see docs/evidence_weights.md.
-_RESOLUTION_WEIGHTS = {"pkd": 11.0, "rakd": 1.05, "box_l2": 2.8}
+# 9, 29, 84, 79 and 76 times the task loss at first, see docs/evidence_weights.md.
+_RESOLUTION_WEIGHTS = {"pkd": 11.0, "rakd": 1.05, "box_l2": 2.8, "l_roi": 3.6, "hfa": 2.15}
 
 _RESOLUTION = replace(
     _SCENES,
@@ -147,7 +147,7 @@ _RESOLUTION = replace(
     methods=("none", *_RESOLUTION_WEIGHTS),
     seeds=_FIVE,
     scenes=2500,
-    takes="some 85 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
+    takes="some 110 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
 )
 
 # From the networks that learned on scenes, on few frames.
@@ -170,7 +170,7 @@ STUDIES: dict[str, StudySettings] = {
         training=_LONG,
         seeds=_FIVE,
         scenes=2500,
-        takes="some 80 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
+        takes="some 95 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
     ),
     "scenes-methods": replace(
         _SCENES,
@@ -186,6 +186,7 @@ STUDIES: dict[str, StudySettings] = {
         _RESOLUTION,
         expert_training=replace(_RESOLUTION.expert_training, steps=1200, learning_rate=5e-4),
         training=replace(_RESOLUTION.training, learning_rate=5e-4),
+        methods=("none", *tuple(_RESOLUTION_WEIGHTS)[:3]),
         goes_on_from="scenes-resolution",
         takes="some 75 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
     ),

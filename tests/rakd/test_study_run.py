@@ -449,7 +449,8 @@ def test_named_studies_can_run_every_method() -> None:
     for name, study in STUDIES.items():
         # These have fewer, for two processor cores.
         short = dict.fromkeys(("scenes", "scenes-long", "real-frames", "monodetr-tiny"), ("none", "pkd", "rakd"))
-        short |= dict.fromkeys(("scenes-resolution", "scenes-resolution-long"), ("none", "pkd", "rakd", "box_l2"))
+        short["scenes-resolution-long"] = ("none", "pkd", "rakd", "box_l2")
+        short["scenes-resolution"] = (*short["scenes-resolution-long"], "l_roi", "hfa")
         short["scenes-methods"] = tuple(name for name in ALL_METHODS if name != "fgd_attention")
         assert study.methods == short.get(name, PAPER_METHODS)
         larger = expert_size(DETECTORS[study.apprentice], DETECTORS[study.expert])
