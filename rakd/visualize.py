@@ -341,14 +341,9 @@ def _add_legend(figure: Figure, layers: Sequence[Layer], *, regions: bool = Fals
     ]
     if regions:
         handles.append(Line2D([], [], color=_REGION_COLOR, lw=1.2, ls=":", label="DontCare region"))
-    figure.legend(
-        *(handles, [str(handle.get_label()).replace("$", r"\$") for handle in handles]),
-        loc="upper right",
-        ncols=len(handles),
-        frameon=False,
-        labelcolor=_LIGHT,
-        fontsize=11,
-    )
+    labels = [str(handle.get_label()).replace("$", r"\$") for handle in handles]
+    style = {"frameon": False, "labelcolor": _LIGHT, "fontsize": 11}
+    figure.legend(handles, labels, loc="upper right", ncols=len(handles), **style)
 
 
 def _add_lines(axis: Axes, segments: FloatArray, layer: Layer, width: float) -> None:
