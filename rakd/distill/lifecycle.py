@@ -47,6 +47,12 @@ def _move(method: nn.Module, others: Iterable[nn.Parameter]) -> None:
         method.to(first.device)
 
 
+def _read_state(state: Tensor) -> dict[str, Any]:
+    """What `Lifecycle.get_extra_state` wrote."""
+    content: dict[str, Any] = json.loads(bytes(state.cpu().tolist()))
+    return content
+
+
 class Lifecycle(nn.Module):
     """The part of `rakd.distill.distiller.Distiller` that is not a training step.
 
@@ -235,11 +241,10 @@ class Lifecycle(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Go back to a state of before the method was made, too, as tuners of trainers do."""
         extra = state_dict.get(f"{prefix}_extra_state")
-        if extra is not None and self.method is not None and self._method_name is not None:
-            saved = json.loads(bytes(extra.cpu().tolist()))
-            if not PartialSetup.load(saved["facts"]).complete:
-                fresh = self._make().state_dict()
-                state_dict.update({f"{prefix}method.{key}": value for key, value in fresh.items()})
+        made = self.method is not None and self._method_name is not None
+        if made and extra is not None and not PartialSetup.load(_read_state(extra)["facts"]).complete:
+            fresh = self._make().state_dict()
+            state_dict.update({f"{prefix}method.{key}": value for key, value in fresh.items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def get_extra_state(self) -> Tensor:
@@ -266,7 +271,7 @@ class Lifecycle(nn.Module):
             ValueError: Of this distiller and the saved one, one rescales the expert's maps and the other does not; or
                 what was measured of one loss would scale another.
         """
-        content = json.loads(bytes(state.cpu().tolist()))
+        content = _read_state(state)
         if content["rescale"] != self._rescale:
             raise ValueError(
                 f"rescale: expected {content['rescale']!r} as when the state was saved, got {self._rescale!r}"

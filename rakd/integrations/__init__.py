@@ -41,11 +41,13 @@ def keep_in_optimizer(
             distiller.load_state_dict(kept)
         return {**state, "param_groups": groups}
 
-    def clip(*_: Any) -> None:
-        parameters = list(distiller.parameters())
-        if limit is not None and parameters:
-            torch.nn.utils.clip_grad_norm_(parameters, limit)
+    if limit is not None:
 
-    optimizer.register_step_pre_hook(clip)
+        def clip(*_: Any) -> None:
+            parameters = list(distiller.parameters())
+            if parameters:  # made in the first step
+                torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+        optimizer.register_step_pre_hook(clip)
     optimizer.register_state_dict_post_hook(save)
     optimizer.register_load_state_dict_pre_hook(load)

@@ -55,9 +55,8 @@ def _names(data: Path, wanted: set[str], *, testing: bool) -> dict[str, FrameNam
     names: dict[str, FrameName] = {}
     splits: tuple[WaymoSplit, ...] = ("testing",) if testing else ("training", "validation")
     unfinished: list[MissingFileError] = []
-    for split in splits:
-        if split not in read_manifest(data)["segments"]:
-            continue
+    converted = read_manifest(data)["segments"]
+    for split in (split for split in splits if split in converted):
         try:
             found = read_names(data, split)
         except MissingFileError as error:  # results of the other split need not wait for this one
