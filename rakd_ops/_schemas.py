@@ -79,17 +79,23 @@ def call(name: str, backend: str, *arguments: Any) -> Any:
     Raises:
         torch.OutOfMemoryError: A GPU has no memory left. Through the stable ABI it comes as a RuntimeError, of which
             torch before 2.13 tells only which call failed; trainers look for the type or for these words.
+        RuntimeError: The library could not do it, or an earlier kernel on that GPU had failed.
     """
     run = op(name, backend)
-    if torch.compiler.is_compiling():
+    if backend != "cuda" or torch.compiler.is_compiling():
         return run(*arguments)
     try:
         return run(*arguments)
     except RuntimeError as error:
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or not ("CUDA out of memory" in text or '"aten::empty"' in text):
+        if "CUDA out of memory" in text:
+            raise torch.OutOfMemoryError(text) from error
+        # An allocation fails also while a graph is captured, and after an earlier kernel failed, which a query tells:
+        # who then halves the batch as for want of memory would try in vain.
+        if '"aten::empty"' not in text or torch.cuda.is_current_stream_capturing():
             raise
-        raise torch.OutOfMemoryError(text if "CUDA out of memory" in text else f"CUDA out of memory: {text}") from error
+        torch.cuda.current_stream(arguments[0][0].device).query()
+        raise torch.OutOfMemoryError(f"CUDA out of memory: {text}") from error
 
 
 @torch.library.register_fake("rakd_ops::prepare_boxes")
