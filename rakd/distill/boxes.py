@@ -64,6 +64,10 @@ def refuse_maps(boxes: Any) -> None:
         TypeError: They did.
     """
     first = boxes[0] if isinstance(boxes, (list, tuple)) and boxes else boxes
+    if isinstance(first, dict) and "boxes" in first:
+        raise TypeError(
+            "boxes: expected [K, 5] or a sequence of tensors, got targets; give [t['boxes'] for t in targets]"
+        )
     if isinstance(boxes, dict) or (isinstance(first, Tensor) and first.dim() == 4):
         raise TypeError(
             f"boxes: expected [K, 5] or a sequence of tensors, one per image, got feature maps in a "

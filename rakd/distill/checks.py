@@ -2,15 +2,16 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rakd.distill.base import Boxes
+from rakd.distill.hooks import FeatureHooks
 from rakd.distill.masks import indexed_boxes
 from rakd_ops import level_weights
 
@@ -168,7 +169,8 @@ def check_maps_agree(
         if given is not None and tuple(given) != counts:
             raise ValueError(
                 f"{argument}: expected the maps' numbers of channels, {counts}, got {tuple(given)}; leave them out to "
-                "have them found, or say layout='NHWC' or expert_layout='NHWC' where channels come last"
+                "have them found (a loaded state has those of its own networks, and fits no others), or say "
+                "layout='NHWC' or expert_layout='NHWC' where channels come last"
             )
 
 
@@ -250,8 +252,9 @@ def check_boxes(boxes: Boxes, size: tuple[int, int], images: int, settings: tupl
         )
     limits = edges.new_tensor([width, height, width, height])
     inside = (edges.clamp(min=0)).minimum(limits)
-    sides = (edges[:, 2:] - edges[:, :2]).clamp(min=1e-6)
-    share = ((inside[:, 2:] - inside[:, :2]).clamp(min=0) / sides).prod(dim=1)
+    sides, seen = edges[:, 2:] - edges[:, :2], inside[:, 2:] - inside[:, :2]
+    flat = edges[:, :2] == inside[:, :2]  # random crops leave boxes of no area: whether they begin inside
+    share = torch.where(sides > 0, seen / sides.clamp(min=1e-6), flat.to(seen)).clamp(min=0).prod(dim=1)
     outside = share < 0.5
     if float(outside.double().mean()) > 0.5 or float(edges.max()) > 2 * max(size):
         worst = edges[share.argmin()].tolist()
@@ -261,6 +264,54 @@ def check_boxes(boxes: Boxes, size: tuple[int, int], images: int, settings: tupl
             f"box_format={box_format!r} is theirs"
         )
     return rows
+
+
+def warn_of_unlike_strides(names: Iterable[str], strides: Sequence[float], expert: Sequence[float]) -> None:
+    """Warn where levels of unlike strides are compared in one image."""
+    far = [pair for pair in zip(names, strides, expert, strict=True) if not 0.7 < pair[1] / pair[2] < 1.4]
+    if far:
+        name, stride, other = far[0]
+        warnings.warn(
+            f"features: map {name!r} of stride {stride:g} is compared with one of stride {other:g} of the expert's: "
+            "choose levels of the same strides, or give expert_strides= if this is meant",
+            stacklevel=8,  # the caller of the distiller
+        )
+
+
+def find_resizing(network: nn.Module, taken: Iterable[nn.Module]) -> str | None:
+    """Name of the transform that a torchvision detector in a network has before any of these modules."""
+    wanted = {id(module) for module in taken}
+    for name, module in network.named_modules():
+        kinds = {kind.__name__ for kind in type(getattr(module, "transform", None)).__mro__}
+        if "GeneralizedRCNNTransform" in kinds and wanted & {id(part) for part in module.modules()}:
+            return f"{name}.transform".lstrip(".")
+    return None
+
+
+def refuse_resizing(hooks: FeatureHooks, remedy: str) -> None:
+    """Refuse to run a torchvision detector on the images that its own transform has made.
+
+    Raises:
+        ValueError: It is one.
+    """
+    place = None if hooks.network is None else find_resizing(hooks.network, hooks.modules)
+    if place is not None:
+        raise ValueError(
+            f"{hooks.argument}: expected modules that take the images as they are given, but {place} would resize and "
+            f"normalise them a second time: {remedy}"
+        )
+
+
+def refuse_two_transforms(apprentice: FeatureHooks | None, expert: FeatureHooks | None) -> None:
+    """Refuse an expert that is a whole torchvision detector where the apprentice is one: its images are normalised.
+
+    Raises:
+        ValueError: They are.
+    """
+    if apprentice is None or expert is None or apprentice.network is None:
+        return
+    if find_resizing(apprentice.network, apprentice.modules) is not None:
+        refuse_resizing(expert, "give the part behind it, such as expert.backbone, or bring expert_images=")
 
 
 def warn_of_large_apprentice_maps(levels: Sequence[Level]) -> None:

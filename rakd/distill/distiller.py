@@ -9,12 +9,18 @@ from torch import Tensor, nn
 from rakd.distill import Rescale
 from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
-from rakd.distill.checks import Report, check_learns, warn_of_large_apprentice_maps
+from rakd.distill.checks import (
+    Report,
+    check_learns,
+    refuse_resizing,
+    refuse_two_transforms,
+    warn_of_large_apprentice_maps,
+)
 from rakd.distill.finite import FiniteCheck
 from rakd.distill.hooks import Names
 from rakd.distill.hooks import tap as tap
 from rakd.distill.lifecycle import Lifecycle
-from rakd.distill.methods import check_options
+from rakd.distill.methods import check_method
 from rakd.distill.optim import TrainingWatch
 from rakd.distill.outputs import Layout, find_maps, pair_names
 from rakd.distill.registry import find_method
@@ -124,12 +130,7 @@ class Distiller(Lifecycle):
     ) -> None:
         super().__init__()
         check_form(box_format, layout, expert_layout)
-        if isinstance(method, str):
-            check_options(method, options)
-        elif not isinstance(method, nn.Module):
-            raise TypeError(f"method: expected a name or a module, got {type(method).__name__}")
-        elif options:
-            raise TypeError(f"{next(iter(options))}: expected no options beside a method that is a module")
+        check_method(method, options)
         # A method's default weight belongs to its loss as it is; a share of the expert's energy needs none.
         default = find_method(method).weight if isinstance(method, str) and not normalize else 1.0
         self._weight = parse_weight(weight, default)
@@ -147,7 +148,6 @@ class Distiller(Lifecycle):
         self._check = check
         self._begun = False
         self._inspected = False  # a step with boxes was
-        self._gradients_checked = False
         self._optimizers = []
         self._sync, self._finite, self._watch = GradientAverage(), FiniteCheck(), TrainingWatch()
         self._expert = None
@@ -291,6 +291,7 @@ class Distiller(Lifecycle):
         wanted, network = self._apprentice_features, self.apprentice
         if self._hooks is not None:
             if keep and not self._hooks.ready and network is not None:
+                refuse_resizing(self._hooks, "run the apprentice on this batch, then check()")
                 self._hooks.watch_once(network, images)
                 maps = self._hooks.take(stay=True)
                 self._hooks.clear()
@@ -321,6 +322,8 @@ class Distiller(Lifecycle):
         expert_batch = batch if expert_images is None else image_batch("expert_images", expert_images)
         apprentice = find_maps("apprentice_features", apprentice_features, self.layout)
         if expert_features is None:
+            if expert_images is None and self._expert is not None and not self._inspected:
+                refuse_two_transforms(self._hooks, self._expert.hooks)
             expert, found = self._run_expert(expert_batch, keys)
             scores = found if scores is None else scores
         else:
@@ -336,9 +339,8 @@ class Distiller(Lifecycle):
                 self._inspected = self._inspect(step).boxes > 0
             else:
                 check_sizes(step, self._facts)
-            if self._learns and not self._gradients_checked:
+            if self._learns:
                 check_learns(step.apprentice)
-                self._gradients_checked = True
         if not self._begun:
             if self.method is None or step.size is not None:
                 self._facts = self._facts.completed(step)
@@ -382,16 +384,9 @@ class Distiller(Lifecycle):
                 number = number_on(device, weight)
                 factor = number if factor is None else factor * number
             return step.loss(self.method, factor)
-        if weight.measuring and self._learns and update:
-            if task_loss is None:
-                raise ValueError("task_loss: expected the apprentice's own loss, of which weight='auto:...' is a share")
-            if not hasattr(task_loss, "__float__"):
-                raise TypeError(f"task_loss: expected one number, the sum of terms, got a {type(task_loss).__name__}")
-            task = torch.as_tensor(task_loss, dtype=None if isinstance(task_loss, Tensor) else torch.float64)
-            if task.numel() != 1:
-                raise ValueError(f"task_loss: expected one number, got shape {list(task.shape)}")
+        if update and weight.measures(task_loss, learns=self._learns):
             loss = step.loss(self.method, factor)
-            weight.update(task.reshape(()), loss)
+            weight.update(task_loss, loss)
             return loss * weight.factor(device).to(loss.dtype)
         share = weight.factor(device)
         return step.loss(self.method, share if factor is None else factor * share)

@@ -87,7 +87,8 @@ class Expert:
         self._print: tuple[tuple[Any, ...], str] | None = None
         self._served = 0  # batches of which something came from the cache
         source, runs = given, given
-        if isinstance(given, tuple) and len(given) == 2 and callable(given[1]) and not isinstance(given[1], nn.Module):
+        pair = isinstance(given, tuple) and len(given) == 2 and callable(given[1])
+        if pair and not isinstance(given[1], nn.Module):
             source, runs = given
             self.roots = [] if source is None else find_modules(source)
         else:
@@ -109,6 +110,8 @@ class Expert:
         if features is not None and len(self.roots) != 1:
             raise TypeError(f"features: expected one expert module to take them from, got {len(self.roots)}")
         if callable(features):
+            if runs is not given:
+                raise TypeError("features: expected names of modules beside (module, function), got another function")
             check_function("features", features)
         names: tuple[tuple[str, str], ...] = ()
         if named:
@@ -124,15 +127,16 @@ class Expert:
         run: Callable[[Tensor], Any]
         if features is not None and not named:
             run = functools.partial(cast(Callable[..., Any], features), given)
-        elif named:
-            run = self.roots[0]
+        elif named and isinstance(runs, nn.Module):
+            run = runs
         else:
             run = getattr(runs, "extract_features", runs)
         self._run = run
         if compiled:
             self._run = torch.compile(run, **(compiled if isinstance(compiled, dict) else {}))
-        # A compiled network cannot be left in the middle.
-        plain = not compiled and all(not hasattr(root, "_orig_mod") for root in self.roots)
+        # A compiled network cannot be left in the middle, nor a compiled function.
+        compiles = any(hasattr(root, "_orig_mod") for root in self.roots) or hasattr(run, "_torchdynamo_orig_callable")
+        plain = not compiled and not compiles
         self._stops_early = named and plain
         self._ran_whole = False
         self.prepare()

@@ -5,6 +5,7 @@ Names and classes are listed in `rakd.distill.registry`, the place to add one. A
 loss carries no weight of its own. No gradient flows to the expert's maps.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def make_method(
         return None
     if name not in METHODS:
         raise ValueError(f"name: expected one of {', '.join(map(repr, (*METHODS, 'none')))}, got {name!r}")
-    check_options(name, options)
+    check_method(name, options)
     spec = METHODS[name]
     cls = spec.load()
     taken = cls.option_names()
@@ -74,13 +75,32 @@ def make_method(
     return method
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that a method does not take.
+def check_method(method: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what is no method, and options that it does not take.
+
+    Args:
+        method: Name or module.
+        options: Of its class.
 
     Raises:
-        ValueError: Names it and those that the method takes.
+        TypeError: It is neither, its ``forward`` does not take expert's maps, apprentice's maps and boxes, or there
+            are options beside a module.
+        ValueError: There is no such method, or no such option; names those that there are.
     """
-    spec = find_method(name)
+    if isinstance(method, nn.Module):
+        try:
+            inspect.signature(method.forward).bind(None, None, None)
+        except TypeError as error:
+            raise TypeError(
+                f"method: expected a name or a module whose forward takes (expert's maps, apprentice's maps, boxes), "
+                f"got a {type(method).__name__}: {error}; the apprentice is given by name, apprentice="
+            ) from None
+        if options:
+            raise TypeError(f"{next(iter(options))}: expected no options beside a method that is a module")
+        return
+    if not isinstance(method, str):
+        raise TypeError(f"method: expected a name or a module, got {type(method).__name__}")
+    spec = find_method(method)
     own = [
         option
         for option in spec.load().option_names()

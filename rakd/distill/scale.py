@@ -211,16 +211,36 @@ class TaskShare:
         """Whether the weight is not fixed yet."""
         return self.calls < self.CALLS
 
-    def update(self, task: Tensor, loss: Tensor) -> None:
+    def measures(self, task: Any, *, learns: bool) -> bool:
+        """Whether a call with this task loss is to be counted; warns where none ever is."""
+        if task is not None and not learns and not self.known and torch.is_grad_enabled():
+            warnings.warn(
+                f"weight: 'auto:{self.share:g}' is measured in training mode and 0 until then, and this distiller is "
+                "in evaluation mode: call its train()",
+                stacklevel=6,  # the caller of the distiller
+            )
+        return learns and self.measuring
+
+    def update(self, task: Any, loss: Tensor) -> None:
         """Count a call with its task loss and its unweighted distillation loss. Waits for the device.
 
         A call does not count whose loss is not finite, as float16 has now and then, or whose distillation loss is 0, as
         without boxes.
 
         Raises:
-            ValueError: The task loss is negative: a share of it would be a weight that drives the apprentice away from
-                the expert, and a share of a loss that passes through 0 may be any weight. Or it is always 0.
+            TypeError: The task loss is no number.
+            ValueError: It is missing, or several numbers. It is negative: a share of it would be a weight that drives
+                the apprentice away from the expert, and a share of a loss that passes through 0 may be any weight. Or
+                it is always 0.
         """
+        if task is None:
+            raise ValueError("task_loss: expected the apprentice's own loss, of which weight='auto:...' is a share")
+        if not hasattr(task, "__float__"):
+            raise TypeError(f"task_loss: expected one number, the sum of terms, got a {type(task).__name__}")
+        task = torch.as_tensor(task, dtype=None if isinstance(task, Tensor) else torch.float64)
+        if task.numel() != 1:
+            raise ValueError(f"task_loss: expected one number, got shape {list(task.shape)}")
+        task = task.reshape(())
         pair = all_reduce_mean(torch.stack([_exact(task).to(loss.device), _exact(loss)]))
         value, other = pair.tolist()
         if not math.isfinite(value + other):

@@ -18,6 +18,7 @@ from rakd.distill.checks import (
     check_strides,
     find_strides,
     warn_of_equal_weights,
+    warn_of_unlike_strides,
 )
 from rakd.distill.maps import check_channels
 from rakd.distill.regions import RegionDistillation
@@ -293,6 +294,8 @@ def inspect(
     found = facts.completed(check_sizes(step, facts))
     step = check_sizes(step, found)
     assert found.strides and found.expert_strides
+    if facts.expert_strides is None and step.expert_image_hw == step.size:
+        warn_of_unlike_strides(step.apprentice, found.strides, found.expert_strides)
     rows = check_boxes(step.boxes, step.known_size, step.images, form)
     weights = warn_of_equal_weights(rows, found.strides, options, advise)
     pairs = zip(step.apprentice.items(), step.expert.values(), strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rakd.distill.checks import find_resizing
 from rakd.distill.distiller import Distiller
 from rakd.extras import require
 
@@ -114,17 +115,14 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         """Refuse a detector of torchvision around the modules whose maps are taken."""
         assert self.distiller is not None
         hooks = self.distiller._hooks
-        taken = {id(module) for module in (hooks.modules if hooks is not None else [network])}
-        for name, module in pl_module.named_modules():
-            kinds = {kind.__name__ for kind in type(getattr(module, "transform", None)).__mro__}
-            if "GeneralizedRCNNTransform" in kinds and taken & {id(part) for part in module.modules()}:
-                place = f"{name}.transform".lstrip(".")
-                self.distiller.close()
-                raise ValueError(
-                    f"batch: expected a function that gives the images and boxes that the backbone saw, as {place} "
-                    "resizes and pads them; or put rakd.integrations.torchvision.DistilledDetector into the module, "
-                    "which needs no callback"
-                )
+        place = find_resizing(pl_module, [network] if hooks is None else hooks.modules)
+        if place is not None:
+            self.distiller.close()
+            raise ValueError(
+                f"batch: expected a function that gives the images and boxes that the backbone saw, as {place} resizes "
+                "and pads them; or put rakd.integrations.torchvision.DistilledDetector into the module, which needs no "
+                "callback"
+            )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell of a manual optimisation that goes past the loss.
@@ -167,6 +165,14 @@ class DistillCallback(Callback_):  # type: ignore[misc]
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the module as it was: Lightning does not tear down after an error or an interruption."""
         self.teardown(trainer, pl_module, "fit")
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in checkpoints: callbacks of other methods or maps have others."""
+        method, maps = self._settings["method"], self._settings["apprentice_features"]
+        kind = method if isinstance(method, str) else type(method).__name__
+        key: str = self._generate_state_key(method=kind, apprentice=self._apprentice, features=str(maps))
+        return key
 
     def state_dict(self) -> dict[str, Any]:
         """Adapters and measured scales."""

@@ -47,7 +47,8 @@ def distill(
         The distiller; its calls bring the apprentice's maps, unless ``apprentice_features`` names their module.
 
     Raises:
-        ValueError: The expert has no level of a stride that the apprentice has.
+        ValueError: The expert has no level of a stride that the apprentice has, or the layout of the apprentice's maps
+            is not known.
         TypeError: Neither side is a timm backbone.
     """
     if isinstance(expert, str):
@@ -65,8 +66,11 @@ def distill(
         if _gives_maps(apprentice, wanted):  # else they may be a neck's
             options.setdefault("apprentice_channels", ours[1])
             options.setdefault("layout", ours[2])
-        elif wanted is None:
-            options.setdefault("layout", ours[2])
+        elif wanted is None and ours[2] != "NCHW" and "layout" not in options:
+            raise ValueError(
+                "layout: expected 'NCHW' or 'NHWC' for the maps of a network around a backbone that gives "
+                f"{ours[2]}, whose own they may be or a neck's, got neither"
+            )
     if theirs is not None and "features" not in options:
         strides = tuple(float(stride) for stride in options.get("strides", theirs[0]))
         options.setdefault("strides", strides)

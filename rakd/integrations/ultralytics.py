@@ -107,6 +107,10 @@ class DistilledTraining:
         members = {"distill_settings": self.settings, "distill_keys": staticmethod(self.keys) if self.keys else None}
         return self.model.train(trainer=type(f"Distilled{base.__name__}", (_Distilling, base), members), **arguments)
 
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Detect as ``model(...)`` does."""
+        return self.model(*arguments, **keywords)
+
     def __getattr__(self, name: str) -> Any:
         """Pass all else on to the model."""
         if name.startswith("__") or name == "model":

@@ -107,6 +107,14 @@ def test_two_fits_and_wrong_names(tmp_path: Path) -> None:
     assert isinstance(shared.net, nn.Module)
 
 
+def test_two_callbacks_of_different_methods(tmp_path: Path) -> None:
+    added, module = [callback(), callback(method="l_roi")], Module(8)
+    fit(module, tmp_path, callbacks=added, max_epochs=1)
+    assert len({one.state_key for one in added}) == 2
+    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"]
+    assert {one.state_key for one in added} <= set(state)
+
+
 def test_the_tuners_go_back_to_before_the_first_step(tmp_path: Path) -> None:
     from lightning.pytorch.tuner.tuning import Tuner
 

@@ -139,6 +139,27 @@ def test_backbones_that_give_dicts() -> None:
     assert float(distill(expert, apprentice, weight=1.0)(images, BOXES, apprentice(images)).detach()) > 0
 
 
+def test_the_layout_of_a_neck_behind_a_swin_is_asked_for() -> None:
+    swin = make("swin_tiny_patch4_window7_224", img_size=96, out_indices=(0, 1))
+    neck = [nn.Conv2d(channels, 8, 1) for channels in (96, 192)]
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.swin, self.neck = swin, nn.ModuleList(neck)
+
+        def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+            maps = self.swin(images)
+            return [layer(m.permute(0, 3, 1, 2)) for layer, m in zip(self.neck, maps, strict=True)]
+
+    apprentice, expert = Network(), make("resnet10t", out_indices=(1, 2))
+    with pytest.raises(ValueError, match="layout: expected 'NCHW' or 'NHWC' for the maps of a network around"):
+        distill(expert, apprentice, weight=1.0)
+    images, boxes = torch.rand(2, 3, 96, 96), [rows.clamp(max=96) for rows in BOXES]
+    loss = distill(expert, apprentice, weight=1.0, layout="NCHW")(images, boxes, apprentice(images))
+    assert float(loss.detach()) > 0
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"expected levels of strides \(2.0, 4.0, .*out_indices=\(1, 2, 3, 4\)"):
         distill(make("swin_tiny_patch4_window7_224", img_size=96), make("resnet10t"))

@@ -281,6 +281,7 @@ def test_other_attributes_are_the_models() -> None:
     distilling = distill(model, YOLO("yolo11n.yaml"))
     assert distilling.task == "detect"
     assert distilling.names == model.names
+    assert len(distilling(torch.zeros(1, 3, 64, 64), verbose=False)) == 1
     assert pickle.loads is not None and not hasattr(distilling, "no_such_attribute")
 
 

@@ -288,6 +288,30 @@ def test_images_that_were_padded_inside_the_network() -> None:
         Distiller(None, canonical_size=24)(torch.zeros(1, 3, 150, 300), boxes, maps, [m.detach() for m in maps])
 
 
+def test_levels_of_unlike_strides_are_told() -> None:
+    expert, maps = Network((4, 8, 8), seed=1), features()[:2]
+    options: dict[str, Any] = {"features": STAGES[1:], "canonical_size": 24}
+    with pytest.warns(UserWarning, match="map '0' of stride 4 is compared with one of stride 8 of the exp") as told:
+        found = Distiller(expert, **options)(images(), BOXES, maps)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(Distiller(expert, expert_strides=(8, 16), **options)(images(), BOXES, maps), found)
+
+
+def test_boxes_without_area_lie_where_they_begin() -> None:
+    flat = [torch.tensor([[30.0, 8.0, 30.0, 20.0], [5.0, 9.0, 5.0, 9.0], [2.0, 3.0, 40.0, 3.0]]), torch.zeros(0, 4)]
+    assert run(flat) > 0
+    with pytest.raises(ValueError, match=r"got 1 of 1 that lie mostly outside, such as \[60.0, 8.0, 60.0, 20.0\]"):
+        run([torch.tensor([[60.0, 8.0, 60.0, 20.0]]), torch.zeros(0, 4)])
+
+
+def test_targets_in_the_place_of_boxes() -> None:
+    for targets in ({"boxes": BOXES}, [{"boxes": rows} for rows in BOXES]):
+        with pytest.raises(TypeError, match=r"boxes: .* got targets; give \[t\['boxes'\] for t in targets\]"):
+            run(targets)
+
+
 def test_an_expert_that_sees_larger_images() -> None:
     expert = Network((4, 8, 8), seed=1)
     large = nn.functional.interpolate(images(), scale_factor=2.0)

@@ -271,6 +271,19 @@ def test_a_weight_as_a_share_of_the_task_loss() -> None:
             make(weight=wrong)
 
 
+def test_a_share_that_is_never_measured_is_told() -> None:
+    distiller = make(weight="auto:0.1").eval()
+    with pytest.warns(UserWarning, match="'auto:0.1' is measured in training mode and 0 until then") as told:
+        assert distiller(images(), BOXES, features(), task_loss=torch.tensor(1.0)) == 0
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():  # a validation
+            distiller(images(), BOXES, features(), task_loss=torch.tensor(1.0))
+        distiller.train()(images(), BOXES, features(), task_loss=torch.tensor(1.0))
+        distiller.eval()(images(), BOXES, features(), task_loss=torch.tensor(1.0))
+
+
 def test_scales_are_measured_where_the_first_batches_have_no_boxes() -> None:
     distiller, raw = make(weight="auto:0.1", normalize=True).train(), make(normalize=True).train()
     none = [torch.zeros(0, 4)] * 2

@@ -92,6 +92,10 @@ def test_an_apprentice_that_cannot_learn_is_told_at_the_first_training_step(firs
         distiller.train()(images(), BOXES)
     apprentice.requires_grad_(True)(images())
     assert distiller(images(), BOXES).requires_grad
+    with torch.no_grad():  # a validation between the apprentice's step and the distiller's
+        apprentice(images())
+    with pytest.raises(ValueError, match="expected maps that need a gradient, got none"):
+        distiller(images(), BOXES)
 
 
 def test_a_share_is_measured_where_there_are_boxes() -> None:

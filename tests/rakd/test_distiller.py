@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import functools
 import inspect
 import warnings
 from collections import OrderedDict
@@ -135,6 +136,43 @@ def test_kinds_of_experts(kind: str) -> None:
     assert apprentice.p2.weight.grad is not None
 
 
+@pytest.mark.parametrize("kind", ["module", "method", "partial", "extract_features", "function", "compiled"])
+def test_named_modules_of_an_expert_that_is_run_its_own_way(kind: str) -> None:
+    class Scaling(Network):
+        def scaled(self, images: Tensor, by: float = 3.0) -> dict[str, Tensor]:
+            return self(by * images)
+
+        def forward(self, images: Any) -> dict[str, Tensor]:
+            return super().forward(images["image"] if isinstance(images, dict) else images)
+
+    class Holder:
+        def __init__(self, network: Scaling) -> None:
+            self.network, self.extract_features = network, network.scaled
+
+    torch.manual_seed(0)
+    network = Scaling(3)
+    experts: dict[str, Any] = {
+        "module": network,
+        "method": network.scaled,
+        "partial": functools.partial(network.scaled, by=3.0),
+        "extract_features": Holder(network),
+        "function": (network, lambda images: network({"image": 3 * images})),
+        "compiled": (network, torch.compile(lambda images: network(3 * images), backend="eager")),
+    }
+    distiller = make_distiller(experts[kind], features=["p2", "p3"])
+    with torch.no_grad():
+        expected = network.eval()(images() * (1 if kind == "module" else 3))
+    for _ in range(3):  # the first run is whole, later ones end with the last map
+        found = distiller.expert_features(images())
+        assert [torch.equal(a, b) for a, b in zip(found.values(), expected.values(), strict=True)] == [True, True]
+
+
+def test_an_expert_is_run_by_one_function() -> None:
+    network = Network(3)
+    with pytest.raises(TypeError, match=r"features: expected names of modules beside \(module, function\)"):
+        make_distiller((network, lambda images: network(images)), features=lambda net, images: net(images))
+
+
 def test_cached_features_and_sequences_give_the_same() -> None:
     expert = Network(3)
     distiller = make_distiller(expert)
@@ -158,6 +196,8 @@ def test_weight() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="method: expected a name or a module, got NoneType"):
         Distiller(Network(3), None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"method: .* got a Network: .*; the apprentice is given by name, apprentice="):
+        Distiller(Network(3), Network(3))
     with pytest.raises(TypeError, match="expert: expected a module, a method of one, an object with"):
         make_distiller(3)
     with pytest.raises(TypeError, match=r"weight: expected a number or .auto:SHARE., got list"):
@@ -272,3 +312,25 @@ def test_the_docstrings_training_loop_with_torchvision() -> None:
     assert shape == (2, 3, 64, 96)
     torch.testing.assert_close(boxes[0], 2 * torch.tensor([[4.0, 5.0, 30.0, 28.0]]))  # 32 rows became 64
     assert same(expert, before)
+
+
+def test_images_are_normalised_once() -> None:
+    expert, apprentice = make_retinanet("resnet18", 0), make_retinanet("resnet18", 1)
+    options: dict[str, Any] = {"apprentice": apprentice, "apprentice_features": "backbone", "canonical_size": 24}
+    pictures, targets = next(loader(1))
+    seen, boxes = apprentice.transform(pictures, targets)
+    rows = [target["boxes"] for target in boxes]
+
+    distiller = Distiller(expert.backbone, **options)
+    with pytest.raises(ValueError, match="transform would resize and normalise them a second time: run the apprentice"):
+        distiller.check(seen.tensors, rows)
+    apprentice(pictures, targets)
+    found = distiller.check(seen.tensors, rows).levels[0].rms
+    with torch.no_grad():
+        first = next(iter(apprentice.backbone(seen.tensors).values()))
+    assert found == pytest.approx(first.square().mean().sqrt().item(), rel=1e-5)
+
+    whole = Distiller(expert, features="backbone", **options)
+    apprentice(pictures, targets)
+    with pytest.raises(ValueError, match=r"features: .* a second time: give the part behind it, such as expert.back"):
+        whole(seen.tensors, rows)
