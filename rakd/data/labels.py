@@ -256,7 +256,7 @@ def _read(path: Path, *, scored: bool) -> Objects:
         rows.append(row)
     if missing_score:
         warnings.warn(f"{path}:{missing_score}: result rows without a score (15 columns) are skipped", stacklevel=3)
-    return _objects(types, rows, scored=scored)
+    return make_objects(types, rows, scored=scored)
 
 
 def _is_plain(value: float, text: str) -> bool:
@@ -285,7 +285,8 @@ def _bad_number(path: Path, number: int, values: Sequence[str], *, scored: bool)
     raise AssertionError("called for a row without a fault")
 
 
-def _objects(types: list[str], rows: list[list[float]], *, scored: bool) -> Objects:
+def make_objects(types: Sequence[str], rows: Sequence[Sequence[float]], *, scored: bool = False) -> Objects:
+    """Objects from their types and the 14 numbers of their lines, 15 where they have scores."""
     table = np.array(rows, dtype=np.float64).reshape(len(rows), 15 if scored else 14)
     return Objects(
         types=np.array(types, dtype=np.str_),

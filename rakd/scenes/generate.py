@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from rakd.data.frames import read_split, write_calibration
-from rakd.data.labels import Objects, write_objects
+from rakd.data.labels import Objects, make_objects, write_objects
 from rakd.errors import UserError
 from rakd.files import atomic_write, remove_stale, write_text
 from rakd.geometry import Calibration
@@ -165,17 +165,7 @@ def _labels(bodies: list[Body], drawn: list[Drawn], seen: list[int], camera: Cam
         rows.append([result.truncation, occlusion, alpha, *box, *body.dimensions, *body.location, body.rotation_y])
     # KITTI lists DontCare regions last.
     order = sorted(range(len(names)), key=lambda i: names[i] == "DontCare")
-    table = np.array([rows[i] for i in order]).reshape(len(rows), 14)
-    return Objects(
-        types=np.array([names[i] for i in order], dtype=np.str_),
-        truncation=table[:, 0],
-        occlusion=table[:, 1].astype(np.int64),
-        alpha=table[:, 2],
-        boxes=table[:, 3:7],
-        dimensions=table[:, 7:10],
-        location=table[:, 10:13],
-        rotation_y=table[:, 13],
-    )
+    return make_objects([names[i] for i in order], [rows[i] for i in order])
 
 
 def _occlusion(visible: float) -> int:
