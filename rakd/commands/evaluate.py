@@ -82,10 +82,10 @@ class Evaluate:
         if self.out is not None:
             check_folder(self.out, "--out")
         if self.json is not None and not is_printed:
-            check_folder(self.json.parent, "--json")
+            _check_writable(self.json, "--json")
         result = evaluate(self.gt, self.pred, frames=frames, overlaps=self.overlaps)
         if is_printed:
-            print(report.to_json(result), end="")
+            print(report.to_json(result, self.overlaps), end="")
         else:
             print(report.format_table(result, "R40", self.overlaps))
             print()
@@ -97,7 +97,7 @@ class Evaluate:
         if self.out is not None:
             files.append(self.out / "evaluation.json")
         for file in files:
-            report.write_json(file, result)
+            report.write_json(file, result, self.overlaps)
         if self.out is not None:
             files.append(self.out / "curves.png")
             report.write_curves(files[-1], result, self.overlaps)
@@ -120,7 +120,7 @@ class Evaluate:
         files = [] if self.json is None or is_printed else [self.json]
         files += [] if self.out is None else [self.out / "evaluation.json"]
         for file in files:
-            check_folder(file.parent, "--json" if file == self.json else "--out")
+            _check_writable(file, "--json" if file == self.json else "--out")
         if self.split is not None and self.gt.is_file():
             raise UserError("--split: expected folders as GT and PRED, since .bin files name no frames of a list")
         frames = None if self.split is None else read_split(self._split_file(self.split))
@@ -146,6 +146,13 @@ class Evaluate:
         folder = Path(os.path.abspath(self.gt))  # noqa: PTH100 - resolve() would follow links
         named = folder.parent.parent / "ImageSets" / f"{split}.txt"
         return named if split.name == str(split) and not split.is_file() and named.exists() else split
+
+
+def _check_writable(file: Path, option: str) -> None:
+    """Refuse a folder in the place of a file, before anything is computed."""
+    check_folder(file.parent, option)
+    if file.is_dir():
+        raise UserError(f"{option}: expected a file, {file} is a folder")
 
 
 def _rows(folder: Path, what: str) -> Iterator[tuple[Path, list[str]]]:

@@ -48,7 +48,8 @@ class Predict:
         from PIL import Image
 
         from rakd.commands.models import open_model
-        from rakd.data.kitti import check_widths, make_sample
+        from rakd.data.checks import check_widths
+        from rakd.data.kitti import make_sample
         from rakd.data.labels import write_objects
         from rakd.detector.inference import detect
         from rakd.distributed import choose_device

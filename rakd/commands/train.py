@@ -92,8 +92,9 @@ class Train:
         from rakd.commands.config import write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
-        from rakd.data.frames import check_readable, count_shared, digest, warn_of_centre
-        from rakd.data.kitti import KittiDataset, cache_share, check_widths
+        from rakd.data.checks import check_frames
+        from rakd.data.frames import digest
+        from rakd.data.kitti import KittiDataset, cache_share
         from rakd.detector.files import start_from
         from rakd.distributed import barrier, start_processes
         from rakd.study.runner import backbone_start
@@ -121,11 +122,7 @@ class Train:
             )
             val = KittiDataset(data, self.splits[1], height=config.height)
             if processes.is_main:
-                count_shared(dataset.frames, val.frames)
-                first = dataset.frames[0]
-                warn_of_centre([(first.image, first.calib, first.read_calibration())])
-                check_readable(val.frames)
-                check_widths([frame.image for frame in (*dataset.frames, *val.frames)], config.height, config.width)
+                check_frames(dataset.frames, val.frames, [(config.height, config.width)])
             detector = config.build(self.seed) if self.init is None else start_from(self.init, config)
             if processes.is_main:
                 start = detector.init_source if self.init is None else f"starts from {self.init}"
@@ -153,6 +150,8 @@ class Train:
             # Not before the trainer has accepted what is in the folder.
             if processes.is_main:
                 write_options(self, self.out / "config.json")
+                if trainer.step < settings.steps:
+                    (self.out / "result.json").unlink(missing_ok=True)  # of a run that is extended
             rows = trainer.run()
             self._finish(detector.eval(), val, data, processes, rows)
             # The main process holds the connection: it must not leave earlier.

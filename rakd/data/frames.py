@@ -174,17 +174,6 @@ def warn_of_centre(cameras: Iterable[tuple[Path, Path, Calibration]]) -> None:
         )
 
 
-def check_readable(frames: Sequence[Frame]) -> None:
-    """Read labels and calibrations that are wanted after a training only.
-
-    Raises:
-        UserError: One cannot be read; names file and line.
-    """
-    for frame in frames:
-        frame.read_labels()
-        frame.read_calibration()
-
-
 def read_split(path: Path) -> list[str]:
     """Read a list of frame numbers, one a line.
 

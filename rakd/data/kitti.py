@@ -1,7 +1,7 @@
 """The KITTI data set as PyTorch samples and batches."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -247,29 +247,6 @@ def _resized(image: Image.Image, height: int | None) -> Image.Image:
     if height is None:
         return image
     return image.resize((resized_width(image.size, height), height), Image.Resampling.BILINEAR)
-
-
-def check_widths(images: Iterable[Path], height: int, width: int | None) -> None:
-    """Refuse images that are wider than a detector's, before anything is computed; reads their headers only.
-
-    Args:
-        images: Files.
-        height: Of the detector's images.
-        width: Same; None: any.
-
-    Raises:
-        UserError: Names the image.
-    """
-    if width is None:
-        return
-    for path in images:
-        size = read_image_size(path)
-        wide = resized_width(size, height)
-        if wide > width:
-            raise UserError(
-                f"{path}: too wide for the detector: resized from {size[0]} x {size[1]} pixels to its height, "
-                f"{height}, it is {wide} wide; expected at most {width}"
-            )
 
 
 def resized_width(size: tuple[int, int], height: int) -> int:

@@ -84,14 +84,14 @@ def format_ceilings(result: Result) -> str:
     return "\n".join(lines)
 
 
-def to_json(result: Result) -> str:
-    """All figures and curves as JSON; NaN, which JSON does not know, becomes null."""
-    return json.dumps(without_nan(result), indent=1) + "\n"
+def to_json(result: Result, overlaps: Overlaps = "official") -> str:
+    """All figures and curves as JSON, and their limits; NaN, which JSON does not know, becomes null."""
+    return json.dumps({"overlaps": overlaps, **without_nan(result)}, indent=1) + "\n"
 
 
-def write_json(path: Path, result: Result) -> None:
+def write_json(path: Path, result: Result, overlaps: Overlaps = "official") -> None:
     """Write all figures and curves as JSON, atomically."""
-    write_text(path, to_json(result))
+    write_text(path, to_json(result, overlaps))
 
 
 def write_curves(path: Path, result: Result, overlaps: Overlaps = "official") -> None:

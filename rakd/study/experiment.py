@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from rakd.checkpoints import config_diff, file_digest
-from rakd.data.frames import check_readable, count_shared, digest, find_frames, warn_of_centre
-from rakd.data.kitti import check_widths
+from rakd.data.checks import check_frames
+from rakd.data.frames import digest, find_frames
 from rakd.detector.base import BaseDetector
 from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import DETECTORS
@@ -35,9 +35,10 @@ from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog
 from rakd.study.runner import Runner, backbone_start
 from rakd.study.settings import StudySettings
-from rakd.study.versions import versions
+from rakd.study.versions import joined_versions
 from rakd.training.log import losses_of
 from rakd.training.model import expert_size
+from rakd_ops import multilevel_roi_align
 
 
 class Experiment:
@@ -105,17 +106,10 @@ class Experiment:
         for run in self.plan:
             if run.init is not None:
                 check_file(run.init, "a detector to start from (init)")
-        images = [frame.image for frame in (*self._train_frames, *self._val_frames)]
-        # Once for both networks where they see images of one size: it reads the headers of all of them.
-        sizes = {(config.height, config.width) for config in (DETECTORS[settings.apprentice], self._expert_config)}
+        sizes = [(config.height, config.width) for config in (DETECTORS[settings.apprentice], self._expert_config)]
         self._shared = 0  # frames, as the main process counts them
         if processes.is_main:
-            for height, width in sorted(sizes, key=str):
-                check_widths(images, height, width)
-            self._shared = count_shared(self._train_frames, self._val_frames)
-            first = self._train_frames[0]
-            warn_of_centre([(first.image, first.calib, first.read_calibration())])
-            check_readable(self._val_frames)
+            self._shared = check_frames(self._train_frames, self._val_frames, sizes)
 
     def run(self) -> StudyResult:
         """Train, evaluate and report what is not done yet.
@@ -139,11 +133,12 @@ class Experiment:
                 experts = {run.name: detector}  # the next one's apprentices follow it
         if not is_open:  # known only now: finished runs of other settings are refused above
             self._say("all runs are finished already: only tables and pictures are made anew")
+        done = tuple(run for run in runs if run is not None)
         study = StudyResult(
-            runs=tuple(run for run in runs if run is not None),
+            runs=done,
             models=self._models() if self.processes.is_main else (),
             config=self._config(),
-            versions=versions(self.processes.device),
+            versions=joined_versions([run.versions for run in done], self.processes.device),
             seeds=self.settings.seeds,
             data=self._describe_data(),
         )
@@ -201,9 +196,12 @@ class Experiment:
             "evaluated frames": digest(self._val_frames),
         }
         path = self.out / "basis.json"
-        there = broadcast_object(
-            self.processes, lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else here
-        )
+
+        def read() -> Any:
+            begun = any(self.out.glob("*/checkpoint.pt")) or any(self.out.glob("*/result.json"))
+            return json.loads(path.read_text(encoding="utf-8")) if begun and path.exists() else here
+
+        there = broadcast_object(self.processes, read)
         other = config_diff(there, here)
         if other:
             raise UserError(f"{self.out} holds a run with other settings: {'; '.join(other)}; choose another folder")
@@ -232,9 +230,15 @@ class Experiment:
         settings, count = self.settings, self.processes.count
         for method, options in settings.options.items():
             try:
+                if "backend" in options:  # one that cannot run here says so
+                    maps, boxes = torch.zeros(1, 1, 8, 8, device=self.processes.device), torch.zeros(0, 5)
+                    multilevel_roi_align([maps], boxes.to(maps.device), strides=(4,), backend=options["backend"])
                 make_method(method, strides=(4, 8), expert_channels=8, apprentice_channels=8, batch_size=2, **options)
-            except (TypeError, ValueError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 raise UserError(f"options of {method}: {error}") from None
+            idle = set(options) - set(registry.METHODS[method].load().option_names())
+            if idle:
+                raise UserError(f"options of {method}: {min(idle)} does nothing in {method}: leave it out")
         for name, training in (("expert_training", settings.expert_training), ("training", settings.training)):
             if training.batch_size % count:
                 raise UserError(
@@ -285,11 +289,13 @@ class Experiment:
 
     def _config(self) -> dict[str, Any]:
         config = {**asdict(self.settings), "started_from": self.started_from, "expert_file": None}
-        config |= {"init": self.init and self.init.name, "extended": sorted(self.runner.extended)}
+        config |= {
+            "init": self.init and (self.init.name if self.init.is_dir() else _short(self.init)),
+            "extended": sorted(self.runner.extended),
+        }
         file = self.plan[0].trained
         if file is not None:
-            named = f"{file.resolve().parent.name}/{file.name}"
-            config |= {"expert": self._expert_config.to_plain(), "expert_training": None, "expert_file": named}
+            config |= {"expert": self._expert_config.to_plain(), "expert_training": None, "expert_file": _short(file)}
         return config
 
     def _describe_data(self) -> str:
@@ -347,3 +353,8 @@ class Experiment:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(text, flush=True)
+
+
+def _short(file: Path) -> str:
+    """A file with its folder's name, which tells the run that it is of."""
+    return f"{file.resolve().parent.name}/{file.name}"

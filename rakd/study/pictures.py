@@ -1,5 +1,6 @@
 """A study as pictures: bars of methods with their seeds as dots, AP against latency, objects by size, losses."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -130,10 +131,12 @@ def draw_sizes(study: StudyResult) -> Figure:
         for number, method in enumerate(methods):
             own = [run for run in runs if run.method == method]
             table = 100 * np.array([[getattr(group, kind) for group in run.by_size] for run in own])
-            std = table.std(axis=0, ddof=1) if len(own) > 1 else np.zeros(len(counts))
+            there = [column[np.isfinite(column)] for column in table.T]  # a run may have found none of a size
+            mean = np.array([column.mean() if len(column) else math.nan for column in there])
+            std = np.array([column.std(ddof=1) if len(column) > 1 else 0.0 for column in there])
             shift = 0.5 * (number / max(1, len(methods) - 1) - 0.5)
             axis.errorbar(
-                places + shift, table.mean(axis=0), yerr=std, fmt="o-", ms=4, lw=1.2, capsize=2,
+                places + shift, mean, yerr=std, fmt="o-", ms=4, lw=1.2, capsize=2,
                 color=COLORS[method], label=METHOD_NAMES[method],
             )  # fmt: skip
         labels = [f"{name}\n{count}" for name, count in zip(names, counts, strict=True)]

@@ -122,7 +122,8 @@ def _provenance(study: StudyResult) -> str:
     """The origin of the figures, in one paragraph; facts that the study lacks are left out."""
     config = study.config
     regions = config.get("regions")
-    machine = {name: study.versions[name] for name in ("device", "threads") if name in study.versions}
+    names = ("device", "threads", "latency threads")
+    machine = {name: study.versions[name] for name in names if name in study.versions}
     done = sorted({run.seed for run in study.runs})
     rescaled = "Maps of both networks" if config.get("rescale") == "both" else "Expert's maps"
     parts = {
@@ -135,8 +136,7 @@ def _provenance(study: StudyResult) -> str:
         rescaled: "brought to a root mean square of 1" if config.get("rescale") else None,
         "Loss weights": _weights(config),
         "Options of methods": _options(config),
-        "Detectors started from": f"those in {config['init']}" if config.get("init") else None,
-        "Backbones started from": None if config.get("init") else _starts(config),
+        **_starts(config),
         "Runs that went on to more steps than they were made for": ", ".join(config.get("extended") or ()),
         "Versions": ", ".join(f"{name} {text}" for name, text in study.versions.items() if name not in machine),
         "Device": ", ".join(text if name == "device" else f"{name} {text}" for name, text in machine.items()),
@@ -195,8 +195,14 @@ def _options(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{METHOD_NAMES[m]} {name} {value}" for m, own in options.items() for name, value in own.items())
 
 
-def _starts(config: Mapping[str, Any]) -> str:
-    starts = config.get("started_from") or {}
-    # An expert from a file brings weights of its own: what lay under them does not matter.
-    roles = ("apprentice",) if config.get("expert_file") else ("expert", "apprentice")
-    return ", ".join(f"{role} {starts[role]}" for role in roles if role in starts)
+def _starts(config: Mapping[str, Any]) -> dict[str, str]:
+    """Detectors and backbones that the trainings started from."""
+    init, starts = config.get("init") or "", dict(config.get("started_from") or {})
+    if init and not init.endswith(".pt"):  # a folder with a detector for each run
+        return {"Detectors started from": f"those in {init}"}
+    # A file brings weights of its own: what lay under them does not matter.
+    for role, file in (("expert", config.get("expert_file")), ("apprentice", init)):
+        if file:
+            starts.pop(role, None)
+    named = [f"{role} {starts[role]}" for role in ("expert", "apprentice") if role in starts]
+    return {"Backbones started from": ", ".join(named), "Apprentices started from": init}

@@ -61,6 +61,7 @@ class RunResult:
         drawn: Primary metrics on frames drawn with replacement, by `rakd.study.metrics.Metric.key`; the same draws
             for all runs that were evaluated on the same frames. Empty where nothing was drawn.
         by_size: Depth and recall of objects by size, see `rakd.evaluation.depth.SIZES`; empty where not measured.
+        versions: What it was trained with, see `rakd.study.versions.versions`; empty where that was not noted.
 
     Raises:
         ValueError: The method is not known, or a class does not have three levels.
@@ -74,6 +75,7 @@ class RunResult:
     losses: dict[str, float] = field(default_factory=dict)
     drawn: dict[str, tuple[float, ...]] = field(default_factory=dict)
     by_size: tuple[DepthFigures, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -1,6 +1,7 @@
 """One run of an experiment: trains a detector in its folder, and evaluates it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rakd.checkpoints import file_digest
@@ -20,6 +21,7 @@ from rakd.study.plan import Run
 from rakd.study.results import RunResult, read_run, write_run
 from rakd.study.settings import StudySettings
 from rakd.study.validation import CarValidation
+from rakd.study.versions import versions
 from rakd.training.log import Row, last_losses
 from rakd.training.model import DistillationModel, expert_size, expert_strides, make_distillation_model
 from rakd.training.trainer import Trainer
@@ -219,6 +221,8 @@ class Runner:
             draws=0 if run.method == "expert" else DRAWS,
             progress=not self.quiet,
         )
+        if rows:
+            figures = replace(figures, versions=versions(self.processes.device))
         write_run(result, figures)
         return figures
 

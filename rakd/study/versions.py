@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,20 @@ def versions(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         **({"commit": commit} if commit else {}),
     }
+
+
+def joined_versions(runs: Sequence[Mapping[str, str]], device: torch.device) -> dict[str, str]:
+    """Versions of runs that may have been made on several days and machines, all where they differ.
+
+    Args:
+        runs: `versions` of each; empty where it was not noted.
+        device: Where latencies are measured now.
+    """
+    here = versions(device)
+    noted = [run for run in runs if run] or [here]
+    names = dict.fromkeys(name for run in noted for name in run)
+    joined = {name: " and ".join(dict.fromkeys(run[name] for run in noted if name in run)) for name in names}
+    return {**joined, "latency threads": here["threads"]}
 
 
 def processor() -> str:

@@ -66,9 +66,12 @@ class DistillationModel(nn.Module):
             expert_maps = self.distiller.expert.distilled_maps(expert)
             scored = getattr(self.distiller.method, "needs_scores", False)
             scores = self.distiller.expert.class_scores(expert) if scored else None
-            losses["distillation"] = self.distiller(
-                images, pooling_boxes(boxes), maps, expert_maps, scores=scores, expert_images=expert_images
-            )
+            try:
+                losses["distillation"] = self.distiller(
+                    images, pooling_boxes(boxes), maps, expert_maps, scores=scores, expert_images=expert_images
+                )
+            except FloatingPointError as error:
+                raise UserError(f"{error}: a smaller learning rate or weight, or --amp off, may help") from None
         return losses
 
     def _expert_features(self, distiller: Distiller, batch: Batch, images: Tensor) -> dict[str, Tensor]:

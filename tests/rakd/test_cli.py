@@ -207,7 +207,12 @@ def test_evaluate_writes_json(scenes, results, tmp_path, capsys):
     assert main([*arguments, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == figures
     assert main([*arguments, "--json", "-", "--overlaps", "loose"]) == 0
-    assert json.loads(capsys.readouterr().out)["Car"]["3d"]["objects"] == figures["Car"]["3d"]["objects"]
+    loose = json.loads(capsys.readouterr().out)
+    assert (figures["overlaps"], loose["overlaps"]) == ("official", "loose")
+    assert loose["Car"]["3d"]["objects"] == figures["Car"]["3d"]["objects"]
+    for waymo in ([], ["--waymo"]):
+        assert main([*arguments, "--json", str(tmp_path / "out"), *waymo]) == 2
+        assert f"--json: expected a file, {tmp_path / 'out'} is a folder" in capsys.readouterr().err
 
 
 def test_evaluate_says_when_nothing_counts(tmp_path, capsys):

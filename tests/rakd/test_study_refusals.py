@@ -16,6 +16,7 @@ from test_study_run import CPU, TRAINING, Finished, bare, detectors, finished, f
 from rakd.commands.distill import Distill
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import save_detector
+from rakd.errors import UserError
 from rakd.files import write_text
 from rakd.study.experiment import Experiment
 from rakd.study.report import _provenance
@@ -85,6 +86,41 @@ def test_what_fits_not_is_told_before_anything_is_trained(
     assert not list(tmp_path.glob("run/*/checkpoint.pt"))
 
 
+def test_a_refused_command_leaves_its_folder_free(scenes: Path, tmp_path: Path) -> None:
+    right, wrong = tmp_path / "right.pt", tmp_path / "wrong.pt"
+    save_detector(right, DETECTORS["mini-expert"].without_download().build())
+    save_detector(wrong, DETECTORS["monodetr-tiny"].without_download().build())
+    with pytest.raises(ValueError, match="expert"):
+        run(scenes, tmp_path / "run", expert=wrong)
+    assert [one.method for one in run(scenes, tmp_path / "run", expert=right).runs] == ["expert", "none", "rakd"]
+    with pytest.raises(ValueError, match="holds a run with other settings: expert is"):
+        run(scenes, tmp_path / "run", expert=wrong)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value", "message"),
+    [
+        ("rakd", "backend", "triton", "options of rakd: backend: 'triton'"),
+        ("pkd", "canonical_size", 56.0, "options of pkd: canonical_size does nothing in pkd"),
+    ],
+)
+def test_options_that_cannot_work_are_told_before_anything_is_trained(
+    method: str, option: str, value: Any, message: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_work(monkeypatch)
+    with pytest.raises(UserError, match=message):
+        run(scenes, tmp_path / "run", {"methods": ("none", method), "options": {method: {option: value}}})
+
+
+def test_a_distillation_loss_that_is_not_finite_is_an_error_in_one_line(
+    finished: Finished,  # noqa: F811
+    scenes: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match="the distillation loss is not finite"):
+        run(scenes, tmp_path / "run", {"weights": {"rakd": 1e300}}, expert=finished.out / "expert-seed0/detector.pt")
+
+
 def test_images_that_are_too_wide_are_told_before_anything_is_trained(scenes: Path, tmp_path: Path) -> None:
     data = shutil.copytree(scenes, tmp_path / "data")
     (frame, *_) = (data / "ImageSets" / "val.txt").read_text().split()
@@ -120,6 +156,10 @@ def test_the_report_tells_what_runs_started_from_and_which_went_on(
     start = shutil.copytree(finished.out, tmp_path / "first runs")
     text = _provenance(run(scenes, tmp_path / "run", init=start))
     assert "Detectors started from: those in first runs." in text and "Backbones started from" not in text
+    file = tmp_path / "run" / "none-seed0" / "detector.pt"
+    text = _provenance(run(scenes, tmp_path / "other", {"methods": ("none",)}, init=file))
+    assert "Apprentices started from: none-seed0/detector.pt." in text and "Detectors started from" not in text
+    assert "Backbones started from: expert random weights." in text
     text = _provenance(run(scenes, start, {"training": replace(TRAINING, steps=3)}, extend=True))
     assert "Runs that went on to more steps than they were made for: none-seed0, rakd-seed0." in text
     assert "Backbones started from: " in text and "Detectors started from" not in text

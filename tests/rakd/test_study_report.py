@@ -515,6 +515,9 @@ def test_lines_by_size_are_means_over_seeds(tmp_path):
     np.testing.assert_allclose(lines["RAKD"], [80 * i / 7 for i in range(7)])
     np.testing.assert_allclose(lines["No distillation"], [70 * i / 7 for i in range(7)])
     np.testing.assert_allclose(right.containers[1].lines[0].get_ydata()[1:], 10.0)
+    found = dataclasses.replace(sized("rakd", 1, 0.9), by_size=(DepthFigures(0.2, 0.1, 10),) * 7)
+    right = draw_sizes(study_of(sized("rakd", 0, 0.7), found)).axes[1]  # the first found no object of the first size
+    np.testing.assert_allclose(right.containers[0].lines[0].get_ydata(), [20.0, *[15.0] * 6])
     assert [label.get_text() for label in left.get_xticklabels()][1] == "24 to 34\n11"
 
 

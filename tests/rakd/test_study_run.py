@@ -22,7 +22,7 @@ from rakd.study import experiment as module
 from rakd.study import runner
 from rakd.study.experiment import Experiment
 from rakd.study.plan import make_plan
-from rakd.study.results import StudyResult, read_study
+from rakd.study.results import StudyResult, read_run, read_study, write_run
 from rakd.study.runner import Runner
 from rakd.study.settings import ALL_METHODS, PAPER_METHODS, STUDIES, StudySettings
 from rakd.study.versions import source_commit
@@ -443,6 +443,22 @@ def test_the_commit_is_told_at_the_root_of_a_checkout_alone(tmp_path: Path) -> N
     (tmp_path / "a").touch()
     subprocess.run([*git, "add", "a"], check=True)
     assert source_commit(tmp_path) == f"{commit} with changes"
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_report_made_later_tells_what_runs_were_trained_with(
+    finished: Finished, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(finished.out, tmp_path / "run")
+    trained = read_run(out / "none-seed0" / "result.json").versions
+    assert trained["torch"] == torch.__version__ and "latency threads" not in trained
+    monkeypatch.setattr("rakd.study.versions.versions", lambda _: {**trained, "commit": "later", "threads": "7"})
+    again = Experiment(settings(), scenes, out, CPU, quiet=True).run().versions
+    assert again == {**trained, "latency threads": "7"}
+    one = replace(read_run(out / "none-seed0" / "result.json"), versions={**trained, "device": "another"})
+    write_run(out / "none-seed0" / "result.json", one)
+    joined = Experiment(settings(), scenes, out, CPU, quiet=True).run().versions
+    assert joined["device"] == f"{trained['device']} and another"
 
 
 def test_named_studies_can_run_every_method() -> None:

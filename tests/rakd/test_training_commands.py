@@ -167,8 +167,12 @@ def test_a_file_that_does_not_fit_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_finished_run_is_extended(
-    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = shutil.copytree(run, tmp_path / "copy")
     assert main(options(scenes, copy, steps=4)) == 2
@@ -176,6 +180,11 @@ def test_a_finished_run_is_extended(
     # The best detector is that of the best figure, and figures on other frames do not compare.
     assert main([*options(scenes, copy, steps=4), "--extend", "--splits", "train", "train"]) == 2
     assert "evaluated_frames is " in capsys.readouterr().err
+    assert (copy / "result.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("rakd.training.trainer.Trainer.run", interrupt)
+        assert main([*options(scenes, copy, steps=4), "--extend"]) == 130
+    assert not (copy / "result.json").exists()  # of the shorter run
     assert main([*options(scenes, copy, steps=4), "--extend"]) == 0
     assert [row["step"] for row in log(copy) if "total" in row] == [2, 4]
     assert all(torch.isfinite(value).all() for value in load_detector(copy / "detector.pt").parameters())
