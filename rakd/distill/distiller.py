@@ -322,7 +322,7 @@ class Distiller(Lifecycle):
         expert_batch = batch if expert_images is None else image_batch("expert_images", expert_images)
         apprentice = find_maps("apprentice_features", apprentice_features, self.layout)
         if expert_features is None:
-            if expert_images is None and self._expert is not None and not self._inspected:
+            if self._check and not self._inspected and expert_images is None and self._expert is not None:
                 refuse_two_transforms(self._hooks, self._expert.hooks)
             expert, found = self._run_expert(expert_batch, keys)
             scores = found if scores is None else scores

@@ -87,8 +87,7 @@ class Expert:
         self._print: tuple[tuple[Any, ...], str] | None = None
         self._served = 0  # batches of which something came from the cache
         source, runs = given, given
-        pair = isinstance(given, tuple) and len(given) == 2 and callable(given[1])
-        if pair and not isinstance(given[1], nn.Module):
+        if isinstance(given, tuple) and len(given) == 2 and callable(given[1]) and not isinstance(given[1], nn.Module):
             source, runs = given
             self.roots = [] if source is None else find_modules(source)
         else:

@@ -169,9 +169,12 @@ class DistillCallback(Callback_):  # type: ignore[misc]
     @property
     def state_key(self) -> str:
         """Name of the state in checkpoints: callbacks of other methods or maps have others."""
-        method, maps = self._settings["method"], self._settings["apprentice_features"]
-        kind = method if isinstance(method, str) else type(method).__name__
-        key: str = self._generate_state_key(method=kind, apprentice=self._apprentice, features=str(maps))
+        # Functions by their name: their text holds an address, and a resumed run would not find its state.
+        named = {"apprentice": self._apprentice}
+        for name in ("method", "apprentice_features"):
+            value = self._settings[name]
+            named[name] = getattr(value, "__qualname__", type(value).__name__) if callable(value) else str(value)
+        key: str = self._generate_state_key(**named)
         return key
 
     def state_dict(self) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def test_two_callbacks_of_different_methods(tmp_path: Path) -> None:
     assert len({one.state_key for one in added}) == 2
     state = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"]
     assert {one.state_key for one in added} <= set(state)
+    keys = {callback(apprentice_features=lambda network, images: network(images)).state_key for _ in range(2)}
+    assert len(keys) == 1 and "0x" not in keys.pop()  # a resumed run finds its state
 
 
 def test_the_tuners_go_back_to_before_the_first_step(tmp_path: Path) -> None:
