@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.results import Parser, at_least, describe_machine, exit_with_errors, progress, run_apart, write_rows
+from rakd.data.frames import write_calibration
 from rakd.data.labels import Objects, write_objects
-from rakd.data.waymo_convert import calibration_text, label_text
+from rakd.data.waymo_convert import label_text
 from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
 from rakd.evaluation.waymo import WaymoObjects, write_bin
 from rakd.evaluation.waymo.objects import KITTI_TYPES, TYPES
@@ -100,8 +101,7 @@ def write_folders(root: Path, truth: WaymoObjects, predictions: WaymoObjects) ->
     extrinsic = np.eye(4)
     extrinsic[:3, 3] = (1.5, 0.0, 2.1)
     transform = optical_from_vehicle(extrinsic)
-    camera = np.array([[2060.0, 0, 950, 0], [0, 2060, 640, 0], [0, 0, 1, 0]])
-    text = calibration_text(Calibration(camera), transform)
+    camera = Calibration(np.array([[2060.0, 0, 950, 0], [0, 2060, 640, 0], [0, 0, 1, 0]]))
     names = {number: name for name, kind in KITTI_TYPES.items() for number in [TYPES[kind]]}
     for kind, objects in (("label_2", truth), ("pred", predictions)):
         location, dimensions, rotation = to_optical(objects.boxes, transform)
@@ -125,7 +125,7 @@ def write_folders(root: Path, truth: WaymoObjects, predictions: WaymoObjects) ->
                 write_objects(path, drawn)
                 continue
             write_text(path, label_text(drawn, objects.points[rows], objects.difficulty[rows].astype(np.int64)))
-            write_text(root / "calib" / f"{i:06d}.txt", text)
+            write_calibration(root / "calib" / f"{i:06d}.txt", camera, transform)
     return root / "label_2", root / "pred"
 
 

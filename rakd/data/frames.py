@@ -26,7 +26,7 @@ from PIL import ExifTags, Image
 from rakd.data.labels import Objects, read_labels
 from rakd.errors import MissingFileError, UserError
 from rakd.files import check_file, read_text, write_text
-from rakd.geometry import Calibration
+from rakd.geometry import Calibration, FloatArray
 
 Part = Literal["training", "testing"]
 
@@ -284,18 +284,21 @@ def read_calibration(path: Path) -> Calibration:
         raise UserError(f"{path}:{number}: {error}") from None
 
 
-def write_calibration(path: Path, calibration: Calibration) -> None:
+def write_calibration(path: Path, calibration: Calibration, vehicle: FloatArray | None = None) -> None:
     """Write a calibration file in KITTI's form, atomically.
 
-    All four cameras get the one projection matrix; rectification and the transforms to the other sensors,
-    which a rendered or monocular data set does not have, are identities.
+    Args:
+        path: File to write.
+        calibration: Its projection is that of all four cameras; rectification is the identity.
+        vehicle: Transform ``[4, 4]`` from the vehicle's frame to the camera's, in the place of the lidar's. None: the
+            transforms to other sensors, which a rendered or monocular data set does not have, are identities.
     """
-    matrix = " ".join(f"{value:.12e}" for value in calibration.projection.flat)
-    rotation = " ".join(f"{value:.12e}" for value in np.eye(3).flat)
-    transform = " ".join(f"{value:.12e}" for value in np.eye(4)[:3].flat)
-    lines = [f"P{camera}: {matrix}" for camera in range(4)]
-    lines += [f"R0_rect: {rotation}", f"Tr_velo_to_cam: {transform}", f"Tr_imu_to_velo: {transform}"]
-    write_text(path, "\n".join(lines) + "\n")
+    matrices = {f"P{camera}": calibration.projection for camera in range(4)}
+    matrices |= {"R0_rect": np.eye(3), "Tr_velo_to_cam": np.eye(4)[:3] if vehicle is None else vehicle[:3]}
+    if vehicle is None:
+        matrices["Tr_imu_to_velo"] = np.eye(4)[:3]
+    lines = [f"{name}: {' '.join(f'{value:.12e}' for value in matrix.flat)}\n" for name, matrix in matrices.items()]
+    write_text(path, "".join(lines))
 
 
 @contextmanager

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rakd.data.frames import write_calibration
 from rakd.data.labels import Objects
 from rakd.data.waymo import CAMERAS, BoxSource, CameraName, WaymoFrame, WaymoSplit, find_segments, read_segment
 from rakd.errors import MissingFileError, UserError
 from rakd.files import check_folder, locked, remove_stale, write_bytes, write_text
-from rakd.geometry import Calibration, FloatArray
 from rakd.progress import do_all
 
 MANIFEST = "waymo.json"
@@ -187,15 +187,6 @@ def read_manifest(out: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def calibration_text(calibration: Calibration, transform: FloatArray) -> str:
-    """A calibration file of KITTI's form: the projection, and the transform ``[4, 4]`` from the vehicle frame."""
-    matrix = " ".join(f"{value:.12e}" for value in calibration.projection.flat)
-    rotation = " ".join(f"{value:.12e}" for value in np.eye(3).flat)
-    vehicle = " ".join(f"{value:.12e}" for value in transform[:3].flat)
-    lines = [*(f"P{i}: {matrix}" for i in range(4)), f"R0_rect: {rotation}", f"Tr_velo_to_cam: {vehicle}"]
-    return "\n".join(lines) + "\n"
-
-
 def label_text(
     objects: Objects,
     points: npt.NDArray[np.int64],
@@ -257,7 +248,7 @@ def _convert_segment(root: Path, out: Path, settings: WaymoConversion, task: tup
             raise UserError(f"{root / split}: segment {segment} has over 1000 frames, which have no names")
         name = f"{number:03d}{frame.number:03d}"
         write_bytes(folder / "image_2" / f"{name}.jpg", frame.image)
-        write_text(folder / "calib" / f"{name}.txt", calibration_text(frame.camera.calibration, frame.camera.transform))
+        write_calibration(folder / "calib" / f"{name}.txt", frame.camera.calibration, frame.camera.transform)
         if split != "testing":
             min_points = settings.min_points if split == "training" else (0, 0)
             write_text(folder / "label_2" / f"{name}.txt", _frame_labels(frame, min_points))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rakd.data.waymo_convert import calibration_text
+from rakd.data.frames import write_calibration
 from rakd.data.waymo_geometry import optical_from_vehicle, to_optical
 from rakd.evaluation.waymo import IOU, WaymoObjects
 from rakd.evaluation.waymo.scoring import evaluate_objects
@@ -99,7 +99,7 @@ def write_folder(root, name, boxes, *, scores=None, transform=None, types=None, 
     (root / name / "000000.txt").write_text("".join(rows))
     (root / "calib").mkdir(exist_ok=True)
     camera = Calibration(np.array([[2000.0, 0, 960, 0], [0, 2000, 640, 0], [0, 0, 1, 0]]))
-    (root / "calib" / "000000.txt").write_text(calibration_text(camera, transform))
+    write_calibration(root / "calib" / "000000.txt", camera, transform)
     return root / name
 
 
