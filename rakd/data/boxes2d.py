@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rakd.data.frames import Frame, find_frames, read_image_size
+from rakd.data.labels import CLASSES as CLASSES
 from rakd.data.labels import Objects
 from rakd.errors import UserError
 from rakd.files import atomic_write, write_text
 from rakd.geometry import FloatArray
-
-CLASSES = ("Car", "Pedestrian", "Cyclist")
-"""Names of the classes, by number."""
 
 _CLASS_OF = {"Car": 0, "Van": 0, "Pedestrian": 1, "Cyclist": 2}
 

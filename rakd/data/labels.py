@@ -18,6 +18,9 @@ from rakd.errors import UserError
 from rakd.files import read_text, write_text
 from rakd.geometry import FloatArray, alpha_from_rotation, flip_boxes, flip_rotation, resize_boxes
 
+CLASSES = ("Car", "Pedestrian", "Cyclist")
+"""The classes that are learned, detected and evaluated; a target's class is the place in this list."""
+
 LABEL_TYPES = (
     "Car",
     "Van",

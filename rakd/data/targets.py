@@ -9,12 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rakd.data.labels import CLASSES as CLASSES
 from rakd.data.labels import Objects
 from rakd.data.rules import DataRules
 from rakd.geometry import NEAR, Calibration, FloatArray, box_centers, box_corners
-
-CLASSES = ("Car", "Pedestrian", "Cyclist")
-"""The classes that detectors learn; a target's class is the place in this list."""
 
 _RULES = DataRules()
 
@@ -24,7 +22,7 @@ class Targets:
     """Objects that a detector shall find in a frame, one row an object; float32 unless noted.
 
     Attributes:
-        classes: ``[N]`` int64, place in `CLASSES`.
+        classes: ``[N]`` int64, place in `rakd.data.labels.CLASSES`.
         boxes: ``[N, 4]`` 2D boxes (x1, y1, x2, y2), pixels.
         dimensions: ``[N, 3]`` height, width, length, metres.
         location: ``[N, 3]`` bottom centre (x, y, z), metres.

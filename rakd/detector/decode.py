@@ -20,7 +20,7 @@ class Detections:
     Attributes:
         valid: ``[B, D]`` bool; the other rows only fill up.
         boxes: ``[B, D, 4]`` 2D boxes, pixels.
-        classes: ``[B, D]`` int64, places in `rakd.data.targets.CLASSES`.
+        classes: ``[B, D]`` int64, places in `rakd.data.labels.CLASSES`.
         scores: ``[B, D]`` class scores, 0..1, falling.
         pred: Predictions of the heads, ``B * D`` rows.
     """

@@ -108,7 +108,7 @@ class Box3DHead(nn.Module):
 
         Args:
             pooled: ``[N, C, P, P]`` features of the boxes.
-            classes: ``[N]`` int64, places in `rakd.data.targets.CLASSES`.
+            classes: ``[N]`` int64, places in `rakd.data.labels.CLASSES`.
         """
         attributes = _of_class(self.attributes(self.attribute_trunk(pooled)), classes)
         distance = _of_class(self.distance(self.distance_trunk(pooled)), classes)

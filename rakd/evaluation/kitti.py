@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rakd.data.frames import is_frame_name
+from rakd.data.labels import CLASSES as CLASSES
 from rakd.data.labels import Objects, concatenate, read_labels, read_results
 from rakd.errors import MissingFileError, NotAFolderError, UserError
 from rakd.evaluation import curves, matching
@@ -18,7 +19,6 @@ from rakd.evaluation.matching import DROPPED, IGNORED, VALID, Problem
 from rakd.evaluation.overlaps import METRICS, Indices, Pairs, find_pairs
 from rakd.progress import bar
 
-CLASSES = ("Car", "Pedestrian", "Cyclist")
 LEVELS = ("easy", "moderate", "hard")
 
 Overlaps = Literal["official", "loose"]
