@@ -288,30 +288,18 @@ def find_resizing(network: nn.Module, taken: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def refuse_resizing(hooks: FeatureHooks, remedy: str) -> None:
-    """Refuse to run a torchvision detector on the images that its own transform has made.
-
-    Raises:
-        ValueError: It is one.
-    """
-    place = None if hooks.network is None else find_resizing(hooks.network, hooks.modules)
-    if place is not None:
-        raise ValueError(
-            f"{hooks.argument}: expected modules that take the images as they are given, but {place} would resize and "
-            f"normalise them a second time: {remedy}"
-        )
-
-
-def refuse_two_transforms(apprentice: FeatureHooks | None, expert: FeatureHooks | None) -> None:
-    """Refuse an expert that is a whole torchvision detector where the apprentice is one: its images are normalised.
+def refuse_resizing(hooks: FeatureHooks | None, images: Tensor | None, remedy: str) -> None:
+    """Refuse to run a torchvision detector on images that are normalised already: its own are 0 to 1.
 
     Raises:
         ValueError: They are.
     """
-    if apprentice is None or expert is None or apprentice.network is None:
-        return
-    if find_resizing(apprentice.network, apprentice.modules) is not None:
-        refuse_resizing(expert, "give the part behind it, such as expert.backbone, or bring expert_images=")
+    place = None if hooks is None or hooks.network is None else find_resizing(hooks.network, hooks.modules)
+    if hooks is not None and place is not None and images is not None and bool((images < 0).any()):
+        raise ValueError(
+            f"{hooks.argument}: expected modules that take the images as they are given, which have values below 0, "
+            f"but {place} would resize and normalise them a second time: {remedy}"
+        )
 
 
 def warn_of_large_apprentice_maps(levels: Sequence[Level]) -> None:

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 from rakd.distill import Rescale
 from rakd.distill.boxes import BoxFormat, refuse_maps
 from rakd.distill.cache import FeatureCache
-from rakd.distill.checks import (
-    Report,
-    check_learns,
-    refuse_resizing,
-    refuse_two_transforms,
-    warn_of_large_apprentice_maps,
-)
+from rakd.distill.checks import Report, check_learns, refuse_resizing, warn_of_large_apprentice_maps
 from rakd.distill.finite import FiniteCheck
 from rakd.distill.hooks import Names
 from rakd.distill.hooks import tap as tap
@@ -291,7 +285,7 @@ class Distiller(Lifecycle):
         wanted, network = self._apprentice_features, self.apprentice
         if self._hooks is not None:
             if keep and not self._hooks.ready and network is not None:
-                refuse_resizing(self._hooks, "run the apprentice on this batch, then check()")
+                refuse_resizing(self._hooks, image_batch("images", images), "run the apprentice before check()")
                 self._hooks.watch_once(network, images)
                 maps = self._hooks.take(stay=True)
                 self._hooks.clear()
@@ -322,8 +316,8 @@ class Distiller(Lifecycle):
         expert_batch = batch if expert_images is None else image_batch("expert_images", expert_images)
         apprentice = find_maps("apprentice_features", apprentice_features, self.layout)
         if expert_features is None:
-            if self._check and not self._inspected and expert_images is None and self._expert is not None:
-                refuse_two_transforms(self._hooks, self._expert.hooks)
+            if self._check and not self._inspected and self._expert is not None:
+                refuse_resizing(self._expert.hooks, expert_batch, "give the part behind it, such as expert.backbone")
             expert, found = self._run_expert(expert_batch, keys)
             scores = found if scores is None else scores
         else:
