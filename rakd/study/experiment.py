@@ -190,7 +190,10 @@ class Experiment:
         self._do(run, self.runner.build(run), expert)
 
     def _claim(self) -> None:
-        """Refuse a folder whose runs had another expert or other validation frames; trainers check the rest."""
+        """Refuse a folder whose runs had another expert or other validation frames; trainers check the rest.
+
+        A folder in which no run has begun, such as that of a refused command, is nobody's.
+        """
         here = {
             "expert": "each seed's own" if self.plan[0].trained is None else file_digest(self.plan[0].trained),
             "evaluated frames": digest(self._val_frames),
