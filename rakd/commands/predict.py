@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from rakd.data.frames import is_image, read_calibration, read_image, warn_of_centre
+from rakd.data.frames import is_image, read_calibration, read_image
 from rakd.errors import UserError
 from rakd.files import check_folder
 
@@ -48,7 +48,7 @@ class Predict:
         from PIL import Image
 
         from rakd.commands.models import open_model
-        from rakd.data.checks import check_widths
+        from rakd.data.checks import check_widths, warn_of_centre
         from rakd.data.kitti import make_sample
         from rakd.data.labels import write_objects
         from rakd.detector.inference import detect

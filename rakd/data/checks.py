@@ -1,12 +1,15 @@
 """What is looked at before a training: faults of the data that would be noticed hours later, or never."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rakd.data.frames import Frame, count_shared, read_image, read_image_size, warn_of_centre
+from rakd.data.frames import Frame, read_image, read_image_size
 from rakd.data.kitti import resized_width
 from rakd.errors import UserError
+from rakd.geometry import Calibration
 
+_CENTRE = (0.25, 0.75)  # shares of width and height between which principal points lie
 _TAIL = 65536  # bytes in which an image's end mark is looked for: some cameras write more behind it
 _PNG, _PNG_END, _JPEG_END = b"\x89PNG", b"IEND\xaeB\x60\x82", b"\xff\xd9"
 
@@ -36,6 +39,43 @@ def check_frames(train: Sequence[Frame], val: Sequence[Frame], sizes: Iterable[t
         check_widths([frame.image for frame in frames], height, width)
     warn_of_centre((frame.image, frame.calib, frame.read_calibration()) for frame in frames)
     return shared
+
+
+def count_shared(train: Sequence[Frame], val: Sequence[Frame]) -> int:
+    """Number of the frames to evaluate on that are also learned from; warns if there are any."""
+    shared = len({frame.id for frame in train} & {frame.id for frame in val})
+    if shared:
+        warnings.warn(
+            f"{shared} of the {len(val)} frames to evaluate on are learned from: their figures do not tell how well "
+            "other frames are done",
+            stacklevel=3,
+        )
+    return shared
+
+
+def warn_of_centre(cameras: Iterable[tuple[Path, Path, Calibration]]) -> None:
+    """Warn where a camera's principal point is far from the image's centre, as after one of them was resized.
+
+    Args:
+        cameras: An image, its calibration file, and what that holds. The first that is so is told, and how many more
+            there are.
+    """
+    told, count = "", 0
+    for image, calib, calibration in cameras:
+        size = read_image_size(image)
+        point = calibration.projection[:2, 2]
+        shares = (point + 0.5) / size
+        if ((shares < _CENTRE[0]) | (shares > _CENTRE[1])).any():
+            count += 1
+            told = told or (
+                f"{calib}: the principal point, ({point[0]:.0f}, {point[1]:.0f}), is far from the centre of {image}, "
+                f"{size[0]} x {size[1]} pixels"
+            )
+    if told:
+        more = f", and {count - 1} more like it" if count > 1 else ""
+        warnings.warn(
+            f"{told}{more}: distances are wrong if an image was resized or cropped after calibration", stacklevel=3
+        )
 
 
 def check_end(path: Path) -> None:

@@ -12,8 +12,7 @@ A frame's name is its number, of six digits in KITTI's object data and ten in it
 import hashlib
 import re
 import struct
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,6 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _FRAME_NAME = re.compile("[0-9]+")
 _CAMERAS = ("P2", "P_rect_02")  # the left colour camera in the object data, and in the raw data
 _MAX_LISTED = 40  # names that an error gives; calib_cam_to_cam.txt has 34
-_CENTRE = (0.25, 0.75)  # shares of width and height between which principal points lie
 _WHITE = 65535  # of 16 bits
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))  # what undoes each orientation
@@ -135,43 +133,6 @@ def digest(frames: Sequence[Frame]) -> str:
             # With its length before it, no part can be taken for the end of the one before.
             found.update(b"%d:" % len(part) + part)
     return found.hexdigest()[:16]
-
-
-def count_shared(train: Sequence[Frame], val: Sequence[Frame]) -> int:
-    """Number of the frames to evaluate on that are also learned from; warns if there are any."""
-    shared = len({frame.id for frame in train} & {frame.id for frame in val})
-    if shared:
-        warnings.warn(
-            f"{shared} of the {len(val)} frames to evaluate on are learned from: their figures do not tell how well "
-            "other frames are done",
-            stacklevel=3,
-        )
-    return shared
-
-
-def warn_of_centre(cameras: Iterable[tuple[Path, Path, Calibration]]) -> None:
-    """Warn where a camera's principal point is far from the image's centre, as after one of them was resized.
-
-    Args:
-        cameras: An image, its calibration file, and what that holds. The first that is so is told, and how many more
-            there are.
-    """
-    told, count = "", 0
-    for image, calib, calibration in cameras:
-        size = read_image_size(image)
-        point = calibration.projection[:2, 2]
-        shares = (point + 0.5) / size
-        if ((shares < _CENTRE[0]) | (shares > _CENTRE[1])).any():
-            count += 1
-            told = told or (
-                f"{calib}: the principal point, ({point[0]:.0f}, {point[1]:.0f}), is far from the centre of {image}, "
-                f"{size[0]} x {size[1]} pixels"
-            )
-    if told:
-        more = f", and {count - 1} more like it" if count > 1 else ""
-        warnings.warn(
-            f"{told}{more}: distances are wrong if an image was resized or cropped after calibration", stacklevel=3
-        )
 
 
 def read_split(path: Path) -> list[str]:

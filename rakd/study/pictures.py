@@ -1,6 +1,5 @@
 """A study as pictures: bars of methods with their seeds as dots, AP against latency, objects by size, losses."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -131,9 +130,10 @@ def draw_sizes(study: StudyResult) -> Figure:
         for number, method in enumerate(methods):
             own = [run for run in runs if run.method == method]
             table = 100 * np.array([[getattr(group, kind) for group in run.by_size] for run in own])
-            there = [column[np.isfinite(column)] for column in table.T]  # a run may have found none of a size
-            mean = np.array([column.mean() if len(column) else math.nan for column in there])
-            std = np.array([column.std(ddof=1) if len(column) > 1 else 0.0 for column in there])
+            # A run may have found none of a size.
+            spread = [summarise(column[np.isfinite(column)]) for column in table.T]
+            mean = np.array([summary.mean for summary in spread])
+            std = np.nan_to_num([summary.std for summary in spread])
             shift = 0.5 * (number / max(1, len(methods) - 1) - 0.5)
             axis.errorbar(
                 places + shift, mean, yerr=std, fmt="o-", ms=4, lw=1.2, capsize=2,

@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from rakd.data.checks import count_shared, warn_of_centre
 from rakd.data.frames import (
-    count_shared,
     digest,
     find_frames,
     read_calibration,
     read_image,
     read_image_size,
     read_split,
-    warn_of_centre,
     write_calibration,
 )
 from rakd.errors import UserError
