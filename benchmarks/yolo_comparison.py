@@ -1,14 +1,14 @@
-"""``python -m benchmarks.yolo_comparison``: one YOLO apprentice, taught in several ways, on rendered scenes.
+"""``python -m benchmarks.yolo_comparison``: a YOLO apprentice, taught in several ways by an expert of more scenes.
 
-The same apprentice, data, expert, epochs and augmentation, for several seeds:
+The expert, a YOLO11s, learns from all scenes to learn from, the apprentice, a YOLO11n, from the first of them, with the
+same epochs and augmentation for all ways and several seeds:
 
 - ``alone``: no distillation;
-- ``ultralytics``: ultralytics' own (``distill_model=``), with its own default weight;
-- ``rakd``: RAKD's soft loss with its default weight of 1;
-- ``rakd-normalized``: the same as a share of the expert's energy, weight 1;
-- ``rakd-advised``: ten times the task loss, as README advises to begin, with the expert's maps rescaled.
+- ``ultralytics=6``: ultralytics' own (``distill_model=``), with a weight; 6 is its default;
+- ``rakd=auto:10``, ``hfa=auto:3``, ``pkd=1``...: a method of `rakd.distill` with a weight, the expert's maps rescaled.
 
-No weight is tuned. Scenes are in YOLO's format, with three classes; every fifth is validated on. A run that is in the
+Scenes are in YOLO's format, with three classes; every fifth is validated on. ``--tune`` validates on the split ``tune``
+instead, which nobody learns from: there weights are chosen. The last epoch counts, not the best. A run that is in the
 CSV already is not done again, so that the command goes on where it was stopped.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,16 +29,13 @@ import torch
 
 from benchmarks import results
 from rakd.data.boxes2d import write_yolo
+from rakd.data.frames import find_frames
+from rakd.distill.registry import METHODS
+from rakd.files import write_text
 from rakd.scenes import make_scenes
 
-EXPERT, APPRENTICE = "yolo11s.yaml", "yolo11n.yaml"
-RAKD: dict[str, dict[str, Any]] = {
-    "rakd": {"weight": 1.0},
-    "rakd-normalized": {"weight": 1.0, "normalize": True},
-    "rakd-advised": {"weight": "auto:10", "rescale": True},
-}
-"""Ways that distil with RAKD: the arguments of `rakd.integrations.ultralytics.distill`."""
-WAYS = ("alone", "ultralytics", *RAKD)
+NETWORKS = {"expert": "yolo11s.yaml", "apprentice": "yolo11n.yaml"}
+WAYS = ("alone", "ultralytics=6", "rakd=auto:10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +44,14 @@ class ComparisonRow(results.Machine):
 
     way: str  # see the module; "expert" for the expert itself
     seed: int  # of the apprentice's weights and the order and augmentation of images
-    map: float  # mAP50-95 on the scenes for validation, of the checkpoint that ultralytics calls best
+    map: float  # mAP50-95 after the last epoch
     map50: float  # average precision at IoU 0.5
     network: str  # that was trained
+    learned: int  # scenes that it learned from
+    validated: int  # scenes that it was validated on
+    split: str  # theirs: "val" or "tune"
     epochs: int
-    frames: int  # scenes, a fifth of them for validation
+    expert_epochs: int
     size: int  # height and width of the images, pixels
     batch: int  # images a step
     seconds: float  # that the run took
@@ -60,15 +61,27 @@ class ComparisonRow(results.Machine):
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = results.Parser("benchmarks.yolo_comparison", __doc__, out="benchmarks/results/yolo_comparison.csv")
-    parser.add_number("--frames", 400, minimum=10)
-    parser.add_number("--size", 224, 32, "height and width of the images", multiple=32)
-    parser.add_number("--epochs", 40)
+    parser.add_number("--frames", 1500, 10, "scenes in all: 70 % to learn from, 10 % to tune on, 20 % to validate on")
+    parser.add_number("--learned", 240, 1, "scenes that the apprentice learns from")
+    parser.add_number("--size", 160, 32, "height and width of the images", multiple=32)
+    parser.add_number("--epochs", 30)
+    parser.add_number("--expert-epochs", 30)
     parser.add_number("--batch", 16)
-    parser.add_number("--seeds", 3, text="how many")
-    parser.add_names("--ways", WAYS)
+    parser.add_argument("--seeds", type=results.at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--ways", type=_way, nargs="+", default=WAYS, metavar="WAY", help="see above")
+    parser.add_argument("--tune", action="store_true", help="validate on the split tune")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/yolo_comparison"), help="scenes and ultralytics' runs")
     return parser.parse_args(arguments)
+
+
+def _way(text: str) -> str:
+    """Check a way's name and weight."""
+    name, _, weight = text.partition("=")
+    number = weight.removeprefix("auto:") if name in METHODS else weight
+    if text != "alone" and not (name in ("ultralytics", *METHODS) and re.fullmatch(r"\d+\.?\d*(e-?\d+)?", number)):
+        raise argparse.ArgumentTypeError(f"expected alone, ultralytics=WEIGHT or METHOD=WEIGHT, got {text}")
+    return text
 
 
 class Comparison:
@@ -77,28 +90,49 @@ class Comparison:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.work = options.work.absolute()
+        scenes = self.work / "kitti"
+        make_scenes(scenes, options.frames, size=(options.size, options.size))
+        data = write_yolo(scenes, self.work / "yolo")
+        fit = find_frames(scenes, "fit")
+        if len(fit) < options.learned:
+            raise ValueError(f"learned: expected at most {len(fit)} of {options.frames} scenes, got {options.learned}")
+        self.split = "tune" if options.tune else "val"
+        self.learned = {"expert": fit, "apprentice": fit[: options.learned]}
+        self.validated = find_frames(scenes, self.split)
+        lists = {**self.learned, self.split: self.validated}
+        for name, frames in lists.items():
+            # YOLO's own form of a path beside the list.
+            folder = "val" if name == "val" else "train"
+            write_text(data.with_name(f"{name}.txt"), "".join(f"./images/{folder}/{f.image.name}\n" for f in frames))
+        for role in self.learned:
+            text = data.read_text(encoding="utf-8").replace("train: images/train\n", f"train: {role}.txt\n")
+            text = text.replace("val: images/val\n", f"val: {self.split}.txt\n")
+            write_text(data.with_name(f"{role}-{self.split}.yaml"), text)
         self.rows = results.read_rows(options.out, ComparisonRow) if options.out.exists() else []
-        wanted = self._settings()
         for row in self.rows:
+            wanted = self._settings(row.way)
             found = {name: getattr(row, name) for name in wanted}
             if found != wanted:
                 raise ValueError(f"out: {options.out} holds runs with {found}, not {wanted}; choose another file")
-        make_scenes(self.work / "kitti", options.frames, size=(options.size, options.size))
-        self.data = write_yolo(self.work / "kitti", self.work / "yolo")
 
     def run(self) -> list[ComparisonRow]:
         """Do what is missing, the expert first."""
-        expert = self.work / "expert-0" / "weights" / "best.pt"
-        if not self._done("expert", 0) or not expert.exists():
+        expert = self.work / "expert-0" / "weights" / "last.pt"
+        taught = any(way != "alone" for way in self.options.ways)
+        if taught and not (self._done("expert", 0) and expert.exists()):
             self._train("expert", 0, expert)
-        for seed in range(self.options.seeds):
+        for seed in self.options.seeds:
             for way in self.options.ways:
                 if not self._done(way, seed):
                     self._train(way, seed, expert)
         return self.rows
 
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self.options, name) for name in ("epochs", "frames", "size", "batch")}
+    def _settings(self, way: str) -> dict[str, Any]:
+        """What all runs of one file share."""
+        role, options = ("expert" if way == "expert" else "apprentice"), self.options
+        settings = {name: getattr(options, name) for name in ("expert_epochs", "size", "batch")}
+        settings |= {"epochs": options.expert_epochs if role == "expert" else options.epochs}
+        return settings | {"learned": len(self.learned[role]), "validated": len(self.validated), "split": self.split}
 
     def _done(self, way: str, seed: int) -> bool:
         return any((row.way, row.seed) == (way, seed) for row in self.rows)
@@ -108,17 +142,21 @@ class Comparison:
 
         from rakd.integrations.ultralytics import distill
 
-        options = self.options
-        network = EXPERT if way == "expert" else APPRENTICE
+        options, settings = self.options, self._settings(way)
+        role = "expert" if way == "expert" else "apprentice"
+        network = NETWORKS[role]
         torch.manual_seed(seed)
         model: Any = YOLO(network)
-        arguments: dict[str, Any] = {"data": str(self.data), "epochs": options.epochs, "imgsz": options.size}
+        data = self.work / "yolo" / f"{role}-{self.split}.yaml"
+        arguments: dict[str, Any] = {"data": str(data), "epochs": settings["epochs"], "imgsz": options.size}
         arguments |= {"batch": options.batch, "seed": seed, "device": options.device, "plots": False, "verbose": False}
-        arguments |= {"project": str(self.work), "name": f"{way}-{seed}", "exist_ok": True}
-        if way == "ultralytics":
-            arguments["distill_model"] = str(expert)
-        elif way in RAKD:
-            model = distill(model, YOLO(expert), **RAKD[way])
+        arguments |= {"project": str(self.work), "name": f"{way}-{seed}", "exist_ok": True, "val": False}
+        name, _, weight = way.partition("=")
+        if name == "ultralytics":
+            arguments |= {"distill_model": str(expert), "dis": float(weight)}
+        elif name in METHODS:
+            given = weight if weight.startswith("auto") else float(weight)
+            model = distill(model, YOLO(expert), given, method=name, rescale=True)
         begun = time.time()
         metrics = model.train(**arguments)
         row = ComparisonRow(
@@ -129,7 +167,7 @@ class Comparison:
             network=Path(network).stem,
             seconds=time.time() - begun,
             ultralytics=importlib.metadata.version("ultralytics"),
-            **self._settings(),
+            **settings,
             **asdict(results.describe_machine(options.device)),
         )
         before = next((old for old in self.rows if (old.way, old.seed) == (way, seed)), None)
@@ -143,7 +181,7 @@ def format_rows(rows: Sequence[ComparisonRow]) -> str:
     """Lay out mean and standard deviation over the seeds, and the difference to ``alone`` seed by seed."""
     alone = {row.seed: row.map for row in rows if row.way == "alone"}
     lines = [["way", "seeds", "mAP50-95", "mAP50", "beside alone", "min/run"]]
-    for way in ("expert", *WAYS):
+    for way in dict.fromkeys(("expert", *(row.way for row in rows))):
         runs = [row for row in rows if row.way == way]
         if runs:
             gains = [row.map - alone[row.seed] for row in runs if row.seed in alone]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -30,6 +31,16 @@ def test_every_module_has_its_place() -> None:
 
 def test_every_command_shows_its_help() -> None:
     assert re.findall(r"command-help:: (\S+)", PAGES) == list(_commands())
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_says_nothing_twice(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for found in (
+        re.findall(r"^#+ .*", text, re.MULTILINE),
+        re.findall(r"^```bash\n.*?^```", text, re.DOTALL | re.MULTILINE),
+    ):
+        assert sorted(found) == sorted(set(found))
 
 
 def code_of(page: str, first: str) -> Any:

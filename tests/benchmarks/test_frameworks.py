@@ -13,6 +13,7 @@ import pytest
 from benchmarks import framework_cost, yolo_comparison
 from benchmarks.framework_cost import FRAMEWORKS, Gate
 from benchmarks.results import describe_machine, read_rows, write_rows
+from rakd.data.frames import read_split
 
 
 def test_a_gate_lets_one_step_through_at_a_time() -> None:
@@ -61,8 +62,40 @@ def test_each_framework_is_measured(name: str, tmp_path: Path) -> None:
     assert read_rows(tmp_path / "rows.csv", framework_cost.FrameworkRow) == rows
 
 
+SMALL = ("--frames=10", "--learned=2", "--size=96", "--epochs=1", "--expert-epochs=1", "--batch=4")
+
+
+def test_the_comparison_learns_tunes_and_validates_on_scenes_of_their_own(tmp_path: Path) -> None:
+    for split in ("val", "tune"):
+        extra = ["--tune"] if split == "tune" else []
+        options = yolo_comparison.parse([f"--work={tmp_path}", f"--out={tmp_path / 'rows.csv'}", *SMALL, *extra])
+        comparison = yolo_comparison.Comparison(options)
+        used: dict[str, list[str]] = {}
+        for role in ("expert", "apprentice"):
+            lines = (tmp_path / "yolo" / f"{role}-{split}.yaml").read_text().splitlines()
+            lists = {
+                line.partition(": ")[0]: line.partition(": ")[2] for line in lines if line.startswith(("train", "val"))
+            }
+            for part, name in lists.items():
+                images = (tmp_path / "yolo" / name).read_text().split()
+                assert all((tmp_path / "yolo" / image).is_file() for image in images)
+                used[f"{role} {part}"] = [Path(image).stem for image in images]
+        assert used["apprentice train"] == used["expert train"][:2]
+        assert used["apprentice val"] == used["expert val"]
+        assert used["expert val"] == read_split(tmp_path / "kitti" / "ImageSets" / f"{split}.txt")
+        assert not set(used["expert val"]) & set(used["expert train"])
+        assert comparison._settings("alone")["validated"] == len(used["expert val"])
+
+
+@pytest.mark.parametrize("way", ["alone=1", "rakd", "unknown=1", "ultralytics", "ultralytics=auto:3", "rakd=auto:x"])
+def test_a_way_has_a_known_name_and_its_weight(way: str) -> None:
+    with pytest.raises(ValueError, match="ways: expected alone, ultralytics=WEIGHT or METHOD=WEIGHT"):
+        yolo_comparison.parse(["--ways", way])
+
+
 def _row(way: str, seed: int, value: float, **changes: Any) -> yolo_comparison.ComparisonRow:
-    fixed = {"network": "yolo11n", "epochs": 1, "frames": 10, "size": 96, "batch": 4, "ultralytics": "8"}
+    fixed = {"network": "yolo11n", "learned": 2, "validated": 2, "split": "val", "epochs": 1, "expert_epochs": 1}
+    fixed |= {"size": 96, "batch": 4, "ultralytics": "8"}
     machine = dataclasses.asdict(describe_machine("cpu"))
     found = {"way": way, "seed": seed, "map": value, "map50": 2 * value, "seconds": 60.0}
     return yolo_comparison.ComparisonRow(**{**found, **fixed, **machine, **changes})
@@ -71,16 +104,16 @@ def _row(way: str, seed: int, value: float, **changes: Any) -> yolo_comparison.C
 def test_the_comparison_is_summed_up_seed_by_seed() -> None:
     rows = [_row("expert", 0, 0.4)]
     rows += [_row("alone", seed, 0.1 + 0.02 * seed) for seed in range(3)]
-    rows += [_row("rakd", seed, 0.15 + 0.02 * seed) for seed in range(3)]
+    rows += [_row("rakd=1", seed, 0.15 + 0.02 * seed) for seed in range(3)]
     text = yolo_comparison.format_rows(rows).splitlines()
-    assert [line.split()[0] for line in text] == ["way", "expert", "alone", "rakd"]
+    assert [line.split()[0] for line in text] == ["way", "expert", "alone", "rakd=1"]
     assert "12.00 ± 2.00" in text[2] and "24.00 ± 4.00" in text[2]
     assert "17.00 ± 2.00" in text[3] and "+5.00 ± 0.00" in text[3]
 
 
 def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'rows.csv'}", "--frames=10", "--size=96"]
-    options = yolo_comparison.parse([*arguments, "--epochs=1", "--batch=4", "--seeds=2", "--ways", "alone", "rakd"])
+    arguments = [f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'rows.csv'}", *SMALL]
+    options = yolo_comparison.parse([*arguments, "--seeds", "0", "1", "--ways", "alone", "rakd=1"])
     write_rows(options.out, yolo_comparison.ComparisonRow, [_row("alone", 0, 0.1)])
     asked: list[tuple[str, int]] = []
 
@@ -90,7 +123,7 @@ def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(yolo_comparison.Comparison, "_train", train)
     yolo_comparison.Comparison(options).run()
-    assert asked == [("expert", 0), ("rakd", 0), ("alone", 1), ("rakd", 1)]
+    assert asked == [("expert", 0), ("rakd=1", 0), ("alone", 1), ("rakd=1", 1)]
     other = argparse.Namespace(**{**vars(options), "epochs": 2})
     with pytest.raises(ValueError, match="choose another file"):
         yolo_comparison.Comparison(other)
@@ -98,9 +131,9 @@ def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
 
 def test_an_expert_that_is_made_anew_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ultralytics = pytest.importorskip("ultralytics", reason="pip install 'rakd[ultralytics]'")
-    arguments = [f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'rows.csv'}", "--frames=10", "--size=96"]
-    again = yolo_comparison.Comparison(yolo_comparison.parse([*arguments, "--epochs=1", "--batch=4"]))
-    again.rows = [_row("expert", 0, 0.4), _row("rakd", 0, 0.1)]
+    arguments = [f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'rows.csv'}", *SMALL]
+    again = yolo_comparison.Comparison(yolo_comparison.parse(arguments))
+    again.rows = [_row("expert", 0, 0.4), _row("rakd=1", 0, 0.1)]
 
     class Trained:
         """Trains in no time, to another expert than that of the rows."""
