@@ -10,19 +10,23 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from rakd.commands.config import read_options
 from rakd.errors import UserError
 from rakd.study.metrics import IOU_NAMES, Metric, summarise
 from rakd.study.results import RunResult, read_run
 from rakd.study.tables import Cell
 
 _SEED = re.compile(r"-seed\d+$")
+_OWN = ("data", "out", "seed", "device", "workers", "extend")
+"""Options of ``rakd train`` that runs of one column need not share."""
 
 
 @dataclass(frozen=True)
 class Compare:
     """Print the metrics of finished runs side by side: means, and standard deviations over seeds.
 
-    Reads result.json of each trained model. Folders that differ only in -seedN share a column.
+    Reads result.json of each trained model. Folders that differ only in -seedN share a column, and must have been
+    trained alike.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...", help_behavior_hint="(required)")]
@@ -30,11 +34,12 @@ class Compare:
 
     def run(self) -> None:
         """Read the runs and print the table."""
-        columns: dict[Path, list[RunResult]] = {}
+        paths: dict[Path, list[Path]] = {}
         for path in dict.fromkeys(path for folder in self.runs for path in _find_results(folder)):
-            columns.setdefault(path.parent.with_name(_SEED.sub("", path.parent.name)), []).append(read_run(path))
-        if not columns:
+            paths.setdefault(path.parent.with_name(_SEED.sub("", path.parent.name)), []).append(path)
+        if not paths:
             raise UserError("RUN: expected at least one folder of a run, got none")
+        columns = {name: _read_alike(found) for name, found in paths.items()}
         objects = {run.depth["all"].objects for runs in columns.values() for run in runs if "all" in run.depth}
         if len(objects) > 1:
             counts = ", ".join(map(str, sorted(objects)))
@@ -81,6 +86,28 @@ def _figures(run: RunResult) -> dict[str, float]:
     if run.seconds is not None:
         figures["training, minutes"] = run.seconds / 60
     return figures
+
+
+def _read_alike(paths: list[Path]) -> list[RunResult]:
+    """Read the runs of one column, which differ in their seeds alone."""
+    runs = [read_run(path) for path in paths]
+    trained = [{"method": run.method, **_options(path)} for run, path in zip(runs, paths, strict=True)]
+    for path, options in zip(paths, trained, strict=True):
+        for name in sorted({*options, *trained[0]}):
+            one, other = trained[0].get(name), options.get(name)
+            if one != other:
+                raise UserError(
+                    f"RUN: expected runs that differ only in -seedN to be trained alike, got {name} {one} in "
+                    f"{paths[0].parent} and {other} in {path.parent}; rename one"
+                )
+    return runs
+
+
+def _options(path: Path) -> dict[str, object]:
+    """How ``rakd train`` trained the run of a result file, but for what may differ from seed to seed."""
+    config = path.with_name("config.json")
+    options = read_options(config) if config.exists() else {}
+    return {name: value for name, value in options.items() if name not in _OWN}
 
 
 def _find_results(folder: Path) -> list[Path]:

@@ -24,6 +24,21 @@ def write_options(command: Any, path: Path) -> None:
     write_text(path, json.dumps({"command": type(command).__name__.lower(), **options}, indent=1) + "\n")
 
 
+def read_options(path: Path) -> dict[str, Any]:
+    """Read what `write_options` wrote.
+
+    Raises:
+        UserError: The file is missing or is not JSON of that kind; names it.
+    """
+    try:
+        content = json.loads(read_text(path, "a file of options (config.json of a run)"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: expected options as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected options by name, got {type(content).__name__}")
+    return content
+
+
 def insert_options(words: Sequence[str], commands: dict[str, Any]) -> list[str]:
     """Put the options of ``--config FILE`` in front of those of the command line, which so override them.
 
@@ -43,12 +58,7 @@ def insert_options(words: Sequence[str], commands: dict[str, Any]) -> list[str]:
 
 def _read(path: Path, name: str, command: type) -> list[str]:
     """The options in a file, as words of the command line, by which they are checked as those are."""
-    try:
-        content = json.loads(read_text(path, "a file of options (config.json of a run)"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: expected options as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected options by name, got {type(content).__name__}")
+    content = read_options(path)
     if content.pop("command", name) != name:
         raise UserError(f"{path} holds the options of another command than {name}")
     known = [field.name for field in fields(command) if field.name != "config"]

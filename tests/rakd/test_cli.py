@@ -288,6 +288,26 @@ def test_compare_says_when_runs_have_other_frames(finished, capsys):
     )
 
 
+def test_compare_refuses_to_average_runs_that_were_trained_unlike(finished, capsys):
+    for seed, steps in ((0, 100), (1, 200)):
+        options = {"command": "train", "steps": steps, "seed": seed, "out": f"small-seed{seed}", "detector": "small"}
+        folder = finished / f"small-seed{seed}"
+        folder.mkdir()
+        shutil.copy(finished / "alone" / "result.json", folder)
+        (folder / "config.json").write_text(json.dumps(options))
+    folders = [str(finished / f"small-seed{seed}") for seed in (0, 1)]
+    assert main(["compare", *folders]) == 2
+    assert f"got steps 100 in {folders[0]} and 200 in {folders[1]}; rename one" in capsys.readouterr().err
+    assert main(["compare", folders[1]]) == 0
+    (finished / "small-seed1" / "config.json").write_text(json.dumps({**options, "steps": 100}))
+    capsys.readouterr()
+    assert main(["compare", *folders]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["small"]
+    shutil.copy(finished / "study" / "rakd-seed0" / "result.json", finished / "small-seed0")
+    assert main(["compare", *folders]) == 2
+    assert f"got method rakd in {folders[0]} and none in {folders[1]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"depth": {"all": {}}}', '{"precisions": {"official": 3}}', '{"seed": 1}']
 )
