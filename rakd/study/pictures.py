@@ -1,6 +1,6 @@
-"""A study as pictures: bars of methods with their seeds as dots, AP against latency, objects by size, losses."""
+"""A study as pictures: methods' figures and gains, AP against latency, objects by size, losses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -9,13 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import blended_transform_factory
 
 from rakd.distill import registry
 from rakd.evaluation.depth import ALL, SIZES
 from rakd.evaluation.kitti import CLASSES
 from rakd.geometry import FloatArray
-from rakd.study.metrics import MEAN, METHOD_NAMES, Metric, summarise, values_by_seed
+from rakd.study.metrics import MEAN, METHOD_NAMES, PRIMARY, Metric, summarise, values_by_seed
 from rakd.study.results import METHODS, StudyResult, TrainingLog
+from rakd.study.tables import Difference, Row, make_tables
 
 COLORS = {"expert": "#22272e", "none": "#8b95a1", **{name: spec.color for name, spec in registry.METHODS.items()}}
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
@@ -75,6 +77,63 @@ def _draw_bar_panel(axis: Axes, study: StudyResult, metric: Metric, methods: Seq
     axis.margins(x=0.25)
     _clean(axis, "x")
     axis.tick_params(axis="y", labelsize=9.5, labelcolor=INK)
+
+
+def draw_gains(studies: Mapping[str, StudyResult]) -> Figure:
+    """Draw what each method gains over no distillation: means with their intervals, a panel for each primary metric.
+
+    Better is to the right in every panel. A dot is filled where the interval is on one side of 0; where there is no
+    interval it is hollow and alone.
+
+    Args:
+        studies: By the name above their rows. One at least has a method and no distillation in one seed.
+
+    Returns:
+        The figure: a row for each method of each study.
+    """
+    rows: list[tuple[str, Row | None]] = []
+    for name, study in studies.items():
+        table = next((table for table in make_tables(study) if table.key == "difference"), None)
+        if table is not None:
+            rows += [(name, None)] * bool(name) + [(row.name, row) for row in table.rows]
+    height = 1.05 + 0.24 * len(rows)
+    figure = Figure(figsize=(13.5, height))
+    metrics = [metric for metric in PRIMARY if metric.kind != "bev"]
+    axes = figure.subplots(1, len(metrics), sharey=True)
+    for axis, metric in zip(axes, metrics, strict=True):
+        for place, (_, row) in enumerate(rows):
+            if row is not None:
+                _draw_gain(axis, place, row, metric)
+        title, _, condition = metric.title.removesuffix(" (%)").replace("average", "three classes").partition(" at ")
+        axis.set_title(f"{title}\n{condition}".strip(), loc="left", size=9, color=INK)
+        axis.axvline(0, color=INK, lw=0.8, zorder=1)
+        if metric.lower_is_better:
+            axis.invert_xaxis()
+        _clean(axis, "x")
+    axes[0].set_yticks(range(len(rows)), ["" if row is None else name for name, row in rows])
+    axes[0].set_ylim(len(rows) - 0.45, -0.55)
+    axes[0].tick_params(axis="y", labelsize=9, labelcolor=INK)
+    for place, (name, row) in enumerate(rows):
+        if row is None:
+            # Of the figure, since it reaches over several panels.
+            where = blended_transform_factory(figure.transFigure, axes[0].transData)
+            text = figure.text(0.012, place, name, va="center", size=9.5, weight="bold", color=INK, transform=where)
+            text.set_bbox({"fc": "white", "ec": "none", "pad": 1})
+    figure.subplots_adjust(left=0.1, right=0.99, top=1 - 0.8 / height, bottom=0.25 / height, wspace=0.12)
+    title = "Gains over no distillation, points (95 % intervals, simultaneous for a study's methods; right is better)"
+    figure.text(0.012, 1 - 0.1 / height, title, va="top", size=13, weight="bold", color=INK)
+    return figure
+
+
+def _draw_gain(axis: Axes, place: int, row: Row, metric: Metric) -> None:
+    (cell,) = (cell for cell in row.cells if cell.metric == metric)
+    if not isinstance(cell, Difference) or not cell.summary.count:
+        return
+    low, high = cell.interval
+    if np.isfinite(cell.interval).all():
+        axis.plot([low, high], [place, place], color=COLORS[row.method], lw=2, solid_capstyle="butt")
+    face = COLORS[row.method] if low > 0 or high < 0 else "white"
+    axis.plot(cell.summary.mean, place, "o", ms=6, mfc=face, mec=COLORS[row.method], mew=1.4, zorder=3)
 
 
 def draw_tradeoff(study: StudyResult) -> Figure:

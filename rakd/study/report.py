@@ -62,15 +62,17 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
 
     Returns:
         The files written: ``study.json``, ``tables.md``, ``tables.csv``, ``bars.png`` (if there are runs),
-        ``tradeoff.png`` (if the models' latency was measured), ``sizes.png`` (if runs have figures by size),
-        ``training.png`` and ``report.html``.
+        ``gains.png`` (if a method and no distillation have a seed in common), ``tradeoff.png`` (if the models' latency
+        was measured), ``sizes.png`` (if runs have figures by size), ``training.png`` and ``report.html``.
     """
-    from rakd.study.pictures import draw_bars, draw_sizes, draw_tradeoff, draw_training
+    from rakd.study.pictures import draw_bars, draw_gains, draw_sizes, draw_tradeoff, draw_training
 
     tables = make_tables(study)
     write_study(folder / "study.json", study)
     write_text(folder / "tables.csv", format_csv(tables))
     pictures = {"bars.png": draw_bars(study)} if study.runs else {}
+    if any(table.key == "difference" for table in tables):
+        pictures["gains.png"] = draw_gains({"": study})
     if study.runs and all(model.latency_ms is not None for model in study.models) and study.models:
         pictures["tradeoff.png"] = draw_tradeoff(study)
     if any(run.by_size for run in study.runs):

@@ -16,7 +16,7 @@ from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES
 from rakd.study.evaluation import precisions_of
 from rakd.study.metrics import MEAN, Metric, summarise, values_by_seed
-from rakd.study.pictures import COLORS, draw_bars, draw_sizes, draw_tradeoff, draw_training, running_mean
+from rakd.study.pictures import COLORS, draw_bars, draw_gains, draw_sizes, draw_tradeoff, draw_training, running_mean
 from rakd.study.report import format_tables, write_report
 from rakd.study.results import (
     METHODS,
@@ -345,6 +345,27 @@ def test_bars_stand_for_means_and_dots_for_seeds(study):
     assert [sorted(line.get_xdata()) for line in axis.lines] == [[30], [10, 11, 12], [10.5], [12, 13, 14]]
 
 
+def test_gains_stand_at_paired_means_and_are_filled_where_the_interval_excludes_0():
+    key = Metric("3d", "Car", "moderate", "official").key
+    alone = run("none", 0, 10.0, abs_rel=0.1, drawn={key: (9.0, 10.0, 11.0)})
+    clear = run("rakd", 0, 14.0, abs_rel=0.08, drawn={key: (13.1, 14.0, 14.9)})
+    unclear = run("hfa", 0, 11.0, drawn={key: (13.0, 10.0, 9.0)})
+    figure = draw_gains(
+        {"one": study_of(alone, clear, unclear), "two": study_of(alone), "three": study_of(alone, clear)}
+    )
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ["", "HFA", "RAKD", "", "RAKD"]  # in the second nothing was distilled
+    assert [text.get_text() for text in figure.texts][:2] == ["one", "three"]
+    places = {}
+    for line in figure.axes[0].lines:
+        if line.get_marker() == "o":
+            places[line.get_ydata()[0]] = (line.get_xdata()[0], line.get_markerfacecolor())
+    assert places == {1: (1.0, "white"), 2: (4.0, COLORS["rakd"]), 4: (4.0, COLORS["rakd"])}
+    absolute = next(axis for axis in figure.axes if axis.get_title(loc="left").startswith("AbsRel"))
+    assert absolute.xaxis.get_inverted()  # fewer errors are to the right, as more AP is
+    assert [line.get_markerfacecolor() for line in absolute.lines if line.get_marker() == "o"] == ["white"] * 3
+
+
 def test_training_curves_have_a_panel_for_each_loss(study):
     rows = [{"step": step, "task": 5 - step / 100} for step in range(100)]
     logs = [
@@ -492,7 +513,7 @@ def test_the_page_has_the_figures_of_the_tables(study, tmp_path):
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.open == [] and "made &lt;by&gt; hand &amp; eye" in text
-    assert page.pictures == ["bars.png", "tradeoff.png", "frames.png"]
+    assert page.pictures == ["bars.png", "gains.png", "tradeoff.png", "frames.png"]
     wanted = []
     for one in make_tables(study):
         wanted.append(["Method", "Seeds", *one.heads])

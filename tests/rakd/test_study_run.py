@@ -123,7 +123,7 @@ def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
     assert expert.parameters > apprentice.parameters
     assert read_study(out / "study.json").to_json() == result.to_json()
     files = {"basis.json", "study.json", "tables.md", "tables.csv", "report.html"}
-    files |= {"bars.png", "tradeoff.png", "sizes.png", "training.png", "frames.png"}
+    files |= {"bars.png", "gains.png", "tradeoff.png", "sizes.png", "training.png", "frames.png"}
     assert {path.name for path in out.iterdir()} == files | {"expert-seed0", "none-seed0", "rakd-seed0"}
     for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         inside = {path.name for path in (out / name).iterdir()}
