@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gains``: what each method gains in each committed study of five seeds, as one picture."""
+"""``python -m benchmarks.gains``: what each method gains in six studies of five seeds, as one picture."""
 
 from __future__ import annotations
 

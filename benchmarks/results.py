@@ -217,7 +217,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program: str, text: str | None, out: str = "runs/benchmarks") -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=f"python -m {program}", description=text, formatter_class=form)
-        kind = "the CSV" if out.endswith(".csv") else "folder of the results"
+        kind = "the file" if "." in out else "folder of the results"
         self.add_argument("--out", type=Path, default=Path(out), help=f"{kind} (default: {out})")
 
     def error(self, message: str) -> NoReturn:

@@ -61,7 +61,7 @@ class ComparisonRow(results.Machine):
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = results.Parser("benchmarks.yolo_comparison", __doc__, out="benchmarks/results/yolo_comparison.csv")
-    parser.add_number("--frames", 1500, 10, "scenes in all: 70 % to learn from, 10 % to tune on, 20 % to validate on")
+    parser.add_number("--frames", 1500, 10, "scenes in all: 70 %% to learn from, 10 %% to tune on, 20 %% to validate on")
     parser.add_number("--learned", 240, 1, "scenes that the apprentice learns from")
     parser.add_number("--size", 160, 32, "height and width of the images", multiple=32)
     parser.add_number("--epochs", 30)

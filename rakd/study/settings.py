@@ -188,7 +188,7 @@ STUDIES: dict[str, StudySettings] = {
         training=replace(_RESOLUTION.training, learning_rate=5e-4),
         methods=("none", *tuple(_RESOLUTION_WEIGHTS)[:3]),
         goes_on_from="scenes-resolution",
-        takes="some 75 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
+        takes="some 80 minutes a seed on a core of an AMD EPYC, and 8 to render the scenes",
     ),
     "real-frames": replace(
         _RESOLUTION,
