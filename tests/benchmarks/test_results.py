@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import figures
-from benchmarks.results import Row, describe_machine, git_state, read_rows, write_rows
+from benchmarks.results import ROOT, Row, describe_machine, git_state, read_rows, write_rows
 
 
 def test_round_trip(tmp_path: Path, make_row: Callable[..., Row]) -> None:
@@ -66,3 +68,17 @@ def test_without_git_the_commit_is_empty(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", "")
     assert describe_machine("cpu").commit == ""
     assert git_state(Path()) == ("", False)
+
+
+@pytest.mark.parametrize(
+    "program", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if 'Parser("' in path.read_text())
+)
+def test_every_program_shows_its_help(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"benchmarks.{program}")
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    assert f"usage: python -m benchmarks{'' if program == '__main__' else f'.{program}'} " in capsys.readouterr().out
