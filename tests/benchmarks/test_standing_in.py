@@ -66,7 +66,15 @@ for name in ("tyro", "pybind11", "ruff"):
 
 
 # These measure the layer above the ops, with its packages.
-OF_RAKD = {"detector_cost", "training_cost", "framework_cost", "waymo_evaluation", "yolo_comparison", "map_imitation"}
+OF_RAKD = {
+    "detector_cost",
+    "training_cost",
+    "framework_cost",
+    "waymo_evaluation",
+    "yolo_comparison",
+    "map_imitation",
+    "gains",
+}
 
 
 def test_benchmarks_of_the_ops_import_and_their_tests_are_collected() -> None:
