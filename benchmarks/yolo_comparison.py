@@ -61,7 +61,9 @@ class ComparisonRow(results.Machine):
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = results.Parser("benchmarks.yolo_comparison", __doc__, out="benchmarks/results/yolo_comparison.csv")
-    parser.add_number("--frames", 1500, 10, "scenes in all: 70 %% to learn from, 10 %% to tune on, 20 %% to validate on")
+    parser.add_number(
+        "--frames", 1500, 10, "scenes in all: 70 %% to learn from, 10 %% to tune on, 20 %% to validate on"
+    )
     parser.add_number("--learned", 240, 1, "scenes that the apprentice learns from")
     parser.add_number("--size", 160, 32, "height and width of the images", multiple=32)
     parser.add_number("--epochs", 30)
@@ -70,9 +72,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=results.at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--ways", type=_way, nargs="+", default=WAYS, metavar="WAY", help="see above")
     parser.add_argument("--tune", action="store_true", help="validate on the split tune")
+    parser.add_argument("--expert", type=_file, metavar="FILE", help="checkpoint; default: one that is trained here")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/yolo_comparison"), help="scenes and ultralytics' runs")
     return parser.parse_args(arguments)
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected a file, got {text}")
+    return Path(text)
 
 
 def _way(text: str) -> str:
@@ -117,9 +126,10 @@ class Comparison:
 
     def run(self) -> list[ComparisonRow]:
         """Do what is missing, the expert first."""
-        expert = self.work / "expert-0" / "weights" / "last.pt"
+        own = self.work / "expert-0" / "weights" / "last.pt"
+        expert = self.options.expert or own
         taught = any(way != "alone" for way in self.options.ways)
-        if taught and not (self._done("expert", 0) and expert.exists()):
+        if taught and expert == own and not (self._done("expert", 0) and own.exists()):
             self._train("expert", 0, expert)
         for seed in self.options.seeds:
             for way in self.options.ways:

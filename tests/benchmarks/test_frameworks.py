@@ -124,6 +124,13 @@ def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(yolo_comparison.Comparison, "_train", train)
     yolo_comparison.Comparison(options).run()
     assert asked == [("expert", 0), ("rakd=1", 0), ("alone", 1), ("rakd=1", 1)]
+    (tmp_path / "given.pt").touch()
+    given = [f"--out={tmp_path / 'given.csv'}", "--seeds", "0", "--ways", "rakd=1", f"--expert={tmp_path / 'given.pt'}"]
+    asked.clear()
+    yolo_comparison.Comparison(yolo_comparison.parse([*arguments, *given])).run()
+    assert asked == [("rakd=1", 0)]
+    with pytest.raises(ValueError, match="expert: expected a file, got nowhere"):
+        yolo_comparison.parse(["--expert=nowhere"])
     other = argparse.Namespace(**{**vars(options), "epochs": 2})
     with pytest.raises(ValueError, match="choose another file"):
         yolo_comparison.Comparison(other)
