@@ -22,10 +22,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import t as student_t  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks import results
 from rakd.data.boxes2d import write_yolo
@@ -188,23 +190,36 @@ class Comparison:
 
 
 def format_rows(rows: Sequence[ComparisonRow]) -> str:
-    """Lay out mean and standard deviation over the seeds, and the difference to ``alone`` seed by seed."""
-    alone = {row.seed: row.map for row in rows if row.way == "alone"}
-    lines = [["way", "seeds", "mAP50-95", "mAP50", "beside alone", "min/run"]]
-    for way in dict.fromkeys(("expert", *(row.way for row in rows))):
+    """Lay out mean and standard deviation over the seeds, and paired differences of mAP50-95 with their intervals.
+
+    Intervals are of 95 %, over seeds (Student's t), simultaneous for all pairs (Bonferroni).
+    """
+    ways = list(dict.fromkeys(("expert", *(row.way for row in rows))))
+    lines = [["way", "seeds", "mAP50-95", "mAP50", "min/run"]]
+    for way in ways:
         runs = [row for row in rows if row.way == way]
         if runs:
-            gains = [row.map - alone[row.seed] for row in runs if row.seed in alone]
-            gain = "" if way in ("expert", "alone") or not gains else _spread(gains, "+")
             minutes = statistics.mean(row.seconds for row in runs) / 60
             found = _spread([row.map for row in runs]), _spread([row.map50 for row in runs])
-            lines.append([way, str(len(runs)), *found, gain, f"{minutes:.1f}"])
-    return results.format_table(lines)
+            lines.append([way, str(len(runs)), *found, f"{minutes:.1f}"])
+    found_by = {way: {row.seed: row.map for row in rows if row.way == way} for way in ways if way != "expert"}
+    pairs = list(combinations(found_by, 2))
+    differences = [["difference", "seeds", "mAP50-95", "95 % interval"]]
+    for other, way in pairs:
+        values = [found_by[way][seed] - found_by[other][seed] for seed in found_by[way] if seed in found_by[other]]
+        if len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
+            reach = float(student_t.ppf(1 - 0.025 / len(pairs), len(values) - 1)) * error
+            mean = statistics.mean(values)
+            interval = f"[{100 * (mean - reach):+.2f}, {100 * (mean + reach):+.2f}]"
+            differences.append([f"{way} - {other}", str(len(values)), f"{100 * mean:+.2f}", interval])
+    tables = [lines, differences] if len(differences) > 1 else [lines]
+    return "\n\n".join(map(results.format_table, tables))
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
+def _spread(values: Sequence[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{100 * statistics.mean(values):{sign}.2f} ± {100 * deviation:.2f}"
+    return f"{100 * statistics.mean(values):.2f} ± {100 * deviation:.2f}"
 
 
 def main() -> None:

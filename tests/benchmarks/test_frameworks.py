@@ -104,11 +104,16 @@ def _row(way: str, seed: int, value: float, **changes: Any) -> yolo_comparison.C
 def test_the_comparison_is_summed_up_seed_by_seed() -> None:
     rows = [_row("expert", 0, 0.4)]
     rows += [_row("alone", seed, 0.1 + 0.02 * seed) for seed in range(3)]
-    rows += [_row("rakd=1", seed, 0.15 + 0.02 * seed) for seed in range(3)]
-    text = yolo_comparison.format_rows(rows).splitlines()
-    assert [line.split()[0] for line in text] == ["way", "expert", "alone", "rakd=1"]
-    assert "12.00 ± 2.00" in text[2] and "24.00 ± 4.00" in text[2]
-    assert "17.00 ± 2.00" in text[3] and "+5.00 ± 0.00" in text[3]
+    rows += [_row("rakd=1", seed, 0.15 + 0.02 * seed + 0.01 * (seed - 1)) for seed in range(3)]
+    rows += [_row("pkd=1", 0, 0.1)]  # of one seed: no interval
+    ways, differences = (part.splitlines() for part in yolo_comparison.format_rows(rows).split("\n\n"))
+    assert [line.split()[0] for line in ways] == ["way", "expert", "alone", "rakd=1", "pkd=1"]
+    assert "12.00 ± 2.00" in ways[2] and "24.00 ± 4.00" in ways[2]
+    assert "17.00 ± 3.00" in ways[3]
+    (line,) = differences[1:]
+    assert line.startswith("rakd=1 - alone") and "+5.00" in line
+    # Student's t with 2 degrees of freedom at 1 - 0.025 / 3, three pairs being there: 7.6488; error 1 / sqrt(3).
+    assert "[+0.58, +9.42]" in line
 
 
 def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
