@@ -8,11 +8,11 @@ from rakd.study.results import read_study
 
 STUDIES = {
     "MobileNetV3-small from random weights, 1,000 steps": "distill_scenes_methods",
-    "The same, 3,000 steps, another expert": "distill_scenes_long",
+    "MobileNetV3-small from random weights, 3,000 steps": "distill_scenes_long",
     "EfficientNet-Lite0 from ImageNet weights, 1,000 steps": "distill_scenes_resolution",
-    "The same networks, 2,000 steps": "distill_scenes_resolution_long",
-    "The same networks, 4,000 steps": "distill_scenes_resolution_four",
-    "Those of 1,000 steps, then 600 on 59 frames of KITTI; 31 evaluated": "distill_real_frames",
+    "EfficientNet-Lite0 from ImageNet weights, 2,000 steps": "distill_scenes_resolution_long",
+    "EfficientNet-Lite0 from ImageNet weights, 4,000 steps": "distill_scenes_resolution_four",
+    "EfficientNet-Lite0 after 1,000 steps, fine-tuned on 59 frames of KITTI, evaluated on 31": "distill_real_frames",
 }
 """Folders of ``benchmarks/results`` by what their rows are called."""
 

@@ -211,13 +211,13 @@ class Parser(argparse.ArgumentParser):
     Args:
         program: Name of the module.
         text: Description of the program.
-        out: Default of ``--out``: a folder, for a file that :func:`csv_path` names, or the CSV itself.
+        out: Default of ``--out``: a folder, for a file that :func:`csv_path` names, or the file itself.
     """
 
     def __init__(self, program: str, text: str | None, out: str = "runs/benchmarks") -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=f"python -m {program}", description=text, formatter_class=form)
-        kind = "the file" if "." in out else "folder of the results"
+        kind = "the file" if Path(out).suffix else "folder of the results"
         self.add_argument("--out", type=Path, default=Path(out), help=f"{kind} (default: {out})")
 
     def error(self, message: str) -> NoReturn:

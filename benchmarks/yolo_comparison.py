@@ -1,15 +1,16 @@
 """``python -m benchmarks.yolo_comparison``: a YOLO apprentice, taught in several ways by an expert of more scenes.
 
-The expert, a YOLO11s, learns from all scenes to learn from, the apprentice, a YOLO11n, from the first of them, with the
-same epochs and augmentation for all ways and several seeds:
+The expert, a YOLO11s, learns from 70 % of the scenes, the apprentice, a YOLO11n, from the first ``--learned`` of these,
+with the same expert, epochs and augmentation for all ways and several seeds:
 
 - ``alone``: no distillation;
 - ``ultralytics=6``: ultralytics' own (``distill_model=``), with a weight; 6 is its default;
 - ``rakd=auto:10``, ``hfa=auto:3``, ``pkd=1``...: a method of `rakd.distill` with a weight, the expert's maps rescaled.
 
 Scenes are in YOLO's format, with three classes; every fifth is validated on. ``--tune`` validates on the split ``tune``
-instead, which nobody learns from: there weights are chosen. The last epoch counts, not the best. A run that is in the
-CSV already is not done again, so that the command goes on where it was stopped.
+instead, which nobody learns from: there weights are chosen, with ``--expert``, the one of the table. The last epoch
+counts, not the best. A run that is in the CSV already is not done again, so that the command goes on where it was
+stopped; another expert needs another CSV.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_number("--epochs", 30)
     parser.add_number("--expert-epochs", 30)
     parser.add_number("--batch", 16)
-    parser.add_argument("--seeds", type=results.at_least(0), nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--ways", type=_way, nargs="+", default=WAYS, metavar="WAY", help="see above")
+    seeds = [0, 1, 2, 3, 4]
+    parser.add_argument("--seeds", type=results.at_least(0), nargs="+", default=seeds, help="default: 0 to 4")
+    ways = f"see above (default: {' '.join(WAYS)})"
+    parser.add_argument("--ways", type=_way, nargs="+", default=WAYS, metavar="WAY", help=ways)
     parser.add_argument("--tune", action="store_true", help="validate on the split tune")
     parser.add_argument("--expert", type=_file, metavar="FILE", help="checkpoint; default: one that is trained here")
     parser.add_argument("--device", default="cpu")
@@ -131,7 +134,9 @@ class Comparison:
         own = self.work / "expert-0" / "weights" / "last.pt"
         expert = self.options.expert or own
         taught = any(way != "alone" for way in self.options.ways)
-        if taught and expert == own and not (self._done("expert", 0) and own.exists()):
+        if taught and self.options.tune and self.options.expert is None:
+            raise ValueError("tune: needs --expert, the expert whose apprentices are to be tuned")
+        if taught and self.options.expert is None and not (self._done("expert", 0) and own.exists()):
             self._train("expert", 0, expert)
         for seed in self.options.seeds:
             for way in self.options.ways:
@@ -140,7 +145,7 @@ class Comparison:
         return self.rows
 
     def _settings(self, way: str) -> dict[str, Any]:
-        """What all runs of one file share."""
+        """What a run of this way has to share with those of its kind in the same file."""
         role, options = ("expert" if way == "expert" else "apprentice"), self.options
         settings = {name: getattr(options, name) for name in ("expert_epochs", "size", "batch")}
         settings |= {"epochs": options.expert_epochs if role == "expert" else options.epochs}
@@ -183,7 +188,8 @@ class Comparison:
             **asdict(results.describe_machine(options.device)),
         )
         before = next((old for old in self.rows if (old.way, old.seed) == (way, seed)), None)
-        if before is not None and before.map != row.map:
+        # The file has six digits.
+        if before is not None and not math.isclose(before.map, row.map, rel_tol=1e-5):
             raise ValueError(f"out: {options.out} has {before.map} for {way}, made anew it has {row.map}")
         self.rows = [*(old for old in self.rows if (old.way, old.seed) != (way, seed)), row]
         results.write_rows(options.out, ComparisonRow, self.rows)
@@ -192,7 +198,8 @@ class Comparison:
 def format_rows(rows: Sequence[ComparisonRow]) -> str:
     """Lay out mean and standard deviation over the seeds, and paired differences of mAP50-95 with their intervals.
 
-    Intervals are of 95 %, over seeds (Student's t), simultaneous for all pairs (Bonferroni).
+    Intervals are of 95 %, over the apprentices' seeds (Student's t), simultaneous for all pairs (Bonferroni). The
+    expert is the same for all: what another one would change is not in them.
     """
     ways = list(dict.fromkeys(("expert", *(row.way for row in rows))))
     lines = [["way", "seeds", "mAP50-95", "mAP50", "min/run"]]
@@ -202,17 +209,19 @@ def format_rows(rows: Sequence[ComparisonRow]) -> str:
             minutes = statistics.mean(row.seconds for row in runs) / 60
             found = _spread([row.map for row in runs]), _spread([row.map50 for row in runs])
             lines.append([way, str(len(runs)), *found, f"{minutes:.1f}"])
-    found_by = {way: {row.seed: row.map for row in rows if row.way == way} for way in ways if way != "expert"}
-    pairs = list(combinations(found_by, 2))
-    differences = [["difference", "seeds", "mAP50-95", "95 % interval"]]
-    for other, way in pairs:
-        values = [found_by[way][seed] - found_by[other][seed] for seed in found_by[way] if seed in found_by[other]]
+    by_seed = {way: {row.seed: row.map for row in rows if row.way == way} for way in ways if way != "expert"}
+    pairs: dict[str, list[float]] = {}
+    for other, way in combinations(by_seed, 2):
+        values = [by_seed[way][seed] - by_seed[other][seed] for seed in by_seed[way] if seed in by_seed[other]]
         if len(values) > 1:
-            error = statistics.stdev(values) / math.sqrt(len(values))
-            reach = float(student_t.ppf(1 - 0.025 / len(pairs), len(values) - 1)) * error
-            mean = statistics.mean(values)
-            interval = f"[{100 * (mean - reach):+.2f}, {100 * (mean + reach):+.2f}]"
-            differences.append([f"{way} - {other}", str(len(values)), f"{100 * mean:+.2f}", interval])
+            pairs[f"{way} - {other}"] = values
+    differences = [["difference", "seeds", "mAP50-95", "95 % interval"]]
+    for name, values in pairs.items():
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        reach = float(student_t.ppf(1 - 0.025 / len(pairs), len(values) - 1)) * error
+        mean = statistics.mean(values)
+        interval = f"[{100 * (mean - reach):+.2f}, {100 * (mean + reach):+.2f}]"
+        differences.append([name, str(len(values)), f"{100 * mean:+.2f}", interval])
     tables = [lines, differences] if len(differences) > 1 else [lines]
     return "\n\n".join(map(results.format_table, tables))
 

@@ -17,7 +17,7 @@ from rakd.study.results import RunResult, read_run
 from rakd.study.tables import Cell
 
 _SEED = re.compile(r"-seed\d+$")
-_OWN = ("data", "out", "seed", "device", "workers", "extend")
+_MAY_DIFFER = ("data", "out", "seed", "device", "workers", "init", "validate_every")
 """Options of ``rakd train`` that runs of one column need not share."""
 
 
@@ -25,8 +25,7 @@ _OWN = ("data", "out", "seed", "device", "workers", "extend")
 class Compare:
     """Print the metrics of finished runs side by side: means, and standard deviations over seeds.
 
-    Reads result.json of each trained model. Folders that differ only in -seedN share a column, and must have been
-    trained alike.
+    Reads result.json of each trained model. Folders that differ only in -seedN share a column.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...", help_behavior_hint="(required)")]
@@ -39,7 +38,11 @@ class Compare:
             paths.setdefault(path.parent.with_name(_SEED.sub("", path.parent.name)), []).append(path)
         if not paths:
             raise UserError("RUN: expected at least one folder of a run, got none")
-        columns = {name: _read_alike(found) for name, found in paths.items()}
+        columns = {name: [read_run(path) for path in found] for name, found in paths.items()}
+        for name, runs in columns.items():
+            unlike = _unlike(paths[name], runs) if len(runs) > 1 else ""
+            if unlike:
+                warnings.warn(f"{name.name}: the runs that are averaged are no repetitions: {unlike}", stacklevel=1)
         objects = {run.depth["all"].objects for runs in columns.values() for run in runs if "all" in run.depth}
         if len(objects) > 1:
             counts = ", ".join(map(str, sorted(objects)))
@@ -88,26 +91,16 @@ def _figures(run: RunResult) -> dict[str, float]:
     return figures
 
 
-def _read_alike(paths: list[Path]) -> list[RunResult]:
-    """Read the runs of one column, which differ in their seeds alone."""
-    runs = [read_run(path) for path in paths]
-    trained = [{"method": run.method, **_options(path)} for run, path in zip(runs, paths, strict=True)]
-    for path, options in zip(paths, trained, strict=True):
-        for name in sorted({*options, *trained[0]}):
-            one, other = trained[0].get(name), options.get(name)
-            if one != other:
-                raise UserError(
-                    f"RUN: expected runs that differ only in -seedN to be trained alike, got {name} {one} in "
-                    f"{paths[0].parent} and {other} in {path.parent}; rename one"
-                )
-    return runs
-
-
-def _options(path: Path) -> dict[str, object]:
-    """How ``rakd train`` trained the run of a result file, but for what may differ from seed to seed."""
-    config = path.with_name("config.json")
-    options = read_options(config) if config.exists() else {}
-    return {name: value for name, value in options.items() if name not in _OWN}
+def _unlike(paths: list[Path], runs: list[RunResult]) -> str:
+    """What runs of one column differ in beside their seeds, in words; options that a run does not tell do not count."""
+    configs = [path.with_name("config.json") for path in paths]
+    options = [read_options(config) if config.exists() else {} for config in configs]
+    told = [{"method": run.method, **own} for run, own in zip(runs, options, strict=True)]
+    found = {name: {str(own[name]) for own in told if name in own} for name in told[0] if name not in _MAY_DIFFER}
+    texts = [f"{name} {' and '.join(sorted(values))}" for name, values in found.items() if len(values) > 1]
+    if len({run.seed for run in runs}) < len(runs):
+        texts.append(f"seeds are not all different: {', '.join(str(run.seed) for run in runs)}")
+    return ", ".join(texts)
 
 
 def _find_results(folder: Path) -> list[Path]:

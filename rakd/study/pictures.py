@@ -82,8 +82,8 @@ def _draw_bar_panel(axis: Axes, study: StudyResult, metric: Metric, methods: Seq
 def draw_gains(studies: Mapping[str, StudyResult]) -> Figure:
     """Draw what each method gains over no distillation: means with their intervals, a panel for each primary metric.
 
-    Better is to the right in every panel. A dot is filled where the interval is on one side of 0; where there is no
-    interval it is hollow and alone.
+    Better is to the right in every panel. A dot is filled where the whole interval is; without an interval it is hollow
+    and alone.
 
     Args:
         studies: By the name above their rows. One at least has a method and no distillation in one seed.
@@ -95,7 +95,8 @@ def draw_gains(studies: Mapping[str, StudyResult]) -> Figure:
     for name, study in studies.items():
         table = next((table for table in make_tables(study) if table.key == "difference"), None)
         if table is not None:
-            rows += [(name, None)] * bool(name) + [(row.name, row) for row in table.rows]
+            found: list[tuple[str, Row | None]] = [(row.name, row) for row in table.rows if row.runs]
+            rows += [*[(name, None)] * bool(name and found), *found]
     height = 1.05 + 0.24 * len(rows)
     figure = Figure(figsize=(13.5, height))
     metrics = [metric for metric in PRIMARY if metric.kind != "bev"]
@@ -104,11 +105,11 @@ def draw_gains(studies: Mapping[str, StudyResult]) -> Figure:
         for place, (_, row) in enumerate(rows):
             if row is not None:
                 _draw_gain(axis, place, row, metric)
-        title, _, condition = metric.title.removesuffix(" (%)").replace("average", "three classes").partition(" at ")
-        axis.set_title(f"{title}\n{condition}".strip(), loc="left", size=9, color=INK)
+        title, _, overlaps = metric.title.removesuffix(" (%)").replace("average", "three classes").partition(" at ")
+        overlaps = overlaps.partition("/")[0] if metric.name == "Car" else overlaps
+        title = f"Less {title}" if metric.lower_is_better else f"{title}\n{overlaps}".strip()
+        axis.set_title(title, loc="left", size=9, color=INK)
         axis.axvline(0, color=INK, lw=0.8, zorder=1)
-        if metric.lower_is_better:
-            axis.invert_xaxis()
         _clean(axis, "x")
     axes[0].set_yticks(range(len(rows)), ["" if row is None else name for name, row in rows])
     axes[0].set_ylim(len(rows) - 0.45, -0.55)
@@ -129,11 +130,12 @@ def _draw_gain(axis: Axes, place: int, row: Row, metric: Metric) -> None:
     (cell,) = (cell for cell in row.cells if cell.metric == metric)
     if not isinstance(cell, Difference) or not cell.summary.count:
         return
-    low, high = cell.interval
-    if np.isfinite(cell.interval).all():
-        axis.plot([low, high], [place, place], color=COLORS[row.method], lw=2, solid_capstyle="butt")
-    face = COLORS[row.method] if low > 0 or high < 0 else "white"
-    axis.plot(cell.summary.mean, place, "o", ms=6, mfc=face, mec=COLORS[row.method], mew=1.4, zorder=3)
+    sign = -1 if metric.lower_is_better else 1
+    ends = sorted(sign * end for end in cell.interval)
+    if np.isfinite(ends).all():
+        axis.plot(ends, [place, place], color=COLORS[row.method], lw=2, solid_capstyle="butt")
+    face = COLORS[row.method] if ends[0] > 0 else "white"
+    axis.plot(sign * cell.summary.mean, place, "o", ms=6, mfc=face, mec=COLORS[row.method], mew=1.4, zorder=3)
 
 
 def draw_tradeoff(study: StudyResult) -> Figure:

@@ -71,7 +71,7 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
     write_study(folder / "study.json", study)
     write_text(folder / "tables.csv", format_csv(tables))
     pictures = {"bars.png": draw_bars(study)} if study.runs else {}
-    if any(table.key == "difference" for table in tables):
+    if any(table.key == "difference" and any(row.runs for row in table.rows) for table in tables):
         pictures["gains.png"] = draw_gains({"": study})
     if study.runs and all(model.latency_ms is not None for model in study.models) and study.models:
         pictures["tradeoff.png"] = draw_tradeoff(study)

@@ -112,8 +112,13 @@ def test_the_comparison_is_summed_up_seed_by_seed() -> None:
     assert "17.00 ± 3.00" in ways[3]
     (line,) = differences[1:]
     assert line.startswith("rakd=1 - alone") and "+5.00" in line
-    # Student's t with 2 degrees of freedom at 1 - 0.025 / 3, three pairs being there: 7.6488; error 1 / sqrt(3).
-    assert "[+0.58, +9.42]" in line
+    # Student's t with 2 degrees of freedom at 0.975, one pair being there: 4.3027; error 1 / sqrt(3).
+    assert "[+2.52, +7.48]" in line
+    rows += [_row("pkd=1", seed, 0.1 + 0.03 * seed) for seed in (1, 2)]
+    # At 1 - 0.025 / 3, three pairs being there: 7.6488.
+    assert "[+0.58, +9.42]" in next(
+        x for x in yolo_comparison.format_rows(rows).splitlines() if x.startswith("rakd=1 -")
+    )
 
 
 def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +151,7 @@ def test_an_expert_that_is_made_anew_must_be_the_same(tmp_path: Path, monkeypatc
     arguments = [f"--work={tmp_path / 'work'}", f"--out={tmp_path / 'rows.csv'}", *SMALL]
     again = yolo_comparison.Comparison(yolo_comparison.parse(arguments))
     again.rows = [_row("expert", 0, 0.4), _row("rakd=1", 0, 0.1)]
+    write_rows(tmp_path / "same.csv", yolo_comparison.ComparisonRow, [_row("alone", 0, 0.3 + 1e-9)])
 
     class Trained:
         """Trains in no time, to another expert than that of the rows."""
@@ -159,3 +165,5 @@ def test_an_expert_that_is_made_anew_must_be_the_same(tmp_path: Path, monkeypatc
     monkeypatch.setattr(ultralytics, "YOLO", Trained, raising=False)
     with pytest.raises(ValueError, match=r"has 0\.4 for expert, made anew it has 0\.3"):
         again._train("expert", 0, tmp_path / "best.pt")
+    again.rows = read_rows(tmp_path / "same.csv", yolo_comparison.ComparisonRow)
+    again._train("alone", 0, tmp_path / "best.pt")  # the same, but for the digits that the file leaves out

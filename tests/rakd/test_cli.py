@@ -27,7 +27,7 @@ from rakd.data.labels import write_objects
 from rakd.errors import MissingFileError, UserError
 from rakd.evaluation.depth import DepthFigures
 from rakd.geometry import box_corners, project_boxes
-from rakd.study.results import RunResult, write_run
+from rakd.study.results import RunResult, read_run, write_run
 from rakd.training.loading import each_of
 
 COMMANDS = (
@@ -288,24 +288,28 @@ def test_compare_says_when_runs_have_other_frames(finished, capsys):
     )
 
 
-def test_compare_refuses_to_average_runs_that_were_trained_unlike(finished, capsys):
-    for seed, steps in ((0, 100), (1, 200)):
-        options = {"command": "train", "steps": steps, "seed": seed, "out": f"small-seed{seed}", "detector": "small"}
+def test_compare_says_when_runs_of_one_column_were_trained_unlike(finished, capsys):
+    def write(seed, **options):
         folder = finished / f"small-seed{seed}"
-        folder.mkdir()
-        shutil.copy(finished / "alone" / "result.json", folder)
-        (folder / "config.json").write_text(json.dumps(options))
-    folders = [str(finished / f"small-seed{seed}") for seed in (0, 1)]
-    assert main(["compare", *folders]) == 2
-    assert f"got steps 100 in {folders[0]} and 200 in {folders[1]}; rename one" in capsys.readouterr().err
-    assert main(["compare", folders[1]]) == 0
-    (finished / "small-seed1" / "config.json").write_text(json.dumps({**options, "steps": 100}))
-    capsys.readouterr()
-    assert main(["compare", *folders]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == ["small"]
-    shutil.copy(finished / "study" / "rakd-seed0" / "result.json", finished / "small-seed0")
-    assert main(["compare", *folders]) == 2
-    assert f"got method rakd in {folders[0]} and none in {folders[1]}" in capsys.readouterr().err
+        write_run(folder / "result.json", dataclasses.replace(read_run(finished / "alone" / "result.json"), seed=seed))
+        (folder / "config.json").write_text(json.dumps({"command": "train", "seed": seed, **options}))
+        return str(folder)
+
+    def warned():
+        assert main(["compare", *folders]) == 0
+        captured = capsys.readouterr()
+        assert captured.out.splitlines()[0].split() == ["small"]
+        return captured.err
+
+    folders = [write(0, steps=100, init="pre-seed0/detector.pt"), write(1, steps=100, init="pre-seed1/detector.pt")]
+    assert warned() == ""
+    write(1, steps=200, learning_rate=0.1)  # the rate of the other is its detector's own
+    assert "small: the runs that are averaged are no repetitions: steps 100 and 200\n" in warned()
+    shutil.copy(finished / "study" / "rakd-seed1" / "result.json", finished / "small-seed1")
+    (finished / "small-seed1" / "config.json").unlink()
+    assert "small: the runs that are averaged are no repetitions: method none and rakd\n" in warned()
+    shutil.copy(finished / "small-seed0" / "result.json", finished / "small-seed1")
+    assert "no repetitions: seeds are not all different: 0, 0\n" in warned()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks import gains
 from rakd.evaluation.depth import DepthFigures
 from rakd.evaluation.kitti import CLASSES
 from rakd.study.evaluation import precisions_of
@@ -361,9 +362,20 @@ def test_gains_stand_at_paired_means_and_are_filled_where_the_interval_excludes_
         if line.get_marker() == "o":
             places[line.get_ydata()[0]] = (line.get_xdata()[0], line.get_markerfacecolor())
     assert places == {1: (1.0, "white"), 2: (4.0, COLORS["rakd"]), 4: (4.0, COLORS["rakd"])}
-    absolute = next(axis for axis in figure.axes if axis.get_title(loc="left").startswith("AbsRel"))
-    assert absolute.xaxis.get_inverted()  # fewer errors are to the right, as more AP is
-    assert [line.get_markerfacecolor() for line in absolute.lines if line.get_marker() == "o"] == ["white"] * 3
+    errors = next(axis for axis in figure.axes if axis.get_title(loc="left").startswith("Less AbsRel"))
+    dots = [line for line in errors.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in dots] == pytest.approx([0, 2, 2])  # lower is better, and better is right
+    assert [line.get_markerfacecolor() for line in dots] == ["white"] * 3  # nothing was drawn
+
+
+def test_a_loss_is_no_gain_and_without_a_common_seed_there_is_no_picture(tmp_path):
+    key = Metric("3d", "Car", "moderate", "official").key
+    alone = run("none", 0, 10.0, drawn={key: (9.0, 10.0, 11.0)})
+    worse = run("rakd", 0, 6.0, drawn={key: (5.1, 6.0, 6.9)})
+    dots = [line for line in draw_gains({"": study_of(alone, worse)}).axes[0].lines if line.get_marker() == "o"]
+    assert [(line.get_xdata()[0], line.get_markerfacecolor()) for line in dots] == [(-4.0, "white")]
+    other = study_of(alone, run("rakd", 1, 6.0))
+    assert "gains.png" not in [path.name for path in write_report(other, tmp_path)]
 
 
 def test_training_curves_have_a_panel_for_each_loss(study):
@@ -561,3 +573,12 @@ def test_report_of_an_empty_study(tmp_path):
     paths = write_report(study_of(), tmp_path)
     assert [path.name for path in paths] == ["study.json", "tables.md", "tables.csv", "report.html"]
     assert "Table 3" in format_tables(study_of())
+
+
+def test_every_study_of_the_picture_of_gains_has_five_seeds_a_method():
+    for stem in gains.STUDIES.values():
+        found = read_study(gains.ROOT / "benchmarks" / "results" / stem / "study.json")
+        seeds = {
+            method: sorted(run.seed for run in found.runs if run.method == method) for method in found.config["methods"]
+        }
+        assert {"none", "rakd"} <= set(seeds) and set(map(tuple, seeds.values())) == {(0, 1, 2, 3, 4)}
