@@ -10,7 +10,7 @@ with the same expert, epochs and augmentation for all ways and several seeds:
 Scenes are in YOLO's format, with three classes; every fifth is validated on. ``--tune`` validates on the split ``tune``
 instead, which nobody learns from: there weights are chosen, with ``--expert``, the one of the table. The last epoch
 counts, not the best. A run that is in the CSV already is not done again, so that the command goes on where it was
-stopped; another expert needs another CSV.
+stopped; another expert needs another CSV, and each of several processes a CSV and ``--work`` of its own.
 """
 
 from __future__ import annotations
