@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student_t  # type: ignore[import-untyped, unused-ignore]
 
 from benchmarks import results
 from rakd.data.boxes2d import write_yolo
@@ -36,6 +35,7 @@ from rakd.data.frames import find_frames
 from rakd.distill.registry import METHODS
 from rakd.files import write_text
 from rakd.scenes import make_scenes
+from rakd.study.metrics import interval_of_mean, summarise
 
 NETWORKS = {"expert": "yolo11s.yaml", "apprentice": "yolo11n.yaml"}
 WAYS = ("alone", "ultralytics=6", "rakd=auto:10")
@@ -134,10 +134,11 @@ class Comparison:
         own = self.work / "expert-0" / "weights" / "last.pt"
         expert = self.options.expert or own
         taught = any(way != "alone" for way in self.options.ways)
-        if taught and self.options.tune and self.options.expert is None:
-            raise ValueError("tune: needs --expert, the expert whose apprentices are to be tuned")
-        if taught and self.options.expert is None and not (self._done("expert", 0) and own.exists()):
-            self._train("expert", 0, expert)
+        if taught and self.options.expert is None:
+            if self.options.tune:
+                raise ValueError("tune: needs --expert, the expert whose apprentices are to be tuned")
+            if not (self._done("expert", 0) and own.exists()):
+                self._train("expert", 0, own)
         for seed in self.options.seeds:
             for way in self.options.ways:
                 if not self._done(way, seed):
@@ -146,7 +147,7 @@ class Comparison:
 
     def _settings(self, way: str) -> dict[str, Any]:
         """What a run of this way has to share with those of its kind in the same file."""
-        role, options = ("expert" if way == "expert" else "apprentice"), self.options
+        role, options = _role(way), self.options
         settings = {name: getattr(options, name) for name in ("expert_epochs", "size", "batch")}
         settings |= {"epochs": options.expert_epochs if role == "expert" else options.epochs}
         return settings | {"learned": len(self.learned[role]), "validated": len(self.validated), "split": self.split}
@@ -160,7 +161,7 @@ class Comparison:
         from rakd.integrations.ultralytics import distill
 
         options, settings = self.options, self._settings(way)
-        role = "expert" if way == "expert" else "apprentice"
+        role = _role(way)
         network = NETWORKS[role]
         torch.manual_seed(seed)
         model: Any = YOLO(network)
@@ -195,6 +196,10 @@ class Comparison:
         results.write_rows(options.out, ComparisonRow, self.rows)
 
 
+def _role(way: str) -> str:
+    return "expert" if way == "expert" else "apprentice"
+
+
 def format_rows(rows: Sequence[ComparisonRow]) -> str:
     """Lay out mean and standard deviation over the seeds, and paired differences of mAP50-95 with their intervals.
 
@@ -217,18 +222,17 @@ def format_rows(rows: Sequence[ComparisonRow]) -> str:
             pairs[f"{way} - {other}"] = values
     differences = [["difference", "seeds", "mAP50-95", "95 % interval"]]
     for name, values in pairs.items():
-        error = statistics.stdev(values) / math.sqrt(len(values))
-        reach = float(student_t.ppf(1 - 0.025 / len(pairs), len(values) - 1)) * error
-        mean = statistics.mean(values)
-        interval = f"[{100 * (mean - reach):+.2f}, {100 * (mean + reach):+.2f}]"
+        mean, variance = statistics.mean(values), statistics.variance(values) / len(values)
+        low, high = interval_of_mean(mean, variance, len(values), len(pairs))
+        interval = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
         differences.append([name, str(len(values)), f"{100 * mean:+.2f}", interval])
     tables = [lines, differences] if len(differences) > 1 else [lines]
     return "\n\n".join(map(results.format_table, tables))
 
 
 def _spread(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{100 * statistics.mean(values):.2f} ± {100 * deviation:.2f}"
+    found = summarise(values)
+    return f"{100 * found.mean:.2f} ± {100 * found.std:.2f}"
 
 
 def main() -> None:

@@ -149,9 +149,24 @@ def difference_interval(
         variance += statistics.variance(differences.values()) / len(differences)
     if not variance > 0:
         return math.nan, math.nan
+    return interval_of_mean(statistics.fmean(differences.values()), variance, len(differences), comparisons)
+
+
+def interval_of_mean(mean: float, variance: float, seeds: int, comparisons: int = 1) -> tuple[float, float]:
+    """95 % confidence interval of a mean over seeds, by Student's quantile; with one seed by the normal one.
+
+    Args:
+        mean: The mean.
+        variance: Of the mean.
+        seeds: Number of values behind it.
+        comparisons: See `difference_interval`.
+
+    Returns:
+        Its ends.
+    """
     share, special = 1 - 0.025 / comparisons, require("scipy.special", "train")
-    quantile = special.stdtrit(len(differences) - 1, share) if len(differences) > 1 else special.ndtri(share)
-    mean, half = statistics.fmean(differences.values()), float(quantile) * math.sqrt(variance)
+    quantile = special.stdtrit(seeds - 1, share) if seeds > 1 else special.ndtri(share)
+    half = float(quantile) * math.sqrt(variance)
     return mean - half, mean + half
 
 

@@ -17,7 +17,7 @@ from rakd.evaluation.kitti import CLASSES
 from rakd.geometry import FloatArray
 from rakd.study.metrics import MEAN, METHOD_NAMES, PRIMARY, Metric, summarise, values_by_seed
 from rakd.study.results import METHODS, StudyResult, TrainingLog
-from rakd.study.tables import Difference, Row, make_tables
+from rakd.study.tables import Difference, Row, differences
 
 COLORS = {"expert": "#22272e", "none": "#8b95a1", **{name: spec.color for name, spec in registry.METHODS.items()}}
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e4e7eb"
@@ -93,7 +93,7 @@ def draw_gains(studies: Mapping[str, StudyResult]) -> Figure:
     """
     rows: list[tuple[str, Row | None]] = []
     for name, study in studies.items():
-        table = next((table for table in make_tables(study) if table.key == "difference"), None)
+        table = next((table for table in differences(study) if table.key == "difference"), None)
         if table is not None:
             found: list[tuple[str, Row | None]] = [(row.name, row) for row in table.rows if row.runs]
             rows += [*[(name, None)] * bool(name and found), *found]

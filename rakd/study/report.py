@@ -10,7 +10,7 @@ from rakd.detector.configs import DETECTORS
 from rakd.files import atomic_write, write_text
 from rakd.study.metrics import METHOD_NAMES
 from rakd.study.results import METHODS, StudyResult, TrainingLog, write_study
-from rakd.study.tables import format_csv, format_html, format_lines, format_markdown, make_tables
+from rakd.study.tables import Table, format_csv, format_html, format_lines, format_markdown, make_tables
 
 _MARKS = (
     "Marks go by the means alone: they ignore the standard deviation, and a second best may be no worse than the best."
@@ -94,11 +94,11 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
         *(f"![{name.partition('.')[0]}]({name})\n" for name in pictures),
     ]
     write_text(folder / "tables.md", "\n".join(sections))
-    write_text(folder / "report.html", _format_page(study, [*pictures, "frames.png"]))
+    write_text(folder / "report.html", _format_page(study, tables, [*pictures, "frames.png"]))
     return [folder / name for name in ("study.json", "tables.md", "tables.csv", *pictures, "report.html")]
 
 
-def _format_page(study: StudyResult, pictures: Sequence[str]) -> str:
+def _format_page(study: StudyResult, tables: Sequence[Table], pictures: Sequence[str]) -> str:
     """Tables, notes and pictures as one page that lies beside the pictures."""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _NOTES)
     return "\n".join(
@@ -107,7 +107,7 @@ def _format_page(study: StudyResult, pictures: Sequence[str]) -> str:
             f"<style>{_STYLE}</style><h1>Distillation methods</h1>",
             f"<p>{html.escape(_provenance(study))}</p>",
             f"<p>Best <b>bold</b>, second <u>underlined</u>. {_MARKS}</p>",
-            *map(format_html, make_tables(study)),
+            *map(format_html, tables),
             f"<h2>Notes</h2><ul>{notes}</ul><h2>Pictures</h2>",
             # Frames are drawn after the report, and where there are none nothing shows.
             *(f'<p><img src="{name}" alt="" onerror="this.remove()"></p>' for name in pictures),

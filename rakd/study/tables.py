@@ -153,7 +153,7 @@ def make_tables(study: StudyResult) -> list[Table]:
             _precisions(study, "ablation_loose", f"Ablation. {terms}", ablated, "3d", "loose"),
             _depths(study, "ablation_depth", f"Ablation. {terms}", ablated),
         ]
-    return [*tables, *_differences(study), _training(study)]
+    return [*tables, *differences(study), _training(study)]
 
 
 def _is_shown(study: StudyResult, method: str) -> bool:
@@ -201,8 +201,8 @@ def _depths(study: StudyResult, key: str, title: str, methods: dict[str, str]) -
     return _ranked(study, key, full, methods, metrics, heads)
 
 
-def _differences(study: StudyResult) -> list[Table]:
-    """Each method less no distillation, and RAKD less each baseline, over the seeds that both have."""
+def differences(study: StudyResult) -> list[Table]:
+    """Tables of each method less no distillation, and of RAKD less each baseline, over the seeds that both have."""
     ran = {run.method for run in study.runs}
     distilled = [name for name in registry.METHODS if name in ran and "none" in ran]
     baselines = [name for name in registry.METHODS if name in ran - {"rakd"} and "rakd" in ran]
