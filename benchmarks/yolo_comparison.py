@@ -5,7 +5,8 @@ with the same expert, epochs and augmentation for all ways and several seeds:
 
 - ``alone``: no distillation;
 - ``ultralytics=6``: ultralytics' own (``distill_model=``), with a weight; 6 is its default;
-- ``rakd=auto:10``, ``hfa=auto:3``, ``pkd=1``...: a method of `rakd.distill` with a weight, the expert's maps rescaled.
+- ``rakd@22=auto:10``, ``hfa@22=auto:3``, ``pkd=1``...: a method of `rakd.distill` with a weight, the expert's maps
+  rescaled; after the ``@`` its ``canonical_size``, which is to be about the median side of the boxes, in pixels.
 
 Scenes are in YOLO's format, with three classes; every fifth is validated on. ``--tune`` validates on the split ``tune``
 instead, which nobody learns from: there weights are chosen, with ``--expert``, the one of the table. The last epoch
@@ -23,7 +24,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,12 @@ from rakd.scenes import make_scenes
 from rakd.study.metrics import interval_of_mean, summarise
 
 NETWORKS = {"expert": "yolo11s.yaml", "apprentice": "yolo11n.yaml"}
-WAYS = ("alone", "ultralytics=6", "rakd=auto:10")
+WAYS = ("alone", "ultralytics=6", "rakd@22=auto:10")
+_NUMBER = r"\d+\.?\d*(?:e-?\d+)?"
+_WAY = re.compile(
+    rf"alone|ultralytics=(?P<own>{_NUMBER})"
+    rf"|(?P<method>{'|'.join(METHODS)})(?:@(?P<side>[1-9]\d*))?=(?P<weight>(?:auto:)?{_NUMBER})"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +95,8 @@ def _file(text: str) -> Path:
 
 
 def _way(text: str) -> str:
-    """Check a way's name and weight."""
-    name, _, weight = text.partition("=")
-    number = weight.removeprefix("auto:") if name in METHODS else weight
-    if text != "alone" and not (name in ("ultralytics", *METHODS) and re.fullmatch(r"\d+\.?\d*(e-?\d+)?", number)):
-        raise argparse.ArgumentTypeError(f"expected alone, ultralytics=WEIGHT or METHOD=WEIGHT, got {text}")
+    if _WAY.fullmatch(text) is None:
+        raise argparse.ArgumentTypeError(f"expected alone, ultralytics=WEIGHT or METHOD[@SIZE]=WEIGHT, got {text}")
     return text
 
 
@@ -169,12 +171,13 @@ class Comparison:
         arguments: dict[str, Any] = {"data": str(data), "epochs": settings["epochs"], "imgsz": options.size}
         arguments |= {"batch": options.batch, "seed": seed, "device": options.device, "plots": False, "verbose": False}
         arguments |= {"project": str(self.work), "name": f"{way}-{seed}", "exist_ok": True, "val": False}
-        name, _, weight = way.partition("=")
-        if name == "ultralytics":
-            arguments |= {"distill_model": str(expert), "dis": float(weight)}
-        elif name in METHODS:
-            given = weight if weight.startswith("auto") else float(weight)
-            model = distill(model, YOLO(expert), given, method=name, rescale=True)
+        given = _WAY.fullmatch(way)
+        if given is not None and given["own"]:
+            arguments |= {"distill_model": str(expert), "dis": float(given["own"])}
+        elif given is not None and given["method"]:
+            weight = given["weight"] if given["weight"].startswith("auto") else float(given["weight"])
+            extra: dict[str, Any] = {"canonical_size": float(given["side"])} if given["side"] else {}
+            model = distill(model, YOLO(expert), weight, method=given["method"], rescale=True, **extra)
         begun = time.time()
         metrics = model.train(**arguments)
         row = ComparisonRow(
@@ -203,8 +206,9 @@ def _role(way: str) -> str:
 def format_rows(rows: Sequence[ComparisonRow]) -> str:
     """Lay out mean and standard deviation over the seeds, and paired differences of mAP50-95 with their intervals.
 
-    Intervals are of 95 %, over the apprentices' seeds (Student's t), simultaneous for all pairs (Bonferroni). The
-    expert is the same for all: what another one would change is not in them.
+    Differences are those of all ways from ``alone``, and of RAKD from the others. Intervals are of 95 %, over the
+    apprentices' seeds (Student's t), simultaneous for the differences of a table (Bonferroni). The expert is the same
+    for all: what another one would change is not in them.
     """
     ways = list(dict.fromkeys(("expert", *(row.way for row in rows))))
     lines = [["way", "seeds", "mAP50-95", "mAP50", "min/run"]]
@@ -214,25 +218,34 @@ def format_rows(rows: Sequence[ComparisonRow]) -> str:
             minutes = statistics.mean(row.seconds for row in runs) / 60
             found = _spread([row.map for row in runs]), _spread([row.map50 for row in runs])
             lines.append([way, str(len(runs)), *found, f"{minutes:.1f}"])
-    by_seed = {way: {row.seed: row.map for row in rows if row.way == way} for way in ways if way != "expert"}
-    pairs: dict[str, list[float]] = {}
-    for other, way in combinations(by_seed, 2):
-        values = [by_seed[way][seed] - by_seed[other][seed] for seed in by_seed[way] if seed in by_seed[other]]
-        if len(values) > 1:
-            pairs[f"{way} - {other}"] = values
-    differences = [["difference", "seeds", "mAP50-95", "95 % interval"]]
-    for name, values in pairs.items():
-        mean, variance = statistics.mean(values), statistics.variance(values) / len(values)
-        low, high = interval_of_mean(mean, variance, len(values), len(pairs))
-        interval = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
-        differences.append([name, str(len(values)), f"{100 * mean:+.2f}", interval])
-    tables = [lines, differences] if len(differences) > 1 else [lines]
+    taught = [way for way in ways if way not in ("expert", "alone")]
+    pairs = [[(way, "alone") for way in taught]]
+    pairs += [[(way, other) for other in taught if other != way] for way in taught if re.match("rakd[@=]", way)]
+    tables = [lines, *(table for family in pairs if len(table := _differences(rows, family)) > 1)]
     return "\n\n".join(map(results.format_table, tables))
+
+
+def _differences(rows: Sequence[ComparisonRow], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """A table of the first's mAP50-95 less the second's, of those pairs that have two seeds or more in common."""
+    maps = {(row.way, row.seed): row.map for row in rows}
+    found: dict[str, list[float]] = {}
+    for way, other in pairs:
+        values = [
+            value - maps[other, seed] for (name, seed), value in maps.items() if name == way and (other, seed) in maps
+        ]
+        if len(values) > 1:
+            found[f"{way} - {other}"] = values
+    lines = [["difference", "seeds", "mAP50-95", "95 % interval"]]
+    for name, values in found.items():
+        mean, variance = statistics.mean(values), statistics.variance(values) / len(values)
+        low, high = interval_of_mean(mean, variance, len(values), len(found))
+        lines.append([name, str(len(values)), f"{100 * mean:+.2f}", f"[{100 * low:+.2f}, {100 * high:+.2f}]"])
+    return lines
 
 
 def _spread(values: Sequence[float]) -> str:
     found = summarise(values)
-    return f"{100 * found.mean:.2f} ± {100 * found.std:.2f}"
+    return f"{100 * found.mean:.2f}" + (f" ± {100 * found.std:.2f}" if found.count > 1 else "")
 
 
 def main() -> None:

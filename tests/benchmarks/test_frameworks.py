@@ -87,9 +87,22 @@ def test_the_comparison_learns_tunes_and_validates_on_scenes_of_their_own(tmp_pa
         assert comparison._settings("alone")["validated"] == len(used["expert val"])
 
 
-@pytest.mark.parametrize("way", ["alone=1", "rakd", "unknown=1", "ultralytics", "ultralytics=auto:3", "rakd=auto:x"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "alone=1",
+        "rakd",
+        "unknown=1",
+        "ultralytics",
+        "ultralytics=auto:3",
+        "rakd=auto:x",
+        "rakd@=1",
+        "rakd@0=1",
+        "pkd@x=1",
+    ],
+)
 def test_a_way_has_a_known_name_and_its_weight(way: str) -> None:
-    with pytest.raises(ValueError, match="ways: expected alone, ultralytics=WEIGHT or METHOD=WEIGHT"):
+    with pytest.raises(ValueError, match=r"ways: expected alone, ultralytics=WEIGHT or METHOD\[@SIZE\]=WEIGHT"):
         yolo_comparison.parse(["--ways", way])
 
 
@@ -108,6 +121,7 @@ def test_the_comparison_is_summed_up_seed_by_seed() -> None:
     rows += [_row("pkd=1", 0, 0.1)]  # of one seed: no interval
     ways, differences = (part.splitlines() for part in yolo_comparison.format_rows(rows).split("\n\n"))
     assert [line.split()[0] for line in ways] == ["way", "expert", "alone", "rakd=1", "pkd=1"]
+    assert "40.00" in ways[1] and "±" not in ways[1]  # of one seed
     assert "12.00 ± 2.00" in ways[2] and "24.00 ± 4.00" in ways[2]
     assert "17.00 ± 3.00" in ways[3]
     (line,) = differences[1:]
@@ -115,10 +129,13 @@ def test_the_comparison_is_summed_up_seed_by_seed() -> None:
     # Student's t with 2 degrees of freedom at 0.975, one pair being there: 4.3027; error 1 / sqrt(3).
     assert "[+2.52, +7.48]" in line
     rows += [_row("pkd=1", seed, 0.1 + 0.03 * seed) for seed in (1, 2)]
-    # At 1 - 0.025 / 3, three pairs being there: 7.6488.
-    assert "[+0.58, +9.42]" in next(
-        x for x in yolo_comparison.format_rows(rows).splitlines() if x.startswith("rakd=1 -")
-    )
+    _, from_alone, of_rakd = (part.splitlines()[1:] for part in yolo_comparison.format_rows(rows).split("\n\n"))
+    # At 1 - 0.025 / 2, two differences being there: 6.2053.
+    assert [line.split("  ")[0] for line in from_alone] == ["rakd=1 - alone", "pkd=1 - alone"]
+    assert "[+1.42, +8.58]" in from_alone[0]
+    (line,) = of_rakd
+    # RAKD 0.14, 0.17, 0.20; PKD 0.10, 0.13, 0.16: the differences are equal.
+    assert line.startswith("rakd=1 - pkd=1") and "[+4.00, +4.00]" in line
 
 
 def test_the_comparison_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
