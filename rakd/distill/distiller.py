@@ -12,7 +12,6 @@ from rakd.distill.cache import FeatureCache
 from rakd.distill.checks import Report, check_learns, refuse_resizing, warn_of_large_apprentice_maps
 from rakd.distill.finite import FiniteCheck
 from rakd.distill.hooks import Names
-from rakd.distill.hooks import tap as tap
 from rakd.distill.lifecycle import Lifecycle
 from rakd.distill.methods import check_method
 from rakd.distill.optim import TrainingWatch
@@ -46,9 +45,9 @@ class Distiller(Lifecycle):
             first 20 training steps, then fixed and saved.
         apprentice: The network that learns; needed for ``apprentice_features``, and to refuse an expert that shares
             parameters with it.
-        features: Source of the expert's maps: names of its modules whose outputs they are, ``"input:NAME"`` or
-            ``(NAME, "input")`` for a module's input, or a function ``features(expert, images)``. Default: what
-            the expert returns. By names, the rest of the expert's forward is run at the first call only.
+        features: Source of the expert's maps: names of its modules whose outputs they are, ``"input:NAME"`` for a
+            module's input, or a function ``features(expert, images)``. Default: what the expert returns. By names, the
+            rest of the expert's forward is run at the first call only.
         apprentice_features: The same of the apprentice; hooks stay until ``close``. Default: calls bring the maps.
         scores: Names of the expert's modules that give class logits, for methods that take them.
         strides: Pixels per cell of the apprentice's maps, fine to coarse. Default: found at the first step, as are the
@@ -284,7 +283,7 @@ class Distiller(Lifecycle):
     def _apprentice_maps(self, images: Any, *, keep: bool = False) -> Any:
         wanted, network = self._apprentice_features, self.apprentice
         if self._hooks is not None:
-            if keep and not self._hooks.ready and network is not None:
+            if keep and not self._hooks.learning and network is not None:
                 refuse_resizing(self._hooks, image_batch("images", images), "run the apprentice before check()")
                 self._hooks.watch_once(network, images)
                 maps = self._hooks.take(stay=True)
@@ -322,7 +321,10 @@ class Distiller(Lifecycle):
             scores = found if scores is None else scores
         else:
             expert = find_maps("expert_features", expert_features, self.expert_layout)
-        apprentice, expert = pair_names(apprentice, expert)
+        names, order = pair_names(apprentice, expert), list(expert)
+        if scores is not None and len(scores) == len(order):
+            scores = [scores[order.index(name)] for name in names]
+        expert = dict(zip(apprentice, (expert[name] for name in names), strict=True))
         return Step.make(batch, expert_batch, size, apprentice, expert, scores, boxes, self.box_format, self.normalized)
 
     def _begin(self, step: Step, *, check: bool | None = None) -> None:
@@ -336,6 +338,7 @@ class Distiller(Lifecycle):
             if self._learns:
                 check_learns(step.apprentice)
         if not self._begun:
+            step = step.sized(self._facts.strides)
             if self.method is None or step.size is not None:
                 self._facts = self._facts.completed(step)
             if self.method is None:

@@ -138,7 +138,12 @@ class Expert:
         plain = not compiled and not compiles
         self._stops_early = named and plain
         self._ran_whole = False
-        self.prepare()
+        for root in self.roots:
+            if dtype is not None:
+                root.to(dtype)
+            if channels_last:
+                root.to(memory_format=torch.channels_last)
+        self.freeze()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Expert":
         """Stay one: an expert is never copied."""
@@ -147,15 +152,6 @@ class Expert:
     def __reduce__(self) -> Any:
         """Stay out of pickles."""
         return _missing_expert, ()
-
-    def prepare(self) -> None:
-        """Freeze, put into eval mode, and bring to its own dtype and memory format."""
-        for root in self.roots:
-            if self.dtype is not None:
-                root.to(self.dtype)
-            if self.channels_last:
-                root.to(memory_format=torch.channels_last)
-        self.freeze()
 
     def freeze(self) -> None:
         """Freeze and put into eval mode, also what overrides ``eval`` or was switched back by someone."""

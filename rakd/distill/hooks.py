@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rakd.distill.outputs import keep, list_tensors, versions
 
-Names = str | tuple[str, str] | Sequence[str | tuple[str, str]]
-"""Module names; ``"input:NAME"`` or ``(NAME, "input")`` means what the module is given."""
+Names = str | Sequence[str]
+"""Module names; ``"input:NAME"`` means what the module is given."""
 
 
 class StopForward(BaseException):
@@ -69,14 +69,8 @@ def parse_name(argument: str, name: Any) -> tuple[str, str]:
     """Split a name into the module's and "input" or "output".
 
     Raises:
-        TypeError: This is neither a name nor a pair.
-        ValueError: The second of the pair is neither "input" nor "output".
+        TypeError: This is no name.
     """
-    if isinstance(name, tuple) and len(name) == 2 and all(isinstance(part, str) for part in name):
-        module, side = name
-        if side not in ("input", "output"):
-            raise ValueError(f"{argument}: expected 'input' or 'output' in the pair, got {name!r}")
-        return module, side
     if not isinstance(name, str):
         raise TypeError(f"{argument}: expected names of modules, got {name!r}")
     for side in ("input", "output"):
@@ -87,9 +81,7 @@ def parse_name(argument: str, name: Any) -> tuple[str, str]:
 
 def list_names(names: Any) -> list[Any]:
     """Bring one name or several to a list."""
-    if isinstance(names, str) or (isinstance(names, tuple) and len(names) == 2 and names[1] in ("input", "output")):
-        return [names]
-    return list(names)
+    return [names] if isinstance(names, str) else list(names)
 
 
 def check_function(argument: str, function: Callable[..., Any]) -> None:
@@ -125,6 +117,10 @@ def _in_backward() -> bool:
 def _sizes(value: Any) -> list[torch.Size]:
     """Rows and columns of each map in a value."""
     return [tensor.shape[2:] for tensor in list_tensors(value)]
+
+
+def _needs_gradients(value: Any) -> bool:
+    return any(tensor.requires_grad for tensor in list_tensors(value))
 
 
 class FeatureHooks:
@@ -191,6 +187,8 @@ class FeatureHooks:
         value = keep(value)
         if key in self.values:
             self.repeated[key] = self.repeated.get(key, False) or _sizes(value) != _sizes(self.values[key])
+            if not self.whole:  # a loop that calls the network's parts, so that `begin` saw no new forward
+                self._see_unused(self.values[key])
         self.values[key] = value
         if not torch.compiler.is_compiling():
             self.versions[key] = versions(value)
@@ -202,15 +200,23 @@ class FeatureHooks:
         """Whether all modules have run since the last `take`."""
         return len(self.values) == len(self.names)
 
+    @property
+    def learning(self) -> bool:
+        """Whether all modules have run since the last `take`, with gradients, as they do not in a validation."""
+        return self.ready and any(map(_needs_gradients, self.values.values()))
+
     def begin(self) -> None:
         """Forget what was noted in other forwards of the network (called by the hooks)."""
         if not _in_backward():
-            if self.ready and self.unused is False and not torch.compiler.is_compiling():
-                self.unused = any(
-                    tensor.requires_grad for value in self.values.values() for tensor in list_tensors(value)
-                )
+            if self.ready:
+                self._see_unused(list(self.values.values()))
             self.clear()
             self.whole = True
+
+    def _see_unused(self, noted: Any) -> None:
+        """Note that a run with gradients is replaced by another, with its values not handed over."""
+        if self.unused is False and not torch.compiler.is_compiling():
+            self.unused = _needs_gradients(noted)
 
     def clear(self) -> None:
         """Forget what was noted, and with it the graph."""

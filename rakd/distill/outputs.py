@@ -93,14 +93,14 @@ def describe(value: Any, depth: int = 2) -> str:
     return f"a {type(value).__name__}" if value is not None else "None"
 
 
-def pair_names(apprentice: dict[str, Tensor], expert: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Give the expert's maps the apprentice's names and order: by name where the names agree, else by order.
+def pair_names(apprentice: Mapping[str, Tensor], expert: Mapping[str, Tensor]) -> list[str]:
+    """The expert's name of each of the apprentice's maps: the same where the names agree, else that in its place.
 
     Raises:
         ValueError: The numbers of maps differ, or only some of the names agree.
     """
     if set(apprentice) == set(expert):
-        return apprentice, {name: expert[name] for name in apprentice}
+        return list(apprentice)
     if len(apprentice) != len(expert):
         raise ValueError(
             f"features: expected as many expert maps as the apprentice has, {len(apprentice)} ({_shapes(apprentice)}), "
@@ -112,7 +112,7 @@ def pair_names(apprentice: dict[str, Tensor], expert: dict[str, Tensor]) -> tupl
             f"features: expected maps of the same names, or of none in common, got {list(expert)} of the expert and "
             f"{list(apprentice)} of the apprentice"
         )
-    return apprentice, dict(zip(apprentice, expert.values(), strict=True))
+    return list(expert)
 
 
 def _shapes(maps: Mapping[str, Tensor]) -> str:

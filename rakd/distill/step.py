@@ -214,6 +214,14 @@ class Step:
             raise ValueError("strides: expected strides=, images or image_size= to find them from, got none of them")
         return self.size
 
+    def sized(self, strides: tuple[float, ...] | None) -> "Step":
+        """The same with the images' size, from the finest map where it is not known and strides are."""
+        if self.size is not None or strides is None:
+            return self
+        first = next(iter(self.apprentice.values()))
+        size = (round(first.shape[2] * strides[0]), round(first.shape[3] * strides[0]))
+        return replace(self, size=size, expert_image_hw=size)
+
     def find_expert_strides(self, strides: tuple[float, ...]) -> tuple[float, ...]:
         """The expert's strides in the boxes' pixels: the apprentice's where maps agree, else from sizes."""
         pairs = zip(self.apprentice.values(), self.expert.values(), strict=True)
@@ -266,10 +274,7 @@ def check_sizes(step: Step, facts: PartialSetup) -> Step:
     Raises:
         ValueError: They do not, such as where one network's images changed their size and the other's did not.
     """
-    if step.size is None and facts.strides is not None:
-        first = next(iter(step.apprentice.values()))
-        size = (round(first.shape[2] * facts.strides[0]), round(first.shape[3] * facts.strides[0]))
-        step = replace(step, size=size, expert_image_hw=size)
+    step = step.sized(facts.strides)
     if step.size is not None:
         check_canvases(step.given, step.size)
     for argument, strides, maps in (

@@ -16,8 +16,6 @@ from rakd.extras import require
 
 Callback_: Any = require("lightning.pytorch", "lightning").Callback
 
-_REPLACED = ("training_step", "manual_backward")
-
 
 def images_and_boxes(batch: Any) -> tuple[Any, Any]:
     """Read a batch of ``(images, targets)``, ``targets`` being dicts with ``boxes`` per image, or the boxes.
@@ -36,11 +34,70 @@ def images_and_boxes(batch: Any) -> tuple[Any, Any]:
     return images, targets
 
 
+class _Steps:
+    """Stands before a module's ``training_step`` and ``manual_backward``, for all callbacks of a fit.
+
+    One for all of them, so that each weighs its loss by the module's own, and the last leaves the module as it was.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.callbacks: list[DistillCallback] = []
+        self.waiting: Any = None  # the batch of a step to which nothing was added yet
+        self.stepped = self.added = False  # with manual optimisation: whether a step was done, and had the loss
+        step, backward = module.training_step, module.manual_backward
+        names = ("training_step", "manual_backward")
+        self._before = {name: vars(module)[name] for name in names if name in vars(module)}
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self.waiting = args[0] if args else kwargs["batch"]
+            result = step(*args, **kwargs)
+            if not module.automatic_optimization or result is None:
+                self.stepped, self.added = True, self.added or self.waiting is None
+                self.waiting = None
+                return result
+            loss = result["loss"] if isinstance(result, dict) else result
+            total = self._add(loss)
+            return {**result, "loss": total} if isinstance(result, dict) else total
+
+        @functools.wraps(backward)
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            backward(loss if self.waiting is None else self._add(loss), *args, **kwargs)
+
+        self._own = {"training_step": training_step, "manual_backward": manual_backward}
+        training_step.distilled = self  # type: ignore[attr-defined]
+        vars(module).update(self._own)
+
+    @classmethod
+    def of(cls, module: Any) -> "_Steps":
+        """Those that stand before a module's already, or new ones."""
+        there = getattr(vars(module).get("training_step"), "distilled", None)
+        return there if isinstance(there, cls) else cls(module)
+
+    def leave(self, callback: "DistillCallback") -> None:
+        """Take a callback out; the last leaves the module as it was."""
+        self.callbacks.remove(callback)
+        if not self.callbacks:
+            for name in self._own:
+                vars(self.module).pop(name, None)
+            vars(self.module).update(self._before)
+
+    def _add(self, loss: Tensor) -> Tensor:
+        batch, self.waiting = self.waiting, None
+        added = sum(callback.distill(batch, loss.detach()) for callback in self.callbacks)
+        assert isinstance(added, Tensor)
+        self.module.log("distill_loss", added.detach(), prog_bar=True)
+        total: Tensor = loss + added.to(loss.dtype)
+        return total
+
+
 class DistillCallback(Callback_):  # type: ignore[misc]
     """Adds the distillation loss to what ``training_step`` returns, or to the first ``manual_backward`` in it.
 
-    The loss is logged as ``distill_loss``. Adapters join the first optimizer; they and the measured scales are the
-    callback's state, which Lightning saves and loads: the module's own ``state_dict`` holds nothing of them.
+    The loss is logged as ``distill_loss``; of several callbacks their sum. Adapters join the first optimizer; they and
+    the measured scales are the callback's state, which Lightning saves and loads: the module's own ``state_dict`` holds
+    nothing of them.
 
     Args:
         expert: See `rakd.distill.distiller.Distiller`.
@@ -69,9 +126,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         self._batch = batch or images_and_boxes
         self._reads_batch = batch is None
         self._settings = {"expert": expert, "weight": weight, "method": method, "apprentice_features": "", **options}
-        self._waiting: Any = None
-        self._before: dict[str, Any] | None = None  # what the module itself had in the place of its methods
-        self._stepped = self._added = False  # with manual optimisation: whether a step was done, and had the loss
+        self._steps: _Steps | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Hook the apprentice, and stand before the module's training step.
@@ -88,28 +143,8 @@ class DistillCallback(Callback_):  # type: ignore[misc]
             self.distiller.attach(expert=self._settings["expert"], apprentice=network)
         if self._reads_batch:
             self._refuse_resizing(pl_module, network)
-        self._stepped = self._added = False
-        self._before = {name: vars(pl_module)[name] for name in _REPLACED if name in vars(pl_module)}
-        step, backward = pl_module.training_step, pl_module.manual_backward
-
-        @functools.wraps(step)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            batch = args[0] if args else kwargs["batch"]
-            self._waiting = batch
-            result = step(*args, **kwargs)
-            if not pl_module.automatic_optimization or result is None:
-                self._stepped, self._added = True, self._added or self._waiting is None
-                self._waiting = None
-                return result
-            loss = result["loss"] if isinstance(result, dict) else result
-            total = self._add(pl_module, loss)
-            return {**result, "loss": total} if isinstance(result, dict) else total
-
-        @functools.wraps(backward)
-        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            backward(loss if self._waiting is None else self._add(pl_module, loss), *args, **kwargs)
-
-        pl_module.training_step, pl_module.manual_backward = training_step, manual_backward
+        self._steps = _Steps.of(pl_module)
+        self._steps.callbacks.append(self)
 
     def _refuse_resizing(self, pl_module: nn.Module, network: nn.Module) -> None:
         """Refuse a detector of torchvision around the modules whose maps are taken."""
@@ -130,20 +165,19 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         Raises:
             RuntimeError: No step has called ``manual_backward``.
         """
-        if not pl_module.automatic_optimization and self._stepped and not self._added:
+        assert self._steps is not None
+        if not pl_module.automatic_optimization and self._steps.stepped and not self._steps.added:
             raise RuntimeError(
                 "training_step: expected self.manual_backward(loss), to which the distillation loss is added, but no "
                 "step so far called it"
             )
 
-    def _add(self, pl_module: Any, loss: Tensor) -> Tensor:
+    def distill(self, batch: Any, task_loss: Tensor) -> Tensor:
+        """The loss of a batch."""
         assert self.distiller is not None
-        images, boxes, *keys = self._batch(self._waiting)
-        self._waiting = None
-        added = self.distiller(images, boxes, task_loss=loss.detach(), keys=keys[0] if keys else None)
-        pl_module.log("distill_loss", added.detach(), prog_bar=True)
-        total: Tensor = loss + added.to(loss.dtype)
-        return total
+        images, boxes, *keys = self._batch(batch)
+        loss: Tensor = self.distiller(images, boxes, task_loss=task_loss, keys=keys[0] if keys else None)
+        return loss
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Have the first optimizer train the adapters, before its state is loaded."""
@@ -154,11 +188,9 @@ class DistillCallback(Callback_):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was."""
-        if self._before is not None:
-            for name in _REPLACED:
-                vars(pl_module).pop(name, None)
-            vars(pl_module).update(self._before)
-            self._before = None
+        if self._steps is not None:
+            self._steps.leave(self)
+            self._steps = None
         if self.distiller is not None:
             self.distiller.close()
 

@@ -41,7 +41,7 @@ class DistilledDetector(nn.Module):
         options: Same, such as ``normalize=True``. ``features`` and ``apprentice_features`` choose other maps.
 
     Raises:
-        TypeError: The model is no detector of this kind.
+        TypeError: The model is no detector of this kind, or an option is given that is found here.
         ValueError: The two have no stride in common.
     """
 
@@ -80,10 +80,18 @@ class DistilledDetector(nn.Module):
                 raise ValueError(f"expert: expected a level of one of the strides {list(ours)}, got {list(theirs)}")
             self._names = [ours[stride][0] for stride in strides]
             pairs = [(ours[stride][0], theirs[stride][0]) for stride in strides]
-            options["features"] = partial(_take, names=dict(pairs))
-            options["strides"] = strides
-            options["apprentice_channels"] = [ours[stride][1] for stride in strides]
-            options["expert_channels"] = [theirs[stride][1] for stride in strides]
+            found = {
+                "features": partial(_take, names=dict(pairs)),
+                "strides": strides,
+                "apprentice_channels": [ours[stride][1] for stride in strides],
+                "expert_channels": [theirs[stride][1] for stride in strides],
+            }
+            given = next((name for name in found if name in options), None)
+            if given is not None:
+                raise TypeError(
+                    f"{given}: expected none, since it is found; or give features= and apprentice_features="
+                )
+            options |= found
         self.distiller = Distiller(expert, method, weight, apprentice=model, **options)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None) -> Any:

@@ -71,12 +71,15 @@ def distill(
 
     Raises:
         ValueError: The model's task has no boxes to distil in.
-        TypeError: This is no model of ultralytics.
+        TypeError: This is no model of ultralytics, or an option is the trainer's to set.
     """
     if not hasattr(model, "task_map"):
         raise TypeError(f"model: expected a YOLO or RTDETR of ultralytics, got {type(model).__name__}")
     if model.task not in _TASKS:
         raise ValueError(f"model: expected the task {', '.join(_TASKS)}, got {model.task!r}")
+    for name in ("apprentice", "box_format", "normalized"):
+        if name in options:
+            raise TypeError(f"{name}: expected none, since network and boxes are those of ultralytics' trainer")
     if hasattr(expert, "task_map"):
         expert = expert.model
         options.setdefault("features", head_inputs(expert))
@@ -106,6 +109,14 @@ class DistilledTraining:
         # A class of its own, which ultralytics can pickle with everything in it for the processes of a multi-GPU run.
         members = {"distill_settings": self.settings, "distill_keys": staticmethod(self.keys) if self.keys else None}
         return self.model.train(trainer=type(f"Distilled{base.__name__}", (_Distilling, base), members), **arguments)
+
+    def tune(self, *_: Any, **__: Any) -> None:
+        """Refuse: ultralytics tunes in processes of its own, which would train without distillation.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("tune: ultralytics tunes without distillation; tune the apprentice alone, by its own")
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Detect as ``model(...)`` does."""

@@ -117,6 +117,21 @@ def test_two_callbacks_of_different_methods(tmp_path: Path) -> None:
     assert len(keys) == 1 and "0x" not in keys.pop()  # a resumed run finds its state
 
 
+@pytest.mark.parametrize("kind", [Module, Manual])
+def test_two_callbacks_weigh_by_the_modules_own_loss_and_leave_it_as_it_was(kind: type[Module], tmp_path: Path) -> None:
+    module = kind(8)
+    # Of one network's hooks each sees its own maps.
+    added = [callback(weight="auto:1"), callback(weight="auto:1", method="l_roi", features="stages.0")]
+    added[1]._settings["apprentice_features"] = "stages.0"
+    trainer = fit(module, tmp_path / "one", callbacks=added, max_steps=1)
+    assert module.backwards[0] == pytest.approx(3 * module.seen[0], rel=1e-5)
+    assert float(trainer.logged_metrics["distill_loss"]) == pytest.approx(2 * module.seen[0], rel=1e-5)
+    assert "training_step" not in vars(module) and "manual_backward" not in vars(module)
+    fit(module, tmp_path / "two", callbacks=added, max_steps=1)
+    fit(module, tmp_path / "three", callbacks=[], max_steps=1)
+    assert module.backwards[2] == module.seen[2]
+
+
 def test_the_tuners_go_back_to_before_the_first_step(tmp_path: Path) -> None:
     from lightning.pytorch.tuner.tuning import Tuner
 

@@ -264,6 +264,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     model = YOLO(network(tmp_path, "yolo", 8))
     with pytest.raises(TypeError, match="model: expected a YOLO or RTDETR of ultralytics, got Linear"):
         distill(nn.Linear(1, 1), model)
+    with pytest.raises(TypeError, match="box_format: expected none, since network and boxes are those of"):
+        distill(model, model, box_format="xyxy")
+    with pytest.raises(NotImplementedError, match="tune: ultralytics tunes without distillation"):
+        distill(model, model).tune()
     model.task = "obb"
     with pytest.raises(ValueError, match="model: expected the task detect, segment, pose, got 'obb'"):
         distill(model, model)

@@ -81,7 +81,7 @@ def test_other_experts_states_and_sizes_are_misses(cache: FeatureCache) -> None:
     other, _, others = make(cache, seed=5)
     other.expert_features(images(), KEYS)
     assert len(others) == 1
-    inputs = Distiller(Network((4, 6, 8), seed=1), features=[("stages.1", "input")], cache=cache)
+    inputs = Distiller(Network((4, 6, 8), seed=1), features="input:stages.1", cache=cache)
     assert len(inputs.expert_features(images(), KEYS)) == 1  # other modules of the same expert
 
 

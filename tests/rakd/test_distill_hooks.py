@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rakd.distill import Distiller, Expert
 from rakd.distill.expert import find_modules
+from rakd.distill.hooks import FeatureHooks
 from rakd.distill.outputs import find_maps, pair_names
 
 A, B = torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 2, 2)
@@ -71,10 +72,8 @@ def test_what_holds_no_maps_is_described(output: Any, told: str) -> None:
 
 
 def test_pairs_by_name_or_order() -> None:
-    _, expert = pair_names({"a": A, "b": B}, {"b": B, "a": A})
-    assert list(expert) == ["a", "b"]
-    _, expert = pair_names({"0": A, "1": B}, {"p3": A, "p4": B})
-    assert expert["1"] is B
+    assert pair_names({"a": A, "b": B}, {"b": B, "a": A}) == ["a", "b"]
+    assert pair_names({"0": A, "1": B}, {"p3": A, "p4": B}) == ["p3", "p4"]
     with pytest.raises(ValueError, match="expected maps of the same names, or of none in common"):
         pair_names({"p3": A, "p4": B}, {"p4": B, "p5": A})
     with pytest.raises(ValueError, match=r"as many expert maps as the apprentice has, 1 .* got 2 .*choose the levels"):
@@ -99,9 +98,8 @@ def test_outputs_and_inputs_by_name() -> None:
     before = snapshot(expert)
     expected = value(distiller, apprentice)
     assert expected > 0
-    for side in ("input:head", ("head", "input")):
-        other, *_ = make(features=side, apprentice_features=side)
-        assert torch.equal(value(other, other.apprentice), expected)
+    other, *_ = make(features="input:head", apprentice_features="input:head")
+    assert torch.equal(value(other, other.apprentice), expected)
     given = Distiller((expert, lambda x: expert.features(x)), canonical_size=24)
     assert torch.equal(given(images(), ROWS, apprentice.features(images())), expected)
     function = Distiller(expert, features=lambda model, x: model.features(x), canonical_size=24)
@@ -211,8 +209,19 @@ def test_names_that_are_not_there_are_told_with_those_that_are() -> None:
         make(features="neck")
     with pytest.raises(ValueError, match=r"apprentice_features: .* got 'stages.7'; it has"):
         make(apprentice_features=["stages.7"])
-    with pytest.raises(ValueError, match="expected 'input' or 'output' in the pair"):
-        make(features=[("head", "inputs")])
+    with pytest.raises(TypeError, match="features: expected names of modules, got 3"):
+        make(features=[3])
+
+
+def test_a_module_may_be_called_output() -> None:
+    network = nn.Sequential()
+    for name in ("stem", "output"):
+        network.add_module(name, nn.Conv2d(3, 3, 4, stride=4))
+    hooks = FeatureHooks(network, ("stem", "output"), "features")
+    network(images())
+    assert [tuple(feature.shape[2:]) for feature in hooks.take()] == [
+        (images().shape[2] // stride, images().shape[3] // stride) for stride in (4, 16)
+    ]
 
 
 def test_maps_are_taken_once() -> None:
@@ -222,8 +231,11 @@ def test_maps_are_taken_once() -> None:
         distiller(images(), BOXES)
 
 
-def test_runs_of_which_only_the_last_is_taken_are_told_once() -> None:
-    distiller, _, apprentice = make()
+@pytest.mark.parametrize("parts", [False, True])
+def test_runs_of_which_only_the_last_is_taken_are_told_once(parts: bool) -> None:
+    distiller, _, network = make()
+    # In parts: a loop that calls the network's modules, not the network.
+    apprentice: Any = network.features if parts else network
     apprentice(images())  # before distillation began
     value(distiller, apprentice)
     with torch.no_grad():

@@ -179,3 +179,25 @@ def test_the_states_length_stays() -> None:
     before = {name: value.shape for name, value in distiller.state_dict().items()}
     distiller(images(), BOXES, Network((3, 5, 7), seed=2).features(images()), task_loss=torch.tensor(1.0))
     assert {name: value.shape for name, value in distiller.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("channels", [{}, CHANNELS])
+@pytest.mark.parametrize("method", ["rakd", "box_l2", "fgd_attention"])
+def test_strides_tell_the_size_of_images_that_are_not_there(method: str, channels: dict[str, Any]) -> None:
+    """Also for the strides of an expert with maps of another size."""
+    expert = [feature.detach().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3) for feature in maps(seed=1)]
+    expected = make(method, **CHANNELS)(images(), BOXES, maps(), expert)
+    assert torch.equal(make(method, **{"strides": STRIDES, **channels})(None, BOXES, maps(), expert), expected)
+
+
+def test_scores_follow_the_maps_that_are_paired_by_name() -> None:
+    generator = torch.Generator().manual_seed(0)
+    expert = {name: torch.rand(2, 4, 8, 12, generator=generator) for name in ("p4", "p3")}
+    scores = {name: torch.randn(2, 3, 8, 12, generator=generator) for name in expert}
+    apprentice = {name: torch.rand(2, 4, 8, 12, generator=generator) for name in ("p3", "p4")}
+    sorted_expert, sorted_scores = ({name: of[name] for name in apprentice} for of in (expert, scores))
+    distiller = Distiller(None, "score_l2", 1.0, strides=(4, 4), check=False)
+    expected = distiller(images(), BOXES, apprentice, sorted_expert, scores=list(sorted_scores.values()))
+    assert torch.equal(distiller(images(), BOXES, apprentice, expert, scores=list(scores.values())), expected)
+    swapped = distiller(images(), BOXES, apprentice, sorted_expert, scores=list(scores.values()))
+    assert not torch.equal(swapped, expected)

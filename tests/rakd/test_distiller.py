@@ -16,7 +16,8 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from rakd.distill.distiller import Distiller, tap
+from rakd.distill.distiller import Distiller
+from rakd.distill.hooks import tap
 from rakd.distill.methods import make_method
 from rakd_ops import soft_roi_distill
 
