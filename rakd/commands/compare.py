@@ -17,8 +17,8 @@ from rakd.study.results import RunResult, read_run
 from rakd.study.tables import Cell
 
 _SEED = re.compile(r"-seed\d+$")
-_MAY_DIFFER = ("data", "out", "seed", "device", "workers", "init", "validate_every")
-"""Options of ``rakd train`` that runs of one column need not share."""
+_MAY_DIFFER = ("data", "out", "seed", "device", "workers", "init", "validate_every", "checkpoint_every", "log_every")
+"""Settings that runs of one column need not share."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,12 @@ def _figures(run: RunResult) -> dict[str, float]:
 
 
 def _unlike(paths: list[Path], runs: list[RunResult]) -> str:
-    """What runs of one column differ in beside their seeds, in words; options that a run does not tell do not count."""
+    """What runs of one column differ in beside their seeds, in words; a run without config.json tells its method."""
     configs = [path.with_name("config.json") for path in paths]
-    options = [read_options(config) if config.exists() else {} for config in configs]
-    told = [{"method": run.method, **own} for run, own in zip(runs, options, strict=True)]
-    found = {name: {str(own[name]) for own in told if name in own} for name in told[0] if name not in _MAY_DIFFER}
+    told = [read_options(config) for config in configs if config.exists()]
+    found = {"method": {run.method for run in runs}}
+    for name in dict.fromkeys(name for own in told for name in own if name not in _MAY_DIFFER):
+        found[name] = {str(own.get(name, "its own")) for own in told}
     texts = [f"{name} {' and '.join(sorted(values))}" for name, values in found.items() if len(values) > 1]
     if len({run.seed for run in runs}) < len(runs):
         texts.append(f"seeds are not all different: {', '.join(str(run.seed) for run in runs)}")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction, arg
 
+from rakd.data.frames import read_split
 from rakd.distill import MethodName, Regions, Rescale
 from rakd.distill.registry import METHODS
 from rakd.errors import UserError
@@ -176,6 +177,7 @@ class Distill:
             if data is None:
                 data = self.out / "scenes"
                 if processes.is_main:
+                    self._check_scenes(data, base.scenes)
                     for name in (settings.expert, settings.apprentice):
                         DETECTORS[name].without_download().build()  # tells of a missing package before the rendering
                     print(f"no data given: learning from {base.scenes} rendered street scenes in {data}", flush=True)
@@ -207,9 +209,20 @@ class Distill:
                 print()
                 print(format_tables(study))
                 if is_converted(data):
-                    runs = [path.parent for path in sorted(self.out.glob("*/result.json"))]
+                    found = [path.parent for path in sorted(self.out.glob("*/result.json"))]
+                    runs = [run for run in found if (run / "detections").is_dir()]  # copies may lack them
                     write_waymo_tables(self.out / "waymo.md", data, self.splits[1], runs)
                 print(f"tables, curves and pictures are in {self.out}")
+
+    def _check_scenes(self, data: Path, count: int) -> None:
+        """Refuse to render more scenes for runs that have begun: they would be refused, and these could not go on."""
+        path = data / "ImageSets" / "trainval.txt"
+        there = len(read_split(path)) if path.exists() else count
+        if there != count and any(self.out.glob("*/checkpoint.pt")):
+            raise UserError(
+                f"--out: {self.out} holds runs on {there} rendered scenes, --study {self.study} takes {count}; choose "
+                "another folder"
+            )
 
     def _warn(self, settings: StudySettings) -> None:
         """Tell of options that do nothing here, and of one that is missed."""

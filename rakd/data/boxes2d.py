@@ -42,7 +42,13 @@ class BoxDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.items = [_read_item(frame, first_label) for frame in find_frames(Path(data), split)]
 
     def loader(self, batch_size: int) -> DataLoader[Any]:
-        """Make a shuffling loader of full batches: lists of images and of targets."""
+        """Make a shuffling loader of full batches: lists of images and of targets.
+
+        Raises:
+            ValueError: There are fewer frames than that.
+        """
+        if not 1 <= batch_size <= len(self):
+            raise ValueError(f"batch_size: expected 1 to the number of frames, {len(self)}, got {batch_size}")
         return DataLoader(self, batch_size, shuffle=True, drop_last=True, collate_fn=_as_lists)
 
     def __len__(self) -> int:
@@ -75,10 +81,14 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
     out = Path(out).absolute()
     frames = {split: find_frames(Path(data), split) for split in ("train", "val")}
     for split, wanted in frames.items():
+        # Ultralytics keeps images (NAME.npy) and labels, and does not see that they are written anew.
+        kept = {frame.image.with_suffix(".npy").name for frame in wanted}
         own = {frame.image.name for frame in wanted}
         for there in sorted((out / "images" / split).glob("[!.]*")):
-            if there.name not in own:
+            if there.name not in own | kept:
                 raise UserError(f"out: expected a folder with no other images, got {there}")
+        for stale in [out / "images" / split / name for name in kept] + [out / "labels" / f"{split}.cache"]:
+            stale.unlink(missing_ok=True)
     for split, wanted in frames.items():
         for frame in wanted:
             with atomic_write(out / "images" / split / frame.image.name) as temporary:

@@ -13,6 +13,8 @@ MIN_VISIBLE = 0.3
 class DataRules:
     """Conditions for objects to be learned. All others are ignored, and those whose 3D centre lies outside the image.
 
+    Two-stage detectors learn nothing from ignored regions; to MonoDETR they are background.
+
     Attributes:
         min_height: Lower boxes are left out, pixels of the original image.
         min_visible: Objects of which nearer ones leave less than this share visible are left out, 0..1.

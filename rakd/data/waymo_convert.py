@@ -148,12 +148,12 @@ def convert_waymo(
     return _write_lists(out)
 
 
-def read_names(out: Path, split: WaymoSplit | None = None) -> dict[str, FrameName]:
+def read_names(out: Path, split: WaymoSplit) -> dict[str, FrameName]:
     """Read the frame of Waymo's data of each converted frame, by its name, in the order of the segments.
 
     Args:
         out: The folder that `convert_waymo` wrote.
-        split: Only frames of this split; None: of training and validation, whose names differ.
+        split: Whose frames.
 
     Raises:
         MissingFileError: The folder was not written by `convert_waymo`.
@@ -161,10 +161,8 @@ def read_names(out: Path, split: WaymoSplit | None = None) -> dict[str, FrameNam
     """
     settings = read_manifest(out)
     found: dict[str, FrameName] = {}
-    for part, segments in settings["segments"].items():
-        if part == split or (split is None and part != "testing"):
-            for segment in segments:
-                found.update(_read_index(_index(out, part, segment)))
+    for segment in settings["segments"].get(split, ()):
+        found.update(_read_index(_index(out, split, segment)))
     return found
 
 

@@ -214,7 +214,8 @@ class Detector(BaseDetector):
         scores = logits.softmax(dim=1)[:, 1:].view(images, count, len(CLASSES)).transpose(1, 2)
         deltas = deltas.view(images, count, len(CLASSES), 4).transpose(1, 2)
         boxes = clip_boxes(decode_deltas(deltas, proposals[:, None], _BOX_SCALES), extents - 1)
-        likely = (scores > heads.score_limit) & valid[:, None]
+        inside = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])  # some of it
+        likely = (scores > heads.score_limit) & valid[:, None] & inside
         kept = suppress(boxes.flatten(0, 1), scores.flatten(0, 1), likely.flatten(0, 1), heads.nms_iou)
         return boxes.flatten(1, 2), scores.flatten(1, 2), kept.view(images, -1)
 

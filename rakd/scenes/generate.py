@@ -103,9 +103,10 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
 
 
 def _check_split(out: Path, frames: int) -> None:
-    """Refuse to leave frames out of the lists of a data set that is complete already."""
+    """Refuse to leave frames out of the lists that are there already, whether or not all were rendered."""
     path = out / "ImageSets" / "trainval.txt"
-    there = len(read_split(path)) if path.exists() else 0
+    names = (file.stem for file in out.glob("training/*/[0-9]*"))
+    there = max([len(read_split(path)) if path.exists() else 0, *(int(name) + 1 for name in names)])
     if there > frames:
         raise UserError(f"frames must be at least {there}, which {out} holds already, got {frames}")
 

@@ -236,7 +236,8 @@ class Experiment:
                 if "backend" in options:  # one that cannot run here says so
                     maps, boxes = torch.zeros(1, 1, 8, 8, device=self.processes.device), torch.zeros(0, 5)
                     multilevel_roi_align([maps], boxes.to(maps.device), strides=(4,), backend=options["backend"])
-                make_method(method, strides=(4, 8), expert_channels=8, apprentice_channels=8, batch_size=2, **options)
+                facts: dict[str, Any] = {"strides": (4, 8), "expert_strides": (4, 8), "seed": 0, "batch_size": 2}
+                make_method(method, expert_channels=8, apprentice_channels=8, **facts, **options)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise UserError(f"options of {method}: {error}") from None
             idle = set(options) - set(registry.METHODS[method].load().option_names())

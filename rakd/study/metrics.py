@@ -135,7 +135,7 @@ def difference_interval(
         comparisons: Number of intervals that are to be simultaneous, by Bonferroni's correction.
 
     Returns:
-        Its ends; NaN where a seed lacks the metric on drawn frames, or where both are equal on all frames.
+        Its ends; NaN where a seed lacks the metric on half of the draws, or where both are equal on all frames.
     """
     differences = paired_differences(study, method, baseline, metric)
     runs = {(run.method, run.seed): run.drawn.get(metric.key, ()) for run in study.runs}
@@ -144,7 +144,7 @@ def difference_interval(
         return math.nan, math.nan
     means = np.mean([np.subtract(*pair) for pair in drawn], axis=0)
     means = means[np.isfinite(means)]
-    variance = float(np.var(means, ddof=1)) if len(means) > 1 else math.nan
+    variance = float(np.var(means, ddof=1)) if len(means) > max(1, len(drawn[0][0]) // 2) else math.nan
     if len(differences) > 1:
         variance += statistics.variance(differences.values()) / len(differences)
     if not variance > 0:

@@ -1,7 +1,8 @@
 """One run of an experiment: trains a detector in its folder, and evaluates it."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rakd.checkpoints import file_digest
@@ -97,7 +98,7 @@ class Runner:
             self.data,
             self.splits[0],
             height=config.height,
-            augmentation=Augmentation(flip=settings.flip, photometric=settings.photometric),
+            augmentation=Augmentation(photometric=settings.photometric),
             seed=run.seed,
             cache_bytes=cache_share(run.training.workers),
             rules=config.rules,
@@ -137,11 +138,27 @@ class Runner:
         )
         if trainer.step < run.training.steps and self.processes.is_main:
             (folder / "result.json").unlink(missing_ok=True)  # of a run that is extended
+        if self.processes.is_main:
+            self._write_settings(run)
         if trainer.extended_from:
             self.extended.add(run.name)
         rows = trainer.run()
         detector.eval()
         return rows
+
+    def _write_settings(self, run: Run) -> None:
+        """Write what the run shares with those of other seeds, for ``rakd compare``."""
+        settings = self.settings
+        told = {
+            "command": "distill",
+            "detector": settings.expert if run.method == "expert" else settings.apprentice,
+            "photometric": settings.photometric,
+            **asdict(run.training),
+        }
+        if run.taught_by:
+            told |= {"weight": run.weight, "regions": settings.regions, "rescale": settings.rescale}
+            told |= {"options": settings.options.get(run.method, {})}
+        write_text(self.out / run.name / "config.json", json.dumps(told, indent=1) + "\n")
 
     def make_model(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> DistillationModel:
         """Make the model that a run trains: the detector, with a method where an expert teaches it.

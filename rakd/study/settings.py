@@ -33,7 +33,6 @@ class StudySettings:
         options: Arguments of methods' classes by the method's name, such as ``{"rakd": {"sigma": 0.5}}``.
         rescale: Whose maps are brought to a root mean square of 1, see `rakd.distill.distiller.Distiller`.
         regions: Boxes in which the methods that take boxes compare features.
-        flip: Probability of mirroring a training image.
         photometric: Probability of each distortion of light and colour.
         goes_on_from: Study whose networks it starts from, which the command is told (``--init``); empty: none.
         scenes: Street scenes to render where no data are given; 0: data are needed.
@@ -53,7 +52,6 @@ class StudySettings:
     seeds: tuple[int, ...] = (0,)
     rescale: Rescale = False
     regions: Regions = "proposals"
-    flip: float = 0.5
     photometric: float = 0.5
     goes_on_from: str = ""
     scenes: int = 0
@@ -74,9 +72,8 @@ class StudySettings:
         for name, weight in self.weights.items():
             if not (isfinite(weight) and weight > 0):
                 raise UserError(f"weights must be positive, got {weight} for {name}")
-        for name in ("flip", "photometric"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must lie in 0..1, got {getattr(self, name):g}")
+        if not 0 <= self.photometric <= 1:
+            raise UserError(f"photometric must lie in 0..1, got {self.photometric:g}")
         missing = [name for name in self.methods if name != "none" and name not in self.weights]
         if missing:
             raise UserError(f"weights must hold one for each method, {', '.join(missing)} lack one: --weight METHOD=W")

@@ -193,6 +193,9 @@ class Trainer:
         self.model.train()
         progress = bar(initial=self.step, total=self.settings.steps, desc=self.name, unit="step", disable=self.quiet)
         with torch.random.fork_rng(devices=[self.device] if cuda else []), progress:
+            if self.validation and not steps and all(row["step"] != self.step for row in self.log.validations):
+                self._validate()  # of a finished run, which is to validate now
+                self._save()
             last = saved = perf_counter()
             # Without steps left no worker is to be started.
             for batch in each_of(loader) if steps else ():

@@ -83,6 +83,25 @@ def test_boxes_that_cannot_be_seen_are_left_out(scenes: Path, tmp_path: Path) ->
     assert text.splitlines()[0] == "0 0.500000 0.500000 0.993750 0.989583" and len(text.splitlines()) == 2
 
 
+def test_what_ultralytics_keeps_does_not_outlast_a_copy(scenes: Path, tmp_path: Path) -> None:
+    """It keeps labels by the sum of their sizes, which those of one width share, and images by their names."""
+    write_yolo(scenes, tmp_path / "yolo")
+    kept = [tmp_path / "yolo" / "labels" / f"{split}.cache" for split in ("train", "val")]
+    kept += [path.with_suffix(".npy") for path in (tmp_path / "yolo" / "images").rglob("*.png")]
+    for path in kept:
+        path.touch()
+    write_yolo(scenes, tmp_path / "yolo")
+    assert not any(path.exists() for path in kept)
+
+
+def test_a_loader_has_batches(scenes: Path) -> None:
+    data = BoxDataset(scenes)
+    assert [len(images) for images, _ in data.loader(4)] == [4, 4]
+    for size in (0, 11):
+        with pytest.raises(ValueError, match=f"batch_size: expected 1 to the number of frames, 10, got {size}"):
+            data.loader(size)
+
+
 def test_yolo_folders_hold_no_frames_of_before(scenes: Path, tmp_path: Path) -> None:
     write_yolo(scenes, tmp_path / "yolo")
     write_yolo(scenes, tmp_path / "yolo")  # an interrupted copy is completed

@@ -303,8 +303,13 @@ def test_compare_says_when_runs_of_one_column_were_trained_unlike(finished, caps
 
     folders = [write(0, steps=100, init="pre-seed0/detector.pt"), write(1, steps=100, init="pre-seed1/detector.pt")]
     assert warned() == ""
-    write(1, steps=200, learning_rate=0.1)  # the rate of the other is its detector's own
-    assert "small: the runs that are averaged are no repetitions: steps 100 and 200\n" in warned()
+    write(1, steps=200, learning_rate=0.1)
+    told = "small: the runs that are averaged are no repetitions: steps 100 and 200, learning_rate 0.1 and its own\n"
+    assert told in warned()
+    folders.append(write(2, steps=200, learning_rate=0.2))
+    (finished / "small-seed0" / "config.json").unlink()
+    assert "small: the runs that are averaged are no repetitions: learning_rate 0.1 and 0.2\n" in warned()
+    folders = [write(0, steps=100), write(1, steps=100)]
     shutil.copy(finished / "study" / "rakd-seed1" / "result.json", finished / "small-seed1")
     (finished / "small-seed1" / "config.json").unlink()
     assert "small: the runs that are averaged are no repetitions: method none and rakd\n" in warned()

@@ -369,6 +369,14 @@ def test_distill_renders_what_it_learns_from(
     assert main(words) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert json.loads((tmp_path / "scenes" / "scenes.json").read_text()) == manifest
+    # Another number would be refused after the rendering, and these runs could not go on.
+    (tmp_path / "none-seed0").mkdir()
+    (tmp_path / "none-seed0" / "checkpoint.pt").touch()
+    monkeypatch.setitem(distill_module.STUDIES, "tiny", replace(STUDIES["tiny"], scenes=3))
+    assert main(words) == 2
+    assert "holds runs on 2 rendered scenes, --study tiny takes 3; choose another folder" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert len(list((tmp_path / "scenes" / "training").rglob("*.png"))) == 2
 
 
 def test_distill_tells_of_a_missing_package_before_it_renders(

@@ -311,3 +311,15 @@ def test_nothing_surer_than_the_limit() -> None:
     size, camera = torch.tensor(SIZE), torch.from_numpy(CAMERA.projection.copy())
     assert len(decode_queries(found, depth, camera, SIZE, size, most=9, limit=0.99).scores) == 0
     assert len(decode_queries(found, depth, camera, SIZE, size, most=2, limit=0.0).scores) == 2
+
+
+def test_nothing_in_the_padding() -> None:
+    """A box of which the image's border leaves nothing is no detection, however sure."""
+    targets = query_targets([wide(make_targets(SCENE, CAMERA, SIZE, rules=DataRules(min_visible=0.0)))], SIZE)
+    found, depth = perfect(targets)
+    camera = torch.from_numpy(CAMERA.projection.copy())
+    everything = decode_queries(found, depth, camera, SIZE, torch.tensor(SIZE), most=9, limit=0.2)
+    left = everything.boxes[:, 0].sort().values
+    narrow = torch.tensor([int(left[1]), SIZE[1]])  # ends before the second box begins
+    kept = decode_queries(found, depth, camera, SIZE, narrow, most=9, limit=0.2)
+    assert kept.classes.tolist() == [int(everything.classes[everything.boxes[:, 0].argmin()])]

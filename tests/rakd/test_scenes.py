@@ -81,6 +81,14 @@ def test_an_interrupted_run_is_completed(tmp_path, scenes, monkeypatch):
     assert (out / "training" / "image_2" / "000001.png").stat().st_mtime_ns == kept
 
 
+def test_an_interrupted_larger_run_is_not_made_a_smaller_one(tmp_path):
+    make_scenes(tmp_path, 4, seed=3, size=SIZE)
+    for path in (tmp_path / "ImageSets").iterdir():  # written last
+        path.unlink()
+    with pytest.raises(ValueError, match=r"frames must be at least 4, which .* holds already, got 3"):
+        make_scenes(tmp_path, 3, seed=3, size=SIZE)
+
+
 def test_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
     def fail(self, target):
         raise OSError("disk full")

@@ -71,6 +71,8 @@ def test_no_interval_without_draws_of_every_seed() -> None:
         StudyResult((*whole.runs, run("none", 2, 7.0, (7.0,)), run("rakd", 2, 8.0, (8.0,)))),
         StudyResult((run("none", 0, 0.0, (0.0, 0.0)), run("rakd", 0, 0.0, (0.0, 0.0)))),
         StudyResult((run("none", 0, 1.0, (1.0, math.nan)), run("rakd", 0, 2.0, (math.nan, 1.0)))),
+        # Half of the draws have one: the rest may be of another kind.
+        pairs([2.0], deviations(-1, math.nan, 1, math.nan)[None]),
     ):
         assert all(map(math.isnan, difference_interval(study, "rakd", "none", LOOSE)))
     # A draw that leaves one run without a figure is left out: -1, 1 and 0 stay.

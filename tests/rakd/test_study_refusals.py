@@ -102,6 +102,8 @@ def test_a_refused_command_leaves_its_folder_free(scenes: Path, tmp_path: Path) 
     [
         ("rakd", "backend", "triton", "options of rakd: backend: 'triton'"),
         ("pkd", "canonical_size", 56.0, "options of pkd: canonical_size does nothing in pkd"),
+        ("mgd", "seed", 3, "options of mgd: .*multiple values for keyword argument 'seed'"),
+        ("rakd", "expert_strides", [4, 8], "options of rakd: .*multiple values for keyword argument 'expert_strides'"),
     ],
 )
 def test_options_that_cannot_work_are_told_before_anything_is_trained(
@@ -109,7 +111,8 @@ def test_options_that_cannot_work_are_told_before_anything_is_trained(
 ) -> None:
     forbid_work(monkeypatch)
     with pytest.raises(UserError, match=message):
-        run(scenes, tmp_path / "run", {"methods": ("none", method), "options": {method: {option: value}}})
+        changed = {"methods": ("none", method), "options": {method: {option: value}}, "weights": {method: 1.0}}
+        run(scenes, tmp_path / "run", changed)
 
 
 def test_a_distillation_loss_that_is_not_finite_is_an_error_in_one_line(

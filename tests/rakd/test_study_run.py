@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rakd.checkpoints import load_weights
+from rakd.cli import main
 from rakd.detector import export
 from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
@@ -127,10 +128,23 @@ def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
     assert {path.name for path in out.iterdir()} == files | {"expert-seed0", "none-seed0", "rakd-seed0"}
     for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         inside = {path.name for path in (out / name).iterdir()}
-        every = {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json"}
+        every = {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json", "config.json"}
         assert inside == every | ({"expert.txt"} if name == "rakd-seed0" else set())
         frames = sorted(path.stem for path in (out / name / "detections").iterdir())
         assert frames == sorted((scenes / "ImageSets" / "val.txt").read_text().split())
+
+
+def test_seeds_that_were_trained_unlike_are_told_by_compare(
+    finished: Finished, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(finished.out, tmp_path / "run")
+    for seed, steps in ((1, 2), (2, 1)):
+        changed = settings(methods=("none",), seeds=(seed,), training=replace(TRAINING, steps=steps, warm_up=0))
+        Experiment(changed, scenes, out, CPU, quiet=True).run()
+        shutil.rmtree(out / f"expert-seed{seed}")
+        assert main(["compare", str(out)]) == 0
+        told = capsys.readouterr().err
+        assert ("none: the runs that are averaged are no repetitions: steps 1 and 2" in told) == (steps == 1)
 
 
 def test_latency_in_onnx_runtime_is_measured_where_it_can_be(

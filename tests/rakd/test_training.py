@@ -179,6 +179,12 @@ def test_validation_keeps_the_best_and_changes_nothing(scenes: Path, tmp_path: P
     validated(scenes, tmp_path / "again", again).run()
     assert again.kept == [10]
     assert make_trainer(scenes, tmp_path / "again").step == 10
+    # A finished run that had no validation at its end gets one, once.
+    for late, wanted in ((Scripted(2.0), [10]), (Scripted(), [])):
+        trainer = validated(scenes, tmp_path / "plain", late)
+        trainer.run()
+        assert late.kept == wanted
+        assert_same_bits(weights(trainer), weights(plain))
 
 
 def test_automatic_precision_is_full_on_a_cpu(scenes: Path, tmp_path: Path) -> None:

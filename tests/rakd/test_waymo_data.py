@@ -354,7 +354,7 @@ def test_conversion_is_a_kitti_folder(converted, waymo):
         np.testing.assert_allclose(read_transform(frame.calib), optical_from_vehicle(extrinsic()), atol=1e-12)
     sample = KittiDataset(converted, "train", height=64)[0]
     assert sample.targets is not None
-    names = read_names(converted)
+    names = read_names(converted, "training")
     assert names["001002"].segment == "20_b"
     assert (names["001002"].time, names["001002"].camera) == (1_200_000, 1)
 
@@ -392,7 +392,7 @@ def test_the_same_files_from_any_number_of_processes_and_after_an_interruption(w
     index = parallel / "waymo" / "training" / "20_b.csv"
     index.write_text(index.read_text() + "000,20_b\n")
     with pytest.raises(ValueError, match=r"20_b\.csv: expected the columns frame, "):
-        read_names(parallel)
+        read_names(parallel, "training")
     index.unlink()
     (parallel / "training" / "label_2" / "001001.txt").unlink()
     folder = parallel / "training" / "image_2"

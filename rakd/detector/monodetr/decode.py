@@ -31,22 +31,24 @@ def decode_queries(
         image: (width, height) of the image, padding included, pixels.
         size: ``[2]`` width and height of the image without padding; 2D boxes are clipped to it.
         most: Best pairs of query and class that are looked at.
-        limit: Of those, pairs of a smaller probability are dropped.
+        limit: Of those, pairs of a smaller probability are dropped, and those whose boxes lie outside the image.
 
     Returns:
         Objects, best first.
     """
+    boxes = found.boxes[0].to(projection.dtype)
+    extent = torch.stack([boxes.new_full((), float(length)) for length in image])
+    last = (size.to(boxes.dtype) - 1).repeat(2)
+    corners = torch.minimum((boxes_2d(boxes) * extent.repeat(2) - 0.5).clamp(min=0), last)
+    inside = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])  # some of it
     best, places = found.logits[0].sigmoid().flatten().topk(min(most, found.logits[0].numel()))
-    places = places[(best >= limit).nonzero()[:, 0]]
+    places = places[((best >= limit) & inside[places // len(CLASSES)]).nonzero()[:, 0]]
     # In the order of the final scores.
     queries, classes = places // len(CLASSES), places % len(CLASSES)
     scores = found.logits[0][queries, classes].sigmoid() * (-found.depth[0, queries, 1]).exp()
     order = scores.argsort(descending=True, stable=True)
     queries, classes, scores = queries[order], classes[order], scores[order]
-    boxes = found.boxes[0][queries].to(projection.dtype)
-    extent = torch.stack([boxes.new_full((), float(length)) for length in image])
-    last = (size.to(boxes.dtype) - 1).repeat(2)
-    corners = torch.minimum((boxes_2d(boxes) * extent.repeat(2) - 0.5).clamp(min=0), last)
+    boxes, corners = boxes[queries], corners[queries]
     dimensions = found.dimensions[0][queries].to(projection.dtype).clamp(min=0.01)
     alpha = decode_angles(found.angles[0][queries].to(projection.dtype))
     center = boxes[:, :2] * extent - 0.5

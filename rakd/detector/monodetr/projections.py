@@ -9,7 +9,7 @@ from rakd.detector.pyramid import Pyramid
 STRIDES = (8, 16, 32, 64)
 """Pixels per cell of the maps p3 .. p6."""
 
-_STEM = ("conv1.", "bn1.", "layer1.")  # of torchvision's and timm's ResNets
+_STEM = ("conv1", "bn1", "layer1")  # of torchvision's and timm's ResNets
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -65,8 +65,8 @@ class ProjectedPyramid(Pyramid):
     def train(self, mode: bool = True) -> "ProjectedPyramid":
         """See `rakd.detector.pyramid.Pyramid.train`; a frozen stem wants no gradient."""
         super().train(mode)
-        frozen = self._keeps_stem and self.init_source == IMAGENET
-        for name, parameter in self.body.body.named_parameters():
-            if frozen and name.startswith(_STEM):
-                parameter.requires_grad_(False)
+        body = self.body.body
+        if self._keeps_stem and self.init_source == IMAGENET and hasattr(body, "layer1"):
+            for name in _STEM:
+                body.get_submodule(name).eval().requires_grad_(False)
         return self
