@@ -5,8 +5,8 @@ with the same expert, epochs and augmentation for all ways and several seeds:
 
 - ``alone``: no distillation;
 - ``ultralytics=6``: ultralytics' own (``distill_model=``), with a weight; 6 is its default;
-- ``rakd@22=auto:10``, ``hfa@22=auto:3``, ``pkd=1``...: a method of `rakd.distill` with a weight, the expert's maps
-  rescaled; after the ``@`` its ``canonical_size``, which is to be about the median side of the boxes, in pixels.
+- ``rakd=auto:10``, ``hfa@22=auto:3``, ``pkd=1``...: a method of `rakd.distill` with a weight, the expert's maps
+  rescaled; after the ``@`` its ``canonical_size``, 224 without. 22 is the median side of the boxes, in pixels.
 
 Scenes are in YOLO's format, with three classes; every fifth is validated on. ``--tune`` validates on the split ``tune``
 instead, which nobody learns from: there weights are chosen, with ``--expert``, the one of the table. The last epoch
@@ -38,7 +38,7 @@ from rakd.scenes import make_scenes
 from rakd.study.metrics import interval_of_mean, summarise
 
 NETWORKS = {"expert": "yolo11s.yaml", "apprentice": "yolo11n.yaml"}
-WAYS = ("alone", "ultralytics=6", "rakd@22=auto:10")
+WAYS = ("alone", "ultralytics=6", "rakd=auto:10")
 _NUMBER = r"\d+\.?\d*(?:e-?\d+)?"
 _WAY = re.compile(
     rf"alone|ultralytics=(?P<own>{_NUMBER})"

@@ -319,23 +319,12 @@ def warn_of_large_apprentice_maps(levels: Sequence[Level]) -> None:
         )
 
 
-def warn_of_equal_weights(rows: Tensor, strides: Sequence[float], options: Mapping[str, Any], advise: bool) -> Tensor:
-    """Compute the soft weights per box and level, and warn where they are the same for boxes of all sizes.
+def soft_weights(rows: Tensor, strides: Sequence[float], options: Mapping[str, Any]) -> Tensor:
+    """Compute RAKD's weights per box and level.
 
     Levels of one stride, as a transformer's layers have, count each box once: methods without level weights take them.
     """
     if any(fine >= coarse for fine, coarse in pairwise(strides)):
         return torch.ones(len(rows), len(strides), device=rows.device)
     known = {name: options[name] for name in ("sigma", "canonical_size", "canonical_level") if name in options}
-    weights = level_weights(rows, strides=strides, **known)
-    if advise and len(rows) >= 4 and len(strides) > 1:
-        sides = ((rows[:, 3] - rows[:, 1]) * (rows[:, 4] - rows[:, 2])).clamp(min=0).sqrt()
-        if float(sides.max()) > 2 * float(sides.min()) and bool((weights == weights[0]).all()):
-            middle = float(sides.median())
-            warnings.warn(
-                f"boxes from {float(sides.min()):.0f} to {float(sides.max()):.0f} pixels all get the same level "
-                f"weights, since canonical_size is {known.get('canonical_size', 224.0):g}; for small images give a "
-                f"smaller one, such as canonical_size={max(1.0, middle):.0f}",
-                stacklevel=3,
-            )
-    return weights
+    return level_weights(rows, strides=strides, **known)

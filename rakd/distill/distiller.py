@@ -355,9 +355,7 @@ class Distiller(Lifecycle):
         return self.training and torch.is_grad_enabled()
 
     def _inspect(self, step: Step) -> Report:
-        soft = self._method_name in ("rakd", "hfa") and "canonical_size" not in self._options
-        form = (self.box_format, self.normalized)
-        report = inspect(step, self._facts, self._options, form, advise=soft)
+        report = inspect(step, self._facts, self._options, (self.box_format, self.normalized))
         if self._rescale is True:
             warn_of_large_apprentice_maps(report.levels)
         return report

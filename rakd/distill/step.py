@@ -17,7 +17,7 @@ from rakd.distill.checks import (
     check_maps_agree,
     check_strides,
     find_strides,
-    warn_of_equal_weights,
+    soft_weights,
     warn_of_unlike_strides,
 )
 from rakd.distill.maps import check_channels
@@ -286,9 +286,7 @@ def check_sizes(step: Step, facts: PartialSetup) -> Step:
     return step
 
 
-def inspect(
-    step: Step, facts: PartialSetup, options: Mapping[str, Any], form: tuple[str, bool], *, advise: bool
-) -> Report:
+def inspect(step: Step, facts: PartialSetup, options: Mapping[str, Any], form: tuple[str, bool]) -> Report:
     """Check a step against what is known, and report.
 
     Raises:
@@ -302,7 +300,7 @@ def inspect(
     if facts.expert_strides is None and step.expert_image_hw == step.size:
         warn_of_unlike_strides(step.apprentice, found.strides, found.expert_strides)
     rows = check_boxes(step.boxes, step.known_size, step.images, form)
-    weights = warn_of_equal_weights(rows, found.strides, options, advise)
+    weights = soft_weights(rows, found.strides, options)
     pairs = zip(step.apprentice.items(), step.expert.values(), strict=True)
     steps = zip(found.strides, found.expert_strides, weights.sum(dim=0).tolist(), strict=True)
     levels = tuple(

@@ -16,6 +16,8 @@ from rakd.extras import require
 
 Callback_: Any = require("lightning.pytorch", "lightning").Callback
 
+_REPLACED = ("training_step", "manual_backward")
+
 
 def images_and_boxes(batch: Any) -> tuple[Any, Any]:
     """Read a batch of ``(images, targets)``, ``targets`` being dicts with ``boxes`` per image, or the boxes.
@@ -35,61 +37,38 @@ def images_and_boxes(batch: Any) -> tuple[Any, Any]:
 
 
 class _Steps:
-    """Stands before a module's ``training_step`` and ``manual_backward``, for all callbacks of a fit.
-
-    One for all of them, so that each weighs its loss by the module's own, and the last leaves the module as it was.
-    """
+    """Stands before a module's ``training_step`` and ``manual_backward``, once for all callbacks of a fit."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
         self.callbacks: list[DistillCallback] = []
         self.waiting: Any = None  # the batch of a step to which nothing was added yet
         self.stepped = self.added = False  # with manual optimisation: whether a step was done, and had the loss
+        self.before = {name: vars(module)[name] for name in _REPLACED if name in vars(module)}
         step, backward = module.training_step, module.manual_backward
-        names = ("training_step", "manual_backward")
-        self._before = {name: vars(module)[name] for name in names if name in vars(module)}
 
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             self.waiting = args[0] if args else kwargs["batch"]
             result = step(*args, **kwargs)
-            if not module.automatic_optimization or result is None:
-                self.stepped, self.added = True, self.added or self.waiting is None
-                self.waiting = None
-                return result
-            loss = result["loss"] if isinstance(result, dict) else result
-            total = self._add(loss)
-            return {**result, "loss": total} if isinstance(result, dict) else total
+            if module.automatic_optimization and result is not None:
+                return {**result, "loss": self._add(result["loss"])} if isinstance(result, dict) else self._add(result)
+            self.stepped, self.added = True, self.added or self.waiting is None
+            self.waiting = None
+            return result
 
         @functools.wraps(backward)
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             backward(loss if self.waiting is None else self._add(loss), *args, **kwargs)
 
-        self._own = {"training_step": training_step, "manual_backward": manual_backward}
-        training_step.distilled = self  # type: ignore[attr-defined]
-        vars(module).update(self._own)
+        training_step.steps = self  # type: ignore[attr-defined]
+        module.training_step, module.manual_backward = training_step, manual_backward
 
-    @classmethod
-    def of(cls, module: Any) -> "_Steps":
-        """Those that stand before a module's already, or new ones."""
-        there = getattr(vars(module).get("training_step"), "distilled", None)
-        return there if isinstance(there, cls) else cls(module)
-
-    def leave(self, callback: "DistillCallback") -> None:
-        """Take a callback out; the last leaves the module as it was."""
-        self.callbacks.remove(callback)
-        if not self.callbacks:
-            for name in self._own:
-                vars(self.module).pop(name, None)
-            vars(self.module).update(self._before)
-
-    def _add(self, loss: Tensor) -> Tensor:
+    def _add(self, loss: Tensor) -> Any:
         batch, self.waiting = self.waiting, None
-        added = sum(callback.distill(batch, loss.detach()) for callback in self.callbacks)
-        assert isinstance(added, Tensor)
+        added: Any = sum(callback.distill(batch, loss.detach()) for callback in self.callbacks)
         self.module.log("distill_loss", added.detach(), prog_bar=True)
-        total: Tensor = loss + added.to(loss.dtype)
-        return total
+        return loss + added.to(loss.dtype)
 
 
 class DistillCallback(Callback_):  # type: ignore[misc]
@@ -143,7 +122,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
             self.distiller.attach(expert=self._settings["expert"], apprentice=network)
         if self._reads_batch:
             self._refuse_resizing(pl_module, network)
-        self._steps = _Steps.of(pl_module)
+        self._steps = getattr(vars(pl_module).get("training_step"), "steps", None) or _Steps(pl_module)
         self._steps.callbacks.append(self)
 
     def _refuse_resizing(self, pl_module: nn.Module, network: nn.Module) -> None:
@@ -165,19 +144,18 @@ class DistillCallback(Callback_):  # type: ignore[misc]
         Raises:
             RuntimeError: No step has called ``manual_backward``.
         """
-        assert self._steps is not None
-        if not pl_module.automatic_optimization and self._steps.stepped and not self._steps.added:
+        steps = self._steps
+        if steps and not pl_module.automatic_optimization and steps.stepped and not steps.added:
             raise RuntimeError(
                 "training_step: expected self.manual_backward(loss), to which the distillation loss is added, but no "
                 "step so far called it"
             )
 
-    def distill(self, batch: Any, task_loss: Tensor) -> Tensor:
-        """The loss of a batch."""
+    def distill(self, batch: Any, task_loss: Tensor) -> Any:
+        """Compute the loss of a batch."""
         assert self.distiller is not None
         images, boxes, *keys = self._batch(batch)
-        loss: Tensor = self.distiller(images, boxes, task_loss=task_loss, keys=keys[0] if keys else None)
-        return loss
+        return self.distiller(images, boxes, task_loss=task_loss, keys=keys[0] if keys else None)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Have the first optimizer train the adapters, before its state is loaded."""
@@ -189,7 +167,9 @@ class DistillCallback(Callback_):  # type: ignore[misc]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module as it was."""
         if self._steps is not None:
-            self._steps.leave(self)
+            for name in _REPLACED:
+                vars(pl_module).pop(name, None)
+            vars(pl_module).update(self._steps.before)
             self._steps = None
         if self.distiller is not None:
             self.distiller.close()

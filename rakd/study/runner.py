@@ -150,7 +150,7 @@ class Runner:
         """Write what the run shares with those of other seeds, for ``rakd compare``."""
         settings = self.settings
         told = {
-            "command": "distill",
+            "command": "run of distill",
             "detector": settings.expert if run.method == "expert" else settings.apprentice,
             "photometric": settings.photometric,
             **asdict(run.training),

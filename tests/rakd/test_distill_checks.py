@@ -391,15 +391,6 @@ def test_a_fresh_apprentice_is_shown_as_it_trains(frozen: bool) -> None:
     assert (report.levels[0].rms > 0.5) is not frozen
 
 
-def test_equal_weights_on_small_images_are_told() -> None:
-    boxes = [torch.tensor([[0.0, 0.0, 6.0, 6.0], [2.0, 2.0, 40.0, 30.0]])] * 2
-    with pytest.warns(UserWarning, match=r"all get the same level weights.*canonical_size=6"):
-        Distiller(Network((4, 8, 8)), features=STAGES[1:])(images(), boxes, features()[1:])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run(boxes)
-
-
 def test_images_may_be_missing() -> None:
     distiller = Distiller(None, strides=(4, 8, 16), canonical_size=24)
     maps, expert = features(), [m.detach() for m in Network((4, 8, 8)).features(images())]

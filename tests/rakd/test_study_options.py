@@ -106,7 +106,8 @@ def test_every_run_is_validated(finished: Finished, scenes: Path, tmp_path: Path
     figures = load_checkpoint(out / "none-seed0" / "checkpoint.pt")["log"]["validations"]
     assert [row["step"] for row in figures] == [1, 2]
     assert same(out / "none-seed0", finished.out / "none-seed0")  # validation changes nothing
-    assert not (out / "rakd-seed0" / "best.pt").exists()  # it had been finished
+    assert (out / "rakd-seed0" / "best.pt").exists()  # though it had been finished
+    assert same(out / "rakd-seed0", finished.out / "rakd-seed0")
 
 
 def test_kept_features_change_nothing_but_rounding(
