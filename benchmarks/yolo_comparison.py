@@ -42,7 +42,7 @@ WAYS = ("alone", "ultralytics=6", "rakd=auto:10")
 _NUMBER = r"\d+\.?\d*(?:e-?\d+)?"
 _WAY = re.compile(
     rf"alone|ultralytics=(?P<own>{_NUMBER})"
-    rf"|(?P<method>{'|'.join(METHODS)})(?:@(?P<side>[1-9]\d*))?=(?P<weight>(?:auto:)?{_NUMBER})"
+    rf"|(?:(?P<method>{'|'.join(METHODS)})|(?P<sized>rakd|hfa)@(?P<side>[1-9]\d*))=(?P<weight>(?:auto:)?{_NUMBER})"
 )
 
 
@@ -96,7 +96,9 @@ def _file(text: str) -> Path:
 
 def _way(text: str) -> str:
     if _WAY.fullmatch(text) is None:
-        raise argparse.ArgumentTypeError(f"expected alone, ultralytics=WEIGHT or METHOD[@SIZE]=WEIGHT, got {text}")
+        raise argparse.ArgumentTypeError(
+            f"expected alone, ultralytics=WEIGHT, METHOD=WEIGHT, rakd@SIZE=... or hfa@SIZE=..., got {text}"
+        )
     return text
 
 
@@ -174,10 +176,12 @@ class Comparison:
         given = _WAY.fullmatch(way)
         if given is not None and given["own"]:
             arguments |= {"distill_model": str(expert), "dis": float(given["own"])}
-        elif given is not None and given["method"]:
+        elif given is not None and given["weight"]:
             weight = given["weight"] if given["weight"].startswith("auto") else float(given["weight"])
             extra: dict[str, Any] = {"canonical_size": float(given["side"])} if given["side"] else {}
-            model = distill(model, YOLO(expert), weight, method=given["method"], rescale=True, **extra)
+            model = distill(
+                model, YOLO(expert), weight, method=given["method"] or given["sized"], rescale=True, **extra
+            )
         begun = time.time()
         metrics = model.train(**arguments)
         row = ComparisonRow(
@@ -219,8 +223,10 @@ def format_rows(rows: Sequence[ComparisonRow]) -> str:
             found = _spread([row.map for row in runs]), _spread([row.map50 for row in runs])
             lines.append([way, str(len(runs)), *found, f"{minutes:.1f}"])
     taught = [way for way in ways if way not in ("expert", "alone")]
+    proposed = [way for way in taught if re.match("rakd[@=]", way)]
     pairs = [[(way, "alone") for way in taught]]
-    pairs += [[(way, other) for other in taught if other != way] for way in taught if re.match("rakd[@=]", way)]
+    # Each pair once.
+    pairs += [[(way, o) for o in taught if o not in proposed[: i + 1]] for i, way in enumerate(proposed)]
     tables = [lines, *(table for family in pairs if len(table := _differences(rows, family)) > 1)]
     return "\n\n".join(map(results.format_table, tables))
 

@@ -92,9 +92,12 @@ def _figures(run: RunResult) -> dict[str, float]:
 
 
 def _unlike(paths: list[Path], runs: list[RunResult]) -> str:
-    """What runs of one column differ in beside their seeds, in words; a run without config.json tells its method."""
-    configs = [path.with_name("config.json") for path in paths]
-    told = [read_options(config) for config in configs if config.exists()]
+    """What runs of one column differ in beside their seeds, in words.
+
+    Reads the options of ``rakd train`` or the settings of a study's run; where neither is there, the method alone.
+    """
+    files = [path.with_name(name) for path in paths for name in ("config.json", "settings.json")]
+    told = [read_options(file) for file in files if file.exists()]
     found = {"method": {run.method for run in runs}}
     for name in dict.fromkeys(name for own in told for name in own if name not in _MAY_DIFFER):
         found[name] = {str(own.get(name, "its own")) for own in told}

@@ -209,8 +209,7 @@ class Distill:
                 print()
                 print(format_tables(study))
                 if is_converted(data):
-                    found = [path.parent for path in sorted(self.out.glob("*/result.json"))]
-                    runs = [run for run in found if (run / "detections").is_dir()]  # copies may lack them
+                    runs = [path.parent for path in sorted(self.out.glob("*/result.json"))]
                     write_waymo_tables(self.out / "waymo.md", data, self.splits[1], runs)
                 print(f"tables, curves and pictures are in {self.out}")
 
@@ -218,7 +217,8 @@ class Distill:
         """Refuse to render more scenes for runs that have begun: they would be refused, and these could not go on."""
         path = data / "ImageSets" / "trainval.txt"
         there = len(read_split(path)) if path.exists() else count
-        if there != count and any(self.out.glob("*/checkpoint.pt")):
+        begun = any(self.out.glob("*/checkpoint.pt")) or any(self.out.glob("*/result.json"))
+        if there != count and begun:
             raise UserError(
                 f"--out: {self.out} holds runs on {there} rendered scenes, --study {self.study} takes {count}; choose "
                 "another folder"

@@ -1,6 +1,7 @@
 """Waymo's data in commands that train: conversion to KITTI's layout, and evaluation by Waymo's rules."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -70,9 +71,16 @@ def format_waymo_tables(data: Path, detections: Path, frames: Sequence[str]) -> 
 
 
 def write_waymo_tables(path: Path, data: Path, split: str, runs: Sequence[Path]) -> None:
-    """Write and print the tables of several runs' detections, ``RUN/detections``, as one Markdown file."""
+    """Write and print the tables of several runs' detections, ``RUN/detections``, as one Markdown file.
+
+    A run without detections, as copies may be, keeps the file as it is: a part of the tables would replace all.
+    """
     from rakd.data.frames import read_split
 
+    lacking = [run.name for run in runs if not (run / "detections").is_dir()]
+    if lacking:
+        warnings.warn(f"Waymo's metrics are not made anew: no detections of {', '.join(lacking)}", stacklevel=2)
+        return
     frames = read_split(data / "ImageSets" / f"{split}.txt")
     parts = [f"## {run.name}\n\n```\n{format_waymo_tables(data, run / 'detections', frames)}\n```\n" for run in runs]
     text = "\n".join(parts)

@@ -1,6 +1,6 @@
 """Distillation in anyone's trainer: a frozen expert, a method and a weight in one module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -283,7 +283,7 @@ class Distiller(Lifecycle):
     def _apprentice_maps(self, images: Any, *, keep: bool = False) -> Any:
         wanted, network = self._apprentice_features, self.apprentice
         if self._hooks is not None:
-            if keep and not self._hooks.learning and network is not None:
+            if keep and not self._hooks.ready and network is not None:
                 refuse_resizing(self._hooks, image_batch("images", images), "run the apprentice before check()")
                 self._hooks.watch_once(network, images)
                 maps = self._hooks.take(stay=True)
@@ -321,6 +321,8 @@ class Distiller(Lifecycle):
             scores = found if scores is None else scores
         else:
             expert = find_maps("expert_features", expert_features, self.expert_layout)
+        if isinstance(scores, Mapping):
+            raise TypeError(f"scores: expected a list, one per level of the expert, got a {type(scores).__name__}")
         names, order = pair_names(apprentice, expert), list(expert)
         if scores is not None and len(scores) == len(order):
             scores = [scores[order.index(name)] for name in names]

@@ -119,10 +119,6 @@ def _sizes(value: Any) -> list[torch.Size]:
     return [tensor.shape[2:] for tensor in list_tensors(value)]
 
 
-def _needs_gradients(value: Any) -> bool:
-    return any(tensor.requires_grad for tensor in list_tensors(value))
-
-
 class FeatureHooks:
     """Hooks on modules of a network, from now until `close`.
 
@@ -187,7 +183,8 @@ class FeatureHooks:
         value = keep(value)
         if key in self.values:
             self.repeated[key] = self.repeated.get(key, False) or _sizes(value) != _sizes(self.values[key])
-            if not self.whole:  # a loop that calls the network's parts, so that `begin` saw no new forward
+            # A loop that calls the network's parts, so that `begin` sees no new forward; one part may run repeatedly.
+            if not self.whole and len(self.repeated) == len(self.keys):
                 self._see_unused(self.values[key])
         self.values[key] = value
         if not torch.compiler.is_compiling():
@@ -200,11 +197,6 @@ class FeatureHooks:
         """Whether all modules have run since the last `take`."""
         return len(self.values) == len(self.names)
 
-    @property
-    def learning(self) -> bool:
-        """Whether all modules have run since the last `take`, with gradients, as they do not in a validation."""
-        return self.ready and any(map(_needs_gradients, self.values.values()))
-
     def begin(self) -> None:
         """Forget what was noted in other forwards of the network (called by the hooks)."""
         if not _in_backward():
@@ -216,7 +208,7 @@ class FeatureHooks:
     def _see_unused(self, noted: Any) -> None:
         """Note that a run with gradients is replaced by another, with its values not handed over."""
         if self.unused is False and not torch.compiler.is_compiling():
-            self.unused = _needs_gradients(noted)
+            self.unused = any(tensor.requires_grad for tensor in list_tensors(noted))
 
     def clear(self) -> None:
         """Forget what was noted, and with it the graph."""

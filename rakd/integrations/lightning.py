@@ -66,7 +66,7 @@ class _Steps:
 
     def _add(self, loss: Tensor) -> Any:
         batch, self.waiting = self.waiting, None
-        added: Any = sum(callback.distill(batch, loss.detach()) for callback in self.callbacks)
+        added: Any = sum(callback._distill(batch, loss.detach()) for callback in self.callbacks)
         self.module.log("distill_loss", added.detach(), prog_bar=True)
         return loss + added.to(loss.dtype)
 
@@ -151,7 +151,7 @@ class DistillCallback(Callback_):  # type: ignore[misc]
                 "step so far called it"
             )
 
-    def distill(self, batch: Any, task_loss: Tensor) -> Any:
+    def _distill(self, batch: Any, task_loss: Tensor) -> Any:
         """Compute the loss of a batch."""
         assert self.distiller is not None
         images, boxes, *keys = self._batch(batch)

@@ -89,7 +89,7 @@ class DistilledDetector(nn.Module):
             given = next((name for name in found if name in options), None)
             if given is not None:
                 raise TypeError(
-                    f"{given}: expected none, since it is found; or give features= and apprentice_features="
+                    f"{given}: expected none, since it is found, or features= beside it, got {options[given]!r}"
                 )
             options |= found
         self.distiller = Distiller(expert, method, weight, apprentice=model, **options)

@@ -79,7 +79,7 @@ def distill(
         raise ValueError(f"model: expected the task {', '.join(_TASKS)}, got {model.task!r}")
     for name in ("apprentice", "box_format", "normalized"):
         if name in options:
-            raise TypeError(f"{name}: expected none, since network and boxes are those of ultralytics' trainer")
+            raise TypeError(f"{name}: expected none, as network and boxes are the trainer's, got {options[name]!r}")
     if hasattr(expert, "task_map"):
         expert = expert.model
         options.setdefault("features", head_inputs(expert))

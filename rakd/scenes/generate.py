@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rakd.data.frames import read_split, write_calibration
+from rakd.data.frames import is_frame_name, read_split, write_calibration
 from rakd.data.labels import Objects, make_objects, write_objects
 from rakd.errors import UserError
 from rakd.files import atomic_write, remove_stale, write_text
@@ -105,8 +105,8 @@ def _claim(out: Path, settings: dict[str, int]) -> None:
 def _check_split(out: Path, frames: int) -> None:
     """Refuse to leave frames out of the lists that are there already, whether or not all were rendered."""
     path = out / "ImageSets" / "trainval.txt"
-    names = (file.stem for file in out.glob("training/*/[0-9]*"))
-    there = max([len(read_split(path)) if path.exists() else 0, *(int(name) + 1 for name in names)])
+    numbers = (int(file.stem) for file in out.glob("training/*/*") if is_frame_name(file.stem))
+    there = max([len(read_split(path)) if path.exists() else 0, *(number + 1 for number in numbers)])
     if there > frames:
         raise UserError(f"frames must be at least {there}, which {out} holds already, got {frames}")
 

@@ -24,6 +24,7 @@ from rakd.detector.files import load_detector
 from rakd.detector.latency import Model, benchmark
 from rakd.detector.onnx_model import OnnxDetector
 from rakd.distill import registry
+from rakd.distill.base import Setup
 from rakd.distill.methods import make_method
 from rakd.distributed import Processes, barrier, broadcast_object
 from rakd.errors import UserError
@@ -236,8 +237,10 @@ class Experiment:
                 if "backend" in options:  # one that cannot run here says so
                     maps, boxes = torch.zeros(1, 1, 8, 8, device=self.processes.device), torch.zeros(0, 5)
                     multilevel_roi_align([maps], boxes.to(maps.device), strides=(4,), backend=options["backend"])
-                facts: dict[str, Any] = {"strides": (4, 8), "expert_strides": (4, 8), "seed": 0, "batch_size": 2}
-                make_method(method, expert_channels=8, apprentice_channels=8, **facts, **options)
+                found = sorted(set(options) & set(Setup.__dataclass_fields__))
+                if found:
+                    raise ValueError(f"{found[0]} is the networks' or the training's: leave it out")
+                make_method(method, strides=(4, 8), expert_channels=8, apprentice_channels=8, batch_size=2, **options)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise UserError(f"options of {method}: {error}") from None
             idle = set(options) - set(registry.METHODS[method].load().option_names())

@@ -135,7 +135,7 @@ def difference_interval(
         comparisons: Number of intervals that are to be simultaneous, by Bonferroni's correction.
 
     Returns:
-        Its ends; NaN where a seed lacks the metric on half of the draws, or where both are equal on all frames.
+        Its ends; NaN where half of the draws lack the metric in some seed, or where both are equal on all frames.
     """
     differences = paired_differences(study, method, baseline, metric)
     runs = {(run.method, run.seed): run.drawn.get(metric.key, ()) for run in study.runs}

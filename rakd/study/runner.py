@@ -150,7 +150,6 @@ class Runner:
         """Write what the run shares with those of other seeds, for ``rakd compare``."""
         settings = self.settings
         told = {
-            "command": "run of distill",
             "detector": settings.expert if run.method == "expert" else settings.apprentice,
             "photometric": settings.photometric,
             **asdict(run.training),
@@ -158,7 +157,7 @@ class Runner:
         if run.taught_by:
             told |= {"weight": run.weight, "regions": settings.regions, "rescale": settings.rescale}
             told |= {"options": settings.options.get(run.method, {})}
-        write_text(self.out / run.name / "config.json", json.dumps(told, indent=1) + "\n")
+        write_text(self.out / run.name / "settings.json", json.dumps(told, indent=1) + "\n")
 
     def make_model(self, run: Run, detector: BaseDetector, expert: BaseDetector | None) -> DistillationModel:
         """Make the model that a run trains: the detector, with a method where an expert teaches it.

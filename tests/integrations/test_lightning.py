@@ -120,9 +120,8 @@ def test_two_callbacks_of_different_methods(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [Module, Manual])
 def test_two_callbacks_weigh_by_the_modules_own_loss_and_leave_it_as_it_was(kind: type[Module], tmp_path: Path) -> None:
     module = kind(8)
-    # Of one network's hooks each sees its own maps.
-    added = [callback(weight="auto:1"), callback(weight="auto:1", method="l_roi", features="stages.0")]
-    added[1]._settings["apprentice_features"] = "stages.0"
+    other = callback(weight="auto:1", method="l_roi", features="stages.0", apprentice_features="stages.0")
+    added = [callback(weight="auto:1"), other]
     trainer = fit(module, tmp_path / "one", callbacks=added, max_steps=1)
     assert module.backwards[0] == pytest.approx(3 * module.seen[0], rel=1e-5)
     assert float(trainer.logged_metrics["distill_loss"]) == pytest.approx(2 * module.seen[0], rel=1e-5)

@@ -264,7 +264,9 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     model = YOLO(network(tmp_path, "yolo", 8))
     with pytest.raises(TypeError, match="model: expected a YOLO or RTDETR of ultralytics, got Linear"):
         distill(nn.Linear(1, 1), model)
-    with pytest.raises(TypeError, match="box_format: expected none, since network and boxes are those of"):
+    with pytest.raises(
+        TypeError, match="box_format: expected none, as network and boxes are the trainer's, got 'xyxy'"
+    ):
         distill(model, model, box_format="xyxy")
     with pytest.raises(NotImplementedError, match="tune: ultralytics tunes without distillation"):
         distill(model, model).tune()

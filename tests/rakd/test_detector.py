@@ -53,6 +53,16 @@ def test_pooling_looks_where_the_box_is(detector: Detector) -> None:
     torch.testing.assert_close(centers, (boxes[:, :2] + boxes[:, 2:]) / 2)
 
 
+def test_what_lies_outside_the_image_is_no_detection(detector: Detector) -> None:
+    proposals = torch.tensor([[[10.0, 10, 30, 30], [70.0, 10, 90, 30], [10.0, 70, 30, 90]]])
+    logits, deltas = torch.zeros(3, 4), torch.zeros(3, 12)
+    logits[:, 1] = 9.0  # all three are surely cars
+    valid, extents = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[64.0, 64.0]])
+    boxes, scores, kept = detector._suppress(logits, deltas, proposals, valid, extents)
+    found = kept & (scores > 0.5)
+    assert boxes[found].tolist() == [[10.0, 10.0, 30.0, 30.0]]
+
+
 @pytest.mark.parametrize("anchor_sizes", [(8, 16, 32, 64), (8, 16, 32, 64, 128)])
 def test_every_parameter_gets_a_gradient(small_config: DetectorConfig, anchor_sizes: tuple[int, ...]) -> None:
     proposals = replace(small_config.proposals, anchor_sizes=anchor_sizes, sampled=2000)

@@ -218,17 +218,6 @@ def test_normalised_boxes_of_padded_images() -> None:
         make(normalized=True)(batch, convert(BOXES, "xyxy", True), features())
 
 
-def test_check_does_not_show_maps_of_a_validation() -> None:
-    apprentice = Network((4, 6, 8), seed=2)
-    distiller = make(apprentice=apprentice, apprentice_features=STAGES)
-    fresh = distiller.check(images(), BOXES)
-    with torch.no_grad():
-        apprentice(100 * images(seed=5))
-    assert distiller.check(images(), BOXES) == fresh
-    apprentice(images(seed=5))  # a step's own maps are shown
-    assert distiller.check(images(seed=5), BOXES) != fresh
-
-
 def test_the_check_can_be_turned_off() -> None:
     assert run([4 * b + 60 for b in BOXES], check=False).isfinite()
 

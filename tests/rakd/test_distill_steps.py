@@ -201,3 +201,5 @@ def test_scores_follow_the_maps_that_are_paired_by_name() -> None:
     assert torch.equal(distiller(images(), BOXES, apprentice, expert, scores=list(scores.values())), expected)
     swapped = distiller(images(), BOXES, apprentice, sorted_expert, scores=list(scores.values()))
     assert not torch.equal(swapped, expected)
+    with pytest.raises(TypeError, match="scores: expected a list, one per level of the expert, got a dict"):
+        distiller(images(), BOXES, apprentice, expert, scores=scores)

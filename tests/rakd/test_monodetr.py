@@ -254,6 +254,9 @@ def test_a_pretrained_stem_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> No
     frozen = {n for n, p in MonoDETR(config).pyramid.body.body.named_parameters() if not p.requires_grad}
     assert {"conv1.weight", "layer1.0.conv1.weight", "layer2.0.bn1.weight"} <= frozen
     assert "layer2.0.conv1.weight" not in frozen
+    learning = replace(config, backbone=replace(config.backbone, frozen_norm=False))
+    stem = MonoDETR(learning).train().pyramid.body.body
+    assert not stem.bn1.training and stem.layer2[0].bn1.training
     free = MonoDETR(replace(config, frozen_stem=False))
     assert free.pyramid.body.body.conv1.weight.requires_grad
 

@@ -128,7 +128,7 @@ def test_a_study_writes_all_there_is(finished: Finished, scenes: Path) -> None:
     assert {path.name for path in out.iterdir()} == files | {"expert-seed0", "none-seed0", "rakd-seed0"}
     for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         inside = {path.name for path in (out / name).iterdir()}
-        every = {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json", "config.json"}
+        every = {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json", "settings.json"}
         assert inside == every | ({"expert.txt"} if name == "rakd-seed0" else set())
         frames = sorted(path.stem for path in (out / name / "detections").iterdir())
         assert frames == sorted((scenes / "ImageSets" / "val.txt").read_text().split())

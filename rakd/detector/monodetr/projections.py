@@ -66,7 +66,7 @@ class ProjectedPyramid(Pyramid):
         """See `rakd.detector.pyramid.Pyramid.train`; a frozen stem wants no gradient."""
         super().train(mode)
         body = self.body.body
-        if self._keeps_stem and self.init_source == IMAGENET and hasattr(body, "layer1"):
+        if self._keeps_stem and self.init_source == IMAGENET and all(hasattr(body, name) for name in _STEM):
             for name in _STEM:
                 body.get_submodule(name).eval().requires_grad_(False)
         return self
