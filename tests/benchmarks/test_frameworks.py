@@ -106,6 +106,32 @@ def test_a_way_has_a_known_name_and_its_weight(way: str) -> None:
         yolo_comparison.parse(["--ways", way])
 
 
+def test_a_ways_size_and_weight_reach_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ultralytics = pytest.importorskip("ultralytics")
+    from rakd.integrations import ultralytics as integration
+
+    given: dict[str, Any] = {}
+
+    def distill(model: Any, expert: Any, weight: Any, **options: Any) -> None:
+        given.update(weight=weight, **options)
+        raise InterruptedError
+
+    monkeypatch.setattr(ultralytics, "YOLO", lambda path: path)
+    monkeypatch.setattr(integration, "distill", distill)
+    comparison = yolo_comparison.Comparison(
+        yolo_comparison.parse([f"--work={tmp_path}", f"--out={tmp_path / 'rows.csv'}", *SMALL])
+    )
+    for way, expected in (
+        ("rakd@22=auto:3", {"method": "rakd", "weight": "auto:3", "canonical_size": 22.0}),
+        ("rakd=2.5", {"method": "rakd", "weight": 2.5}),
+        ("hfa=auto:1", {"method": "hfa", "weight": "auto:1"}),
+    ):
+        given.clear()
+        with pytest.raises(InterruptedError):
+            comparison._train(way, 0, tmp_path / "expert.pt")
+        assert given == {"rescale": True, **expected}
+
+
 def _row(way: str, seed: int, value: float, **changes: Any) -> yolo_comparison.ComparisonRow:
     fixed = {"network": "yolo11n", "learned": 2, "validated": 2, "split": "val", "epochs": 1, "expert_epochs": 1}
     fixed |= {"size": 96, "batch": 4, "ultralytics": "8"}
