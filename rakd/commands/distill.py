@@ -18,6 +18,7 @@ from rakd.distill.registry import METHODS
 from rakd.errors import UserError
 from rakd.files import check_file, check_folder
 from rakd.scenes import make_scenes
+from rakd.study.plan import has_begun
 from rakd.study.settings import STUDIES, StudyName, StudySettings
 from rakd.training.settings import Precision
 
@@ -217,8 +218,7 @@ class Distill:
         """Refuse to render more scenes for runs that have begun: they would be refused, and these could not go on."""
         path = data / "ImageSets" / "trainval.txt"
         there = len(read_split(path)) if path.exists() else count
-        begun = any(self.out.glob("*/checkpoint.pt")) or any(self.out.glob("*/result.json"))
-        if there != count and begun:
+        if there != count and has_begun(self.out):
             raise UserError(
                 f"--out: {self.out} holds runs on {there} rendered scenes, --study {self.study} takes {count}; choose "
                 "another folder"

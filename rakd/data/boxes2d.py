@@ -83,9 +83,9 @@ def write_yolo(data: Path | str, out: Path | str) -> Path:
     for split, wanted in frames.items():
         # Ultralytics keeps images (NAME.npy) and labels, and does not see that they are written anew.
         kept = {frame.image.with_suffix(".npy").name for frame in wanted}
-        own = {frame.image.name for frame in wanted}
+        known = kept | {frame.image.name for frame in wanted}
         for there in sorted((out / "images" / split).glob("[!.]*")):
-            if there.name not in own | kept:
+            if there.name not in known:
                 raise UserError(f"out: expected a folder with no other images, got {there}")
         for stale in [out / "images" / split / name for name in kept] + [out / "labels" / f"{split}.cache"]:
             stale.unlink(missing_ok=True)

@@ -24,6 +24,11 @@ def box_areas(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
+def have_area(boxes: Tensor) -> Tensor:
+    """Which boxes ``[..., 4]`` are wider and higher than 0, ``[...]``: not those of which clipping left nothing."""
+    return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
+
+
 def box_overlaps(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of each pair.
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from rakd.data.labels import Objects
 from rakd.data.targets import CLASSES, Targets, pooling_boxes
 from rakd.detector.base import BaseDetector
-from rakd.detector.boxes import clip_boxes, decode_deltas, encode_deltas, image_extents, suppress
+from rakd.detector.boxes import clip_boxes, decode_deltas, encode_deltas, have_area, image_extents, suppress
 from rakd.detector.configs import DetectorConfig
 from rakd.detector.decode import Boxes3D, Detections, decode, decode_boxes
 from rakd.detector.heads import Box3DHead, BoxHead
@@ -214,8 +214,7 @@ class Detector(BaseDetector):
         scores = logits.softmax(dim=1)[:, 1:].view(images, count, len(CLASSES)).transpose(1, 2)
         deltas = deltas.view(images, count, len(CLASSES), 4).transpose(1, 2)
         boxes = clip_boxes(decode_deltas(deltas, proposals[:, None], _BOX_SCALES), extents - 1)
-        inside = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])  # some of it
-        likely = (scores > heads.score_limit) & valid[:, None] & inside
+        likely = (scores > heads.score_limit) & valid[:, None] & have_area(boxes)
         kept = suppress(boxes.flatten(0, 1), scores.flatten(0, 1), likely.flatten(0, 1), heads.nms_iou)
         return boxes.flatten(1, 2), scores.flatten(1, 2), kept.view(images, -1)
 

@@ -31,7 +31,7 @@ from rakd.errors import UserError
 from rakd.files import check_file, write_text
 from rakd.study.frames import draw_frames
 from rakd.study.jobs import run_side_by_side
-from rakd.study.plan import Run, make_plan, run_name
+from rakd.study.plan import Run, has_begun, make_plan, run_name
 from rakd.study.report import write_report
 from rakd.study.results import ModelFigures, RunResult, StudyResult, TrainingLog
 from rakd.study.runner import Runner, backbone_start
@@ -202,8 +202,7 @@ class Experiment:
         path = self.out / "basis.json"
 
         def read() -> Any:
-            begun = any(self.out.glob("*/checkpoint.pt")) or any(self.out.glob("*/result.json"))
-            return json.loads(path.read_text(encoding="utf-8")) if begun and path.exists() else here
+            return json.loads(path.read_text(encoding="utf-8")) if has_begun(self.out) and path.exists() else here
 
         there = broadcast_object(self.processes, read)
         other = config_diff(there, here)

@@ -79,6 +79,11 @@ def make_plan(settings: StudySettings, init: Path | None = None, expert: Path | 
     return plan
 
 
+def has_begun(out: Path) -> bool:
+    """Whether a run of an experiment in this folder has begun; a refused command leaves none."""
+    return any(any(out.glob(f"*/{name}")) for name in ("checkpoint.pt", "result.json"))
+
+
 def run_name(method: str, seed: int) -> str:
     """Name of a run's folder."""
     return f"{method}-seed{seed}"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rakd.data.targets import CLASSES
+from rakd.detector.boxes import have_area
 from rakd.detector.decode import Boxes3D, place_boxes
 from rakd.detector.monodetr.heads import Predictions, boxes_2d, decode_angles
 
@@ -40,9 +41,8 @@ def decode_queries(
     extent = torch.stack([boxes.new_full((), float(length)) for length in image])
     last = (size.to(boxes.dtype) - 1).repeat(2)
     corners = torch.minimum((boxes_2d(boxes) * extent.repeat(2) - 0.5).clamp(min=0), last)
-    inside = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])  # some of it
     best, places = found.logits[0].sigmoid().flatten().topk(min(most, found.logits[0].numel()))
-    places = places[((best >= limit) & inside[places // len(CLASSES)]).nonzero()[:, 0]]
+    places = places[((best >= limit) & have_area(corners)[places // len(CLASSES)]).nonzero()[:, 0]]
     # In the order of the final scores.
     queries, classes = places // len(CLASSES), places % len(CLASSES)
     scores = found.logits[0][queries, classes].sigmoid() * (-found.depth[0, queries, 1]).exp()
