@@ -43,5 +43,5 @@ def test_two_processes_make_one_study(scenes: Path, tmp_path: Path, small_config
     assert second["weights"] == first["weights"]
     for name in ("expert-seed0", "none-seed0", "rakd-seed0"):
         inside = {path.name for path in (tmp_path / "study" / name).iterdir()}
-        every = {"checkpoint.pt", "log.csv", "log.jsonl", "detector.pt", "detections", "result.json"}
+        every = {"checkpoint.pt", "log.csv", "log.jsonl", "settings.json", "detector.pt", "detections", "result.json"}
         assert inside == every | ({"expert.txt"} if name == "rakd-seed0" else set())
