@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, pyramid, random_boxes
+from emulated_cases import GEOMETRY, RULE, STRIDES, distill_arguments, inputs, prepare, without_factor
 from emulated_ops import OPS, library
 from test_backends import check_align, check_distill
 from torch import Tensor
@@ -24,11 +25,6 @@ def launches(call: Any) -> int:
     library().rakd_emulated_launches()
     call()
     return int(library().rakd_emulated_launches())
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    maps = pyramid(2, 40, dtype=dtype, requires_grad=True)
-    return maps, pyramid(2, 40, dtype=dtype, seed=1), random_boxes(12)
 
 
 def step(maps: list[Tensor], expert: list[Tensor], boxes: Any, **options: Any) -> list[Tensor]:
@@ -130,38 +126,6 @@ def test_whole_vectors(dtype: torch.dtype, sampling_ratio: int) -> None:
 def test_tables_too_large_for_shared_memory() -> None:
     check_align(Case(1, 3, 64, 96, (4, 8), ("contiguous",) * 2, 1.0, random_boxes(2, 1), None,
                      {"strides": (4, 8), "output_size": 60, "sampling_ratio": 40}), torch.float32, "cuda")  # fmt: skip
-
-
-RULE = (0, 1.0, 224.0, 4.0)  # of soft assignment
-STRIDES = [4.0, 8.0, 16.0, 32.0]
-GEOMETRY = (STRIDES, [3, 2], 2)
-
-
-def prepare(boxes: Tensor, images: int = 2, strides: list[float] = STRIDES) -> tuple[Tensor, Tensor]:
-    rows: tuple[Tensor, Tensor] = OPS.prepare_boxes([boxes], None, None, images, False, strides, *RULE)
-    return rows
-
-
-def distill_arguments(**changes: Any) -> list[Any]:
-    maps, expert, boxes = inputs(torch.float64)
-    rows, index = prepare(boxes)
-    arguments = {
-        "apprentice": [m.detach() for m in maps],
-        "expert": expert,
-        "rows": rows,
-        "index": index,
-        "factor": None,
-        "strides": STRIDES,
-        "expert_strides": STRIDES,
-        "output_size": [3, 2],
-        "sampling_ratio": 2,
-    }
-    assert set(changes) <= set(arguments)
-    return list({**arguments, **changes}.values())
-
-
-def without_factor(arguments: list[Any]) -> list[Any]:
-    return arguments[:4] + arguments[5:]
 
 
 @pytest.mark.parametrize("form", ["list", "rows"])

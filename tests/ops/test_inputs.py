@@ -386,16 +386,3 @@ def test_maps_of_several_dtypes_are_pooled_in_the_widest() -> None:
     pooled = multilevel_roi_align(mixed, BOXES)
     assert pooled.dtype == torch.float32
     assert torch.equal(pooled, multilevel_roi_align([m.float() for m in mixed], BOXES))
-
-
-def test_maps_of_more_cells_than_32_bits_count() -> None:
-    # Kernels count in blocks, so that a last block's end must be a number of 32 bits too.
-    most, box = 2**31 - 64, torch.tensor([[0.0, 2.0, 0.0, 6.0, 1.0]])
-    for dimension in (1, 2, 3):
-        shape = [1, 1, 1, 1]
-        shape[dimension] = most + 1
-        feature = torch.zeros(1, dtype=torch.bfloat16).expand(shape)
-        with pytest.raises(ValueError, match=r"features\[0\]: expected at most 2147483584 channels, rows and columns"):
-            multilevel_roi_align([feature], box, strides=(1,))
-    row = torch.ones(1, dtype=torch.bfloat16).expand(1, 1, 1, most)
-    assert multilevel_roi_align([row], box, strides=(1,), output_size=1).item() == 1.0

@@ -1,14 +1,19 @@
 """Data that several test files use; makes the helpers of this folder importable."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
+from rakd.data.frames import find_frames
+from rakd.data.labels import Objects, write_objects
 from rakd.detector.configs import BackboneConfig, DetectorConfig, HeadConfig, ProposalConfig
 from rakd.scenes import make_scenes
+from rakd.study.results import StudyResult
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -23,6 +28,35 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scenes") / "small"
     make_scenes(root, 10, seed=3, size=(414, 125))
     return root
+
+
+@pytest.fixture(scope="session")
+def results(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Perfect result files for the scenes; not to be written to."""
+    folder = tmp_path_factory.mktemp("results")
+    for frame in find_frames(scenes):
+        objects = frame.read_labels()
+        objects = objects.select(objects.has_box_3d)
+        scores = np.linspace(0.9, 0.1, len(objects))
+        write_objects(folder / f"{frame.id}.txt", dataclasses.replace(objects, scores=scores), decimals=2)
+    return folder
+
+
+@pytest.fixture
+def study() -> StudyResult:
+    """A study whose figures are made by hand."""
+    from study_cases import example_study  # on the path that is set above
+
+    return example_study()
+
+
+@pytest.fixture(scope="session")
+def waymo(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Objects]]]:
+    """Rendered scenes as Waymo's files, and the objects in them; not to be written to."""
+    from waymo_files import write_waymo  # on the path that is set above; it needs pyarrow
+
+    root = tmp_path_factory.mktemp("waymo")
+    return root, write_waymo(scenes, root)
 
 
 @pytest.fixture(scope="session")

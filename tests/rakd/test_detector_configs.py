@@ -6,8 +6,13 @@ from typing import Any, get_args
 import pytest
 from detector_cases import LOSSES, MANY, images, losses
 
-from rakd.detector.configs import DETECTORS, DetectorConfig, DetectorName
+from rakd.detector import make_detector
+from rakd.detector.base_config import BackboneConfig
+from rakd.detector.configs import DETECTORS, DetectorConfig, DetectorName, read_config
 from rakd.detector.detector import Detector
+from rakd.detector.monodetr.configs import MonoDETRConfig, TransformerConfig
+from rakd.detector.monodetr.detector import MonoDETR
+from rakd.errors import UserError
 
 
 def test_all_detectors_can_be_named() -> None:
@@ -73,3 +78,37 @@ def test_settings_of_parts_are_checked(
 def test_the_number_of_anchor_sizes_is_checked(small_config: DetectorConfig) -> None:
     with pytest.raises(ValueError, match="anchor_sizes must hold 4 or 5 sizes"):
         replace(small_config, proposals=replace(small_config.proposals, anchor_sizes=(8, 16, 32)))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_named_detectors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DETECTORS[name]
+    assert read_config(config.to_plain()) == config
+    built: list[tuple[str, int]] = []
+
+    def build(own: DetectorConfig | MonoDETRConfig, seed: int = 0) -> str:
+        built.append((own.backbone.weights, seed))
+        return "made"
+
+    monkeypatch.setattr(type(config), "build", build)
+    assert make_detector(name, seed=3) == "made" and make_detector(name, pretrained=False) == "made"
+    assert built == [(config.backbone.weights, 3), ("random", 0)]
+
+
+def test_there_is_no_such_detector() -> None:
+    with pytest.raises(UserError, match=r"name must be one of tiny, .*monodetr-r50, got 'monodetr'"):
+        make_detector("monodetr")
+
+
+def test_the_original_is_not_changed() -> None:
+    for name in ("monodetr-r50", "monodetr-r18"):
+        config = DETECTORS[name]
+        assert isinstance(config, MonoDETRConfig) and config == MonoDETRConfig(
+            BackboneConfig(name.replace("monodetr-r", "resnet"))
+        )
+        assert config.transformer == TransformerConfig(8, 4, 3, 3, 256, 0.1, 50, 11)
+        assert (config.depth.bins, config.depth.farthest, config.score_limit) == (80, 60.0, 0.2)
+
+
+def test_both_families_are_made() -> None:
+    assert isinstance(make_detector("tiny"), Detector) and isinstance(make_detector("monodetr-tiny"), MonoDETR)

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from distill_cases import BOXES, Network, images
+from distiller_cases import features
 
+from rakd.distill import Distiller
 from rakd.distill.finite import FiniteCheck
 
 MAPS = {"p2": torch.ones(1, 2, 3, 3), "p3": torch.tensor([1.0, float("nan"), float("inf")])}
@@ -78,3 +81,18 @@ def test_a_loss_on_the_cpu_is_looked_at_at_once() -> None:
     check(torch.tensor(1.0), MAPS, MAPS)
     with pytest.raises(FloatingPointError, match="loss is not finite: all maps are finite, the largest value is 1 in"):
         check(torch.tensor(float("inf")), {"p2": MAPS["p2"]}, {"p2": MAPS["p2"]})
+
+
+@pytest.mark.parametrize("side", ["expert", "apprentice"])
+@pytest.mark.parametrize("level", [0, 2])
+def test_what_is_not_finite_is_told_with_its_level(side: str, level: int) -> None:
+    ours, theirs = features(), [m.detach() for m in Network((4, 6, 8), seed=1).features(images())]
+    wrong = ours if side == "apprentice" else theirs
+    wrong[level] = torch.where(torch.arange(wrong[level].shape[3]) == 1, torch.nan, wrong[level])
+    with pytest.raises(FloatingPointError, match=rf"{side}'s map '{level}' has \d+ of \d+ values that are NaN or inf"):
+        Distiller(None, canonical_size=24)(images(), BOXES, ours, theirs)
+    huge = [1e25 * m for m in features()]
+    with pytest.raises(
+        FloatingPointError, match=r"all maps are finite, the largest value is .*e.25 in the apprentice's map"
+    ):
+        Distiller(None, canonical_size=24)(images(), BOXES, huge, theirs if side == "apprentice" else features())

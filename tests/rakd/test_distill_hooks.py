@@ -1,4 +1,4 @@
-"""Where maps come from: what networks give, and hooks by name that live as long as the distiller."""
+"""Maps by the names of modules: hooks that live as long as the distiller, copied, pickled and compiled."""
 
 import contextlib
 import copy
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,67 +16,9 @@ import torch
 from distill_cases import BOXES, ROWS, STAGES, Network, images, same_state, snapshot
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 from rakd.distill import Distiller, Expert
-from rakd.distill.expert import find_modules
 from rakd.distill.hooks import FeatureHooks
-from rakd.distill.outputs import find_maps, pair_names
-
-A, B = torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 2, 2)
-MASK = torch.zeros(1, 4, 4, dtype=torch.bool)
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        [A, B],
-        (A, B),
-        {"x": A, "y": B},
-        [(A, MASK), (B, MASK)],
-        ((A, MASK), (B, MASK)),
-        ([(A, MASK), (B, MASK)], [A, A]),  # a DETR backbone: maps with masks, and position embeddings
-        SimpleNamespace(feature_maps=(A, B)),
-        {"feature_maps": (A, B)},
-        {"last_hidden_state": [A, B]},
-        {"last_hidden_state": [A, B], "attentions": None},
-        [SimpleNamespace(tensors=A, mask=MASK), SimpleNamespace(tensors=B, mask=MASK)],
-    ],
-)
-def test_forms_of_maps(output: Any) -> None:
-    assert [id(m) for m in find_maps("features", output).values()] == [id(A), id(B)]
-
-
-def test_a_single_map_and_channels_last() -> None:
-    assert list(find_maps("features", A)) == ["0"]
-    swin = torch.arange(24.0).view(1, 2, 4, 3)
-    found = find_maps("features", [swin], "NHWC")["0"]
-    assert found.shape == (1, 3, 2, 4)
-    assert found[0, 1, 1, 2] == swin[0, 1, 2, 1]
-    assert found.data_ptr() == swin.data_ptr()
-
-
-@pytest.mark.parametrize(
-    ("output", "told"),
-    [
-        (None, "got None"),
-        ({"logits": torch.zeros(1, 5), "maps": A}, r"got a dict of {logits: a tensor of shape \[1, 5\], maps: "),
-        ([torch.zeros(1, 7, 3)], r"got a list of 1 \(a tensor of shape \[1, 7, 3\]\)"),
-        ("maps", "got a str"),
-    ],
-)
-def test_what_holds_no_maps_is_described(output: Any, told: str) -> None:
-    with pytest.raises(TypeError, match=f"features: expected feature maps .*{told}"):
-        find_maps("features", output)
-
-
-def test_pairs_by_name_or_order() -> None:
-    assert pair_names({"a": A, "b": B}, {"b": B, "a": A}) == ["a", "b"]
-    assert pair_names({"0": A, "1": B}, {"p3": A, "p4": B}) == ["p3", "p4"]
-    with pytest.raises(ValueError, match="expected maps of the same names, or of none in common"):
-        pair_names({"p3": A, "p4": B}, {"p4": B, "p5": A})
-    with pytest.raises(ValueError, match=r"as many expert maps as the apprentice has, 1 .* got 2 .*choose the levels"):
-        pair_names({"p3": A}, {"p4": B, "p5": A})
 
 
 def make(**options: Any) -> tuple[Distiller, Network, Network]:
@@ -118,79 +59,6 @@ def test_the_rest_of_the_experts_forward_is_run_once() -> None:
     broken, expert, apprentice = make(features="input:head")
     expert.head.scores = nn.ModuleList()
     assert torch.equal(value(broken, apprentice), first)
-
-
-class Shared(nn.Module):
-    """A network whose head runs on each level; or, of one size, several times in a row."""
-
-    def __init__(self, strides: tuple[int, ...]) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(nn.Conv2d(3, 4, stride, stride=stride) for stride in strides)
-        self.head = nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.head(stage(x)) for stage in self.stages]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("side", ["features", "apprentice_features"])
-def test_a_head_that_levels_share_is_told(side: str, compiled: bool) -> None:
-    network: Any = Shared((4, 8, 16))
-    network = torch.compile(network, backend="eager") if compiled else network
-    other = {"features": "apprentice_features", "apprentice_features": "features"}[side]
-    names = {side: "input:head", other: "stages.0"}
-    distiller = Distiller(copy.deepcopy(network), apprentice=network, canonical_size=24, **names)
-    network(images())
-    with pytest.raises(RuntimeError, match=rf"^{side}: input:head ran more than once since"):
-        distiller(images(), BOXES)
-
-
-def test_a_module_that_repeats_gives_its_last_maps_on_both_sides() -> None:
-    network = Shared((8, 8, 8))
-    expert = copy.deepcopy(network)
-    distiller = Distiller(
-        expert, apprentice=network, features="head", apprentice_features="head", canonical_size=24, check=False
-    )
-    for _ in range(3):
-        network(images())
-        assert distiller(images(), BOXES) == 0
-    last = Distiller(expert, features=lambda e, x: e(x)[2], canonical_size=24)
-    with torch.no_grad():
-        network.stages[2].weight.mul_(2)
-    maps = network(images())
-    assert torch.equal(distiller(images(), BOXES), last(images(), BOXES, maps[2]))
-    # Sizes of other forwards do not matter, nor those of modules called by themselves.
-    network(images(size=(64, 96)))
-    network(images())
-    assert distiller(images(), BOXES) > 0
-    network.head(torch.zeros(1, 4, 2, 2))
-    network.head(network.stages[2](images()))
-    assert distiller(images(), BOXES) > 0
-
-
-def test_what_gradient_checkpointing_runs_again_is_not_noted() -> None:
-    class Checkpointed(Network):
-        def features(self, x: Tensor) -> list[Tensor]:
-            maps = []
-            for stage in self.stages:
-                x = checkpoint(lambda y, stage=stage: 2 * stage(y), x, use_reentrant=False)
-                maps.append(x)
-            return maps
-
-    apprentice = Checkpointed()
-    distiller = Distiller(
-        Network((4, 8, 8), seed=1),
-        apprentice=apprentice,
-        features=STAGES,
-        apprentice_features=STAGES,
-        canonical_size=24,
-    )
-    apprentice(images())
-    loss = distiller(images(), BOXES)
-    loss.backward()
-    assert distiller._hooks is not None and not distiller._hooks.values  # nor the graph behind it kept
-    with pytest.raises(RuntimeError, match="did not run since the last step"):
-        distiller(images(), BOXES)
 
 
 def test_functions_and_settings_that_do_nothing_are_told() -> None:
@@ -247,14 +115,6 @@ def test_runs_of_which_only_the_last_is_taken_are_told_once(parts: bool) -> None
             warnings.simplefilter("always")
             value(distiller, apprentice)
         assert sum("ran more than once since the last step" in str(one.message) for one in found) == told
-
-
-def test_what_is_changed_in_place_afterwards_is_told() -> None:
-    apprentice = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.ReLU(inplace=True))
-    distiller = Distiller(Network((4,)), features="stages.0", apprentice=apprentice, apprentice_features="0")
-    apprentice(images())
-    with pytest.raises(RuntimeError, match=r"output:0 was changed in place after it was noted"):
-        distiller(images(), BOXES)
 
 
 def test_a_head_that_puts_its_results_into_its_inputs_list() -> None:
@@ -460,63 +320,6 @@ def test_the_distiller_itself_compiles(boxes: Any, options: dict[str, Any]) -> N
         torch.testing.assert_close(compiled(images(), boxes, features, task_loss=task), expected)
         counts.add(counter.frame_count)
     assert len(counts) == 1  # compiled at the first call alone, the expert included
-
-
-def test_modules_of_wrappers_are_found() -> None:
-    class Wrapper:
-        def __init__(self) -> None:
-            self.model = Network((3, 3, 3))
-
-        def __call__(self, x: Tensor) -> list[Tensor]:
-            return self.model.features(x)
-
-    wrapper = Wrapper()
-    assert find_modules(wrapper) == [wrapper.model]
-    assert find_modules(functools.partial(Wrapper.__call__, wrapper)) == [wrapper.model]
-    assert find_modules(wrapper.__call__) == [wrapper.model]
-    wrapper.heads = {"p3": nn.Conv2d(1, 1, 1)}  # type: ignore[attr-defined]
-    assert find_modules(wrapper) == [wrapper.model, wrapper.heads["p3"]]  # type: ignore[attr-defined]
-    del wrapper.heads  # type: ignore[attr-defined]
-    distiller = Distiller(wrapper)
-    distiller(images(), BOXES, [m.requires_grad_() for m in Network((3, 3, 3), 4).features(images())])
-    assert not wrapper.model.training
-    with pytest.raises(
-        TypeError, match=r"expert: could not find the module inside this function.* features=function\(module, images"
-    ):
-        Distiller(lambda x: wrapper(x))
-
-
-class Stubborn(Network):
-    """Overrides ``train`` by something else, as ultralytics' models do."""
-
-    def train(self, mode: Any = True) -> Any:
-        return self
-
-
-def test_the_expert_is_in_eval_mode_whatever_it_overrides() -> None:
-    expert = Stubborn((4, 8, 8))
-    assert expert.training
-    before = snapshot(expert)
-    distiller = Distiller(expert, features=STAGES)
-    expert.stages.train()  # someone else's
-    distiller(images(), BOXES, Network().features(images()))
-    assert same_state(expert, before)
-    assert not any(module.training for module in expert.modules())
-
-
-def test_an_expert_that_is_or_shares_the_apprentice_is_refused() -> None:
-    network, other = Network(), Network(seed=1)
-    with pytest.raises(ValueError, match=r"expert: expected a network of its own, got one that shares 18 parameters"):
-        Distiller(network, apprentice=network)
-    with pytest.raises(ValueError, match="shares 18 parameters"):
-        Distiller(network.features, apprentice=network)
-    other.stages[0] = network.stages[0]
-    with pytest.raises(
-        ValueError, match=r"shares 4 parameters with the apprentice, such as \['stages.0.conv.weight'\]"
-    ):
-        Distiller(other, apprentice=network)
-    assert network.training
-    assert all(p.requires_grad for p in (*network.parameters(), *other.parameters()))
 
 
 def test_the_distiller_needs_torch_and_the_op_alone() -> None:

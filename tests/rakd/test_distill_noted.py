@@ -9,6 +9,7 @@ import pytest
 import torch
 from distill_cases import BOXES, STAGES, Network, images
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rakd.distill import Distiller, tap
 
@@ -149,3 +150,84 @@ def test_names_that_come_twice() -> None:
         ValueError, match=r"apprentice_features: expected at least one .* and none twice, got .*stages.0"
     ):
         make(Network(), apprentice_features=["stages.0", "stages.0", "output:stages.1"])
+
+
+class Shared(nn.Module):
+    """A network whose head runs on each level; or, of one size, several times in a row."""
+
+    def __init__(self, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(3, 4, stride, stride=stride) for stride in strides)
+        self.head = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.head(stage(x)) for stage in self.stages]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("side", ["features", "apprentice_features"])
+def test_a_head_that_levels_share_is_told(side: str, compiled: bool) -> None:
+    network: Any = Shared((4, 8, 16))
+    network = torch.compile(network, backend="eager") if compiled else network
+    other = {"features": "apprentice_features", "apprentice_features": "features"}[side]
+    names = {side: "input:head", other: "stages.0"}
+    distiller = Distiller(copy.deepcopy(network), apprentice=network, canonical_size=24, **names)
+    network(images())
+    with pytest.raises(RuntimeError, match=rf"^{side}: input:head ran more than once since"):
+        distiller(images(), BOXES)
+
+
+def test_a_module_that_repeats_gives_its_last_maps_on_both_sides() -> None:
+    network = Shared((8, 8, 8))
+    expert = copy.deepcopy(network)
+    distiller = Distiller(
+        expert, apprentice=network, features="head", apprentice_features="head", canonical_size=24, check=False
+    )
+    for _ in range(3):
+        network(images())
+        assert distiller(images(), BOXES) == 0
+    last = Distiller(expert, features=lambda e, x: e(x)[2], canonical_size=24)
+    with torch.no_grad():
+        network.stages[2].weight.mul_(2)
+    maps = network(images())
+    assert torch.equal(distiller(images(), BOXES), last(images(), BOXES, maps[2]))
+    # Sizes of other forwards do not matter, nor those of modules called by themselves.
+    network(images(size=(64, 96)))
+    network(images())
+    assert distiller(images(), BOXES) > 0
+    network.head(torch.zeros(1, 4, 2, 2))
+    network.head(network.stages[2](images()))
+    assert distiller(images(), BOXES) > 0
+
+
+def test_what_gradient_checkpointing_runs_again_is_not_noted() -> None:
+    class Checkpointed(Network):
+        def features(self, x: Tensor) -> list[Tensor]:
+            maps = []
+            for stage in self.stages:
+                x = checkpoint(lambda y, stage=stage: 2 * stage(y), x, use_reentrant=False)
+                maps.append(x)
+            return maps
+
+    apprentice = Checkpointed()
+    distiller = Distiller(
+        Network((4, 8, 8), seed=1),
+        apprentice=apprentice,
+        features=STAGES,
+        apprentice_features=STAGES,
+        canonical_size=24,
+    )
+    apprentice(images())
+    loss = distiller(images(), BOXES)
+    loss.backward()
+    assert distiller._hooks is not None and not distiller._hooks.values  # nor the graph behind it kept
+    with pytest.raises(RuntimeError, match="did not run since the last step"):
+        distiller(images(), BOXES)
+
+
+def test_what_is_changed_in_place_afterwards_is_told() -> None:
+    apprentice = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.ReLU(inplace=True))
+    distiller = Distiller(Network((4,)), features="stages.0", apprentice=apprentice, apprentice_features="0")
+    apprentice(images())
+    with pytest.raises(RuntimeError, match=r"output:0 was changed in place after it was noted"):
+        distiller(images(), BOXES)

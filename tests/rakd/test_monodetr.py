@@ -18,13 +18,12 @@ from rakd.data.targets import Targets
 from rakd.detector import make_detector
 from rakd.detector.base import BaseDetector
 from rakd.detector.base_config import BackboneConfig
-from rakd.detector.configs import DETECTORS, DetectorConfig, read_config
+from rakd.detector.configs import DETECTORS, DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.detector.files import load_detector, save_detector
 from rakd.detector.inference import detect, detect_all
 from rakd.detector.latency import benchmark, compiled
 from rakd.detector.monodetr.attention import DeformableAttention
-from rakd.detector.monodetr.configs import MonoDETRConfig, TransformerConfig
 from rakd.detector.monodetr.detector import MonoDETR
 from rakd.distill.methods import make_method
 from rakd.distill.registry import METHODS
@@ -200,40 +199,6 @@ def test_the_originals_size(name: str, parameters: float, gmacs: float) -> None:
     tokens = sum((384 // stride) * (1280 // stride) for stride in detector.strides)
     sampling = 3 * (tokens + 50) * 16 * 256 * 5
     assert (counter.get_total_flops() / 2 + sampling) / 1e9 == pytest.approx(gmacs, rel=0.01)
-
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_named_detectors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DETECTORS[name]
-    assert read_config(config.to_plain()) == config
-    built: list[tuple[str, int]] = []
-
-    def build(own: DetectorConfig | MonoDETRConfig, seed: int = 0) -> str:
-        built.append((own.backbone.weights, seed))
-        return "made"
-
-    monkeypatch.setattr(type(config), "build", build)
-    assert make_detector(name, seed=3) == "made" and make_detector(name, pretrained=False) == "made"
-    assert built == [(config.backbone.weights, 3), ("random", 0)]
-
-
-def test_there_is_no_such_detector() -> None:
-    with pytest.raises(UserError, match=r"name must be one of tiny, .*monodetr-r50, got 'monodetr'"):
-        make_detector("monodetr")
-
-
-def test_the_original_is_not_changed() -> None:
-    for name in ("monodetr-r50", "monodetr-r18"):
-        config = DETECTORS[name]
-        assert isinstance(config, MonoDETRConfig) and config == MonoDETRConfig(
-            BackboneConfig(name.replace("monodetr-r", "resnet"))
-        )
-        assert config.transformer == TransformerConfig(8, 4, 3, 3, 256, 0.1, 50, 11)
-        assert (config.depth.bins, config.depth.farthest, config.score_limit) == (80, 60.0, 0.2)
-
-
-def test_both_families_are_made() -> None:
-    assert isinstance(make_detector("tiny"), Detector) and isinstance(make_detector("monodetr-tiny"), MonoDETR)
 
 
 def test_a_file_gives_it_back(detector: MonoDETR, tmp_path: Path) -> None:

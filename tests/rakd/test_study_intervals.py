@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_study_report import LOOSE
-from test_study_report import run as make_run
+from study_cases import LOOSE
+from study_cases import run as make_run
 
 from rakd.geometry import FloatArray
 from rakd.study.evaluation import DRAWS
