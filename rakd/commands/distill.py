@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import inf
@@ -100,7 +100,7 @@ class Distill:
 
     weight: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="[METHOD=]W")]] = ()
     """Weight of the distillation loss instead of the study's: of one method (--weight rakd=2), or of all without a
-    name. May be repeated; the last counts."""
+    name. auto:10: so many times the task loss, measured over the first 20 steps. May be repeated; the last counts."""
 
     option: UseAppendAction[Annotated[tuple[str, ...], arg(metavar="METHOD.NAME=VALUE")]] = ()
     """An argument of a method's class (rakd.distill.registry.METHODS names it) instead of its own value:
@@ -108,7 +108,7 @@ class Distill:
 
     rescale: Literal["yes", "no", "both"] | None = None
     """Networks whose maps are brought to a root mean square of 1 before they are compared: the expert (yes), both, or
-    none (no). Other than the study's, it needs the weight of each method (--weight), since those that fit one do not
+    none (no). Other than the study's, it needs the weight of each method (--weight), since numbers that fit one do not
     fit the other."""
 
     photometric: Annotated[float | None, arg(metavar="P")] = None
@@ -154,8 +154,7 @@ class Distill:
             seeds=base.seeds if self.seeds is None else tuple(self.seeds),
             regions=self.regions or base.regions,
             rescale=rescale,
-            # Weights of maps at one scale are wrong for the other.
-            weights=_weights(base.weights if rescale == base.rescale else {}, self.weight),
+            weights=_weights(base, rescale, self.weight),
             options=method_options(self.option),
             photometric=base.photometric if self.photometric is None else self.photometric,
             training=replace(base.training, **training),
@@ -250,15 +249,18 @@ _RESCALE: dict[str, Rescale] = {"yes": True, "no": False, "both": "both"}
 _SHARED = ("batch_size", "learning_rate", "amp", "workers", "validate_every")
 
 
-def _weights(base: Mapping[str, float], given: Sequence[str]) -> dict[str, float]:
+def _weights(base: StudySettings, rescale: Rescale, given: Sequence[str]) -> dict[str, float | str]:
     """The study's weights with those that ``--weight`` tells, of one method or of all."""
-    weights = dict(base)
+    # Numbers for maps at one scale are wrong for the other.
+    weights = {n: weight for n, weight in base.weights.items() if rescale == base.rescale or isinstance(weight, str)}
     for text in given:
         name, _, number = text.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            raise UserError(f"--weight: expected a number or METHOD=number, got {text!r}") from None
+        weight: float | str = number
+        if not number.startswith("auto:"):
+            try:
+                weight = float(number)
+            except ValueError:
+                raise UserError(f"--weight: expected [METHOD=]NUMBER or [METHOD=]auto:NUMBER, got {text!r}") from None
         if name not in ("", *METHODS):
             raise UserError(f"--weight: expected one of {', '.join(METHODS)}, got {name!r}")
         weights.update({name: weight} if name else dict.fromkeys(METHODS, weight))

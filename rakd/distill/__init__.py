@@ -6,6 +6,7 @@
 the command line reads its choices here; ``Distiller`` is loaded when it is asked for.
 """
 
+from math import isfinite, nan
 from typing import TYPE_CHECKING, Any, Literal
 
 from rakd.distill.registry import NAMES
@@ -29,6 +30,23 @@ objects, the labelled boxes, or the boxes of an expert's queries that lie on obj
 Rescale = bool | Literal["both"]
 """Networks whose maps are brought to a root mean square of 1 before they are compared: none, the expert alone (True),
 or both."""
+
+
+def auto_share(weight: str) -> float:
+    """Read a weight that is a share of the task loss, ``"auto:SHARE"``.
+
+    Raises:
+        ValueError: This is another text, or the share is not positive and finite.
+    """
+    kind, _, text = weight.partition(":")
+    try:
+        share = float(text)
+    except ValueError:
+        share = nan
+    if kind != "auto" or not (isfinite(share) and share > 0):
+        raise ValueError(f"weight: expected a number or 'auto:SHARE' such as 'auto:10', got {weight!r}")
+    return share
+
 
 _LAZY = {
     "Distiller": "rakd.distill.distiller",

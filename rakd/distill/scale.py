@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rakd.distill import auto_share
 from rakd.distributed import all_reduce_mean
 
 
@@ -297,14 +298,7 @@ def parse_weight(weight: Any, default: float) -> float | TaskShare:
     if weight is None:
         return default
     if isinstance(weight, str):
-        kind, _, share = weight.partition(":")
-        try:
-            value = float(share)
-        except ValueError:
-            value = math.nan
-        if kind != "auto" or not (math.isfinite(value) and value > 0):
-            raise ValueError(f"weight: expected a number or 'auto:SHARE' such as 'auto:10', got {weight!r}")
-        return TaskShare(value)
+        return TaskShare(auto_share(weight))
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"weight: expected a number or 'auto:SHARE', got {type(weight).__name__}")
     if not (math.isfinite(weight) and weight >= 0):

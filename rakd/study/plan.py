@@ -17,7 +17,7 @@ class Run:
         detector: Name in `rakd.detector.configs.DETECTORS`.
         model_seed: Of the detector's weights.
         training: How it is trained; its seed is the run's.
-        weight: Factor of the method's loss.
+        weight: See `StudySettings.weights`; 0 where nobody teaches it.
         init: File of the detector whose weights it starts from; None: it starts as ``model_seed`` says.
         trained: File of a detector that is evaluated as it is; None: it is trained.
         taught_by: Name of the run whose detector teaches it; None: nobody does.
@@ -28,7 +28,7 @@ class Run:
     detector: str
     model_seed: int
     training: TrainSettings
-    weight: float = 0.0
+    weight: float | str = 0.0
     init: Path | None = None
     trained: Path | None = None
     taught_by: str | None = None

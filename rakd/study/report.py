@@ -7,6 +7,7 @@ from typing import Any
 
 from rakd.detector.base_config import BaseConfig
 from rakd.detector.configs import DETECTORS
+from rakd.distill import auto_share
 from rakd.files import atomic_write, write_text
 from rakd.study.metrics import METHOD_NAMES
 from rakd.study.results import METHODS, StudyResult, TrainingLog, write_study
@@ -188,8 +189,11 @@ def _weights(config: Mapping[str, Any]) -> str:
     used = {method: weights[method] for method in METHODS if method in methods and method in weights}
     if len(used) > 1 and len(set(used.values())) == 1:
         weight = next(iter(used.values()))
+        if isinstance(weight, str):
+            return f"each such that the loss is {auto_share(weight):g} times the task loss at first, not tuned"
         return f"one loss weight ({weight:g}) for every method, not tuned: methods' losses have different scales"
-    return ", ".join(f"{METHOD_NAMES[method]} {weight:g}" for method, weight in used.items())
+    texts = {method: weight if isinstance(weight, str) else f"{weight:g}" for method, weight in used.items()}
+    return ", ".join(f"{METHOD_NAMES[method]} {text}" for method, text in texts.items())
 
 
 def _options(config: Mapping[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """Settings of a comparison of distillation methods, and the comparisons that have a name. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from rakd.detector.configs import DETECTORS
-from rakd.distill import MethodName, Regions, Rescale
+from rakd.distill import MethodName, Regions, Rescale, auto_share
 from rakd.distill.registry import IN_PAPER, METHODS
 from rakd.errors import UserError
 from rakd.training.settings import TrainSettings
@@ -29,7 +30,7 @@ class StudySettings:
             of the apprentices that it teaches.
         expert_training: How the expert is trained; its seed is replaced.
         training: How apprentices are trained; its seed is replaced.
-        weights: Factor of each method's loss.
+        weights: Factor of each method's loss, or ``"auto:10"``: so many times the task loss, measured at first.
         options: Arguments of methods' classes by the method's name, such as ``{"rakd": {"sigma": 0.5}}``.
         rescale: Whose maps are brought to a root mean square of 1, see `rakd.distill.distiller.Distiller`.
         regions: Boxes in which the methods that take boxes compare features.
@@ -46,7 +47,7 @@ class StudySettings:
     apprentice: str
     expert_training: TrainSettings
     training: TrainSettings
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float | str] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: tuple[MethodName, ...] = PAPER_METHODS
     seeds: tuple[int, ...] = (0,)
@@ -70,7 +71,11 @@ class StudySettings:
         if min(self.seeds) < 0:
             raise UserError(f"seeds must be 0 or more, got {self.seeds}")
         for name, weight in self.weights.items():
-            if not (isfinite(weight) and weight > 0):
+            try:
+                value = auto_share(weight) if isinstance(weight, str) else weight
+            except ValueError:
+                raise UserError(f"weights must be numbers or such as 'auto:10', got {weight!r} for {name}") from None
+            if not (isfinite(value) and value > 0):
                 raise UserError(f"weights must be positive, got {weight} for {name}")
         if not 0 <= self.photometric <= 1:
             raise UserError(f"photometric must lie in 0..1, got {self.photometric:g}")
@@ -79,8 +84,9 @@ class StudySettings:
             raise UserError(f"weights must hold one for each method, {', '.join(missing)} lack one: --weight METHOD=W")
 
 
-# The paper's methods are compared at one weight, the others at their own.
-_WEIGHTS = {name: 1.0 if spec.role else spec.weight for name, spec in METHODS.items()}
+# Where none was tuned: the paper gives none, and methods' losses have different scales. In the grids of
+# docs/evidence_weights.md each method was best at 4 to 123 times the task loss.
+_WEIGHTS = dict.fromkeys(METHODS, "auto:10")
 
 _RESCALED = {name: spec.rescaled_weight for name, spec in METHODS.items() if spec.rescaled_weight is not None}
 

@@ -28,6 +28,9 @@ class DistillationModel(nn.Module):
     """Whether the distiller has a cache for the expert's features, as it may where mirroring alone varies images. The
     expert then sees one image at a time, so that no feature depends on what is in the cache."""
 
+    shares = False
+    """Whether the distiller's weight is a share of the task loss."""
+
     def __init__(
         self, detector: BaseDetector, distiller: Distiller | None = None, regions: Regions = "proposals"
     ) -> None:
@@ -66,12 +69,17 @@ class DistillationModel(nn.Module):
             expert_maps = self.distiller.expert.distilled_maps(expert)
             scored = getattr(self.distiller.method, "needs_scores", False)
             scores = self.distiller.expert.class_scores(expert) if scored else None
+            options = {"scores": scores, "expert_images": expert_images}
+            if self.shares:
+                options["task_loss"] = torch.stack(tuple(losses.values())).sum()
             try:
-                losses["distillation"] = self.distiller(
-                    images, pooling_boxes(boxes), maps, expert_maps, scores=scores, expert_images=expert_images
-                )
+                losses["distillation"] = self.distiller(images, pooling_boxes(boxes), maps, expert_maps, **options)
             except FloatingPointError as error:
                 raise UserError(f"{error}: a smaller learning rate or weight, or --amp off, may help") from None
+            except ValueError as error:  # no share can be taken of this task loss
+                if not self.shares:
+                    raise
+                raise UserError(str(error)) from None
         return losses
 
     def _expert_features(self, distiller: Distiller, batch: Batch, images: Tensor) -> dict[str, Tensor]:
@@ -118,7 +126,7 @@ def make_distillation_model(
     apprentice: BaseDetector,
     expert: BaseDetector | None,
     method: nn.Module | None,
-    weight: float,
+    weight: float | str,
     regions: Regions,
     cache: FeatureCache | None = None,
     rescale: Rescale = False,
@@ -141,5 +149,5 @@ def make_distillation_model(
             f"one for {expert.config.height}: take objects or proposals"
         )
     model = DistillationModel(apprentice, Distiller(expert, method, weight, cache=cache, rescale=rescale), regions)
-    model.cached = cache is not None
+    model.cached, model.shares = cache is not None, isinstance(weight, str)
     return model

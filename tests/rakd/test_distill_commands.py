@@ -52,7 +52,7 @@ def test_distill_hands_its_options_on(
         "--expert-steps": ["7"],
         "--batch-size": ["6"],
         "--steps": ["5"],
-        "--weight": ["0.5", "--weight", "rakd=2", "--weight=pkd=3"],
+        "--weight": ["0.5", "--weight", "rakd=2", "--weight=pkd=3", "--weight=hfa=auto:30"],
         "--learning-rate": ["0.25"],
         "--amp": ["float16"],
         "--workers": ["1"],
@@ -82,7 +82,7 @@ def test_distill_hands_its_options_on(
     assert (settings.methods, settings.seeds, settings.regions) == (("rakd", "none"), (3, 1), "objects")
     assert (settings.expert_training.steps, settings.training.steps) == (7, 5)
     assert (settings.expert_training.batch_size, settings.training.batch_size) == (6, 6)
-    assert settings.weights == {**dict.fromkeys(METHODS, 0.5), "rakd": 2.0, "pkd": 3.0}
+    assert settings.weights == {**dict.fromkeys(METHODS, 0.5), "rakd": 2.0, "pkd": 3.0, "hfa": "auto:30"}
     assert base.rescale and (settings.photometric, settings.rescale) == (0.75, False)
     for training in (settings.expert_training, settings.training):
         assert (training.learning_rate, training.amp) == (0.25, "float16")
@@ -100,10 +100,18 @@ def test_distill_hands_its_options_on(
     )
 
 
+def test_shares_of_the_task_loss_fit_maps_of_any_scale(asked: type[FakeExperiment], tmp_path: Path) -> None:
+    words = ["distill", "--study", "kitti", "--data", "d", "--out", str(tmp_path)]
+    assert main([*words, "--rescale", "yes"]) == 0
+    settings = asked.asked[0]
+    assert settings.rescale is True and settings.weights == dict.fromkeys(METHODS, "auto:10")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--weight", "rakd=x"], "--weight: expected a number or METHOD=number, got 'rakd=x'"),
+        (["--weight", "rakd=x"], "--weight: expected [METHOD=]NUMBER or [METHOD=]auto:NUMBER, got 'rakd=x'"),
+        (["--weight", "rakd=auto:0"], "weights must be numbers or such as 'auto:10', got 'auto:0' for rakd"),
         (["--weight", "rkd=1"], "--weight: expected one of pkd, semckd, "),
         (["--weight", "rakd=-1"], "weights must be positive, got -1.0 for rakd"),
         (["--weight", "nan"], "weights must be positive, got nan for"),

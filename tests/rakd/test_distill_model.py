@@ -16,6 +16,7 @@ from rakd.detector.monodetr.configs import MONODETRS
 from rakd.distill import MethodName
 from rakd.distill.methods import make_method
 from rakd.distill.registry import METHODS
+from rakd.errors import UserError
 from rakd.training.model import DistillationModel, expert_size, expert_strides, make_distillation_model
 from rakd_ops import level_weights
 
@@ -174,6 +175,25 @@ def test_an_expert_without_scores_is_refused_at_once(config: DetectorConfig, mon
     monkeypatch.setattr(DetectorConfig, "has_scores", False)
     with pytest.raises(ValueError, match="score_l2 needs an expert with class scores on its maps"):
         make_distillation_model(Detector(config), Detector(config), method, 1.0, "proposals")
+
+
+def test_a_weight_may_be_a_share_of_the_task_loss(
+    config: DetectorConfig, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector(config)
+    model = make_distillation_model(detector, Detector(config), Noting(), "auto:10", "objects").train()
+    tasks = []
+    for seeds in ([3, 4], [5, 6]):
+        terms = model(batch, seeds)
+        tasks.append(sum(float(value.detach()) for name, value in terms.items() if name != "distillation"))
+        # The method gives 3 each time, so the weight is ten times the mean task loss over 3.
+        assert float(terms["distillation"].detach()) == pytest.approx(10 * sum(tasks) / len(tasks), rel=1e-6)
+    assert len(set(tasks)) == 2
+    monkeypatch.setattr(detector, "losses", lambda *_: ({"box": torch.tensor(-0.5)}, []))
+    with pytest.raises(
+        UserError, match=r"'auto:10' is a share of the task loss, expected .* got -0\.5; .* give a number"
+    ):
+        model(batch, [3, 4])
 
 
 def test_who_knows_all_has_nothing_to_learn(config: DetectorConfig, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from rakd.study import experiment
 from rakd.study.experiment import Experiment
 from rakd.study.plan import make_plan
 from rakd.study.results import read_run
+from rakd.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -108,6 +110,37 @@ def test_every_run_is_validated(finished: Finished, scenes: Path, tmp_path: Path
     assert same(out / "none-seed0", finished.out / "none-seed0")  # validation changes nothing
     assert (out / "rakd-seed0" / "best.pt").exists()  # though it had been finished
     assert same(out / "rakd-seed0", finished.out / "rakd-seed0")
+
+
+def test_a_weight_that_is_a_share_of_the_task_loss(
+    finished: Finished,  # noqa: F811
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expert = finished.out / "expert-seed0" / "detector.pt"
+    training = replace(TRAINING, steps=4, checkpoint_every=1)
+    changes = {"methods": ("rakd",), "weights": {"rakd": "auto:10"}, "training": training}
+    run(scenes, tmp_path / "whole", changes, expert=expert)
+    with (tmp_path / "whole" / "rakd-seed0" / "log.csv").open() as file:
+        first = next(csv.DictReader(file))
+    total, distillation = float(first["total"]), float(first["distillation"])
+    assert distillation == pytest.approx(10 * (total - distillation), rel=1e-5)
+    # What was measured is in the checkpoint: a stopped run goes on to the same bits.
+    original = Trainer._step
+
+    def stopped(self: Trainer, batch: Any) -> Any:
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(scenes, tmp_path / "again", changes, expert=expert)
+    assert not (tmp_path / "again" / "rakd-seed0" / "result.json").exists()
+    run(scenes, tmp_path / "again", changes, expert=expert)
+    assert same(tmp_path / "again" / "rakd-seed0", tmp_path / "whole" / "rakd-seed0")
 
 
 def test_kept_features_change_nothing_but_rounding(

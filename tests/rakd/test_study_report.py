@@ -207,7 +207,7 @@ def test_provenance_tells_what_a_reader_must_know(tmp_path):
         "Detectors: expert tiny-expert (resnet18), apprentice tiny, images 128 pixels high, padded to a width of 448. "
         "Training: expert 400 steps of 4 images, apprentices 250 steps of 4 images. Seeds: 0, 1. Runs: 0. "
         "Boxes in which methods compare features: the apprentice's proposals on objects. "
-        "Loss weights: one loss weight (1) for every method, not tuned: methods' losses have different scales. "
+        "Loss weights: each such that the loss is 10 times the task loss at first, not tuned. "
         "Backbones started from: expert ImageNet weights, apprentice random weights. "
         "Versions: torch 2.13. Device: Xeon, threads 2."
     )
@@ -235,6 +235,9 @@ def test_provenance_of_an_expert_from_a_file_and_of_other_weights():
     assert "Training: apprentices 250 steps" in text
     assert "Loss weights: PKD 0.5, RAKD 1. Backbones started from: apprentice random weights." in text
     assert "Options of methods" not in text
+    one = "Loss weights: one loss weight (2) for every method, not tuned: methods' losses have different scales."
+    assert one in provenance(config | {"weights": {"pkd": 2.0, "rakd": 2.0}})
+    assert "Loss weights: PKD 6, RAKD auto:10." in provenance(config | {"weights": {"pkd": 6.0, "rakd": "auto:10"}})
     text = provenance(config | {"options": {"rakd": {"sigma": 0.5, "output_size": 19}}})
     assert "RAKD 1. Options of methods: RAKD sigma 0.5, RAKD output_size 19." in text
 
