@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 
 CLASSES = ("Car", "Pedestrian", "Cyclist")
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 model, image, calib = sys.argv[1:]
 session = onnxruntime.InferenceSession(model)
 height, width = session.get_inputs()[0].shape[2:]
@@ -30,7 +32,9 @@ padded[0, :, :, : small.width] = np.asarray(small, np.float32).transpose(2, 0, 1
 # Pixels are counted from the centre of the first, which resizing moves.
 x, y = small.width / picture.width, height / picture.height
 lines = Path(calib).read_text(encoding="utf-8").splitlines()
-numbers = next(line.split()[1:] for line in lines if line.startswith("P2:"))
+numbers = next((line.split()[1:] for line in lines if line.startswith(("P2:", "P_rect_02:"))), ())
+if len(numbers) != 12:
+    sys.exit(f"{calib}: expected a line P2: with 12 numbers")
 resize = np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
 projection = resize @ np.array(numbers, np.float64).reshape(3, 4)
 

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,25 @@ def check_folder(path: Path, name: str) -> None:
             if not place.is_dir():
                 raise NotAFolderError(f"{name}: expected a folder to write to, {place} is a file")
             return
+
+
+def check_output(path: Path, name: str, inputs: Collection[Path] = ()) -> None:
+    """Make sure that a file can be written, before the work for it; it may be there.
+
+    Args:
+        path: The file.
+        name: The option's, for errors.
+        inputs: Files that are read, resolved, whose place it must not take.
+
+    Raises:
+        UserError: It is a folder or an input.
+        NotAFolderError: Its folder is a file.
+    """
+    check_folder(path.parent, name)
+    if path.is_dir():
+        raise UserError(f"{name}: expected a file, {path} is a folder")
+    if path.resolve() in inputs:
+        raise UserError(f"{name}: expected another place, {path}, which is an input, would be overwritten")
 
 
 def check_file(path: Path, expected: str) -> None:

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 from rakd.data.waymo import BoxSource, CameraName, WaymoSplit
 from rakd.data.waymo_convert import WaymoConversion, convert_waymo
 from rakd.errors import UserError
-from rakd.files import read_text
+from rakd.files import check_output, read_text
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class ExportWaymo:
         from rakd.evaluation.waymo import write_bin
         from rakd.evaluation.waymo.export import collect_results
 
+        check_output(self.out, "--out")
         objects = collect_results(self.pred, self.data, testing=self.testing)
         write_bin(self.out, objects)
         print(f"{len(objects)} objects of {len(objects.keys)} frames are in {self.out}")

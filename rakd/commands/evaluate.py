@@ -13,7 +13,7 @@ from rakd.data.labels import LABEL_COLUMNS, WAYMO_LABEL_COLUMNS, is_label_row
 from rakd.errors import NotAFolderError, UserError
 from rakd.evaluation import report
 from rakd.evaluation.kitti import Overlaps, evaluate
-from rakd.files import check_folder, read_text
+from rakd.files import check_folder, check_output, read_text
 
 _IOU: tuple[Literal["official", "papers"], ...] = ("official", "papers")
 
@@ -82,7 +82,7 @@ class Evaluate:
         if self.out is not None:
             check_folder(self.out, "--out")
         if self.json is not None and not is_printed:
-            _check_writable(self.json, "--json")
+            check_output(self.json, "--json")
         result = evaluate(self.gt, self.pred, frames=frames, overlaps=self.overlaps)
         if is_printed:
             print(report.to_json(result, self.overlaps), end="")
@@ -96,6 +96,7 @@ class Evaluate:
         files = [] if self.json is None or is_printed else [self.json]
         if self.out is not None:
             files.append(self.out / "evaluation.json")
+            self._remove_curves()
         for file in files:
             report.write_json(file, result, self.overlaps)
         if self.out is not None:
@@ -120,7 +121,7 @@ class Evaluate:
         files = [] if self.json is None or is_printed else [self.json]
         files += [] if self.out is None else [self.out / "evaluation.json"]
         for file in files:
-            _check_writable(file, "--json" if file == self.json else "--out")
+            check_output(file, "--json" if file == self.json else "--out")
         if self.split is not None and self.gt.is_file():
             raise UserError("--split: expected folders as GT and PRED, since .bin files name no frames of a list")
         frames = None if self.split is None else read_split(self._split_file(self.split))
@@ -135,10 +136,16 @@ class Evaluate:
                 print(f"{format_table(tables[-1])}\n", flush=True)
         if is_printed:
             print(to_json(tables), end="")
+        self._remove_curves()
         for file in files:
             write_text(file, to_json(tables))
         if files and not is_printed:
             print(f"written: {', '.join(map(str, files))}")
+
+    def _remove_curves(self) -> None:
+        """Those of an earlier evaluation would be taken for this one's."""
+        if self.out is not None:
+            (self.out / "curves.png").unlink(missing_ok=True)
 
     def _split_file(self, split: Path) -> Path:
         """The file of a list that is given by its name."""
@@ -146,13 +153,6 @@ class Evaluate:
         folder = Path(os.path.abspath(self.gt))  # noqa: PTH100 - resolve() would follow links
         named = folder.parent.parent / "ImageSets" / f"{split}.txt"
         return named if split.name == str(split) and not split.is_file() and named.exists() else split
-
-
-def _check_writable(file: Path, option: str) -> None:
-    """Refuse a folder in the place of a file, before anything is computed."""
-    check_folder(file.parent, option)
-    if file.is_dir():
-        raise UserError(f"{option}: expected a file, {file} is a folder")
 
 
 def _rows(folder: Path, what: str) -> Iterator[tuple[Path, list[str]]]:
@@ -177,8 +177,8 @@ def _check_scored(folder: Path) -> None:
         columns = len(words)
         if columns == WAYMO_LABEL_COLUMNS and is_label_row(words):
             raise UserError(f"PRED: {path} holds labels of convert-waymo; are GT and PRED in each other's place?")
-        if columns > LABEL_COLUMNS:
-            return
+        if columns > LABEL_COLUMNS or 0 < columns < LABEL_COLUMNS:
+            return  # results, or what their reader refuses by its line
         empty = empty and not columns
     if not empty:
         raise UserError(

@@ -1,5 +1,6 @@
 """``rakd export``: a trained detector as an ONNX model, checked against PyTorch."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from rakd.errors import UserError
+from rakd.files import check_output
 
 # Of the detections, found by one side alone. Rounding tips a suppression whose overlap lies at its very limit; with
 # random weights, of whose boxes hundreds overlap, that happened to 1 of 100 (kitti-r50).
@@ -55,6 +57,7 @@ class Export:
 
         if self.out.suffix != ".onnx":
             raise UserError(f"--out: expected a name that ends in .onnx, got {self.out}")
+        check_output(self.out, "--out")
         if self.frames < 1:
             raise UserError(f"--frames must be 1 or more, got {self.frames}")
         if not self.tolerance > 0:
@@ -82,4 +85,6 @@ class Export:
         print(f"{self.out}: {size:.1f} MB; compared with PyTorch: {told}")
         print(f"largest differences: {worst}")
         if not found.detections:
-            print("rakd: warning: nothing was found in these frames, so nothing was compared: give others (--data)")
+            warnings.warn(
+                "nothing was found in these frames, so nothing was compared: give others (--data)", stacklevel=1
+            )

@@ -13,6 +13,7 @@ from rakd.data.frames import find_frames, read_image_size
 from rakd.data.labels import LABEL_TYPES, Objects, concatenate
 from rakd.errors import UserError
 from rakd.evaluation.kitti import DIFFICULTIES, LEVELS
+from rakd.files import check_output
 from rakd.geometry import (
     Calibration,
     FloatArray,
@@ -53,6 +54,7 @@ class Inspect:
             raise UserError(f"count must be at least 1, got {self.count}")
         check_picture(self.out, "--out")
         frames = find_frames(self.data, self.split)
+        check_output(self.out, "--out", {frame.image.resolve() for frame in frames})
         labels = []
         for frame in bar(frames, desc="reading", unit="frame", delay=2):
             objects = frame.read_labels()

@@ -45,7 +45,7 @@ class Latency:
         from rakd.detector.latency import Model, benchmark, compiled
         from rakd.detector.onnx_model import OnnxDetector
         from rakd.distributed import choose_device
-        from rakd.files import write_text
+        from rakd.files import check_output, write_text
         from rakd.scenes import make_scenes
         from rakd.study.versions import versions
 
@@ -56,6 +56,10 @@ class Latency:
             )
         if not self.forms:
             raise UserError("--forms: expected one or more")
+        if self.repeats < 1:
+            raise UserError(f"repeats must be 1 or more, got {self.repeats}")
+        if self.out is not None:
+            check_output(self.out, "--out")
         device, needed = choose_device(self.device), self.device == "cuda"
         models: list[tuple[str, Model]] = []
         with TemporaryDirectory() as folder:

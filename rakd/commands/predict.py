@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from rakd.data.frames import is_image, read_calibration, read_image
+from rakd.data.labels import is_label_row
 from rakd.errors import UserError
-from rakd.files import check_folder
+from rakd.files import check_folder, check_output, read_text
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Predict:
         from PIL import Image
 
         from rakd.commands.models import open_model
-        from rakd.data.checks import check_widths, warn_of_centre
+        from rakd.data.checks import check_end, check_widths, warn_of_centre
         from rakd.data.kitti import make_sample
         from rakd.data.labels import write_objects
         from rakd.detector.inference import detect
@@ -64,19 +65,25 @@ class Predict:
         detector = open_model(self.checkpoint, device, needed=self.device == "cuda")
         # All images are checked before the first detection.
         check_widths(images, detector.config.height, detector.config.width)
+        for path in images:
+            check_end(path)
         files = [self.calib / f"{path.stem}.txt" if self.calib.is_dir() else self.calib for path in images]
         known = {file: read_calibration(file) for file in dict.fromkeys(files)}
         calibrations = [known[file] for file in files]
         warn_of_centre(zip(images, files, calibrations, strict=True))
+        # Of another detector: after an interruption they would be taken for this one's.
+        for path in images:
+            for file in self._outputs(path):
+                file.unlink(missing_ok=True)
         for path, calibration in zip(images, calibrations, strict=True):
             pixels = read_image(path)
             sample = make_sample(path.stem, Image.fromarray(pixels), calibration, None, detector.config.height)
             objects = detect(detector, sample, device)
-            write_objects(self.out / f"{path.stem}.txt", objects)
+            result, *pictures = self._outputs(path)
+            write_objects(result, objects)
             scores = objects.scores
             shown = objects if scores is None else objects.select(scores >= self.min_score)
-            if self.pictures:
-                picture = self.out / f"{path.stem}.png"
+            for picture in pictures:
                 draw_frame(picture, pixels, calibration, [prediction_layer(shown)], title=path.stem)
             print(f"{path}: {len(objects)} objects, {len(shown)} of them with a score of {self.min_score:g} or more")
         print(f"results{' and pictures' if self.pictures else ''} are in {self.out}")
@@ -101,7 +108,14 @@ class Predict:
             raise UserError(f"images must have different names, {', '.join(twice)} stands for several")
         calibrations = self.calib.iterdir() if self.calib.is_dir() else [self.calib]
         inputs = {path.resolve() for path in (*images, *calibrations)}
-        for name in names:
-            for path in (self.out / f"{name}{ending}" for ending in (".txt", ".png")[: 1 + self.pictures]):
-                if path.resolve() in inputs:
-                    raise UserError(f"out must be another folder: {path}, which is an input, would be overwritten")
+        for image in images:
+            for path in self._outputs(image):
+                check_output(path, "--out", inputs)
+            result = self._outputs(image)[0]
+            rows = read_text(result, "a result file").split("\n") if result.exists() else []
+            if any(is_label_row(row.split()) for row in rows):
+                raise UserError(f"--out: expected another folder, {result}, which holds labels, would be overwritten")
+
+    def _outputs(self, image: Path) -> list[Path]:
+        """The result file of an image and, where pictures are drawn, its picture."""
+        return [self.out / f"{image.stem}{ending}" for ending in (".txt", ".png")[: 1 + self.pictures]]

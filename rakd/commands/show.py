@@ -10,7 +10,7 @@ from tyro.conf import arg
 from rakd.data.frames import find_frames
 from rakd.data.labels import Objects, is_label_row, read_labels, read_results
 from rakd.errors import MissingFileError, UserError
-from rakd.files import check_folder, read_text
+from rakd.files import check_folder, check_output, read_text
 from rakd.progress import bar
 
 
@@ -64,6 +64,9 @@ class Show:
         if unknown:
             raise UserError(f"frames: {unknown[0]} is not among the {len(found)} frames of {self.data}")
         chosen = self.frames or list(found)[: self.count]
+        images = {frame.image.resolve() for frame in found.values()}
+        for id_ in chosen:
+            check_output(self.out / f"{id_}.png", "--out", images)
         predictions = {} if self.pred is None else {id_: _read_predictions(self.pred, id_) for id_ in chosen}
         left_out = 0
         for id_ in bar(chosen, desc="drawing", unit="frame", delay=2):

@@ -34,22 +34,29 @@ def mean_average_precision(
         0..1; NaN where there is no object at all.
 
     Raises:
-        ValueError: The numbers of images, or of boxes, scores and labels in one, differ; a score is NaN; or there are
-            no thresholds.
+        ValueError: The numbers of images, or of boxes, scores and labels in one, differ; a box is not finite or a score
+            NaN; there are no thresholds, or one is not in 0..1; or no detection counts.
 
     Source:
         pycocotools' COCOeval without crowds and areas.
     """
     if len(predictions) != len(targets):
         raise ValueError(f"predictions: expected {len(targets)} images as in targets, got {len(predictions)}")
-    if not thresholds:
+    if not len(thresholds):
         raise ValueError("thresholds: expected at least one IoU, got none")
-    for i, boxes in enumerate(predictions):
-        counts = {name: len(boxes[name]) for name in ("boxes", "scores", "labels")}
-        if len(set(counts.values())) > 1:
-            raise ValueError(f"predictions: expected as many boxes as scores and labels, image {i} has {counts}")
-        if bool(torch.isnan(boxes["scores"]).any()):
-            raise ValueError(f"predictions: expected scores that are numbers, image {i} has NaN")
+    if not all(0 < threshold <= 1 for threshold in thresholds):
+        raise ValueError(f"thresholds: expected IoU over 0 and up to 1, got {list(map(float, thresholds))}")
+    if max_detections < 1:
+        raise ValueError(f"max_detections: expected 1 or more, got {max_detections}")
+    for name, images, parts in (("predictions", predictions, ("scores", "labels")), ("targets", targets, ("labels",))):
+        for i, image in enumerate(images):
+            counts = {part: len(image[part]) for part in ("boxes", *parts)}
+            if len(set(counts.values())) > 1:
+                raise ValueError(f"{name}: expected as many boxes as {' and '.join(parts)}, image {i} has {counts}")
+            if not bool(torch.isfinite(image["boxes"]).all()):
+                raise ValueError(f"{name}: expected finite boxes, image {i} has others")
+            if "scores" in parts and bool(torch.isnan(image["scores"]).any()):
+                raise ValueError(f"{name}: expected scores that are numbers, image {i} has NaN")
     classes = sorted({int(label) for target in targets for label in target["labels"]})
     if not classes:
         return float("nan")

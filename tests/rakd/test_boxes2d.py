@@ -142,6 +142,20 @@ def test_average_precision_by_hand() -> None:
         mean_average_precision([], truth)
     with pytest.raises(ValueError, match="thresholds: expected at least one"):
         mean_average_precision(twice, truth, [])
+    assert mean_average_precision(wrong_first, truth, np.array([0.5])) == pytest.approx(0.5 * 51 / 101)
+    for threshold in (0.0, -0.5, 50.0, float("nan")):
+        with pytest.raises(ValueError, match="thresholds: expected IoU over 0 and up to 1, got"):
+            mean_average_precision(twice, truth, [0.5, threshold])
+    for most in (0, -1):
+        with pytest.raises(ValueError, match=f"max_detections: expected 1 or more, got {most}"):
+            mean_average_precision(twice, truth, max_detections=most)
+    with pytest.raises(ValueError, match=r"targets: expected as many boxes as labels, image 0 has .*'labels': 2"):
+        mean_average_precision(twice, [_one([[0, 0, 10, 10]], [0, 0])])
+    wrong = [_one([[0, 0, 10, 10], [0, 0, float("nan"), 9]], [0, 0])]
+    with pytest.raises(ValueError, match="targets: expected finite boxes, image 0 has others"):
+        mean_average_precision(twice, wrong)
+    with pytest.raises(ValueError, match="predictions: expected finite boxes, image 0 has others"):
+        mean_average_precision([{**wrong[0], "scores": torch.ones(2)}], truth)
     with pytest.raises(ValueError, match=r"as many boxes as scores and labels, image 0 has .*'scores': 1"):
         mean_average_precision([_one([[0, 0, 10, 10]] * 2, [0, 0], [0.9])], truth)
     with pytest.raises(ValueError, match="scores that are numbers, image 0 has NaN"):

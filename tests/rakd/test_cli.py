@@ -117,6 +117,10 @@ def test_help_lists_the_commands(capsys):
         (["latency", "huge"], "DETECTOR must be one of tiny"),
         (["latency", "tiny", "--repeats", "0"], "repeats must be 1 or more, got 0"),
         (["latency", "tiny", "--forms"], "--forms: expected one or more"),
+        (["latency", "tiny", "--out", "."], "--out: expected a file, . is a folder"),
+        (["export-waymo", "pred", "--data", "data", "--out", "."], "--out: expected a file, . is a folder"),
+        (["export-waymo", "pred", "--data", "data", "--out", f"{__file__}/a"], "--out: expected a folder to write to"),
+        (["export", "tiny", "--out", f"{__file__}/a.onnx"], "--out: expected a folder to write to"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """``rakd show``, ``inspect`` and ``make-scenes``: pictures of frames, doubts about labels, rendered frames."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -28,6 +29,20 @@ def test_show(scenes, results, tmp_path, capsys):
     assert f"--pred: {tmp_path} has no 000000.txt, the results of frame 000000" in capsys.readouterr().err
     assert main(["show", "--data", str(scenes), "--out", str(out), "--pred", str(tmp_path / "none")]) == 2
     assert "none is not a folder" in capsys.readouterr().err
+
+
+def test_pictures_take_no_images_place(scenes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    images = data / "training" / "image_2"
+    (tmp_path / "link").symlink_to(images)
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    for out in (images, tmp_path / "link"):
+        assert main(["show", "--data", str(data), "--out", str(out), "--count", "1"]) == 2
+        assert "000000.png, which is an input, would be overwritten" in capsys.readouterr().err
+        assert main(["inspect", "--data", str(data), "--out", str(out / "000003.png"), "--count", "1"]) == 2
+        assert "000003.png, which is an input, would be overwritten" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
 
 
 def test_result_files_of_other_tools_are_no_labels(tmp_path):

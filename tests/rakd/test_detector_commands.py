@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rakd.commands.models import scene_size
 from rakd.data.frames import find_frames
 from rakd.data.kitti import resized_width
 from rakd.data.labels import read_results
+from rakd.detector import inference
 from rakd.detector.configs import DETECTORS
 from rakd.detector.files import load_detector
 from rakd.distributed import Processes, choose_device
@@ -131,8 +133,44 @@ def test_predict_overwrites_no_input(
         str(tmp_path / "x" / ".."),
     ]
     assert main(["predict", str(image), *options]) == 2
-    assert "out must be another folder" in capsys.readouterr().err
+    assert "which is an input, would be overwritten" in capsys.readouterr().err
     assert [Path(path).read_bytes() for path in (image, calib)] == before
+    labels = shutil.copytree(scenes / "training" / "label_2", tmp_path / "labels")
+    options = ["--checkpoint", str(run / "detector.pt"), "--calib", str(frame.calib), "--out", str(labels)]
+    assert main(["predict", str(frame.image), *options, "--no-pictures"]) == 2
+    assert f"{frame.id}.txt, which holds labels, would be overwritten" in capsys.readouterr().err
+    assert (labels / f"{frame.id}.txt").read_bytes() == frame.label.read_bytes()
+
+
+def test_results_of_an_earlier_detector_do_not_stay(
+    run: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = find_frames(scenes)[:3]
+    options = ["--checkpoint", str(run / "detector.pt"), "--calib", str(frames[0].calib.parent), "--device", "cpu"]
+    words = ["predict", *(str(frame.image) for frame in frames), *options, "--out", str(tmp_path / "out")]
+    assert main([*words, "--no-pictures"]) == 0
+    others = tmp_path / "out" / f"{frames[0].id}.png"
+    others.touch()
+    left = [frames[0].id]
+
+    def killed(*arguments: Any) -> Any:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return original(*arguments)
+
+    original = inference.detect
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "detect", killed)
+        assert main([*words, "--no-pictures"]) == 130
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{frames[0].id}.txt", others.name}
+    # An image that was cut off is told before anything is detected or removed.
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(frames[0].image.read_bytes()[:-100])
+    calib = ["--calib", str(frames[0].calib), "--checkpoint", str(run / "detector.pt"), "--device", "cpu"]
+    assert main(["predict", str(frames[0].image), str(cut), *calib, "--out", str(tmp_path / "out")]) == 2
+    assert "cut.png" in capsys.readouterr().err
+    assert (tmp_path / "out" / f"{frames[0].id}.txt").exists()
 
 
 def test_predict_wants_a_detector(run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,26 @@ def test_evaluate(scenes, results, tmp_path, capsys):
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
 
 
+def test_curves_of_an_earlier_evaluation_do_not_stay(scenes, results, tmp_path, monkeypatch):
+    arguments = ["evaluate", str(scenes / "training" / "label_2"), str(results), "--out", str(tmp_path)]
+    assert main(arguments) == 0 and (tmp_path / "curves.png").exists()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rakd.evaluation.report.write_json", killed)
+    assert main(arguments) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]  # the earlier one, whole
+
+
+def test_a_row_of_results_that_is_too_short_is_told_by_its_line(scenes, tmp_path, capsys):
+    for text in ("Car -1 -1 0 1 1 9\n", "Car,-1,-1,0,1,1,9,9,1,1,1,1,1,9,0,0.5\n"):
+        for path in (scenes / "training" / "label_2").iterdir():
+            (tmp_path / path.name).write_text(text)
+        assert main(["evaluate", str(scenes / "training" / "label_2"), str(tmp_path)]) == 2
+        assert "000000.txt:1: expected 16 columns" in capsys.readouterr().err
+
+
 def test_evaluate_wants_labels_as_truth(results, tmp_path, capsys):
     message = "000000.txt holds results (columns 2 and 3 are -1, 16 a score), expected labels"
     truth = tmp_path / "truth"

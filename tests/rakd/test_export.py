@@ -294,6 +294,12 @@ def test_the_example_needs_neither_torch_nor_rakd(file: Path, scenes: Path, tmp_
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    for words, message in (
+        ([str(file), str(frame.image)], "Run a model of"),
+        ([str(file), str(frame.image), str(frame.label)], f"{frame.label}: expected a line P2: with 12 numbers"),
+    ):
+        refused = subprocess.run([sys.executable, str(example), *words], capture_output=True, text=True, check=False)
+        assert refused.returncode == 1 and refused.stderr.startswith(message)
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) > 5 and [row[0] for row in rows] == expected.types.tolist()
     assert expected.scores is not None
