@@ -71,7 +71,7 @@ class Predict:
         known = {file: read_calibration(file) for file in dict.fromkeys(files)}
         calibrations = [known[file] for file in files]
         warn_of_centre(zip(images, files, calibrations, strict=True))
-        # Of another detector: after an interruption they would be taken for this one's.
+        # Results of an earlier detector: after an interruption they would be taken for this one's.
         for path in images:
             for file in self._outputs(path):
                 file.unlink(missing_ok=True)

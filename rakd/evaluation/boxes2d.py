@@ -35,7 +35,7 @@ def mean_average_precision(
 
     Raises:
         ValueError: The numbers of images, or of boxes, scores and labels in one, differ; a box is not finite or a score
-            NaN; there are no thresholds, or one is not in 0..1; or no detection counts.
+            NaN; there are no thresholds, or one is not in 0..1; or ``max_detections`` is under 1.
 
     Source:
         pycocotools' COCOeval without crowds and areas.

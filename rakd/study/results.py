@@ -227,7 +227,9 @@ def _construct(cls: Callable[..., Any], content: dict[str, Any], where: str) -> 
         raise ValueError(f"{where}: {error}") from None
 
 
-def _number(value: float | None) -> float:
+def _number(value: Any) -> float:
+    if not (value is None or isinstance(value, (int, float))):
+        raise ValueError(f"expected a number or null, got {value!r}")
     return math.nan if value is None else value
 
 

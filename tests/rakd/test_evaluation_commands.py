@@ -181,7 +181,15 @@ def test_compare_says_when_runs_of_one_column_were_trained_unlike(finished, caps
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"depth": {"all": {}}}', '{"precisions": {"official": 3}}', '{"seed": 1}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"depth": {"all": {}}}',
+        '{"precisions": {"official": 3}}',
+        '{"method": "none", "seed": 1, "precisions": {"official": {"3d": {"Car": [1, "2", 3]}}}}',
+        '{"seed": 1}',
+    ],
 )
 def test_compare_names_a_file_that_holds_no_result(text, finished, capsys):
     (finished / "alone" / "result.json").write_text(text)
