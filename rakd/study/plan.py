@@ -17,7 +17,7 @@ class Run:
         detector: Name in `rakd.detector.configs.DETECTORS`.
         model_seed: Of the detector's weights.
         training: How it is trained; its seed is the run's.
-        weight: See `StudySettings.weights`; 0 where nobody teaches it.
+        weight: See `rakd.study.settings.StudySettings`; 0 where nobody teaches it.
         init: File of the detector whose weights it starts from; None: it starts as ``model_seed`` says.
         trained: File of a detector that is evaluated as it is; None: it is trained.
         taught_by: Name of the run whose detector teaches it; None: nobody does.
