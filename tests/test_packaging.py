@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # CPU only: the compiled CUDA code is checked where it is built, and it takes minutes for all architectures.
 ENVIRONMENT = {**os.environ, "RAKD_CUDA": "0"}
-ONE_WORKER = pytest.mark.xdist_group("packaging")  # which builds the wheel once
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -24,12 +23,10 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("sdist")
+def make_sdist(out: Path) -> Path:
     # From a copy of what git would hand out: a build must not depend on, or leave, files in the source tree.
     source = out / "source"
-    source.mkdir()
+    source.mkdir(parents=True)
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\n")
     for name in filter(None, listed):
         if (ROOT / name).is_file():
@@ -39,18 +36,15 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.tar.gz"))
 
 
-@pytest.fixture(scope="module")
-def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
+def make_wheel(sdist: Path, out: Path) -> Path:
+    out.mkdir()
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--verbose"]
     printed = run(*pip, "--wheel-dir", out, sdist, cwd=out)
     assert "rakd_ops: the CUDA library is not built: RAKD_CUDA=0 forbids it" in printed
     return next(out.glob("*.whl"))
 
 
-@pytest.mark.slow
-@ONE_WORKER
-def test_sdist(sdist: Path) -> None:
+def check_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "csrc/geometry.h", "csrc/cpu/kernels.cpp"}
@@ -60,9 +54,7 @@ def test_sdist(sdist: Path) -> None:
     assert not foreign
 
 
-@pytest.mark.slow
-@ONE_WORKER
-def test_wheel(wheel: Path) -> None:
+def check_wheel(wheel: Path) -> None:
     assert re.fullmatch(r"rakd-[\d.]+-cp310-abi3-\w+\.whl", wheel.name), wheel.name
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -77,17 +69,26 @@ def test_wheel(wheel: Path) -> None:
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
-@pytest.mark.slow
-@ONE_WORKER
-def test_the_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
+def check_that_it_works(wheel: Path, out: Path) -> None:
+    """Without the source tree."""
+    site = out / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    script = tmp_path / "install_check.py"
+    script = out / "install_check.py"
     script.write_bytes((ROOT / "tests" / "install_check.py").read_bytes())
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script], cwd=out, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "values and gradients are right" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_is_distributed(tmp_path: Path) -> None:
+    """In one test, so that processes which share tests out build the wheel once."""
+    sdist = make_sdist(tmp_path / "sdist")
+    check_sdist(sdist)
+    wheel = make_wheel(sdist, tmp_path / "wheel")
+    check_wheel(wheel)
+    check_that_it_works(wheel, tmp_path)
