@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from rakd.data.frames import is_image, read_calibration, read_image
 from rakd.data.labels import is_label_row
 from rakd.errors import UserError
-from rakd.files import check_folder, check_output, read_text
+from rakd.files import check_output, read_text
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Predict:
             raise UserError(f"min_score must be a finite number, got {self.min_score}")
         images = self._find_images()
         self._check_names(images)
-        check_folder(self.out, "--out")
         device = choose_device(self.device)
         detector = open_model(self.checkpoint, device, needed=self.device == "cuda")
         # All images are checked before the first detection.
@@ -109,9 +108,9 @@ class Predict:
         calibrations = self.calib.iterdir() if self.calib.is_dir() else [self.calib]
         inputs = {path.resolve() for path in (*images, *calibrations)}
         for image in images:
-            for path in self._outputs(image):
+            result, *pictures = self._outputs(image)
+            for path in (result, *pictures):
                 check_output(path, "--out", inputs)
-            result = self._outputs(image)[0]
             rows = read_text(result, "a result file").split("\n") if result.exists() else []
             if any(is_label_row(row.split()) for row in rows):
                 raise UserError(f"--out: expected another folder, {result}, which holds labels, would be overwritten")
