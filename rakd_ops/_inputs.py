@@ -62,6 +62,8 @@ def list_maps(name: str, maps: Any, levels: int, keys: Sequence[str] | None = No
     for level, feature in enumerate(maps):
         if not isinstance(feature, Tensor):
             raise TypeError(f"{name}[{level}]: expected a tensor, got {type(feature).__name__}")
+        if feature.is_nested:  # has no shape
+            raise TypeError(f"{name}[{level}]: expected a dense map, got a nested tensor")
     return list(maps)
 
 
@@ -175,6 +177,9 @@ def _check_numbers(name: str, values: Any, device: torch.device | None) -> Tenso
     """Check a tensor of boxes or weights: real numbers on the right device that need no gradient."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(values).__name__}")
+    if values.is_nested or values.layout is not torch.strided:
+        kind = "a nested tensor" if values.is_nested else f"one of layout {values.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if values.dtype == torch.bool or values.is_complex():
         raise TypeError(f"{name}: expected real numbers, got {values.dtype}")
     if device is not None and values.device != device:

@@ -92,6 +92,8 @@ BOX_ERRORS: list[tuple[Any, type[Exception], str]] = [
     (BOXES.numpy(), TypeError, r"boxes: expected a tensor, got ndarray"),
     (BOXES.to("meta"), ValueError, r"boxes: expected device cpu as the maps, got meta"),
     (None, TypeError, r"boxes: expected a tensor, got NoneType"),
+    (BOXES.to_sparse(), TypeError, r"boxes: expected a dense tensor, got one of layout torch.sparse_coo"),
+    (torch.nested.nested_tensor([BOXES], layout=torch.jagged), TypeError, r"boxes: .* got a nested tensor"),
 ]
 
 
@@ -112,6 +114,11 @@ MAP_ERRORS: list[tuple[Any, type[Exception], str]] = [
         r"\[3\]: expected float32, float64, float16 or bfloat16, got torch.int64",
     ),
     (changed(3, MAPS[3].to_sparse()), TypeError, r"\[3\]: expected a dense map, got one of layout torch.sparse_coo"),
+    (
+        changed(3, torch.nested.nested_tensor(list(MAPS[3]), layout=torch.jagged)),
+        TypeError,
+        r"\[3\]: expected a dense map, got a nested tensor",
+    ),
     (changed(3, MAPS[3][..., :0]), ValueError, r"\[3\]: expected at least one channel, row and column"),
     (changed(3, MAPS[3].to("meta")), ValueError, r"\[3\]: expected device cpu as in .*, got meta"),
     (list(reversed(MAPS)), ValueError, r"strides: expected strides that fit the maps' heights"),
@@ -244,6 +251,7 @@ def test_box_weights_and_reduction() -> None:
     cases: list[tuple[Any, type[Exception], str]] = [
         (torch.ones(2), ValueError, r"box_weights: expected shape \[3\], one per box, got \[2\]"),
         (torch.ones(3, 1), ValueError, r"box_weights: expected shape \[3\]"),
+        (torch.ones(3).to_sparse(), TypeError, r"box_weights: expected a dense tensor, got one of layout torch.sparse"),
         (
             torch.tensor([1.0, NAN, 1.0]),
             ValueError,
