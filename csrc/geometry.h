@@ -96,7 +96,8 @@ RAKD_HD Tap bilinear_tap(double position, int64_t size) {
 }
 
 // First sample of `bin` that can touch the map, and one past the last. Conservative by a few samples on each
-// side; bilinear_tap decides. Keeps the work bounded by the map for adaptive sampling of huge boxes.
+// side, and by those that rounding may bring onto the map; bilinear_tap decides. Keeps the work bounded by the map for
+// adaptive sampling of huge boxes.
 RAKD_HD void sample_range(const AxisSamples& axis, int64_t bin, int64_t size, int64_t* first, int64_t* last) {
   *first = 0;
   *last = axis.samples;
@@ -104,8 +105,10 @@ RAKD_HD void sample_range(const AxisSamples& axis, int64_t bin, int64_t size, in
   if (axis.samples < 64 || !(spacing > 0.0)) return;
   const double bin_start = add(axis.start, mul(static_cast<double>(bin), axis.bin));
   const double count = static_cast<double>(axis.samples);
-  const double low = (-1.0 - bin_start) / spacing - 4.0;
-  const double high = (static_cast<double>(size) - bin_start) / spacing + 4.0;
+  double spare = 4.0 + 1e-15 * (fabs(bin_start) + static_cast<double>(size)) / spacing;
+  if (!(spare < count)) spare = count;  // finite: an infinite one could make low or high NaN
+  const double low = (-1.0 - bin_start) / spacing - spare;
+  const double high = (static_cast<double>(size) - bin_start) / spacing + spare;
   *first = static_cast<int64_t>(low < 0.0 ? 0.0 : low > count ? count : low);
   *last = static_cast<int64_t>(high < 0.0 ? 0.0 : high > count ? count : high);
 }

@@ -113,6 +113,13 @@ def _skips_autograd_function(maps: Sequence[Tensor]) -> bool:
     return torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(m.requires_grad for m in maps))
 
 
+def _multiply_in_place(values: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """Multiply in the loss's dtype, as where the values are kept: the same bits."""
+    if dtype == torch.float64 != values.dtype:  # mul_ would round the factor to float32
+        return values.copy_(values.to(dtype).mul_(factor))
+    return values.mul_(factor)
+
+
 def _place_gradients(gradients: Sequence[Tensor], wanted: tuple[bool, bool], levels: int) -> tuple[Tensor | None, ...]:
     """Arrange gradients as (apprentice's, expert's), None for a side that was not wanted."""
     remaining = iter(gradients)
@@ -179,7 +186,7 @@ class _GradientInForward(torch.autograd.Function):
             scaled = [(g.to(gradient.dtype) * gradient).to(g.dtype) for g in saved]
         else:
             factor = gradient.item()
-            scaled = saved if factor == 1.0 else [g.mul_(factor) for g in saved]
+            scaled = saved if factor == 1.0 else [_multiply_in_place(g, factor, gradient.dtype) for g in saved]
         return None, None, None, None, None, *_place_gradients(scaled, ctx.wanted, ctx.levels)
 
 

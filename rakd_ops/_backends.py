@@ -231,7 +231,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
         ValueError: The name is unknown.
         RuntimeError: The backend asked for cannot run here or on this device; the message says why.
     """
-    if backend not in ("auto", *BACKENDS):
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         names = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     serving = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference"), "meta": ("cpu", "reference")}.get(

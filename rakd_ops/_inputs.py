@@ -165,6 +165,7 @@ def _to_xyxy(name: str, rows: Any) -> Any:
     plain = rows.as_subclass(Tensor)
     if layout == "XYXY":
         return plain
+    plain = plain.to(torch.promote_types(plain.dtype, torch.float32))  # sums of small integers overflow
     if layout == "XYWH":
         return torch.cat([plain[:, :2], plain[:, :2] + plain[:, 2:]], dim=1)
     if layout == "CXCYWH":
@@ -180,7 +181,7 @@ def _check_numbers(name: str, values: Any, device: torch.device | None) -> Tenso
     if values.is_nested or values.layout is not torch.strided:
         kind = "a nested tensor" if values.is_nested else f"one of layout {values.layout}"
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
-    if values.dtype == torch.bool or values.is_complex():
+    if values.dtype == torch.bool or values.is_complex() or values.is_quantized:
         raise TypeError(f"{name}: expected real numbers, got {values.dtype}")
     if device is not None and values.device != device:
         raise ValueError(f"{name}: expected device {device} as the maps, got {values.device}")
@@ -252,10 +253,11 @@ def refuse_values(inputs: BoxInputs) -> None:
             name = f"boxes[{image}]"
             rows = torch.cat([torch.full_like(rows[:, :1], image), rows], dim=1)
         most = math.inf if inputs.images is None else inputs.images
+        indices = "batch indices of at least 0" if inputs.images is None else f"batch indices from 0 to {most - 1}"
         faults = (
             ("finite numbers", ~rows.isfinite().all(dim=1)),
             ("whole batch indices", rows[:, 0] != rows[:, 0].floor()),
-            (f"batch indices from 0 to {most - 1}", (rows[:, 0] < 0) | (rows[:, 0] >= most)),
+            (indices, (rows[:, 0] < 0) | (rows[:, 0] >= most)),
             ("x1 <= x2 and y1 <= y2", (rows[:, 1] > rows[:, 3]) | (rows[:, 2] > rows[:, 4])),
         )
         for expected, wrong in faults:

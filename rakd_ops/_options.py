@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
@@ -82,13 +83,16 @@ DISTILL_ARGUMENTS = "float[] strides, float[] expert_strides, int[] output_size,
 ALIGN_ARGUMENTS = "float[] strides, int[] output_size, int sampling_ratio"
 
 
+_LARGEST = sys.float_info.max
+
+
 def check_number(name: str, value: Any, *, positive: bool = False) -> float:
     """Return ``value`` as a finite float, positive where asked."""
-    if isinstance(value, (int, float)) and torch.compiler.is_compiling():
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and torch.compiler.is_compiling():
         # A number that changes from call to call is symbolic here: asking whether it is finite would fix its value,
-        # comparing it does not.
-        if positive and not value > 0:
-            raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
+        # comparing it does not. A comparison with infinity is no look at the value: symbolic numbers count as finite.
+        if not -_LARGEST <= value <= _LARGEST or (positive and not value > 0):
+            raise ValueError(f"{name}: expected a {'positive ' if positive else ''}finite number, got {value!r}")
         return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -142,7 +146,7 @@ def _check_options(
     canonical_size: Any,
     canonical_level: Any,
 ) -> RoIOptions:
-    if isinstance(output_size, Sequence) and not isinstance(output_size, str):
+    if isinstance(output_size, Sequence) and not isinstance(output_size, (str, bytes)):
         if len(output_size) != 2:
             raise ValueError(f"output_size: expected one integer or two (height, width), got {output_size!r}")
         size = (

@@ -64,7 +64,7 @@ def soft_roi_distill(
             heights and widths need ``expert_strides``; dtypes may differ.
         boxes: ``[K, 5]`` rows ``(batch_index, x1, y1, x2, y2)`` in pixels of the apprentice's input image, or a list
             of one ``[K_b, 4]`` per image; any real dtype. Boxes of ``torchvision.tv_tensors`` are read by the format
-            they carry. Data: no gradient flows to them.
+            they carry (``torch.compile(fullgraph=True)`` refuses such). Data: no gradient flows to them.
         strides: Pixels per cell of each of the apprentice's maps, increasing.
         expert_strides: Pixels of the apprentice's images per cell of the expert's maps; default ``strides``, for maps
             of the same images. Given, they allow one network to pad its images more, by up to the coarsest stride;
@@ -201,7 +201,7 @@ def level_weights(
         canonical_level: See ``canonical_size``.
 
     Returns:
-        ``[K, L]``, rows summing to 1; float64 for float64 boxes, else float32. Carries no gradient.
+        ``[K, L]``, rows summing to 1; float64 where the (first) boxes are float64, else float32. Carries no gradient.
 
     Raises:
         ValueError, TypeError: As :func:`soft_roi_distill`.

@@ -81,7 +81,7 @@ class MemoryCache {
   // untouched part of a block is address space, not memory.
   static size_t size_class(size_t bytes) {
     size_t step = kPage;
-    while (step * 8 < bytes) step *= 2;
+    while (step < bytes / 8) step *= 2;
     return (bytes + step - 1) / step * step;
   }
 

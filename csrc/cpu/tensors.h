@@ -79,11 +79,13 @@ inline BoxRows box_rows(const Tensor& rows, const Tensor& index, int64_t images,
 inline Tensor empty_tensor(ScalarType type, const IntList& shape, bool channels_last = false) {
   IntList strides(shape.size());
   int64_t values = 1;
+  bool fits = true;
   for (size_t i = shape.size(); i-- > 0;) {
     STD_TORCH_CHECK(shape[i] >= 0, "shapes: expected no negative sizes, got ", shape[i]);
     strides[i] = values;
-    values *= std::max<int64_t>(shape[i], 1);
+    fits = fits && !__builtin_mul_overflow(values, std::max<int64_t>(shape[i], 1), &values);
   }
+  STD_TORCH_CHECK(fits && values <= INT64_MAX / 8, "shapes: expected a tensor of fewer than 2^60 values");
   if (channels_last) strides = {strides[0], 1, shape[3] * shape[1], shape[1]};
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   const size_t bytes = static_cast<size_t>(values) * aoti_torch_dtype_element_size(dtype);

@@ -122,11 +122,13 @@ def sample_bins(
     for base in range(first, end, BLOCK):
         offset = base + tl.arange(0, BLOCK)
         cell = offset.to(tl.float64)
-        # Only samples that can touch these cells, and a few on each side; all where that cannot be told.
+        # Only samples that can touch these cells, a few on each side, and those that rounding may bring there; all
+        # where that cannot be told.
         bounded = (samples >= 64.0) & (spacing > 0.0)
         step = tl.where(bounded, spacing, 1.0)
-        earliest = tl.floor((tl.cast(base, tl.float64) - 1.0 - bin_start) / step) - 4.0
-        latest = tl.ceil((tl.cast(base, tl.float64) + BLOCK - bin_start) / step) + 4.0
+        spare = tl.minimum(4.0 + 1e-15 * (tl.abs(bin_start) + size) / step, samples)
+        earliest = tl.floor((tl.cast(base, tl.float64) - 1.0 - bin_start) / step) - spare
+        latest = tl.ceil((tl.cast(base, tl.float64) + BLOCK - bin_start) / step) + spare
         sample = tl.where(bounded, tl.maximum(earliest, 0.0), 0.0)
         stop = tl.where(bounded, tl.minimum(latest, samples), samples)
         total = tl.zeros((BLOCK,), tl.float64)

@@ -254,6 +254,14 @@ def test_unusual_boxes(ratio: int, strides: tuple[float, ...]) -> None:
     check_align(case, DOUBLE, "triton")
 
 
+def test_samples_that_rounding_brings_onto_the_map_count() -> None:
+    """Bins so small that many samples fall on one number, at a position where the map ends."""
+    ends = ((-1.0, HEIGHT + 1.0), (-1.0, WIDTH + 1.0))
+    spans = [[(x - 2.0**-48, x + n * 2.0**-48) for x in axis for n in (0, 2)] for axis in ends]
+    rows = [(1, x1, 2, x2, 5) for x1, x2 in spans[1]] + [(1, 2, y1, 5, y2) for y1, y2 in spans[0]]
+    check_align(small_case(box_rows(*rows), sampling_ratio=100, strides=(2.0,), output_size=(1, 1)), DOUBLE, "triton")
+
+
 def test_no_boxes() -> None:
     case = small_case(box_rows())
     check_distill(case, DOUBLE, "triton")

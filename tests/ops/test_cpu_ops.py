@@ -10,7 +10,7 @@ import torch
 from cases import pyramid, random_boxes
 from torch import Tensor
 
-from rakd_ops import available_backends
+from rakd_ops import available_backends, multilevel_roi_align, soft_roi_distill
 
 pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not True, reason="the CPU library is not installed")
 
@@ -158,6 +158,18 @@ def test_faulty_boxes_are_errors(row: list[float], message: str) -> None:
     boxes = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0], row])
     with pytest.raises(RuntimeError, match=f", {message}.* in row 1"):
         ops.prepare_boxes([boxes], None, None, 2, False, *RULE)
+
+
+def test_results_larger_than_any_memory_are_errors() -> None:
+    n = 2**31 - 64
+    one = torch.zeros(1, 1, 1, 1)
+    maps = [one.expand(1, n, n, 1).requires_grad_()]
+    with pytest.raises(RuntimeError, match=r"expected a tensor of fewer than 2\^60 values"):
+        soft_roi_distill(maps, maps, torch.zeros(0, 5), strides=(1,))
+    boxes = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]]).expand(60, 5)
+    for size, message in ((10_000, "fewer than 2"), (1_000, "could not allocate")):
+        with pytest.raises(RuntimeError, match=message):
+            multilevel_roi_align([one.expand(1, n, 3, 3)], boxes, strides=(1,), output_size=size)
 
 
 def test_level_weights_have_no_highest_image() -> None:

@@ -101,6 +101,23 @@ def test_boxes_of_hardly_any_extent(backend: str, sampling_ratio: int) -> None:
         torch.testing.assert_close(got.cpu(), gradient, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sampling_ratio", [64, 200])
+def test_samples_that_rounding_brings_onto_the_map_count(backend: str, sampling_ratio: int) -> None:
+    """Bins so small that many samples fall on one number, at a position where the map ends."""
+    sides = [(a * 2.0**-48, b * 2.0**-48) for a, b in ((0, 1), (1, 0), (2, 3), (64, 1))]
+    rows = [[0, end - a, 4, end + b, 20] for end in (-2.0, 50.0) for a, b in sides]  # positions -1 and 12
+    rows += [[0, 4, end - a, 20, end + b] for end in (-2.0, 42.0) for a, b in sides]
+    boxes = torch.tensor(rows, dtype=torch.float64)
+    features = torch.ones(1, 1, 10, 12, dtype=torch.float64)
+    options = {"strides": (4,), "sampling_ratio": sampling_ratio, "output_size": (2, 3)}
+    expected = multilevel_roi_align([features], boxes, **options, backend="reference")
+    assert (expected.amax(dim=(1, 2, 3)) > 0).all()  # each box has samples on the map
+    device = DEVICE_OF[backend]
+    pooled = multilevel_roi_align([features.to(device)], boxes.to(device), **options, backend=backend)
+    torch.testing.assert_close(pooled.cpu(), expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
 def test_huge_boxes_cost_what_the_map_costs(backend: str) -> None:
     """Adaptive sampling of a box a billion pixels wide visits the samples that can touch the map, not all."""

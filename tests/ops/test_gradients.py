@@ -88,6 +88,19 @@ def test_second_backward_is_right(backend: str, reduction: str, dtype: torch.dty
         torch.testing.assert_close(c, a)
 
 
+@pytest.mark.parametrize("backend", backend_params("cpu", "cuda", "triton"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kept_and_last_backward_give_the_same_bits(backend: str, dtype: torch.dtype) -> None:
+    """Beside a float64 map the loss is float64, and so is the factor that comes back."""
+    device = DEVICE_OF[backend]
+    maps = pyramid(dtype=dtype, device=device, requires_grad=True)
+    for expert_dtype in (dtype, torch.float64):
+        expert = pyramid(dtype=expert_dtype, device=device, seed=1)
+        loss = 0.3 * soft_roi_distill(maps, expert, random_boxes(6).to(device), backend=backend)
+        first = torch.autograd.grad(loss, maps, retain_graph=True)
+        assert all(map(torch.equal, torch.autograd.grad(loss, maps), first))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_twice_without_retaining_is_torchs_error(backend: str) -> None:
     loss, _, _ = losses(backend)

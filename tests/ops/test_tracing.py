@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import pickle
 from typing import Any
 
@@ -122,6 +123,26 @@ def test_compile_dynamic(backend: str, levels: int, gradient: bool) -> None:
         if gradient:
             torch.testing.assert_close(*(torch.autograd.grad(loss, maps) for loss in losses))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("sigma", math.inf, ValueError),
+        ("sigma", True, TypeError),
+        ("canonical_size", math.inf, ValueError),
+        ("canonical_level", math.nan, ValueError),
+        ("canonical_level", -math.inf, ValueError),
+        ("output_size", b"ab", TypeError),
+    ],
+)
+def test_compiled_calls_refuse_options(name: str, value: Any, error: type[Exception]) -> None:
+    def step(maps: Any, boxes: Any) -> torch.Tensor:
+        return soft_roi_distill(maps, maps, boxes, **{name: value})
+
+    torch.compiler.reset()
+    with pytest.raises(error, match=f"{name}: expected"):
+        torch.compile(step, backend="eager")(pyramid(), random_boxes(2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
