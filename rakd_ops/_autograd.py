@@ -115,7 +115,7 @@ def _skips_autograd_function(maps: Sequence[Tensor]) -> bool:
 
 def _multiply_in_place(values: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """Multiply in the loss's dtype, as where the values are kept: the same bits."""
-    if dtype == torch.float64 != values.dtype:  # mul_ would round the factor to float32
+    if dtype == torch.float64 and values.dtype != dtype:  # mul_ would round the factor to float32
         return values.copy_(values.to(dtype).mul_(factor))
     return values.mul_(factor)
 

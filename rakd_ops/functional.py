@@ -201,7 +201,8 @@ def level_weights(
         canonical_level: See ``canonical_size``.
 
     Returns:
-        ``[K, L]``, rows summing to 1; float64 where the (first) boxes are float64, else float32. Carries no gradient.
+        ``[K, L]``, rows summing to 1; float64 where boxes (of a list, the first) are float64, else float32. Carries no
+        gradient.
 
     Raises:
         ValueError, TypeError: As :func:`soft_roi_distill`.
