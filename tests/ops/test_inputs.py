@@ -200,8 +200,6 @@ def test_boxes_of_tv_tensors_are_read_by_their_format() -> None:
         torch.testing.assert_close(level_weights([wrapped]), level_weights([corners]))
     small = tv_tensors.BoundingBoxes([[200, 10, 100, 20]], format="XYWH", canvas_size=(400, 400), dtype=torch.uint8)
     assert torch.equal(level_weights([small]), level_weights([torch.tensor([[200.0, 10.0, 300.0, 30.0]])]))
-    with pytest.raises(ValueError, match=r"boxes: expected batch indices of at least 0, got \[-1.0"):
-        level_weights(with_box(-1, 0, 0, 1, 1))
     turned = tv_tensors.BoundingBoxes(torch.rand(1, 5), format="CXCYWHR", canvas_size=(64, 96))
     with pytest.raises(ValueError, match=r"boxes\[0\]: expected boxes in format XYXY, XYWH or CXCYWH, got CXCYWHR"):
         soft_roi_distill(MAPS, MAPS, [turned, turned])
@@ -290,6 +288,8 @@ def test_level_weights_checks_too() -> None:
         level_weights(BOXES, sigma=0)
     with pytest.raises(ValueError, match="x1 <= x2"):
         level_weights(with_box(0, 5, 0, 4, 1))
+    with pytest.raises(ValueError, match=r"boxes: expected batch indices of at least 0, got \[-1.0"):
+        level_weights(with_box(-1, 0, 0, 1, 1))
     with pytest.raises(ValueError, match=r"boxes: expected shape \[K, 5\]"):
         level_weights(BOXES[:, 1:])
     assert level_weights([BOXES[:2, 1:], BOXES[2:, 1:]]).shape == (3, 4)
