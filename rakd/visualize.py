@@ -1,7 +1,7 @@
 """Pictures of frames: 3D boxes, 2D boxes and a bird's-eye view, labels beside predictions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -162,7 +162,7 @@ class Compared:
         name: Shown above the frame.
         image: ``[height, width, 3]`` uint8 RGB.
         calibration: Its camera.
-        labels: Shown to every model's predictions.
+        labels: Shown beside every model's predictions, from above.
         predictions: By model, in the order of the columns.
     """
 
@@ -173,8 +173,10 @@ class Compared:
     predictions: Mapping[str, Objects]
 
 
-def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", reach: float = 60.0) -> None:
-    """Draw the predictions of several models for the same frames: a column a model; image, bird's-eye view below.
+def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", reach: float = 45.0) -> None:
+    """Draw the predictions of several models for the same frames, a column a model.
+
+    The image shows predictions alone, so that nothing covers them; the bird's-eye view below shows labels as well.
 
     Args:
         path: Picture file to write, atomically; the suffix says which kind.
@@ -204,7 +206,8 @@ def compare_frames(path: Path, frames: Sequence[Compared], *, title: str = "", r
             layers = [truth_layer(frame.labels), prediction_layer(objects)]
             axis, above = axes[2 * pair : 2 * pair + 2, place]
             show_image(axis, frame.image, f"{model} · {frame.name}")
-            draw_boxes_3d(axis, frame.calibration, layers, inches=column * min(1, _TALLEST / ratio))
+            inches = column * min(1, _TALLEST / ratio)
+            draw_boxes_3d(axis, frame.calibration, [replace(layers[1], dashed=False)], inches=inches)
             width = frame.image.shape[1]
             draw_from_above(above, frame.calibration, width, layers, reach, side=side, inches=column)
     figure.suptitle(title, parse_math=False, color=_LIGHT, fontsize=14, x=0.01, ha="left")

@@ -24,6 +24,18 @@ def write_options(command: Any, path: Path) -> None:
     write_text(path, json.dumps({"command": type(command).__name__.lower(), **options}, indent=1) + "\n")
 
 
+def check_command(command: Any, folder: Path) -> None:
+    """Refuse a folder that another command has written to, before its ``config.json`` is replaced.
+
+    Raises:
+        UserError: The folder's ``config.json`` is another command's.
+    """
+    path, name = folder / "config.json", type(command).__name__.lower()
+    other = read_options(path).get("command", name) if path.exists() else name
+    if other != name:
+        raise UserError(f"--out: {folder} holds what rakd {other} wrote: choose another folder")
+
+
 def read_options(path: Path) -> dict[str, Any]:
     """Read what `write_options` wrote.
 

@@ -108,8 +108,8 @@ class Distill:
 
     rescale: Literal["yes", "no", "both"] | None = None
     """Networks whose maps are brought to a root mean square of 1 before they are compared: the expert (yes), both, or
-    none (no). Other than the study's, it needs the weight of each method (--weight), since numbers that fit one do not
-    fit the other."""
+    none (no). Other than the study's, it needs the weight (--weight) of each method that has a number there, since one
+    that fits the study's maps does not fit these."""
 
     photometric: Annotated[float | None, arg(metavar="P")] = None
     """Probability of each distortion of light and colour instead of the study's."""
@@ -135,7 +135,7 @@ class Distill:
 
     def run(self) -> None:
         """Render, train, evaluate, report."""
-        from rakd.commands.config import write_options
+        from rakd.commands.config import check_command, write_options
         from rakd.commands.waymo_data import is_converted, kitti_layout, write_waymo_tables
         from rakd.detector.configs import DETECTORS
         from rakd.distributed import barrier, start_processes
@@ -172,6 +172,7 @@ class Distill:
         if not (0 <= self.feature_cache < inf):
             raise UserError(f"--feature-cache: expected 0 or a number of GiB, got {self.feature_cache}")
         check_folder(self.out, "--out")
+        check_command(self, self.out)
         with start_processes(self.device) as processes:
             data = self.data
             if data is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from rakd.detector.configs import DETECTORS, DetectorName
+from rakd.errors import UserError
 from rakd.files import check_folder
 from rakd.training.settings import Optimizer, Precision, Schedule, TrainSettings
 
@@ -89,7 +90,7 @@ class Train:
     def run(self) -> None:
         """Train, write and evaluate."""
         from rakd.checkpoints import file_digest
-        from rakd.commands.config import write_options
+        from rakd.commands.config import check_command, write_options
         from rakd.commands.waymo_data import kitti_layout
         from rakd.data.augment import Augmentation
         from rakd.data.checks import check_frames
@@ -103,6 +104,11 @@ class Train:
         from rakd.training.trainer import Trainer
 
         check_folder(self.out, "--out")
+        check_command(self, self.out)
+        if (self.out / "result.json").exists() and not (self.out / "checkpoint.pt").exists():
+            raise UserError(
+                f"--out: {self.out} is finished, but its checkpoint.pt is gone: put it back, or choose another folder"
+            )
         config = DETECTORS[self.detector]
         options = {f.name: getattr(self, f.name) for f in fields(TrainSettings) if hasattr(self, f.name)}
         for name in ("optimizer", "learning_rate"):

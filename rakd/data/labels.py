@@ -157,9 +157,14 @@ def concatenate(frames: Sequence[Objects]) -> Objects:
 
 
 def is_label_row(words: Sequence[str]) -> bool:
-    """Whether a row's words are a label's: 15, or 17 where convert-waymo adds a count of points and a difficulty."""
-    added = words[LABEL_COLUMNS:]
-    return len(words) in (LABEL_COLUMNS, WAYMO_LABEL_COLUMNS) and all(word.isdigit() for word in added)
+    """Whether a row's words are a label's: 15, or more where converters of Waymo's data add to them.
+
+    convert-waymo adds a count of lidar points and a difficulty, others the count alone. That stands where results have
+    their score, but there columns 2 and 3 are -1.
+    """
+    added, is_result = words[LABEL_COLUMNS:], all(word.startswith("-1") for word in words[1:3])
+    counts = (0, WAYMO_LABEL_COLUMNS - LABEL_COLUMNS) if is_result else (0, 1, WAYMO_LABEL_COLUMNS - LABEL_COLUMNS)
+    return len(added) in counts and all(word.isdigit() for word in added)
 
 
 def read_labels(path: Path) -> Objects:

@@ -52,7 +52,7 @@ _REGIONS = "rakd.distill.regions:RegionDistillation"
 METHODS: dict[str, MethodSpec] = {
     "pkd": MethodSpec(
         "PKD",
-        "rakd.distill.pearson:PearsonDistillation",
+        "rakd.distill.pkd:PearsonDistillation",
         6.0,
         "Cao et al., NeurIPS 2022, arXiv 2207.02039 (6: two-stage detectors; 10 for RetinaNet and FCOS3D)",
         "#d3702c",
@@ -77,7 +77,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "box_l2": MethodSpec(
         "Box L2",
-        "rakd.distill.masked:BoxMaskedL2",
+        "rakd.distill.masked_l2:BoxMaskedL2",
         1.0,
         "the foreground term of DeFeat, Guo et al., CVPR 2021, arXiv 2103.14475 (1 here: RAKD's scale)",
         "#6b3fa0",
@@ -85,7 +85,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "score_l2": MethodSpec(
         "Score L2",
-        "rakd.distill.masked:ScoreWeightedL2",
+        "rakd.distill.masked_l2:ScoreWeightedL2",
         18.0,
         "the loss of ultralytics' distillation, 2026 (18: its 6 for each of three levels, where this is their mean)",
         "#b58bd9",
@@ -93,7 +93,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "cwd": MethodSpec(
         "CWD",
-        "rakd.distill.channelwise:ChannelWiseDistillation",
+        "rakd.distill.cwd:ChannelWiseDistillation",
         10.0,
         "Shu et al., ICCV 2021, arXiv 2011.13256 (10: mmrazor's Faster R-CNN)",
         "#8f1d3f",
@@ -101,7 +101,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "mgd": MethodSpec(
         "MGD",
-        "rakd.distill.generative:MaskedGenerativeDistillation",
+        "rakd.distill.mgd:MaskedGenerativeDistillation",
         2e-5,
         "Yang et al., ECCV 2022, arXiv 2205.01529 (2e-5: its detectors)",
         "#e3a6b6",
@@ -109,7 +109,7 @@ METHODS: dict[str, MethodSpec] = {
     ),
     "fgd_attention": MethodSpec(
         "FGD att.",
-        "rakd.distill.focal:FocalAttentionDistillation",
+        "rakd.distill.fgd:FocalAttentionDistillation",
         1.0,
         "Yang et al., CVPR 2022, arXiv 2111.11837, without its global part (its four weights are options)",
         "#7a6a2f",

@@ -62,8 +62,14 @@ class Metric:
         """The metric in words."""
         whose = {MEAN: "average", ALL: "all classes"}.get(self.name, self.name)
         level = "" if self.level in ("", MEAN) else f", {self.level}"
-        overlaps = f" at {IOU_NAMES[self.overlaps]}" if self.overlaps else ""
-        return f"{METRIC_NAMES[self.kind]}, {whose}{level}{overlaps} (%)"
+        return f"{METRIC_NAMES[self.kind]}, {whose}{level}{' at ' * bool(self.iou)}{self.iou} (%)"
+
+    @property
+    def iou(self) -> str:
+        """Its overlap in words: that of its class, or both; empty for metrics without one."""
+        both = IOU_NAMES.get(self.overlaps, "")
+        cars, _, others = both.partition("/")
+        return {"Car": cars, "Pedestrian": f"IoU {others}", "Cyclist": f"IoU {others}"}.get(self.name, both)
 
 
 PRIMARY = (

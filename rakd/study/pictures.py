@@ -15,7 +15,7 @@ from rakd.distill import registry
 from rakd.evaluation.depth import ALL, SIZES
 from rakd.evaluation.kitti import CLASSES
 from rakd.geometry import FloatArray
-from rakd.study.metrics import MEAN, METHOD_NAMES, PRIMARY, Metric, summarise, values_by_seed
+from rakd.study.metrics import MEAN, METHOD_NAMES, PRIMARY, Metric, interval_of_mean, summarise, values_by_seed
 from rakd.study.results import METHODS, StudyResult, TrainingLog
 from rakd.study.tables import Difference, Row, differences
 
@@ -105,9 +105,8 @@ def draw_gains(studies: Mapping[str, StudyResult]) -> Figure:
         for place, (_, row) in enumerate(rows):
             if row is not None:
                 _draw_gain(axis, place, row, metric)
-        title, _, overlaps = metric.title.removesuffix(" (%)").replace("average", "three classes").partition(" at ")
-        overlaps = overlaps.partition("/")[0] if metric.name == "Car" else overlaps
-        title = f"Less {title}" if metric.lower_is_better else f"{title}\n{overlaps}".strip()
+        title = metric.title.removesuffix(" (%)").replace("average", "three classes").replace(" at ", "\n")
+        title = f"Less {title}" if metric.lower_is_better else title
         axis.set_title(title, loc="left", size=9, color=INK)
         axis.axvline(0, color=INK, lw=0.8, zorder=1)
         _clean(axis, "x")
@@ -173,43 +172,67 @@ def draw_tradeoff(study: StudyResult) -> Figure:
     return figure
 
 
-def draw_sizes(study: StudyResult) -> Figure:
-    """Draw recall and AbsRel by the size of objects, a line for each method: the mean over seeds ± standard deviation.
+def draw_sizes(study: StudyResult) -> Figure | None:
+    """Draw what each method gains over no distillation in recall and AbsRel, by the size of objects.
+
+    Means of the paired differences with 95 % intervals over seeds, not corrected for the number of comparisons; with
+    one seed the differences alone. Better is up.
 
     Args:
-        study: Runs that lack these figures are left out; one at least has them.
+        study: Runs that lack these figures are left out.
+
+    Returns:
+        The figure; None where no method has them in a seed that no distillation has too.
     """
+    runs = {(run.method, run.seed): run.by_size for run in study.runs if run.by_size}
+    seeds = {m: sorted(seed for method, seed in runs if method == m and ("none", seed) in runs) for m in METHODS}
+    methods = [method for method in METHODS if method not in ("none", "expert") and seeds[method]]
+    if not methods:
+        return None
     figure = Figure(figsize=(11.5, 4.8))
-    runs = [run for run in study.runs if run.by_size]
-    counts = [group.objects for group in runs[0].by_size]
-    places = np.arange(len(counts))
     names = [f"{low:g} to {high:g}" for low, high in pairwise(SIZES)]
     names[0], names[-1] = f"< {SIZES[1]:g}", f"> {SIZES[-2]:g}"
-    methods = [method for method in METHODS if any(run.method == method for run in runs)]
-    kinds = (("recall", "Recall at 2D IoU 0.5, %"), ("abs_rel", "AbsRel of depth of the objects found, %"))
-    for axis, (kind, title) in zip(figure.subplots(1, 2), kinds, strict=True):
+    kinds = (
+        ("recall", "Gain in recall at 2D IoU 0.5", 1),
+        ("abs_rel", "Less AbsRel of depth of the objects found", -1),
+    )
+    for axis, (kind, title, sign) in zip(figure.subplots(1, 2), kinds, strict=True):
+
+        def table(method: str, seeds: Sequence[int], kind: str = kind) -> FloatArray:
+            return np.array([[100 * getattr(group, kind) for group in runs[method, seed]] for seed in seeds])
+
         for number, method in enumerate(methods):
-            own = [run for run in runs if run.method == method]
-            table = 100 * np.array([[getattr(group, kind) for group in run.by_size] for run in own])
-            # A run may have found none of a size.
-            spread = [summarise(column[np.isfinite(column)]) for column in table.T]
-            mean = np.array([summary.mean for summary in spread])
-            std = np.nan_to_num([summary.std for summary in spread])
-            shift = 0.5 * (number / max(1, len(methods) - 1) - 0.5)
+            gains = sign * (table(method, seeds[method]) - table("none", seeds[method]))
+            columns = [
+                column[np.isfinite(column)].tolist() for column in gains.T
+            ]  # a run may have found none of a size
+            means = np.array([summarise(column).mean for column in columns])
             axis.errorbar(
-                places + shift, mean, yerr=std, fmt="o-", ms=4, lw=1.2, capsize=2,
+                np.arange(len(names)) + 0.6 * ((number + 0.5) / len(methods) - 0.5), means,
+                yerr=[_half_interval(column) for column in columns], fmt="o", ms=4.5, lw=1.4,
                 color=COLORS[method], label=METHOD_NAMES[method],
             )  # fmt: skip
-        labels = [f"{name}\n{count}" for name, count in zip(names, counts, strict=True)]
-        axis.set_xticks(places, labels)
-        axis.set_title(title, loc="left", size=10, color=INK)
-        axis.set_xlabel("root of the area of the 2D box, pixels of the image; objects", size=9, color=MUTED)
-        axis.set_ylim(bottom=0)
-        _clean(axis, "both")
+        axis.axhline(0, color=INK, lw=0.8, zorder=1)
+        alone = table("none", seeds[methods[0]])
+        objects = [group.objects for group in runs["none", seeds[methods[0]][0]]]
+        baseline = [summarise(column[np.isfinite(column)].tolist()).mean for column in alone.T]
+        rows = zip(names, objects, baseline, strict=True)
+        axis.set_xticks(range(len(names)), [f"{name}\n{count}\n{value:.1f}" for name, count, value in rows])
+        axis.set_title(f"{title}, points", loc="left", size=10, color=INK)
+        axis.set_xlabel("root of the 2D box's area, pixels; objects; no distillation, %", size=9, color=MUTED)
+        _clean(axis, "y")
     axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9, labelcolor=INK)
-    figure.subplots_adjust(left=0.05, right=0.84, top=0.8, bottom=0.17, wspace=0.16)
-    _write_title(figure, "Objects by size (bars: standard deviation over seeds)", study)
+    figure.subplots_adjust(left=0.05, right=0.87, top=0.8, bottom=0.2, wspace=0.16)
+    _write_title(figure, "Gains over no distillation by size (95 % intervals over seeds; up is better)", study)
     return figure
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean; 0 for one value or none."""
+    if len(values) < 2:
+        return 0.0
+    low, high = interval_of_mean(0.0, summarise(values).std ** 2 / len(values), len(values))
+    return (high - low) / 2
 
 
 def draw_training(study: StudyResult, logs: Sequence[TrainingLog]) -> Figure:
@@ -294,7 +317,7 @@ def running_mean(values: FloatArray, reach: int) -> FloatArray:
     return np.asarray((sums[end] - sums[first]) / (end - first))
 
 
-def _clean(axis: Axes, grid: Literal["both", "x"]) -> None:
+def _clean(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
     """Leave of the frame only what is read, and a light grid."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GRID)

@@ -63,8 +63,8 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
 
     Returns:
         The files written: ``study.json``, ``tables.md``, ``tables.csv``, ``bars.png`` (if there are runs),
-        ``gains.png`` (if a method and no distillation have a seed in common), ``tradeoff.png`` (if the models' latency
-        was measured), ``sizes.png`` (if runs have figures by size), ``training.png`` and ``report.html``.
+        ``gains.png`` and ``sizes.png`` (if a method and no distillation share a seed), ``tradeoff.png`` (if the
+        models' latency was measured), ``training.png`` and ``report.html``.
     """
     from rakd.study.pictures import draw_bars, draw_gains, draw_sizes, draw_tradeoff, draw_training
 
@@ -76,8 +76,8 @@ def write_report(study: StudyResult, folder: Path, logs: Sequence[TrainingLog] =
         pictures["gains.png"] = draw_gains({"": study})
     if study.runs and all(model.latency_ms is not None for model in study.models) and study.models:
         pictures["tradeoff.png"] = draw_tradeoff(study)
-    if any(run.by_size for run in study.runs):
-        pictures["sizes.png"] = draw_sizes(study)
+    if (sizes := draw_sizes(study)) is not None:
+        pictures["sizes.png"] = sizes
     if logs:
         pictures["training.png"] = draw_training(study, logs)
     for name, figure in pictures.items():

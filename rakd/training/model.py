@@ -1,5 +1,6 @@
 """The module that the trainer trains: a detector, with the distillation term where there is an expert."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -56,7 +57,7 @@ class DistillationModel(nn.Module):
         # Before the losses, which wait for the device: so it has the expert's work to do meanwhile.
         larger = batch.expert_images
         expert_images = images if larger is None else larger.to(device, non_blocking=True)
-        expert = None if self.distiller is None else self._expert_features(self.distiller, batch, expert_images)
+        expert = None if self.distiller is None else self._expert_features(self.distiller, expert_images)
         losses, foreground = self.detector.losses(features, batch.sizes, targets, seeds)
         if self.distiller is not None:
             assert expert is not None
@@ -82,11 +83,12 @@ class DistillationModel(nn.Module):
                 raise UserError(str(error)) from None
         return losses
 
-    def _expert_features(self, distiller: Distiller, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+    def _expert_features(self, distiller: Distiller, images: Tensor) -> dict[str, Tensor]:
         """The expert's maps of its own images."""
         if not self.cached:
             return distiller.expert_features(images)
-        keys = [(sample.id, sample.mirrored) for sample in batch.samples]
+        # By content, since a cache outlives the data that it was filled with.
+        keys = [hashlib.sha256(image.cpu().numpy().tobytes()).hexdigest() for image in images]
         maps = [distiller.expert_features(image[None], [key]) for image, key in zip(images, keys, strict=True)]
         return {
             name: torch.cat([each[name] for each in maps]).contiguous(memory_format=torch.channels_last)

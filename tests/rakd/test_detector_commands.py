@@ -140,6 +140,12 @@ def test_predict_overwrites_no_input(
     assert main(["predict", str(frame.image), *options, "--no-pictures"]) == 2
     assert f"{frame.id}.txt, which holds labels, would be overwritten" in capsys.readouterr().err
     assert (labels / f"{frame.id}.txt").read_bytes() == frame.label.read_bytes()
+    with_points = (
+        "Car 0.00 0 0 10 10 50 35 1.5 1.6 4 1 1.5 20 0.1 90\n"  # as some converters of Waymo's data count them
+    )
+    (labels / f"{frame.id}.txt").write_text(with_points)
+    assert main(["predict", str(frame.image), *options, "--no-pictures"]) == 2
+    assert (labels / f"{frame.id}.txt").read_text() == with_points
 
 
 def test_results_of_an_earlier_detector_do_not_stay(

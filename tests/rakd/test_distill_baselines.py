@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 import rakd
 from rakd.distill import Distiller
-from rakd.distill.channelwise import ChannelWiseDistillation
-from rakd.distill.focal import FocalAttentionDistillation
-from rakd.distill.generative import MaskedGenerativeDistillation
-from rakd.distill.masked import BoxMaskedL2, ScoreWeightedL2
+from rakd.distill.cwd import ChannelWiseDistillation
+from rakd.distill.fgd import FocalAttentionDistillation
+from rakd.distill.masked_l2 import BoxMaskedL2, ScoreWeightedL2
 from rakd.distill.methods import make_method
+from rakd.distill.mgd import MaskedGenerativeDistillation
 from rakd.distill.registry import METHODS
 from rakd.study.results import RunResult, StudyResult
 from rakd.study.tables import make_tables

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from rakd.distill import MethodName
 from rakd.distill.adapters import ChannelAdapters
 from rakd.distill.methods import make_method
-from rakd.distill.pearson import PearsonDistillation
+from rakd.distill.pkd import PearsonDistillation
 from rakd.distill.regions import RegionDistillation
 from rakd.distill.semckd import SemanticCalibration
 from rakd_ops import reference, soft_roi_distill

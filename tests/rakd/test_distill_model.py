@@ -14,6 +14,7 @@ from rakd.detector.configs import DetectorConfig
 from rakd.detector.detector import Detector
 from rakd.detector.monodetr.configs import MONODETRS
 from rakd.distill import MethodName
+from rakd.distill.cache import FeatureCache
 from rakd.distill.methods import make_method
 from rakd.distill.registry import METHODS
 from rakd.errors import UserError
@@ -69,6 +70,17 @@ def test_where_features_are_compared(regions: str, config: DetectorConfig, batch
         assert len(rows) > 0
         # Half a pixel on: from counting at pixel centres to counting at edges, as RoIAlign does.
         torch.testing.assert_close(got, rows + 0.5)
+
+
+def test_a_cache_knows_images_by_their_content(config: DetectorConfig, batch: Batch, tmp_path: Path) -> None:
+    detector, expert, cache = Detector(config), Detector(config, seed=9), FeatureCache(tmp_path)
+    models = [make_distillation_model(detector, expert, Noting(), 1.0, "objects", each) for each in (cache, None)]
+    changed = replace(batch, images=batch.images.flip(2))  # other data of the same names
+    for images, (hits, misses) in ((batch, (0, 2)), (changed, (0, 4)), (batch, (2, 4))):
+        found = [list(model._expert_features(model.distiller, images.images).values()) for model in models]
+        assert (cache.hits, cache.misses) == (hits, misses)
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_an_expert_of_larger_images_compares_the_same_objects(scenes: Path, config: DetectorConfig) -> None:

@@ -8,7 +8,7 @@ from distill_cases import BOXES, SIZE, STAGES, Network, images
 from torch import Tensor, nn
 
 from rakd.distill import Distiller
-from rakd.distill.masked import BoxMaskedL2
+from rakd.distill.masked_l2 import BoxMaskedL2
 from rakd.distill.registry import METHODS
 from rakd.distill.scale import TaskShare
 

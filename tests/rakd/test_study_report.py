@@ -296,25 +296,28 @@ def test_the_page_has_the_figures_of_the_tables(study, tmp_path):
     assert page.rows == wanted
 
 
-def test_lines_by_size_are_means_over_seeds(tmp_path):
-    def sized(method, seed, recall):
-        groups = tuple(DepthFigures(0.1 if i else math.nan, recall * i / 7, 10 + i) for i in range(7))
+def test_gains_by_size_are_paired_means_over_seeds(tmp_path):
+    def sized(method, seed, recall, abs_rel=0.1):
+        groups = tuple(DepthFigures(abs_rel if i else math.nan, recall * i / 7, 10 + i) for i in range(7))
         return dataclasses.replace(run(method, seed, 1.0), by_size=groups)
 
-    study = study_of(run("expert", 0, 9.0), sized("none", 0, 0.7), sized("rakd", 0, 0.7), sized("rakd", 1, 0.9))
+    runs = [sized("none", 0, 0.7), sized("none", 1, 0.5), sized("rakd", 0, 0.75, 0.08), sized("rakd", 1, 0.65)]
+    study = study_of(run("expert", 0, 9.0), *runs, sized("pkd", 5, 0.1))  # without none of its seed
     write_study(tmp_path / "study.json", study)
     again = read_study(tmp_path / "study.json")
     assert again.to_json() == study.to_json() and again.runs[1].by_size[1] == study.runs[1].by_size[1]
     left, right = draw_sizes(study).axes
-    lines = {c.get_label(): c.lines[0].get_ydata() for c in left.containers}
-    assert set(lines) == {"No distillation", "RAKD"}  # of the expert nothing is known
-    np.testing.assert_allclose(lines["RAKD"], [80 * i / 7 for i in range(7)])
-    np.testing.assert_allclose(lines["No distillation"], [70 * i / 7 for i in range(7)])
-    np.testing.assert_allclose(right.containers[1].lines[0].get_ydata()[1:], 10.0)
-    found = dataclasses.replace(sized("rakd", 1, 0.9), by_size=(DepthFigures(0.2, 0.1, 10),) * 7)
-    right = draw_sizes(study_of(sized("rakd", 0, 0.7), found)).axes[1]  # the first found no object of the first size
-    np.testing.assert_allclose(right.containers[0].lines[0].get_ydata(), [20.0, *[15.0] * 6])
-    assert [label.get_text() for label in left.get_xticklabels()][1] == "24 to 34\n11"
+    (recall,), (less,) = left.containers, right.containers
+    assert recall.get_label() == "RAKD"
+    np.testing.assert_allclose(recall.lines[0].get_ydata(), [10 * i / 7 for i in range(7)], atol=1e-12)
+    np.testing.assert_allclose(less.lines[0].get_ydata(), [np.nan, *[1.0] * 6])  # no object of the first size was found
+    # Of the largest, differences of 6/7 of 5 and of 15 points; 12.7062 is Student's quantile of one degree of freedom.
+    low, high = recall.lines[2][0].get_segments()[-1][:, 1]
+    np.testing.assert_allclose([low, high], 6 / 7 * np.array([10 - 12.7062 * 5, 10 + 12.7062 * 5]), rtol=1e-5)
+    assert [label.get_text() for label in left.get_xticklabels()][1] == "24 to 34\n11\n8.6"
+    one = draw_sizes(study_of(runs[0], runs[2])).axes[0].containers[0]
+    np.testing.assert_allclose(one.lines[0].get_ydata(), [5 * i / 7 for i in range(7)], atol=1e-12)
+    assert draw_sizes(study_of(runs[0], runs[3])) is None
 
 
 def test_points_stand_at_latency_and_mean_ap(study):

@@ -133,6 +133,30 @@ def test_a_refused_command_leaves_the_options_of_the_run(
     assert (copy / "config.json").read_text() == before
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_trained_again(
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "checkpoint.pt").unlink()
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert main(options(scenes, copy, steps=4)) == 2
+    assert "copy is finished, but its checkpoint.pt is gone" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("command", "other"), [("train", "distill"), ("distill", "train")])
+def test_a_folder_of_another_command_is_left_alone(
+    command: str, other: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.dumps({"command": other})
+    (tmp_path / "config.json").write_text(content)
+    words = ["--device", "cpu", "--data", str(scenes), "--out", str(tmp_path)]
+    assert main([command, *words]) == 2
+    assert f"--out: {tmp_path} holds what rakd {other} wrote: choose another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == content
+
+
 def test_training_starts_from_a_file(
     run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
