@@ -281,7 +281,7 @@ class BuildLibraries(build_ext):
         command = [*compiler, *unit.flags, "-c", str(unit.source), "-o", str(target)]
         record = target.with_suffix(".command")
         newest = max(path.stat().st_mtime for path in [*CSRC.rglob("*.*"), Path(__file__)])
-        # What is installed in the place of another torch or toolkit has the same paths.
+        # Another torch or toolkit may be installed under the same paths, so versions are part of the record.
         content = "\n".join([*command, self.torch_version, (self.cuda.home and toolkit_version(self.cuda.home)) or ""])
         current = record.exists() and record.read_text() == content
         if current and target.exists() and target.stat().st_mtime > newest:

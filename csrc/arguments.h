@@ -76,7 +76,7 @@ inline void check_maps(const Tensors& maps, const DoubleList& strides, const Ten
   }
 }
 
-// What an image's height (dimension 2) or width (3) lies between if these maps come from it.
+// Bounds on an image's height (dimension 2) or width (3), as maps of it imply them.
 struct Extent {
   double low, high;
 };

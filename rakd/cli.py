@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A loader's process hands on its whole traceback, which the message ends.
         return _fail(str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2])
     except OSError as error:
-        # Of a file that the system refuses, a full disk, or a reader that has gone: not of the program.
+        # The system refuses a file, the disk is full, or the reader has gone: the program is not at fault.
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
             raise
         return _fail(str(error))

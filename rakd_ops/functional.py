@@ -97,6 +97,12 @@ def soft_roi_distill(
         Cheon, Shin, Bae: Region-aware knowledge distillation between monocular camera-based 3D object detectors, ICT
         Express 2025, L^S_RoI. RoIAlign: ``torchvision.ops.roi_align`` with ``aligned=True``. Levels: Lin et al.,
         Feature Pyramid Networks, equation 1 without the floor.
+
+    Example:
+        >>> maps = [torch.randn(1, 16, 128 // s, 256 // s, requires_grad=True) for s in (4, 8, 16, 32)]
+        >>> expert_maps = [torch.randn_like(m) for m in maps]
+        >>> loss = soft_roi_distill(maps, expert_maps, [torch.tensor([[20.0, 10.0, 180.0, 90.0]])])
+        >>> loss.backward()
     """
     options = check_options(
         strides=strides,
@@ -222,13 +228,13 @@ def level_weights(
 
 
 def release_memory() -> None:
-    """Give back to the system the memory that the CPU backend keeps between calls.
+    """Give back to the system the memory that the CPU backend caches between calls.
 
-    Gradients and pooled features of 2 MiB and more lie in memory that is kept when they are freed, as are the ops'
-    large buffers: the next step then needs no fresh pages, whose cost exceeds that of the arithmetic. Kept memory is
-    marked as the system's to take when it runs short; this function returns it at once. The environment variable
-    ``RAKD_CPU_KEEP_MIB`` limits it (read at the first call; 1024 unless set, 0 keeps nothing). Nothing is kept outside
-    Linux, and of tensors nothing under torch 2.10. The storage of a tensor in kept memory cannot be enlarged in place.
+    The memory of gradients and pooled features of 2 MiB and more is cached when they are freed, as are the ops' large
+    buffers: the next step then needs no fresh pages, whose cost exceeds that of the arithmetic. The system may take
+    cached memory when it runs short; this function returns it at once. The environment variable ``RAKD_CPU_KEEP_MIB``
+    limits it (read at the first call; 1024 unless set, 0 caches nothing). Nothing is cached outside Linux, and no
+    tensors under torch 2.10. The storage of a tensor in cached memory cannot be enlarged in place.
     """
     if is_installed("cpu"):
         torch.ops.rakd_ops.release_memory()

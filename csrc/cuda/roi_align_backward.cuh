@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kBackwardThreads, sizeof(T) == 4 ? 2 : 1)
   RAKD_UNROLL
   for (int c = 0; c < kChannelBlock; ++c) sum[c] = T(0);
 
-  // Of box 0; those of the others lie so far apart each.
+  // The slice of box 0; that of box k begins k * slice_bytes later.
   const unsigned char* slice = tables.slices + shape.first + axis[0].offset;
   const uint32_t slice_bytes = uint32_t(shape.bytes), x_offset = uint32_t(axis[1].offset - axis[0].offset);
   const T* pooled = nullptr;

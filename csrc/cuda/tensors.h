@@ -56,7 +56,7 @@ void with_accumulation_type(bool is_double, const F& f) {
   }
 }
 
-// Of a checked map. Kernels hold strides of rows and columns, and offsets in a row, in 32 bits.
+// The map must have been checked. Kernels hold strides of rows and columns, and offsets in a row, in 32 bits.
 inline Map map_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK((t.size(2) == 1 || t.stride(2) <= INT32_MAX) && (t.size(3) - 1) * t.stride(3) <= INT32_MAX, name,
                   ": expected rows less than 2^31 elements long and apart, got strides ", t.stride(2), " and ",

@@ -199,7 +199,7 @@ class Distill:
                 onnx=all(find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime")),
             )
             config = self.out / "config.json"
-            # Of a folder that has been used before, only a command that was not refused tells the options.
+            # In a folder that was used before, the options wait until the command has not been refused.
             if processes.is_main and not config.exists():
                 write_options(self, config)
             if processes.is_main and base.takes:

@@ -1,4 +1,4 @@
-"""Settings of a comparison of distillation methods, and the comparisons that have a name. Imports no torch."""
+"""Settings of a study (a comparison of distillation methods), and the studies that have a name. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ PAPER_METHODS: tuple[MethodName, ...] = ("none", *IN_PAPER)
 
 @dataclass(frozen=True)
 class StudySettings:
-    """Settings of an experiment.
+    """Settings of a study.
 
     Attributes:
         expert: Name of the expert's detector, one of `rakd.detector.configs.DETECTORS`.
@@ -240,7 +240,7 @@ STUDIES: dict[str, StudySettings] = {
         regions="objects",
     ),
 }
-"""Comparisons by name. ``scenes`` and ``tiny`` run on two processor cores in minutes. The tables of docs/evidence.md
+"""Studies by name. ``scenes`` and ``tiny`` run on two processor cores in minutes. The tables of docs/evidence.md
 and docs/monodetr.md are ``scenes-long``, ``scenes-methods``, ``scenes-resolution``, ``scenes-resolution-long`` and
 ``real-frames`` (which go on from its networks), and ``monodetr-tiny``: hours each. ``kitti`` has the paper's detectors
 and steps; ``waymo`` those of monocular work on Waymo; ``monodetr-kitti`` the original's of MonoDETR. ``waymo`` and
