@@ -49,6 +49,7 @@ def test_the_example_trains() -> None:
             "apprentice_maps": maps,
             "expert_maps": expert_maps,
             "task_loss": 0.0 * maps[0].sum(),
+            "weight": 10.0,
         }
         exec(example, scope)
         optimizer.zero_grad()
