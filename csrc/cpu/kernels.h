@@ -87,8 +87,8 @@ constexpr int64_t kWideBlock = 32;
 // Spare scratch cells after the last one: vector tiles may spill past a segment's end.
 constexpr int64_t kSlack = 8;
 
-// The kernels for the best instruction set of this processor (dispatch.cpp). The RAKD_CPU_ISA environment variable (baseline,
-// avx2, avx512) chooses another one, for tests and measurements; one that cannot run here is an error.
+// The kernels for the best instruction set of this processor (dispatch.cpp). The environment variable RAKD_CPU_ISA
+// (baseline, avx2, avx512) chooses another one, for tests and measurements; one that cannot run here is an error.
 const KernelTable& kernel_table();
 
 template <class T>
