@@ -164,7 +164,7 @@ def is_label_row(words: Sequence[str]) -> bool:
     """
     added, is_result = words[LABEL_COLUMNS:], all(word.startswith("-1") for word in words[1:3])
     counts = (0, WAYMO_LABEL_COLUMNS - LABEL_COLUMNS) if is_result else (0, 1, WAYMO_LABEL_COLUMNS - LABEL_COLUMNS)
-    return len(added) in counts and all(word.isdigit() for word in added)
+    return len(words) - LABEL_COLUMNS in counts and all(word.isdigit() for word in added)
 
 
 def read_labels(path: Path) -> Objects:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rakd import files
-from rakd.data.labels import LABEL_TYPES, Objects, concatenate, read_labels, read_results, write_objects
+from rakd.data.labels import LABEL_TYPES, Objects, concatenate, is_label_row, read_labels, read_results, write_objects
 from rakd.errors import MissingFileError, UserError
 
 LABEL = "Car 0.05 1 -1.58 587.01 173.33 614.12 200.12 1.65 1.67 3.64 -0.65 1.71 46.70 -1.59"
@@ -106,6 +106,25 @@ def test_further_columns_are_skipped(tmp_path):
     path.write_text(f"{LABEL} 0.9 7 nonsense\n")
     assert read_labels(path).scores is None
     assert read_results(path).scores.tolist() == [0.9]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("", False),
+        ("Car 0.00 0", False),
+        (LABEL, True),
+        (f"{LABEL} 90", True),  # a count of lidar points
+        (f"{LABEL} 90 2", True),  # and a difficulty
+        (f"{LABEL} 90 2 1", False),
+        (f"{LABEL} 0.9", False),
+        (f"{LABEL.replace('0.05 1', '-1 -1')} 1", False),  # a score
+        (f"{LABEL.replace('0.05 1', '-1.0000 -1')} 0.015604", False),
+        (DONTCARE, True),
+    ],
+)
+def test_rows_of_labels_are_told_from_those_of_results(row, expected):
+    assert is_label_row(row.split()) is expected
 
 
 def test_rows_without_score_are_skipped_with_one_warning(tmp_path):

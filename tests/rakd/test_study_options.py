@@ -149,13 +149,13 @@ def test_kept_features_change_nothing_but_rounding(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[str, bool]] = []
+    asked: list[str] = []
     fresh: list[int] = []
     original = Distiller.expert_features
     get = FeatureCache.get
 
     def noted(self: Distiller, images: Any, keys: Any = None) -> Any:
-        asked.extend(key[:2] for key in keys or ())
+        asked.extend(keys or ())
         return original(self, images, keys)
 
     def counted(self: FeatureCache, images: Any, keys: Any, fingerprint: str, run: Any) -> Any:
@@ -173,9 +173,9 @@ def test_kept_features_change_nothing_but_rounding(
     run(scenes, plain, changes, expert=expert)
     assert asked == []
     run(scenes, kept, changes, expert=expert, cache_bytes=2**26)
-    # 12 images of 8 frames: each is computed once for each way that it was turned.
+    # 12 images of 8 frames: each is computed once for each way that it was turned, some are seen again as they were.
     assert len(asked) == 12 and fresh == [1] * len(set(asked))
-    assert {mirrored for _, mirrored in asked} == {True, False}
+    assert 8 < len(set(asked)) < 12
     assert len(list((kept / "features").glob("*.pt"))) == len(set(asked))
     losses = [read_run(out / "rakd-seed0" / "result.json").losses for out in (plain, kept)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
